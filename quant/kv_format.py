@@ -1,0 +1,115 @@
+"""The KV page formats and their bytes: plain arithmetic, no torch.
+
+A page holds `page_size` consecutive tokens of one KV head of one layer. Its bytes are in two parts that may live in
+different memories:
+
+* the *payload* (quantized keys, quantized values, value scales), which may be offloaded to host memory;
+* the *index* (key scales and minima, one pair a channel), which stays on the device: `min` and `min + 15 * scale`
+  are exact channel-wise bounds of the page's dequantized keys, so it doubles as the page-selection index of Quest
+  (arXiv 2406.10774) and LServe (arXiv 2502.14866) at no extra byte.
+
+INT4 payload, in this order (P = page_size, D = head_dim; all little-endian):
+
+    keys    D x P/2 bytes   channel-major; byte j of a channel: token j in the low nibble, token j + P/2 in the high
+    values  P x D/2 bytes   token-major; byte j of a token: channel j in the low nibble, channel j + D/2 in the high
+    scales  P float16       value scale a token
+    minima  P float16       value minimum a token
+
+and the index: D float16 key scales, then D float16 key minima. Keys are quantized per channel over the tokens of the
+page (KIVI, arXiv 2402.02750), values per token over the channels; `value = minimum + scale * nibble`.
+
+The exact formats (`bf16`, `fp32`) store keys [P, D] and then values [P, D], and have no index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longrun.errors import ConfigError
+
+KV_FORMATS = ("int4", "bf16", "fp32")
+PAGE_SIZES = (16, 32, 64, 128, 256)
+_EXACT_ITEMSIZE = {"int4": 2, "bf16": 2, "fp32": 4}
+_SCALE_ITEMSIZE = 2
+
+
+@dataclass(frozen=True)
+class PageFormat:
+    """Layout of one page: `name` of `KV_FORMATS`, `page_size` tokens, `head_dim` channels.
+
+    Raises:
+        ConfigError: unknown format name, a page size outside `PAGE_SIZES`, or a head_dim that is not a positive
+            multiple of 8.
+    """
+
+    name: str
+    page_size: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        if self.name not in KV_FORMATS:
+            raise ConfigError(f"KV format {self.name!r} is unknown: use one of {', '.join(KV_FORMATS)}")
+        if self.page_size not in PAGE_SIZES:
+            raise ConfigError(f"page_size {self.page_size} is not supported: use one of {PAGE_SIZES}")
+        if self.head_dim <= 0 or self.head_dim % 8:
+            raise ConfigError(f"head_dim {self.head_dim} is not supported: it must be a positive multiple of 8")
+
+    @property
+    def quantized(self) -> bool:
+        return self.name == "int4"
+
+    @property
+    def exact_itemsize(self) -> int:
+        """Bytes of an element where the cache keeps exact values: sink page, tail, rings (bf16, or fp32)."""
+        return _EXACT_ITEMSIZE[self.name]
+
+    @property
+    def keys_bytes(self) -> int:
+        if self.quantized:
+            return self.page_size * self.head_dim // 2
+        return self.page_size * self.head_dim * self.exact_itemsize
+
+    @property
+    def values_offset(self) -> int:
+        return self.keys_bytes
+
+    @property
+    def value_scales_offset(self) -> int:
+        """Offset of the value scales (INT4 only); the minima follow them."""
+        assert self.quantized
+        return 2 * self.keys_bytes
+
+    @property
+    def payload_bytes(self) -> int:
+        scales = 2 * self.page_size * _SCALE_ITEMSIZE if self.quantized else 0
+        return 2 * self.keys_bytes + scales
+
+    @property
+    def index_bytes(self) -> int:
+        return 2 * self.head_dim * _SCALE_ITEMSIZE if self.quantized else 0
+
+    @property
+    def page_bytes(self) -> int:
+        """Payload and index together: what one page costs (8,960 B for INT4 at head_dim 128, page_size 64)."""
+        return self.payload_bytes + self.index_bytes
+
+    @property
+    def exact_page_bytes(self) -> int:
+        """Keys and values of one page kept exact: the sink page of INT4 caches, and the tail of every cache."""
+        return 2 * self.page_size * self.head_dim * self.exact_itemsize
+
+    @property
+    def sink_pages(self) -> int:
+        """How many leading pages a retrieval head keeps exact outside the pools: one with INT4, none otherwise."""
+        return 1 if self.quantized else 0
+
+    def closed_pages(self, seq_len: int) -> int:
+        """Pages of a head that have left the tail at `seq_len` tokens, the sink page counted in.
+
+        The tail is flushed when the next token needs its room, so a full page may still stand in it.
+        """
+        return max(0, -(-seq_len // self.page_size) - 1)
+
+    def pooled_pages(self, seq_len: int) -> int:
+        """Pages of a head that stand in a pool at `seq_len` tokens: closed pages less the sink page."""
+        return max(0, self.closed_pages(seq_len) - self.sink_pages)
