@@ -1,0 +1,209 @@
+"""Head maps: one score per (layer, KV head), and its deterministic split into retrieval and streaming heads.
+
+On disk a head map is a folder in the format of DuoAttention (arXiv 2410.10819): `full_attention_heads.tsv`, floats
+separated by tabs, a row per layer and a column per KV head, and `config.json`, of which only `sink_size` and
+`recent_size` are read. A score of 1 says that the head needs all tokens, 0 that sinks and a recent window will do.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from longrun.errors import HeadMapError
+from longrun.patterns.head_map_folder import CONFIG_FILE, SCORES_FILE, read_scores, read_window, write_folder
+from longrun.patterns.head_split import (
+    DEFAULT_RECENT_SIZE,
+    DEFAULT_SINK_SIZE,
+    HeadSplit,
+    check_rows,
+    check_window,
+    count_for_ratio,
+    spread_retrieval_heads,
+)
+
+__all__ = ["DEFAULT_RECENT_SIZE", "DEFAULT_SINK_SIZE", "HeadMap", "HeadSplit", "spread_retrieval_heads"]
+
+DEFAULT_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """Scores of the KV heads, and the window with which they were measured.
+
+    Attributes:
+        scores: [num_layers][num_kv_heads], each in [0, 1].
+        sink_size, recent_size: tokens a streaming head keeps: positions < sink_size and the last recent_size.
+        notes: what was mended or assumed while loading; meant to be shown.
+
+    Raises:
+        HeadMapError: no layer or head, rows of different lengths, a score that is not in [0, 1] (`from_scores`
+            clips), sink_size < 0 or recent_size < 1.
+    """
+
+    scores: tuple[tuple[float, ...], ...]
+    sink_size: int = DEFAULT_SINK_SIZE
+    recent_size: int = DEFAULT_RECENT_SIZE
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_rows(self.scores, "head map")
+        check_window(self.sink_size, self.recent_size, "head map")
+        for layer, row in enumerate(self.scores):
+            for head, score in enumerate(row):
+                if not 0.0 <= score <= 1.0:
+                    raise HeadMapError(
+                        f"head map: the score of layer {layer}, KV head {head} is {score}: scores must lie in [0, 1]"
+                    )
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Sequence[Sequence[float]],
+        sink_size: int = DEFAULT_SINK_SIZE,
+        recent_size: int = DEFAULT_RECENT_SIZE,
+        notes: Sequence[str] = (),
+        source: str = "head map",
+    ) -> HeadMap:
+        """A map from raw scores ([num_layers][num_kv_heads]): clipped to [0, 1], with a note where that changed one.
+
+        Raises:
+            HeadMapError: empty or ragged rows, NaN or infinity (row and column named, counted from 1), a bad window.
+        """
+        rows = [[float(score) for score in row] for row in scores]
+        check_rows(rows, source)
+        for row_number, row in enumerate(rows, start=1):
+            for column, score in enumerate(row, start=1):
+                if not math.isfinite(score):
+                    raise HeadMapError(
+                        f"{source}: row {row_number}, column {column} (layer {row_number - 1}, KV head {column - 1}) "
+                        f"is {score}: every score must be a finite number"
+                    )
+        notes = list(notes)
+        flat = [score for row in rows for score in row]
+        for count, what in ((sum(s < 0 for s in flat), "below 0"), (sum(s > 1 for s in flat), "above 1")):
+            if count:
+                notes.append(f"clipped {count} score{'s' if count > 1 else ''} {what}")
+        clipped = tuple(tuple(min(max(score, 0.0), 1.0) for score in row) for row in rows)
+        return cls(clipped, sink_size, recent_size, tuple(notes))
+
+    @classmethod
+    def full(cls, num_layers: int, num_kv_heads: int) -> HeadMap:
+        """Every head needs all tokens: full attention."""
+        return cls(((1.0,) * num_kv_heads,) * num_layers)
+
+    @classmethod
+    def uniform(
+        cls,
+        num_layers: int,
+        num_kv_heads: int,
+        retrieval_ratio: float,
+        sink_size: int = DEFAULT_SINK_SIZE,
+        recent_size: int = DEFAULT_RECENT_SIZE,
+    ) -> HeadMap:
+        """Scores 1 for the first heads of each layer and 0 for the others, spread evenly over the layers."""
+        counts = spread_retrieval_heads(num_layers, num_kv_heads, retrieval_ratio)
+        scores = tuple((1.0,) * count + (0.0,) * (num_kv_heads - count) for count in counts)
+        return cls(scores, sink_size, recent_size)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> HeadMap:
+        """Read a head map folder.
+
+        A missing `config.json`, or one without a size, gives 64 sinks and a window of 256, with a note.
+
+        Raises:
+            HeadMapError: a missing folder or file, ragged rows, something that is not a finite number (file, row and
+                column named), or an impossible sink_size or recent_size.
+        """
+        folder = Path(folder)
+        rows = read_scores(folder)
+        return cls.from_scores(rows, *read_window(folder), source=str(folder / SCORES_FILE))
+
+    def save(self, folder: str | Path, force: bool = False) -> None:
+        """Write the map so that `load` gives the very same scores back.
+
+        The folder appears complete or not at all. Saving the map that is already there changes nothing; files that
+        are not part of a head map are kept.
+
+        Raises:
+            HeadMapError: the folder holds another map and `force` is false, it holds the `config.json` of something
+                else, or it cannot be written.
+        """
+        folder = Path(folder)
+        target = Path(os.path.realpath(folder))
+        if target.exists() and not target.is_dir():
+            raise HeadMapError(f"head map {folder} is a file: give a folder to save to")
+        if (target / CONFIG_FILE).exists() and not (target / SCORES_FILE).exists():
+            raise HeadMapError(f"{folder} holds a {CONFIG_FILE} that is not a head map's: save to a folder of its own")
+        if (target / SCORES_FILE).exists():
+            if self._same_as_saved(target):
+                return
+            if not force:
+                raise HeadMapError(f"{folder} holds another head map: save to a new folder, or overwrite with force")
+        try:
+            write_folder(target, self.scores, self.sink_size, self.recent_size)
+        except OSError as error:
+            raise HeadMapError(f"head map cannot be saved to {folder}: {error.strerror or error}") from error
+
+    def check_shape(self, num_layers: int, num_kv_heads: int, source: str = "head map") -> None:
+        """Raise HeadMapError unless the map has the model's [num_layers][num_kv_heads]."""
+        if (self.num_layers, self.num_kv_heads) != (num_layers, num_kv_heads):
+            raise HeadMapError(
+                f"{source} has {self.num_layers} layers of {self.num_kv_heads} KV heads, but the model has "
+                f"{num_layers} of {num_kv_heads}: give a head map made for this model"
+            )
+
+    def with_window(self, sink_size: int | None = None, recent_size: int | None = None) -> HeadMap:
+        """The same scores with another window; None keeps the map's own value."""
+        return replace(
+            self,
+            sink_size=self.sink_size if sink_size is None else sink_size,
+            recent_size=self.recent_size if recent_size is None else recent_size,
+        )
+
+    def split(self, retrieval_ratio: float | None = None, threshold: float | None = None) -> HeadSplit:
+        """Retrieval and streaming heads, always the same for the same map and arguments.
+
+        Args:
+            retrieval_ratio: keep the `round(retrieval_ratio * total)` heads with the highest scores over all layers;
+                ties go to the lower (layer, head).
+            threshold: keep every head with a score of at least this. With neither argument it is 0.5.
+
+        Raises:
+            HeadMapError: both arguments given, or one outside [0, 1].
+        """
+        if retrieval_ratio is not None and threshold is not None:
+            raise HeadMapError(
+                f"a head map is split by retrieval ratio ({retrieval_ratio}) or by threshold ({threshold}): give one"
+            )
+        if retrieval_ratio is not None:
+            order = [(-score, layer, head) for layer, row in enumerate(self.scores) for head, score in enumerate(row)]
+            kept = {(layer, head) for _, layer, head in sorted(order)[: count_for_ratio(retrieval_ratio, len(order))]}
+            bits = tuple(
+                tuple((layer, head) in kept for head in range(self.num_kv_heads)) for layer in range(self.num_layers)
+            )
+        else:
+            threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+            if not 0.0 <= threshold <= 1.0:
+                raise HeadMapError(f"threshold {threshold} is outside [0, 1]: scores lie in that range")
+            bits = tuple(tuple(score >= threshold for score in row) for row in self.scores)
+        return HeadSplit(bits, self.sink_size, self.recent_size)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.scores)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return len(self.scores[0])
+
+    def _same_as_saved(self, folder: Path) -> bool:
+        try:
+            saved = HeadMap.load(folder)
+        except HeadMapError:
+            return False
+        return replace(saved, notes=()) == replace(self, notes=()) and not saved.notes

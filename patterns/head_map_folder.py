@@ -1,0 +1,120 @@
+"""The files of a head map: DuoAttention's folder, read with every fault named and written all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from longrun.errors import HeadMapError
+from longrun.patterns.head_split import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, check_window
+
+SCORES_FILE = "full_attention_heads.tsv"
+CONFIG_FILE = "config.json"
+
+
+def read_scores(folder: Path) -> list[list[float]]:
+    """Scores of `full_attention_heads.tsv` as they stand there, not yet checked for shape or range.
+
+    Raises:
+        HeadMapError: a missing folder or file, or a cell that is not a number (row and column named, from 1).
+    """
+    if not folder.is_dir():
+        raise HeadMapError(f"head map {folder} is not a folder: give a folder that holds {SCORES_FILE}")
+    path = folder / SCORES_FILE
+    rows = []
+    for row_number, line in enumerate(_read_text(path).rstrip().splitlines(), start=1):
+        cells = line.rstrip().split("\t")
+        rows.append([_number(cell, path, row_number, column) for column, cell in enumerate(cells, start=1)])
+    return rows
+
+
+def write_folder(target: Path, scores: Sequence[Sequence[float]], sink_size: int, recent_size: int) -> None:
+    """Write both files into a fresh folder beside `target` and let it take the name `target`.
+
+    Other files of an existing `target` are carried over.
+
+    Raises:
+        OSError: `target` could not be written; what was there before is there still.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        fresh.mkdir()
+        if target.exists():
+            shutil.copytree(target, fresh, symlinks=True, dirs_exist_ok=True)
+        _write_synced(fresh / SCORES_FILE, "".join("\t".join(map(repr, row)) + "\n" for row in scores))
+        window = {"sink_size": sink_size, "recent_size": recent_size}
+        _write_synced(fresh / CONFIG_FILE, json.dumps(window, indent=2) + "\n")
+        if target.exists():
+            target.rename(old)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise HeadMapError(
+            f"head map {path.parent} has no {path.name}: give a folder in DuoAttention's format"
+        ) from None
+    except UnicodeDecodeError:
+        raise HeadMapError(f"{path} is not a text file: it must hold UTF-8 text") from None
+    except OSError as error:
+        raise HeadMapError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _number(cell: str, path: Path, row_number: int, column: int) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        raise HeadMapError(
+            f"{path}: row {row_number}, column {column} is {cell!r}, not a number: rows are floats separated by tabs"
+        ) from None
+
+
+def read_window(folder: Path) -> tuple[int, int, list[str]]:
+    """(sink_size, recent_size, notes) of `config.json`; what is absent or null is assumed, with a note.
+
+    Raises:
+        HeadMapError: not a JSON object, or an impossible size.
+    """
+    path = folder / CONFIG_FILE
+    defaults = {"sink_size": DEFAULT_SINK_SIZE, "recent_size": DEFAULT_RECENT_SIZE}
+    if not path.exists():
+        return (
+            *defaults.values(),
+            [f"no {CONFIG_FILE}: assumed sink_size {DEFAULT_SINK_SIZE} and recent_size {DEFAULT_RECENT_SIZE}"],
+        )
+    try:
+        data = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise HeadMapError(f"{path} is not valid JSON: line {error.lineno}: {error.msg}") from None
+    if not isinstance(data, dict):
+        raise HeadMapError(f"{path} holds no JSON object: it needs sink_size and recent_size")
+    window, notes = {}, []
+    for name, default in defaults.items():
+        window[name] = data.get(name)
+        if window[name] is None:
+            window[name] = default
+            notes.append(f"no {name} in {CONFIG_FILE}: assumed {default}")
+    check_window(window["sink_size"], window["recent_size"], str(path))
+    return window["sink_size"], window["recent_size"], notes
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
