@@ -1,0 +1,46 @@
+"""What the decoder and attention say to each other: one `Step` a forward pass, one `run` a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass
+class Step:
+    """One forward pass over `num_tokens` consecutive tokens of the one sequence.
+
+    Attributes:
+        start: position of the first token.
+        num_tokens: T, the number of tokens.
+        cos, sin: [T, head_dim] float32 on the compute device, made once a step by the rotary table.
+    """
+
+    start: int
+    num_tokens: int
+    cos: Tensor
+    sin: Tensor
+
+
+class Attention(Protocol):
+    """Attention over everything seen so far; owns the cache."""
+
+    def run(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """Append `k`, `v` to the cache of layer `layer_idx` and attend.
+
+        Heads come in the permuted order of the layer: retrieval KV heads first, then streaming heads; the query heads
+        of a group stand together in the order of their KV heads.
+
+        Args:
+            layer_idx: layer, from 0.
+            q: [T, num_qo_heads, head_dim], after RoPE, compute dtype.
+            k, v: [T, num_kv_heads, head_dim], k after RoPE. q, k and v may be strided views of one buffer that the
+                next layer overwrites: whatever is kept must be copied.
+            step: the forward pass they belong to.
+
+        Returns:
+            [T, num_qo_heads, head_dim], compute dtype, heads in the order of `q`.
+        """
+        ...
