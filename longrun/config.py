@@ -1,0 +1,324 @@
+"""Shape of a model, read from a checkpoint's config.json alone: no torch, no transformers.
+
+Field names and defaults are those of the published configuration classes of each family; tests compare this
+translation with transformers' own classes, field by field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from longrun.errors import CheckpointError, ConfigError
+
+SUPPORTED_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+# What a family's config.json means where it leaves a key out.
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "max_position_embeddings": 2048,
+        "sliding_window": None,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": None,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": None,
+        "max_position_embeddings": 32768,
+        "sliding_window": None,
+    },
+    "qwen3": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "sliding_window": None,
+    },
+}
+_COMMON_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
+
+
+class WeightSpec(NamedTuple):
+    """One tensor that a checkpoint must hold: `kind` is embedding, linear, norm, bias or lm_head."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and options of one decoder of the Llama family.
+
+    Attributes:
+        architecture: one of `SUPPORTED_ARCHITECTURES`.
+        model_type: llama, mistral, qwen2 or qwen3.
+        rope_type: one of `SUPPORTED_ROPE_TYPES`.
+        qkv_bias, out_bias, mlp_bias: whether these linear layers carry a bias.
+        qk_norm: RMS norm of each query and key head over head_dim, before RoPE (Qwen3).
+        sliding_window: the checkpoint's own attention window in tokens, None where it is absent or switched off.
+    """
+
+    architecture: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_window: int | None
+    rope_type: str = "default"
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_qo_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads (or all value heads) together."""
+        return self.num_kv_heads * self.head_dim
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> ModelConfig:
+        """Config of the checkpoint in folder `path`.
+
+        Raises:
+            CheckpointError: no such folder, no config.json in it, or one that is not a JSON object; an architecture
+                that is not supported.
+            ConfigError: a value that is missing, of the wrong type, impossible, or asks for what is not supported.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise CheckpointError(f"model folder {folder} {what}: give a folder with config.json and *.safetensors")
+        file = folder / "config.json"
+        if not file.is_file():
+            raise CheckpointError(f"model folder {folder} holds no config.json: give a Hugging Face checkpoint folder")
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{file} cannot be read as JSON ({error}): fetch the checkpoint again") from error
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{file} holds no JSON object: fetch the checkpoint again")
+        return cls.from_dict(data, str(file))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], source: str) -> ModelConfig:
+        """Config from the content of a config.json; `source` names it in errors. Raises as `from_dir`."""
+        architecture = _architecture(data, source)
+        model_type = SUPPORTED_ARCHITECTURES[architecture]
+        values = _Values({**_COMMON_DEFAULTS, **_FAMILY_DEFAULTS[model_type], **data}, source)
+        _refuse_unsupported(values, model_type)
+
+        hidden_size = values.count("hidden_size")
+        num_qo_heads = values.count("num_attention_heads")
+        num_kv_heads = values.count("num_key_value_heads", if_none=num_qo_heads)
+        head_dim = values.count("head_dim", if_none=hidden_size // num_qo_heads)
+        if num_qo_heads % num_kv_heads:
+            raise ConfigError(
+                f"{source}: num_attention_heads {num_qo_heads} is not a multiple of num_key_value_heads "
+                f"{num_kv_heads}, so query heads cannot be grouped: correct one of them"
+            )
+        if head_dim % 2:
+            raise ConfigError(f"{source}: head_dim {head_dim} is odd, and RoPE turns pairs of channels: correct it")
+        attention_bias = values.flag("attention_bias") if model_type in ("llama", "qwen3") else False
+        return cls(
+            architecture=architecture,
+            model_type=model_type,
+            num_layers=values.count("num_hidden_layers"),
+            hidden_size=hidden_size,
+            intermediate_size=values.count("intermediate_size"),
+            num_qo_heads=num_qo_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            vocab_size=values.count("vocab_size"),
+            rms_norm_eps=values.positive("rms_norm_eps"),
+            max_position_embeddings=values.count("max_position_embeddings"),
+            tie_word_embeddings=values.flag("tie_word_embeddings"),
+            qkv_bias=attention_bias or model_type == "qwen2",
+            out_bias=attention_bias,
+            mlp_bias=values.flag("mlp_bias") if model_type == "llama" else False,
+            qk_norm=model_type == "qwen3",
+            sliding_window=(
+                values.count("sliding_window")
+                if model_type == "mistral" and values.data["sliding_window"] is not None
+                else None
+            ),
+            rope_type=_rope_type(values),
+        )
+
+    def layer_weights(self, layer_idx: int) -> Iterator[WeightSpec]:
+        """The tensors of one layer, under their names in the checkpoint."""
+        prefix = f"model.layers.{layer_idx}."
+        hidden = self.hidden_size
+        linears = (
+            ("self_attn.q_proj", self.q_size, hidden, self.qkv_bias),
+            ("self_attn.k_proj", self.kv_size, hidden, self.qkv_bias),
+            ("self_attn.v_proj", self.kv_size, hidden, self.qkv_bias),
+            ("self_attn.o_proj", hidden, self.q_size, self.out_bias),
+            ("mlp.gate_proj", self.intermediate_size, hidden, self.mlp_bias),
+            ("mlp.up_proj", self.intermediate_size, hidden, self.mlp_bias),
+            ("mlp.down_proj", hidden, self.intermediate_size, self.mlp_bias),
+        )
+        for name, rows, columns, bias in linears:
+            yield WeightSpec(f"{prefix}{name}.weight", (rows, columns), "linear")
+            if bias:
+                yield WeightSpec(f"{prefix}{name}.bias", (rows,), "bias")
+        if self.qk_norm:
+            yield WeightSpec(f"{prefix}self_attn.q_norm.weight", (self.head_dim,), "norm")
+            yield WeightSpec(f"{prefix}self_attn.k_norm.weight", (self.head_dim,), "norm")
+        yield WeightSpec(f"{prefix}input_layernorm.weight", (hidden,), "norm")
+        yield WeightSpec(f"{prefix}post_attention_layernorm.weight", (hidden,), "norm")
+
+    def weights(self) -> Iterator[WeightSpec]:
+        """Every tensor that the checkpoint holds; lm_head.weight only where it is not tied to the embedding."""
+        yield WeightSpec("model.embed_tokens.weight", (self.vocab_size, self.hidden_size), "embedding")
+        for layer_idx in range(self.num_layers):
+            yield from self.layer_weights(layer_idx)
+        yield WeightSpec("model.norm.weight", (self.hidden_size,), "norm")
+        if not self.tie_word_embeddings:
+            yield WeightSpec("lm_head.weight", (self.vocab_size, self.hidden_size), "lm_head")
+
+
+class _Values:
+    """Typed reads from a config.json, with errors that name file, key and value."""
+
+    def __init__(self, data: dict[str, Any], source: str) -> None:
+        self.data = data
+        self.source = source
+
+    def fail(self, key: str, wanted: str) -> ConfigError:
+        return ConfigError(f"{self.source}: {key} is {self.data.get(key)!r}, and must be {wanted}")
+
+    def count(self, key: str, if_none: int | None = None) -> int:
+        value = self.data[key]
+        if value is None and if_none is not None:
+            return if_none
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.fail(key, "a whole number of at least 1")
+        return value
+
+    def positive(self, key: str) -> float:
+        value = self.data[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise self.fail(key, "a number above 0")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.data.get(key, False)
+        if not isinstance(value, bool):
+            raise self.fail(key, "true or false")
+        return value
+
+    def rope_dict(self, key: str) -> dict[str, Any]:
+        value = self.data.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.fail(key, "an object or null")
+        return value or {}
+
+
+def _architecture(data: dict[str, Any], source: str) -> str:
+    """The one supported architecture that config.json names, or that its model_type implies."""
+    names = data.get("architectures")
+    if names is None:
+        by_type = {model_type: name for name, model_type in SUPPORTED_ARCHITECTURES.items()}
+        names = [by_type.get(data.get("model_type"), f"model_type {data.get('model_type')!r}")]
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise CheckpointError(f"{source}: architectures is {names!r}, and must be a list of one name")
+    if names[0] not in SUPPORTED_ARCHITECTURES:
+        raise CheckpointError(
+            f"{source}: architecture {names[0]} is not supported: use a checkpoint of one of "
+            f"{', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    model_type = data.get("model_type", SUPPORTED_ARCHITECTURES[names[0]])
+    if model_type != SUPPORTED_ARCHITECTURES[names[0]]:
+        raise CheckpointError(
+            f"{source}: architecture {names[0]} and model_type {model_type!r} contradict each other: "
+            f"model_type must be {SUPPORTED_ARCHITECTURES[names[0]]!r}"
+        )
+    return names[0]
+
+
+def _refuse_unsupported(values: _Values, model_type: str) -> None:
+    """Options of the same architectures that would make another model than the decoder runs."""
+    data, source = values.data, values.source
+    if data.get("hidden_act") != "silu":
+        raise ConfigError(f"{source}: hidden_act {data.get('hidden_act')!r} is not supported: only silu is")
+    if data.get("quantization_config") is not None:
+        raise ConfigError(
+            f"{source}: quantization_config means weights that are already quantized, which is not supported: use the "
+            f"original checkpoint and ask for weight_format int8 or nf4"
+        )
+    if model_type in ("qwen2", "qwen3") and values.flag("use_sliding_window"):
+        raise ConfigError(f"{source}: use_sliding_window true is not supported: only full attention models are")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = values.rope_dict(key)
+        nested = [name for name, value in rope.items() if isinstance(value, dict)]
+        if nested:
+            raise ConfigError(f"{source}: {key} differs by layer type ({', '.join(nested)}), which is not supported")
+        if "mrope_section" in rope:
+            raise ConfigError(f"{source}: {key} has mrope_section of a multimodal model, which is not supported")
+    for factor in (data.get("partial_rotary_factor"), values.rope_dict("rope_parameters").get("partial_rotary_factor")):
+        if factor not in (None, 1, 1.0):
+            raise ConfigError(f"{source}: partial_rotary_factor {factor!r} is not supported: only 1.0 is")
+
+
+def _rope_type(values: _Values) -> str:
+    """RoPE type in either spelling; `rope_scaling` (old) wins over `rope_parameters` (new), as in transformers."""
+    rope = values.rope_dict("rope_scaling") or values.rope_dict("rope_parameters")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        raise ConfigError(
+            f"{values.source}: RoPE type {rope_type!r} is not supported: use a checkpoint with one of "
+            f"{', '.join(SUPPORTED_ROPE_TYPES)}"
+        )
+    return rope_type
