@@ -39,7 +39,7 @@ class PageFormat:
 
     Raises:
         ConfigError: unknown format name, a page size outside `PAGE_SIZES`, or a head_dim that is not a positive
-            multiple of 8.
+            multiple of 16.
     """
 
     name: str
@@ -51,8 +51,8 @@ class PageFormat:
             raise ConfigError(f"KV format {self.name!r} is unknown: use one of {', '.join(KV_FORMATS)}")
         if self.page_size not in PAGE_SIZES:
             raise ConfigError(f"page_size {self.page_size} is not supported: use one of {PAGE_SIZES}")
-        if self.head_dim <= 0 or self.head_dim % 8:
-            raise ConfigError(f"head_dim {self.head_dim} is not supported: it must be a positive multiple of 8")
+        if self.head_dim <= 0 or self.head_dim % 16:
+            raise ConfigError(f"head_dim {self.head_dim} is not supported: it must be a positive multiple of 16")
 
     @property
     def quantized(self) -> bool:

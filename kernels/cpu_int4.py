@@ -1,0 +1,131 @@
+"""The compiled CPU kernels of `cpu_int4.cpp`: built once per machine with the C++ compiler found there, called through
+ctypes on tensors' memory. Signatures are those of the torch references in `int4_pages`."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longrun.kernels.int4_pages import ExactRun, PageRun
+
+_SOURCE = Path(__file__).with_name("cpu_int4.cpp")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-std=c++17")
+_TIMEOUT_S = 120
+
+
+class KernelUnavailable(Exception):
+    """The compiled kernels cannot be had on this machine; the message says why."""
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _build(cache_dir: Path) -> Path:
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise KernelUnavailable("no C++ compiler found (g++, clang++ or $CXX)")
+    key = hashlib.sha256("\0".join((_SOURCE.read_text(), compiler, *_FLAGS, _cpu_name())).encode()).hexdigest()[:16]
+    library = cache_dir / f"cpu_int4-{key}.so"
+    if library.exists():
+        return library
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
+            built = Path(scratch) / "kernel.so"
+            command = [compiler, *_FLAGS, "-o", str(built), str(_SOURCE)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+            if done.returncode:
+                raise KernelUnavailable(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
+            os.replace(built, library)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelUnavailable(f"building with {compiler} failed: {error}") from error
+    return library
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _int(value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(value)
+
+
+def _check_run(run: PageRun) -> None:
+    assert run.fmt.quantized and run.index is not None
+    assert run.storage.dtype == torch.uint8 and run.storage.is_contiguous()
+    assert run.table.dtype == torch.int32 and run.table.stride(1) == 1
+    assert run.index.dtype == torch.float16 and run.index[0].is_contiguous()
+
+
+class CpuInt4Kernels:
+    """INT4 decode attention and page dequantization on the CPU, as fast as the nibbles can be unpacked.
+
+    Raises:
+        KernelUnavailable: no compiler, or the build failed.
+    """
+
+    def __init__(self, cache_dir: Path) -> None:
+        # torch is imported by now, so the library binds to the OpenMP runtime that torch loaded: one thread pool
+        self._lib = ctypes.CDLL(str(_build(cache_dir)))
+
+    def decode_attention(self, q: Tensor, pages: PageRun | None, exact: tuple[ExactRun, ...]) -> tuple[Tensor, Tensor]:
+        """See `int4_pages.decode_attention`; q float32, contiguous."""
+        heads, group, dim = q.shape
+        assert q.dtype == torch.float32 and q.is_contiguous() and len(exact) <= 2
+        out, lse = torch.empty_like(q), q.new_empty(heads, group)
+        if pages is not None and pages.count:
+            _check_run(pages)
+            table, index, storage = pages.table[:, pages.first :], pages.index[:, pages.first :], pages.storage
+            page_size, count, payload = pages.fmt.page_size, pages.count, pages.fmt.payload_bytes
+            pool = ctypes.c_void_p(storage.data_ptr() - pages.slot_offset * payload)
+            page_args = (
+                pool, _int(payload), _address(table), _int(table.stride(0)),
+                _address(index), _int(index.stride(0)), _int(count),
+            )  # fmt: skip
+        else:
+            page_size = 64
+            page_args = (None, _int(0), None, _int(0), None, _int(0), _int(0))
+        exact_args: list[ctypes.c_void_p | ctypes.c_int64 | None] = []
+        itemsize = 4
+        for run in (*exact, None, None)[:2]:
+            if run is None:
+                exact_args += [None, None, _int(0), _int(0)]
+                continue
+            assert run.k.stride() == run.v.stride() and run.k.stride(2) == 1 and run.k.stride(1) == dim
+            itemsize = run.k.element_size()
+            assert run.k.dtype in (torch.bfloat16, torch.float32)
+            exact_args += [_address(run.k), _address(run.v), _int(run.k.stride(0)), _int(run.num_tokens)]
+        self._lib.longrun_decode(
+            _address(q), _address(out), _address(lse), _int(heads), _int(group), _int(dim), _int(page_size),
+            *page_args, *exact_args, _int(itemsize), _int(torch.get_num_threads()),
+        )  # fmt: skip
+        return out, lse
+
+    def dequantize_run(self, run: PageRun, k_out: Tensor, v_out: Tensor) -> None:
+        """See `int4_pages.dequantize_run`; outputs float32 or bfloat16, each head's rows contiguous."""
+        _check_run(run)
+        assert k_out.stride() == v_out.stride() and k_out.stride(2) == 1 and k_out.stride(1) == run.fmt.head_dim
+        assert k_out.dtype == v_out.dtype and k_out.dtype in (torch.float32, torch.bfloat16)
+        assert k_out.shape == (run.table.shape[0], run.count * run.fmt.page_size, run.fmt.head_dim)
+        self._lib.longrun_dequantize(
+            _address(k_out), _address(v_out), _int(k_out.stride(0)), _int(k_out.element_size()),
+            _int(k_out.shape[0]), _int(run.fmt.head_dim), _int(run.fmt.page_size),
+            ctypes.c_void_p(run.storage.data_ptr() - run.slot_offset * run.fmt.payload_bytes),
+            _int(run.fmt.payload_bytes), _address(run.table), _int(run.table.stride(0)),
+            _address(run.index), _int(run.index.stride(0)), _int(run.first), _int(run.count),
+            _int(torch.get_num_threads()),
+        )  # fmt: skip

@@ -1,0 +1,49 @@
+"""Dense attention that returns its log-sum-exp, and the merge of partial results."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention by the platform's fused kernel.
+
+    Args:
+        q: [num_heads, q_len, head_dim]; k, v: [num_heads, kv_len, head_dim], the same dtype.
+        causal: query i sees keys <= i (q_len == kv_len), else every key.
+
+    Returns:
+        out: [num_heads, q_len, head_dim], dtype of q; lse: float32 [num_heads, q_len], natural log-sum-exp.
+    """
+    assert not causal or q.shape[1] == k.shape[1]
+    if q.device.type != "cpu":
+        return reference_attention_with_lse(q, k, v, causal, softmax_scale)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q[None], k[None], v[None], 0.0, causal, scale=softmax_scale
+    )
+    return out[0], lse[0].float()
+
+
+def reference_attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attention_with_lse` spelled out: the whole score matrix, in float32."""
+    scores = (q.float() @ k.float().transpose(1, 2)) * softmax_scale
+    if causal:
+        future = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
+        scores.masked_fill_(future, float("-inf"))
+    lse = scores.logsumexp(dim=-1)
+    return (torch.exp(scores - lse[..., None]) @ v.float()).to(q.dtype), lse
+
+
+def merge_partial(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from the results over each (log-sum-exp merge).
+
+    Args:
+        out, other_out: [..., head_dim]; lse, other_lse: float32 [...]. `out` is overwritten.
+    """
+    total = torch.logaddexp(lse, other_lse)
+    out.mul_(torch.exp(lse - total)[..., None].to(out.dtype))
+    out.addcmul_(other_out, torch.exp(other_lse - total)[..., None].to(out.dtype))
+    return out, total

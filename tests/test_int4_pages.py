@@ -1,0 +1,153 @@
+"""Pages: the codec against plain quantization, the compiled CPU kernels against the torch references."""
+
+import pytest
+import torch
+
+from longrun.errors import ConfigError
+from longrun.kernels.cpu_int4 import CpuInt4Kernels
+from longrun.kernels.int4_pages import ExactRun, PageRun, decode_attention, dequantize_run
+from longrun.quant.kv_format import PageFormat
+from longrun.quant.page_codec import decode_pages, encode_pages
+
+
+def rms_ratio(actual, expected):
+    assert torch.isfinite(actual).all()
+    return ((actual - expected).double().pow(2).mean() / expected.double().pow(2).mean()).sqrt().item()
+
+
+@pytest.fixture(scope="module")
+def cpu_kernels(tmp_path_factory):
+    return CpuInt4Kernels(tmp_path_factory.mktemp("kernels"))
+
+
+def random_pages(heads, pages, fmt, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    scale = torch.rand(1, 1, 1, fmt.head_dim, generator=g) * 4  # channels of unlike size, as keys have
+    k = torch.randn(heads, pages, fmt.page_size, fmt.head_dim, generator=g) * scale + scale.flip(-1)
+    v = torch.randn(heads, pages, fmt.page_size, fmt.head_dim, generator=g)
+    return k, v
+
+
+def test_bytes_of_the_design():
+    fmt = PageFormat("int4", 64, 128)
+    assert (fmt.payload_bytes, fmt.index_bytes, fmt.page_bytes) == (4096 + 4096 + 256, 512, 8960)
+    assert 128 * fmt.page_bytes / 64 == 17920  # Llama-3-8B, half of its 256 KV heads kept
+    assert PageFormat("bf16", 64, 128).page_bytes == 2 * 64 * 128 * 2
+    assert PageFormat("fp32", 64, 128).page_bytes == 2 * 64 * 128 * 4
+
+
+@pytest.mark.parametrize("bad", [("int5", 64, 128), ("int4", 63, 128), ("int4", 64, 72), ("int4", 64, 0)])
+def test_bad_formats_are_refused(bad):
+    with pytest.raises(ConfigError, match=str(bad[1]) if bad[1] == 63 else str(bad[2]) if bad[0] == "int4" else bad[0]):
+        PageFormat(*bad)
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+def test_codec_error_is_half_a_step_and_bounds_hold(page_size, head_dim):
+    fmt = PageFormat("int4", page_size, head_dim)
+    k, v = random_pages(2, 3, fmt)
+    payload, index = encode_pages(k, v, fmt)
+    assert payload.shape == (2, 3, fmt.payload_bytes) and payload.dtype == torch.uint8
+    assert index.nbytes == 6 * fmt.index_bytes
+    dk, dv = decode_pages(payload, index, fmt)
+    k_step = (k.amax(2, keepdim=True) - k.amin(2, keepdim=True)) / 15
+    v_step = (v.amax(3, keepdim=True) - v.amin(3, keepdim=True)) / 15
+    assert ((dk - k).abs() <= 0.51 * k_step + 2e-3 * k.abs().amax()).all()
+    assert ((dv - v).abs() <= 0.51 * v_step + 2e-3 * v.abs().amax()).all()
+    low = index[:, :, 1].float()
+    high = low + 15 * index[:, :, 0].float()
+    assert (dk.amin(2) >= low).all() and (dk.amax(2) <= high).all()  # the index bounds every channel
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+def test_exact_formats_round_trip(name):
+    fmt = PageFormat(name, 32, 48)
+    k, v = (x.bfloat16().float() for x in random_pages(2, 3, fmt))
+    payload, index = encode_pages(k, v, fmt)
+    assert index is None and payload.shape[-1] == fmt.payload_bytes
+    dk, dv = decode_pages(payload, index, fmt)
+    assert torch.equal(dk, k) and torch.equal(dv, v)
+
+
+def test_constant_page_survives():
+    fmt = PageFormat("int4", 16, 16)
+    k = torch.full((1, 1, 16, 16), 0.375)
+    dk, dv = decode_pages(*encode_pages(k, -k, fmt), fmt)
+    assert torch.equal(dk, k) and torch.equal(dv, -k)
+
+
+def scattered_run(heads, pages, fmt, seed=0, first=0, extra_slots=5):
+    """Pages at random slots of a pool whose other slots are garbage."""
+    k, v = random_pages(heads, pages, fmt, seed)
+    payload, index = encode_pages(k, v, fmt)
+    g = torch.Generator().manual_seed(seed + 1)
+    slots = torch.randperm(heads * pages + extra_slots, generator=g)
+    storage = torch.randint(0, 256, (len(slots), fmt.payload_bytes), dtype=torch.uint8, generator=g)
+    table = slots[: heads * pages].view(heads, pages).int()
+    storage[table.long()] = payload
+    return PageRun(storage, table, index, first, pages - first, fmt)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize(("heads", "pages", "first"), [(1, 1, 0), (3, 11, 4), (2, 37, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_dequantize(cpu_kernels, head_dim, heads, pages, first, dtype):
+    fmt = PageFormat("int4", 64, head_dim)
+    run = scattered_run(heads, pages, fmt, first=first)
+    shape = (heads, run.count * 64, head_dim)
+    expected = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    dequantize_run(run, *expected)
+    wide = torch.full((2, heads, run.count * 64 + 3, head_dim), float("nan"), dtype=dtype)  # poisoned, strided
+    out_k, out_v = wide[0, :, : shape[1]], wide[1, :, : shape[1]]
+    cpu_kernels.dequantize_run(run, out_k, out_v)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-3  # a fused multiply-add may round the other way
+    assert rms_ratio(out_k.float(), expected[0].float()) < tolerance
+    assert rms_ratio(out_v.float(), expected[1].float()) < tolerance
+    assert wide[:, :, shape[1] :].isnan().all()
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 12])
+@pytest.mark.parametrize(("head_dim", "page_size"), [(16, 16), (64, 64), (80, 32), (128, 64), (128, 128)])
+@pytest.mark.parametrize("pages", [0, 1, 45])
+def test_compiled_decode(cpu_kernels, group, head_dim, page_size, pages):
+    heads, fmt = 3, PageFormat("int4", page_size, head_dim)
+    g = torch.Generator().manual_seed(group)
+    q = torch.randn(heads, group, head_dim, generator=g) * 0.3
+    run = scattered_run(heads, pages, fmt, seed=group) if pages else None
+    sink = ExactRun(*torch.randn(2, heads, page_size, head_dim, generator=g).bfloat16(), page_size)
+    tail = ExactRun(*torch.randn(2, heads, page_size, head_dim, generator=g).bfloat16(), page_size - 3)
+    for exact in ((sink, tail), (tail,), ()):
+        if not exact and run is None:
+            continue
+        expected, expected_lse = decode_attention(q, run, exact)
+        out, lse = cpu_kernels.decode_attention(q, run, exact)
+        assert rms_ratio(out, expected) < 1e-5
+        assert torch.allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_decode_over_exact_float32(cpu_kernels):
+    g = torch.Generator().manual_seed(3)
+    q = torch.randn(2, 3, 64, generator=g)
+    ring = ExactRun(*torch.randn(2, 2, 321, 64, generator=g), 123)
+    expected, expected_lse = decode_attention(q, None, (ring,))
+    out, lse = cpu_kernels.decode_attention(q, None, (ring,))
+    assert rms_ratio(out, expected) < 1e-5 and torch.allclose(lse, expected_lse, rtol=1e-5)
+
+
+def test_large_scores_do_not_overflow(cpu_kernels):
+    fmt = PageFormat("int4", 64, 64)
+    run = scattered_run(1, 3, fmt)
+    q = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(1)) * 100
+    expected, expected_lse = decode_attention(q, run, ())
+    out, lse = cpu_kernels.decode_attention(q, run, ())
+    assert rms_ratio(out, expected) < 1e-4 and torch.allclose(lse, expected_lse, rtol=1e-5)
+
+
+def test_slot_offset(cpu_kernels):
+    fmt = PageFormat("int4", 64, 64)
+    run = scattered_run(2, 9, fmt)
+    moved = PageRun(run.storage, run.table + 1000, run.index, 0, 9, fmt, slot_offset=1000)
+    q = torch.randn(2, 2, 64)
+    for read in (decode_attention, cpu_kernels.decode_attention):
+        assert torch.equal(read(q, run, ())[0], read(q, moved, ())[0])
