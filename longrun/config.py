@@ -300,6 +300,9 @@ def _refuse_unsupported(values: _Values, model_type: str) -> None:
         )
     if model_type in ("qwen2", "qwen3") and values.flag("use_sliding_window"):
         raise ConfigError(f"{source}: use_sliding_window true is not supported: only full attention models are")
+    layer_types = data.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise ConfigError(f"{source}: layer_types other than full_attention are not supported: {layer_types!r}")
     for key in ("rope_parameters", "rope_scaling"):
         rope = values.rope_dict(key)
         nested = [name for name, value in rope.items() if isinstance(value, dict)]
@@ -307,9 +310,11 @@ def _refuse_unsupported(values: _Values, model_type: str) -> None:
             raise ConfigError(f"{source}: {key} differs by layer type ({', '.join(nested)}), which is not supported")
         if "mrope_section" in rope:
             raise ConfigError(f"{source}: {key} has mrope_section of a multimodal model, which is not supported")
-    for factor in (data.get("partial_rotary_factor"), values.rope_dict("rope_parameters").get("partial_rotary_factor")):
-        if factor not in (None, 1, 1.0):
-            raise ConfigError(f"{source}: partial_rotary_factor {factor!r} is not supported: only 1.0 is")
+    for place in (data, values.rope_dict("rope_parameters"), values.rope_dict("rope_scaling")):
+        if place.get("partial_rotary_factor") not in (None, 1, 1.0):
+            raise ConfigError(
+                f"{source}: partial_rotary_factor {place['partial_rotary_factor']!r} is not supported: only 1.0 is"
+            )
 
 
 def _rope_type(values: _Values) -> str:

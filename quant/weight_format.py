@@ -1,0 +1,59 @@
+"""Weight formats of linear layers and their bytes: plain arithmetic, no torch.
+
+* `fp32`, `bf16`: the weight as it is.
+* `int8`: weight-only, symmetric, one float32 scale an output row (`weight = scale / 127 * int8`).
+* `nf4`: 4-bit NormalFloat of QLoRA (arXiv 2305.14314), two values a byte, one float32 maximum for every 64 values in
+  row-major order, as bitsandbytes stores it.
+
+Biases stay in the compute dtype.
+"""
+
+from __future__ import annotations
+
+from longrun.errors import ConfigError
+
+WEIGHT_FORMATS = ("fp32", "bf16", "int8", "nf4")
+NF4_GROUP = 64
+_SCALE_ITEMSIZE = 4
+
+
+def check_weight_format(weight_format: str) -> None:
+    """Raise `ConfigError` for a name outside `WEIGHT_FORMATS`."""
+    if weight_format not in WEIGHT_FORMATS:
+        raise ConfigError(f"weight format {weight_format!r} is unknown: use one of {', '.join(WEIGHT_FORMATS)}")
+
+
+def compute_itemsize(weight_format: str, device_type: str) -> int:
+    """Bytes of an element of activations, embeddings and norms: 4 (float32) or 2 (bf16).
+
+    `fp32` and `bf16` compute in their own dtype everywhere; the quantized formats compute in bf16 on a GPU and in
+    float32 on a CPU, where it is the faster of the two.
+
+    Raises:
+        ConfigError: unknown weight format or device type.
+    """
+    check_weight_format(weight_format)
+    if device_type not in ("cpu", "cuda"):
+        raise ConfigError(f"device type {device_type!r} is not supported: use cpu or cuda")
+    if weight_format == "fp32":
+        return 4
+    if weight_format == "bf16":
+        return 2
+    return 4 if device_type == "cpu" else 2
+
+
+def linear_bytes(out_features: int, in_features: int, weight_format: str, compute_itemsize: int, bias: bool) -> int:
+    """Bytes of one linear layer of weight [out_features, in_features], its scales and bias included.
+
+    Raises:
+        ConfigError: unknown weight format.
+    """
+    check_weight_format(weight_format)
+    count = out_features * in_features
+    if weight_format == "int8":
+        weight = count + _SCALE_ITEMSIZE * out_features
+    elif weight_format == "nf4":
+        weight = -(-count // 2) + _SCALE_ITEMSIZE * -(-count // NF4_GROUP)
+    else:
+        weight = count * (4 if weight_format == "fp32" else 2)
+    return weight + (compute_itemsize * out_features if bias else 0)
