@@ -1,0 +1,172 @@
+"""Attention in torch over the dual cache, exact to docs/architecture.md's semantics at every chunk size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from longrun.attention.interface import Step
+from longrun.attention.spec import AttentionSpec
+from longrun.cache.dual import DualCache
+from longrun.cache.pages import PagedHeads
+from longrun.cache.ring import Ring
+from longrun.kernels.banded_attention import BandPlan, banded_attention, plan_band
+from longrun.kernels.cpu_int4 import CpuInt4Kernels
+from longrun.kernels.dense_attention import attention_with_lse, merge_partial
+from longrun.kernels.int4_pages import ExactRun, PageRun, dequantize_run
+from longrun.quant.page_codec import exact_dtype
+
+
+class TorchAttention:
+    """Reads and appends to one `DualCache`.
+
+    Keys and values are rounded to the cache's exact dtype before anything sees them, so that a chunk's own tokens
+    and cached ones are the same numbers; what remains between chunk sizes is rounding, and with INT4 pages the
+    quantization of those tokens that had left the chunk.
+
+    Args:
+        cache: the sequence's cache.
+        spec: scratch and shape; scratch is allocated here, once.
+        compute_dtype: dtype of q and of the result.
+        kernels: compiled CPU kernels for INT4 pages, or None for plain torch.
+    """
+
+    def __init__(
+        self, cache: DualCache, spec: AttentionSpec, compute_dtype: torch.dtype, kernels: CpuInt4Kernels | None
+    ) -> None:
+        self.cache, self.spec, self.kernels = cache, spec, kernels
+        self.softmax_scale = spec.head_dim**-0.5
+        self.group = spec.num_qo_heads // spec.num_kv_heads
+        self.exact = exact_dtype(cache.spec.page_format)
+        elements = spec.max_retrieval_heads * spec.scratch_tokens * spec.head_dim
+        self._scratch = torch.empty(2, elements, dtype=compute_dtype, device=cache.device).fill_(0)
+        self._band: BandPlan | None = None
+
+    def run(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """See `Attention.run`."""
+        k = k.transpose(0, 1).to(self.exact)
+        v = v.transpose(0, 1).to(self.exact)
+        if step.num_tokens == 1:
+            self.cache.append(layer_idx, k, v, step.start)
+            return self._decode(layer_idx, q, step.start + 1)
+        out = self._prefill(layer_idx, q, k.to(q.dtype), v.to(q.dtype), step)
+        self.cache.append(layer_idx, k, v, step.start)
+        return out
+
+    def _decode(self, layer_idx: int, q: Tensor, seq_len: int) -> Tensor:
+        pages, ring = self.cache.layers[layer_idx]
+        scaled = (q[0].float() * self.softmax_scale).view(-1, self.group, q.shape[2])
+        parts = []
+        if pages is not None:
+            parts.append(self._decode_pages(scaled[: pages.num_heads], pages, seq_len))
+        if ring is not None:
+            run = ExactRun(ring.k, ring.v, ring.num_valid(seq_len))
+            parts.append(self._decode_exact(scaled[scaled.shape[0] - ring.k.shape[0] :], run))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out.view(1, -1, q.shape[2]).to(q.dtype)
+
+    def _decode_exact(self, scaled: Tensor, run: ExactRun) -> Tensor:
+        if self.kernels is not None:
+            return self.kernels.decode_attention(scaled, None, (run,))[0]
+        k, v = (x[:, : run.num_tokens].float() for x in (run.k, run.v))
+        return torch.softmax(scaled @ k.transpose(1, 2), dim=-1) @ v
+
+    def _decode_pages(self, scaled: Tensor, pages: PagedHeads, seq_len: int) -> Tensor:
+        exact = tuple(run for run in (pages.sink_run(seq_len), pages.tail_run(seq_len)) if run.num_tokens)
+        if self.kernels is None or not pages.fmt.quantized:
+            out = lse = None
+            for k, v in self._past(pages, seq_len):
+                found = attention_with_lse(scaled.to(k.dtype), k, v, False, 1.0)
+                found = found[0].float(), found[1]
+                out, lse = found if out is None else merge_partial(out, lse, *found)
+            return out
+        out, lse = self.kernels.decode_attention(scaled, pages.device_run(), exact)
+        for first, count in pages.host_rounds(self.cache.fetch_buffer):
+            run = pages.fetch(first, count, self.cache.fetch_buffer)
+            out, lse = merge_partial(out, lse, *self.kernels.decode_attention(scaled, run, ()))
+        return out
+
+    def _prefill(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        pages, ring = self.cache.layers[layer_idx]
+        grouped = q.view(q.shape[0], -1, self.group, q.shape[2])  # [T, num_kv_heads, group, head_dim]
+        out = torch.empty_like(q).view(grouped.shape)
+        split = 0 if pages is None else pages.num_heads
+        if pages is not None:
+            found = self._prefill_pages(grouped[:, :split].permute(1, 2, 0, 3), k[:split], v[:split], pages, step)
+            out[:, :split] = found.permute(2, 0, 1, 3)
+        if ring is not None:
+            found = self._prefill_ring(grouped[:, split:].permute(1, 2, 0, 3), k[split:], v[split:], ring, step)
+            out[:, split:] = found.permute(2, 0, 1, 3)
+        return out.view(q.shape)
+
+    def _prefill_pages(self, q: Tensor, k: Tensor, v: Tensor, pages: PagedHeads, step: Step) -> Tensor:
+        heads, group, tokens, dim = q.shape
+        q = q.contiguous()
+        k, v = (x[:, None].expand(heads, group, tokens, dim).reshape(-1, tokens, dim) for x in (k, v))
+        out, lse = attention_with_lse(q.view(-1, tokens, dim), k, v, True, self.softmax_scale)
+        if step.start == 0:
+            return out.view(q.shape)
+        packed = (heads, group * tokens, dim)
+        out, lse = out.reshape(packed).float(), lse.reshape(packed[:2])
+        for past_k, past_v in self._past(pages, step.start):
+            found, found_lse = attention_with_lse(q.view(packed), past_k, past_v, False, self.softmax_scale)
+            out, lse = merge_partial(out, lse, found, found_lse)
+        return out.view(q.shape)
+
+    def _prefill_ring(self, q: Tensor, k: Tensor, v: Tensor, ring: Ring, step: Step) -> Tensor:
+        if self._band is None or (self._band.start, self._band.num_tokens) != (step.start, step.num_tokens):
+            size, recent = ring.sink_size, ring.recent_size
+            self._band = plan_band(step.start, step.num_tokens, size, recent, q.dtype, q.device)
+        plan, start = self._band, step.start
+        held = min(plan.num_sinks, start)
+        sinks = [x[:, :held].to(q.dtype) for x in (ring.k, ring.v)]
+        if held < plan.num_sinks:
+            new = slice(held - start, plan.num_sinks - start)
+            sinks = [torch.cat((old, x[:, new]), dim=1) for old, x in zip(sinks, (k, v), strict=True)]
+        if plan.window_start < start:
+            older = ring.window(plan.window_start, start)
+            window = [torch.cat((old.to(q.dtype), x), dim=1) for old, x in zip(older, (k, v), strict=True)]
+        else:
+            window = [x[:, plan.window_start - start :] for x in (k, v)]
+        return banded_attention(q, *sinks, *window, plan, self.softmax_scale)
+
+    def _past(self, pages: PagedHeads, seq_len: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of tokens [0, seq_len) of the retrieval heads, [num_heads, n, head_dim] compute dtype, in
+        as few pieces as the scratch allows; every page is dequantized once."""
+        shape = (2, pages.num_heads, -1, pages.fmt.head_dim)
+        room = self._scratch.shape[1] // (pages.num_heads * pages.fmt.head_dim)
+        buffer = self._scratch[:, : pages.num_heads * room * pages.fmt.head_dim].view(shape)
+        used, size = 0, pages.fmt.page_size
+        for run in self._past_runs(pages, seq_len):
+            done, total = 0, run.num_tokens if isinstance(run, ExactRun) else run.count * size
+            while done < total:
+                unit = 1 if isinstance(run, ExactRun) else size
+                take = min(total - done, (room - used) // unit * unit)
+                if take == 0:
+                    yield buffer[0, :, :used], buffer[1, :, :used]
+                    used = 0
+                    continue
+                k, v = buffer[:, :, used : used + take]
+                if isinstance(run, ExactRun):
+                    k.copy_(run.k[:, done : done + take])
+                    v.copy_(run.v[:, done : done + take])
+                else:
+                    self._dequantize(run.part(done // size, take // size), k, v)
+                used, done = used + take, done + take
+        if used:
+            yield buffer[0, :, :used], buffer[1, :, :used]
+
+    def _past_runs(self, pages: PagedHeads, seq_len: int) -> Iterator[PageRun | ExactRun]:
+        yield pages.sink_run(seq_len)
+        for first, count in pages.host_rounds(self.cache.fetch_buffer):
+            yield pages.fetch(first, count, self.cache.fetch_buffer)
+        yield pages.device_run()
+        yield pages.tail_run(seq_len)
+
+    def _dequantize(self, run: PageRun, k: Tensor, v: Tensor) -> None:
+        if self.kernels is not None and run.fmt.quantized:
+            self.kernels.dequantize_run(run, k, v)
+        else:
+            dequantize_run(run, k, v)
