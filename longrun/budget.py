@@ -1,0 +1,225 @@
+"""Budget files: how much memory a run may use and in which formats, as TOML with every fault named.
+
+    [memory]  gpu = "80 GB" (required), host = "100 GiB"
+    [weights] format = "nf4"
+    [kv]      format = "int4", retrieval_ratio = 0.5, sink_size = 128, recent_size = 256, page_size = 64
+    [prefill] chunk_size = 32768
+
+Everything but `[memory] gpu` may be left out; `Budget` says what it is then.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from longrun.errors import ConfigError, InputError
+from longrun.quant.kv_format import KV_FORMATS, PAGE_SIZES
+from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.units import parse_bytes
+
+_SECTIONS: dict[str, dict[str, str]] = {
+    "memory": {"gpu": "gpu_bytes", "host": "host_bytes"},
+    "weights": {"format": "weight_format"},
+    "kv": {
+        "format": "kv_format",
+        "retrieval_ratio": "retrieval_ratio",
+        "sink_size": "sink_size",
+        "recent_size": "recent_size",
+        "page_size": "page_size",
+    },
+    "prefill": {"chunk_size": "chunk_size"},
+}
+_FIELD_PLACES = {field: (section, key) for section, keys in _SECTIONS.items() for key, field in keys.items()}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may use.
+
+    Attributes:
+        gpu_bytes: memory of the compute device; on the CPU, main memory for weights, activations and device pool.
+        host_bytes: main memory for pages that the device pool does not hold. Default 0: no host pool.
+        weight_format: one of `WEIGHT_FORMATS`, or None for the device's own (fp32 on the CPU, bf16 on a GPU).
+        kv_format: one of `KV_FORMATS`. Default int4.
+        retrieval_ratio: share of the KV heads kept as retrieval heads where a head map is given, in (0, 1], or None
+            (default) for the heads that score at least 0.5.
+        sink_size, recent_size: window of the streaming heads in tokens, or None (default) for the head map's own.
+        page_size: tokens of a page, one of `PAGE_SIZES`. Default 64.
+        chunk_size: the most tokens of one prefill step. Default 1024.
+        source: file or name that error messages and the plan show.
+
+    Raises:
+        ConfigError: a value of the wrong type or an impossible one.
+    """
+
+    gpu_bytes: int
+    host_bytes: int = 0
+    weight_format: str | None = None
+    kv_format: str = "int4"
+    retrieval_ratio: float | None = None
+    sink_size: int | None = None
+    recent_size: int | None = None
+    page_size: int = 64
+    chunk_size: int = 1024
+    source: str = "budget"
+
+    def __post_init__(self) -> None:
+        self._check_whole("gpu_bytes", 1)
+        self._check_whole("host_bytes", 0)
+        self._check_name("kv_format", KV_FORMATS)
+        if self.weight_format is not None:
+            self._check_name("weight_format", WEIGHT_FORMATS)
+        if self.sink_size is not None:
+            self._check_whole("sink_size", 0)
+        if self.recent_size is not None:
+            self._check_whole("recent_size", 1)
+        self._check_whole("chunk_size", 1)
+        self._check_whole("page_size", 1)
+        if self.page_size not in PAGE_SIZES:
+            sizes = ", ".join(map(str, PAGE_SIZES))
+            nearest = min(PAGE_SIZES, key=lambda size: abs(size - self.page_size))
+            self._fail("page_size", f"is not supported: use one of {sizes} (nearest: {nearest})")
+        ratio = self.retrieval_ratio
+        if ratio is not None:
+            if not isinstance(ratio, int | float) or isinstance(ratio, bool):
+                self._fail("retrieval_ratio", "must be a number above 0 and at most 1, like 0.5")
+            if not math.isfinite(ratio) or not 0 < ratio <= 1:
+                self._fail("retrieval_ratio", "must lie above 0 and be at most 1: 0.5 keeps half the KV heads")
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Budget:
+        """The shipped budget of that name (see `shipped_budgets`), or a TOML file.
+
+        Raises:
+            InputError: neither a shipped name nor a file, or a file that cannot be read.
+            ConfigError: broken TOML, an unknown section or key, a wrong type, an impossible value.
+        """
+        text = str(name_or_path)
+        if text in shipped_budgets():
+            return cls.parse(resources.files("longrun.budgets").joinpath(f"{text}.toml").read_text("utf-8"), text)
+        path = Path(name_or_path)
+        if not path.is_file():
+            names = shipped_budgets()
+            raise InputError(
+                f"budget {text!r} is neither a file nor a shipped budget: use one of "
+                f"{', '.join(names)}{_hint(text, names)}, or the path of a TOML file"
+            )
+        try:
+            return cls.parse(path.read_text("utf-8"), text)
+        except OSError as error:
+            raise InputError(f"budget {text} cannot be read: {error.strerror or error}") from error
+        except UnicodeDecodeError:
+            raise InputError(f"budget {text} is not a text file: it must hold TOML in UTF-8") from None
+
+    @classmethod
+    def parse(cls, text: str, source: str = "budget") -> Budget:
+        """A budget from TOML text; `source` names it in messages. Raises ConfigError as `load` does."""
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            message = str(error).replace("at end of document", f"at line {len(text.splitlines())}, end of document")
+            raise ConfigError(f"{source} is not valid TOML: {message}") from None
+        fields: dict[str, Any] = {}
+        for section, keys in data.items():
+            known = _known_section(section, keys, source)
+            for key, value in keys.items():
+                if key not in known:
+                    raise ConfigError(f"{source}: [{section}] {key} is not a known key: {_where_to(key, section)}")
+                fields[known[key]] = value
+        for field in ("gpu_bytes", "host_bytes"):
+            if field in fields:
+                fields[field] = _bytes_of(fields[field], field, source)
+        if "gpu_bytes" not in fields:
+            raise ConfigError(f'{source}: [memory] gpu is missing: say how much memory there is, like gpu = "80 GB"')
+        return cls(**fields, source=source)
+
+    def override(self, **fields: Any) -> Budget:
+        """This budget with other values where they are not None: an option given by hand wins over the file.
+
+        Raises:
+            ConfigError: an impossible value; the message speaks of "options" and not of this budget's file.
+        """
+        given = {field: value for field, value in fields.items() if value is not None}
+        return replace(replace(self, **given, source="options"), source=self.source) if given else self
+
+    def _fail(self, field: str, why: str) -> None:
+        section, key = _FIELD_PLACES[field]
+        raise ConfigError(f"{self.source}: [{section}] {key} = {_toml(getattr(self, field))} {why}")
+
+    def _check_whole(self, field: str, least: int) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            self._fail(field, f"must be a whole number of at least {least}")
+
+    def _check_name(self, field: str, names: tuple[str, ...]) -> None:
+        value = getattr(self, field)
+        if value not in names:
+            self._fail(field, f"is not a known format: use one of {', '.join(names)}{_hint(str(value), names)}")
+
+
+def shipped_budgets() -> tuple[str, ...]:
+    """Names of the budgets that come with longrun, sorted."""
+    files = resources.files("longrun.budgets").iterdir()
+    return tuple(sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")))
+
+
+def _known_section(section: str, keys: Any, source: str) -> dict[str, str]:
+    if not isinstance(keys, dict):
+        if section in _SECTIONS:
+            raise ConfigError(
+                f"{source}: {section} = {_toml(keys)} is not a section: write [{section}] on a line of its own"
+            )
+        raise ConfigError(
+            f"{source}: {section} = {_toml(keys)} stands outside every section: {_where_to(section, None)}"
+        )
+    if section not in _SECTIONS:
+        raise ConfigError(
+            f"{source}: [{section}] is not a known section: use one of "
+            f"{', '.join(f'[{name}]' for name in _SECTIONS)}{_hint(section, _SECTIONS)}"
+        )
+    return _SECTIONS[section]
+
+
+def _where_to(key: str, section: str | None) -> str:
+    """What the writer of an unknown key probably meant: a near key of the section, else of another, else a list."""
+    if section is not None:
+        near = difflib.get_close_matches(key, _SECTIONS[section], n=1)
+        if near:
+            return f"did you mean {near[0]}?"
+    for other, keys in _SECTIONS.items():
+        near = difflib.get_close_matches(key, keys, n=1)
+        if near and other != section:
+            return f"did you mean {near[0]} under [{other}]?"
+    if section is not None:
+        return f"[{section}] has {', '.join(_SECTIONS[section])}"
+    return f"the sections are {', '.join(f'[{name}]' for name in _SECTIONS)}"
+
+
+def _hint(text: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(text, list(names), n=1)
+    return f" (nearest: {near[0]})" if near else ""
+
+
+def _bytes_of(value: Any, field: str, source: str) -> int:
+    section, key = _FIELD_PLACES[field]
+    what = f"{source}: [{section}] {key} ="
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise ConfigError(f'{what} {_toml(value)} is not a memory size: write it like "80 GB" or "100 GiB"')
+    try:
+        return parse_bytes(value, what)
+    except InputError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _toml(value: Any) -> str:
+    """A value as it stands in the file, near enough to be found there."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,225 @@
+"""Where every byte of a run goes for one context length: the planner's arithmetic, without torch.
+
+`place` never refuses: it states what the settings need and by how much that exceeds the memory. The bytes themselves
+are computed by the parts they belong to (`CacheSpec`, `AttentionSpec`, `longrun.model_bytes`); here they are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from longrun.attention.spec import DEFAULT_SCRATCH_TOKENS, AttentionSpec
+from longrun.cache.spec import CacheSpec
+from longrun.config import ModelConfig
+from longrun.model_bytes import activation_bytes, compute_itemsize, model_weight_bytes
+from longrun.patterns.head_map import HeadSplit
+from longrun.quant.kv_format import PageFormat
+
+DEFAULT_WEIGHT_FORMAT = {"cpu": "fp32", "cuda": "bf16"}
+
+# cpu: resident memory after importing torch, transformers (AutoConfig, AutoTokenizer, RoPE utilities), safetensors
+# and bitsandbytes and one matrix product, torch 2.13 CPU on x86-64 Linux: 404 MB; rounded up.
+# cuda: assumed size of a CUDA context with its kernels, not yet measured.
+RUNTIME_BASE_BYTES = {"cpu": 420 * 10**6, "cuda": 600 * 10**6}
+
+# The most that the buffer for host pages may take; on cuda two halves, so that one fills while the other is read.
+FETCH_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 256 * 2**20}
+
+# Sampling keeps the logits in float32, scaled logits, sorted logits and their int64 order.
+_LOGITS_BYTES_PER_TOKEN_ID = 3 * 4 + 8
+
+# While a tensor loads, it stands once as read, in at most float32, beside its place among the weights.
+_CHECKPOINT_ITEMSIZE = 4
+
+
+@dataclass(frozen=True)
+class PlanItem:
+    """One line of a plan: `bytes` of `name` on `place` ("device" or "host")."""
+
+    name: str
+    place: str
+    bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Everything but the context length that decides a placement.
+
+    Attributes:
+        config: shape of the model.
+        split: retrieval and streaming heads of the model.
+        device_type: "cpu" or "cuda".
+        weight_format, kv_format, page_size: formats, see `Budget`.
+        chunk_size: the most tokens of one prefill step; capped at the context.
+        gpu_bytes, host_bytes: memory that may be used.
+        reserved_bytes: device memory that is taken already.
+        device_share: the most of a retrieval head's pages that may stand in the device pool, 0 to 1. Below 1 pages
+            go to the host pool although the device has room, which is how the host path is exercised.
+    """
+
+    config: ModelConfig
+    split: HeadSplit
+    device_type: str
+    weight_format: str
+    kv_format: str
+    page_size: int
+    chunk_size: int
+    gpu_bytes: int
+    host_bytes: int
+    reserved_bytes: int = 0
+    device_share: float = 1.0
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        return model_weight_bytes(self.config, self.weight_format, self.device_type)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation element."""
+        return compute_itemsize(self.weight_format, self.device_type)
+
+    @property
+    def base_bytes(self) -> int:
+        return RUNTIME_BASE_BYTES[self.device_type]
+
+    @cached_property
+    def loading_bytes(self) -> int:
+        """Device memory at the worst moment of loading: all weights and what the largest tensor needs on its way."""
+        passing = max(_numel(weight.shape) for weight in self.config.weights()) * _CHECKPOINT_ITEMSIZE
+        if self.weight_format in ("int8", "nf4"):  # gate and up are quantized as one tensor
+            half = self.config.intermediate_size * self.config.hidden_size
+            passing = max(passing, 2 * half * self.itemsize + half * _CHECKPOINT_ITEMSIZE)
+        return self.weight_bytes + self.base_bytes + self.reserved_bytes + passing
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Settings at one capacity: the specs to allocate from, every item, and what is missing.
+
+    Attributes:
+        device_short, host_short: bytes by which the need exceeds the memory; both 0 where it fits.
+    """
+
+    capacity: int
+    chunk_size: int
+    cache: CacheSpec
+    attention: AttentionSpec
+    items: tuple[PlanItem, ...]
+    device_short: int
+    host_short: int
+
+    @property
+    def fits(self) -> bool:
+        return self.device_short == 0 and self.host_short == 0
+
+
+def place(settings: PlanSettings, capacity: int) -> Placement:
+    """Place a cache of `capacity` tokens: as many pages of every retrieval head on the device as it leaves room for,
+    the others (the oldest) on the host.
+
+    Raises:
+        PlanError: more pages than page tables can name.
+        ConfigError: a page format that cannot hold the model's heads.
+    """
+    attention = _attention_spec(settings, capacity)
+    others = tuple(_items_beside_the_cache(settings, attention))
+    other_bytes = sum(item.bytes for item in others)
+
+    cache = _cache_spec(settings, capacity, device_share=settings.device_share)
+    missing = other_bytes + sum(cache.device_bytes().values()) - settings.gpu_bytes
+    if missing > 0 and settings.host_bytes > 0 and cache.total_retrieval_heads > 0:
+        empty = _cache_spec(settings, capacity, device_share=0.0)
+        left = settings.gpu_bytes - other_bytes - sum(empty.device_bytes().values())
+        pages = max(0, left) // (empty.total_retrieval_heads * empty.page_format.payload_bytes)
+        cache = _cache_spec(settings, capacity, device_share=settings.device_share, most_pages=pages)
+        missing = -left
+    device_bytes = other_bytes + sum(cache.device_bytes().values())
+    headroom = max(0, settings.loading_bytes - device_bytes)
+    items = [
+        *others,
+        *(PlanItem(name, "device", size, _NOTES.get(name, "")) for name, size in cache.device_bytes().items()),
+        PlanItem("loading headroom", "device", headroom, "weights load before the cache exists"),
+        *(PlanItem(name, "host", size) for name, size in cache.host_bytes().items()),
+    ]
+    return Placement(
+        capacity=capacity,
+        chunk_size=attention.chunk_size,
+        cache=cache,
+        attention=attention,
+        items=tuple(item for item in items if item.bytes),
+        device_short=max(0, missing, settings.loading_bytes - settings.gpu_bytes),
+        host_short=max(0, sum(cache.host_bytes().values()) - settings.host_bytes),
+    )
+
+
+_NOTES = {
+    "page index (key scales)": "of all pages, host pages too",
+    "sink pages": "first page of each retrieval head, exact",
+    "tails": "unfinished page of each retrieval head, exact",
+    "rings": "sinks and window of the streaming heads",
+    "fetch buffer": "host pages on their way to attention",
+}
+
+
+def _attention_spec(settings: PlanSettings, capacity: int) -> AttentionSpec:
+    config, split, page_size = settings.config, settings.split, settings.page_size
+    return AttentionSpec(
+        scratch_tokens=min(DEFAULT_SCRATCH_TOKENS[settings.device_type], -(-capacity // page_size) * page_size),
+        max_retrieval_heads=max(split.num_retrieval),
+        num_qo_heads=config.num_qo_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        compute_itemsize=settings.itemsize,
+        chunk_size=min(settings.chunk_size, capacity),
+        sink_size=split.sink_size,
+        recent_size=split.recent_size,
+    )
+
+
+def _items_beside_the_cache(settings: PlanSettings, attention: AttentionSpec) -> Iterator[PlanItem]:
+    base_note = "interpreter and libraries" if settings.device_type == "cpu" else "CUDA context, assumed"
+    layers = activation_bytes(settings.config, attention.chunk_size, settings.itemsize, settings.weight_format)
+    yield PlanItem("weights", "device", settings.weight_bytes, settings.weight_format)
+    yield PlanItem("prefill scratch", "device", attention.scratch_bytes(), "dequantized pages")
+    yield PlanItem(
+        "activations", "device", layers + attention.activation_bytes(), f"one chunk of {attention.chunk_size:,} tokens"
+    )
+    yield PlanItem("logits", "device", settings.config.vocab_size * _LOGITS_BYTES_PER_TOKEN_ID, "logits and sampling")
+    yield PlanItem("runtime base", "device", settings.base_bytes, base_note)
+    yield PlanItem("reserved", "device", settings.reserved_bytes, "taken already")
+
+
+def _cache_spec(
+    settings: PlanSettings, capacity: int, *, device_share: float, most_pages: int | None = None
+) -> CacheSpec:
+    """Cache with `device_share` of each retrieval head's pages on the device, and at most `most_pages` a head."""
+    page_format = PageFormat(settings.kv_format, settings.page_size, settings.config.head_dim)
+    counts = settings.split.num_retrieval
+    pages = page_format.pooled_pages(capacity) if sum(counts) else 0
+    on_device = int(pages * device_share)
+    if most_pages is not None:
+        on_device = min(on_device, most_pages)
+    fetch_pages = 0
+    if pages > on_device:
+        most_fetched = max(max(counts), FETCH_BYTES[settings.device_type] // page_format.payload_bytes)
+        fetch_pages = min(max(counts) * (pages - on_device), most_fetched)
+    return CacheSpec(
+        retrieval_heads=counts,
+        num_kv_heads=settings.config.num_kv_heads,
+        page_format=page_format,
+        capacity=capacity,
+        sink_size=settings.split.sink_size,
+        recent_size=settings.split.recent_size,
+        device_pages_per_head=on_device,
+        fetch_pages=fetch_pages,
+    )
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,143 @@
+"""What would fit: searches over placements, each answer verified by placing it once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from longrun.errors import PlanError
+from longrun.patterns.head_map import HeadSplit
+from longrun.placement import PlanSettings, place
+from longrun.quant.weight_format import WEIGHT_FORMATS
+
+MAX_CTX = 10**9  # where to stop looking: without retrieval heads the cache does not grow at all
+_ROUND_BYTES = 10**8
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One change that makes the plan fit. `setting` is ctx, retrieval_ratio, weights, kv, chunk_size, host or gpu;
+    `value` is what to set it to, in tokens or bytes where it is one; `text` says so to a person."""
+
+    setting: str
+    value: int | float | str
+    text: str
+
+
+def fits(settings: PlanSettings, capacity: int) -> bool:
+    """Whether the memory holds `capacity` tokens with these settings."""
+    try:
+        return place(settings, capacity).fits
+    except PlanError:
+        return False
+
+
+def largest(start: int, stop: int, good: Callable[[int], bool]) -> int | None:
+    """Largest n in [start, stop) with good(n), where good is true up to some n and false after it; None if never."""
+    if start >= stop or not good(start):
+        return None
+    while stop - start > 1:
+        middle = (start + stop) // 2
+        start, stop = (middle, stop) if good(middle) else (start, middle)
+    return start
+
+
+def largest_ctx(settings: PlanSettings) -> int:
+    """Largest context in tokens that fits; 0 where not even one token does, `MAX_CTX` where there is no limit."""
+    return largest(1, MAX_CTX + 1, lambda ctx: fits(settings, ctx)) or 0
+
+
+def suggest(settings: PlanSettings, ctx: int, resplit: Callable[[float], HeadSplit]) -> tuple[Suggestion, ...]:
+    """The nearest changes of one setting each with which `ctx` tokens fit (for the context: the most that fits).
+
+    Args:
+        settings: settings with which `ctx` does not fit.
+        resplit: the split with another retrieval ratio.
+    """
+    found = [
+        _smaller_ctx(settings),
+        _fewer_retrieval_heads(settings, ctx, resplit),
+        _more_memory(settings, ctx, "host", "host_bytes"),
+        _fewer_weight_bits(settings, ctx),
+        _int4_pages(settings, ctx),
+        _smaller_chunk(settings, ctx),
+    ]
+    if not any(found):
+        found.append(_more_memory(settings, ctx, "gpu", "gpu_bytes"))
+    return tuple(suggestion for suggestion in found if suggestion)
+
+
+def _smaller_ctx(settings: PlanSettings) -> Suggestion | None:
+    ctx = largest_ctx(settings)
+    return Suggestion("ctx", ctx, f"--ctx {ctx}") if ctx else None
+
+
+def _fewer_retrieval_heads(
+    settings: PlanSettings, ctx: int, resplit: Callable[[float], HeadSplit]
+) -> Suggestion | None:
+    total = settings.config.num_layers * settings.config.num_kv_heads
+    count = largest(
+        1,
+        settings.split.total_retrieval,
+        lambda count: fits(replace(settings, split=resplit(count / total)), ctx),
+    )
+    if count is None:
+        return None
+    ratio = _short_ratio(count, total)
+    text = f"--retrieval-ratio {ratio:g}"
+    return Suggestion("retrieval_ratio", ratio, text + " with a head map" if settings.split.is_full else text)
+
+
+def _short_ratio(count: int, total: int) -> float:
+    """The ratio with the fewest decimals that keeps exactly `count` of `total` heads."""
+    for digits in range(1, 17):
+        ratio = round(count / total, digits)
+        if round(ratio * total) == count:
+            return ratio
+    return count / total
+
+
+def _more_memory(settings: PlanSettings, ctx: int, key: str, field: str) -> Suggestion | None:
+    """Memory of one kind, in steps of 0.1 GB, with everything else as it is."""
+    steps = 10**7  # a petabyte: more than any machine has
+    now = -(-getattr(settings, field) // _ROUND_BYTES)
+    if not fits(replace(settings, **{field: steps * _ROUND_BYTES}), ctx):
+        return None
+    too_small = largest(now, steps, lambda step: not fits(replace(settings, **{field: step * _ROUND_BYTES}), ctx))
+    size = (now if too_small is None else too_small + 1) * _ROUND_BYTES
+    return Suggestion(key, size, f'{key} = "{size / 10**9:.1f} GB" under [memory]')
+
+
+def _fewer_weight_bits(settings: PlanSettings, ctx: int) -> Suggestion | None:
+    """The weight format with the most bits below the present one that fits (`WEIGHT_FORMATS` falls in bits).
+
+    Where none holds `ctx`, and the present format holds no token at all, the one that holds the most.
+    """
+    smaller = [
+        replace(settings, weight_format=name)
+        for name in WEIGHT_FORMATS[WEIGHT_FORMATS.index(settings.weight_format) + 1 :]
+    ]
+    for option in smaller:
+        if fits(option, ctx):
+            return Suggestion("weights", option.weight_format, f"--weights {option.weight_format}")
+    if largest_ctx(settings):
+        return None
+    most, option = max(
+        ((largest_ctx(option), option) for option in smaller), key=lambda pair: pair[0], default=(0, None)
+    )
+    if not most:
+        return None
+    return Suggestion("weights", option.weight_format, f"--weights {option.weight_format} with --ctx {most}")
+
+
+def _int4_pages(settings: PlanSettings, ctx: int) -> Suggestion | None:
+    if settings.kv_format == "int4" or not fits(replace(settings, kv_format="int4"), ctx):
+        return None
+    return Suggestion("kv", "int4", "--kv int4")
+
+
+def _smaller_chunk(settings: PlanSettings, ctx: int) -> Suggestion | None:
+    chunk_size = largest(
+        settings.page_size, min(settings.chunk_size, ctx), lambda size: fits(replace(settings, chunk_size=size), ctx)
+    )
+    return Suggestion("chunk_size", chunk_size, f"--chunk-size {chunk_size}") if chunk_size else None

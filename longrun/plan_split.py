@@ -1,0 +1,81 @@
+"""Which heads keep all tokens: one rule for the planner and the runtime, from head map, options and budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from longrun.budget import Budget
+from longrun.config import ModelConfig
+from longrun.errors import InputError
+from longrun.patterns.head_map import HeadMap, HeadSplit
+
+
+@dataclass(frozen=True)
+class ChosenSplit:
+    """A split with its origin: `head_map` it was made from, `note` for the plan's head line, `notes` to be shown."""
+
+    split: HeadSplit
+    head_map: HeadMap
+    note: str
+    notes: tuple[str, ...] = ()
+
+    def resplit(self, retrieval_ratio: float) -> HeadSplit:
+        """The split of the same map at another ratio; full attention gives up heads evenly over the layers."""
+        if self.split.is_full and self.head_map == HeadMap.full(self.split.num_layers, self.split.num_kv_heads):
+            even = HeadMap.uniform(self.split.num_layers, self.split.num_kv_heads, retrieval_ratio)
+            return even.split(retrieval_ratio)
+        return self.head_map.split(retrieval_ratio=retrieval_ratio)
+
+
+def choose_split(
+    config: ModelConfig,
+    budget: Budget,
+    head_map: HeadMap | str | Path | None = None,
+    retrieval_ratio: float | None = None,
+    *,
+    assume: bool = False,
+) -> ChosenSplit:
+    """The split for a model.
+
+    A head map is split by `retrieval_ratio`, else by the budget's, else at score 0.5; the budget's sink_size and
+    recent_size win over the map's own. "full", and None without a ratio, mean full attention, and the budget's
+    ratio is then not used.
+
+    Args:
+        head_map: folder, map, "full" or None.
+        retrieval_ratio: the caller's own ratio.
+        assume: let None with a ratio stand for a map that keeps that share of the heads of every layer. That is good
+            enough to plan with, never to run with.
+
+    Raises:
+        HeadMapError: a map that cannot be read, has another shape than the model, or a ratio outside [0, 1].
+        InputError: a ratio without a head map to apply it to.
+    """
+    shape = (config.num_layers, config.num_kv_heads)
+    if head_map is None and retrieval_ratio is not None and assume:
+        assumed = HeadMap.uniform(*shape, retrieval_ratio).with_window(budget.sink_size, budget.recent_size)
+        split = assumed.split(retrieval_ratio=retrieval_ratio)
+        return ChosenSplit(split, assumed, f"assumed: {retrieval_ratio:g} of the heads, spread over the layers")
+    if head_map is None or (isinstance(head_map, str) and head_map == "full"):
+        if retrieval_ratio is not None and retrieval_ratio != 1:
+            raise InputError(
+                f"retrieval ratio {retrieval_ratio:g} needs a head map that says which heads to keep: give a head "
+                f"map folder, or leave the ratio out for full attention"
+            )
+        notes = ()
+        if budget.retrieval_ratio not in (None, 1):
+            notes = (f"{budget.source}: retrieval_ratio {budget.retrieval_ratio:g} is not used without a head map",)
+        full = HeadMap.full(*shape)
+        return ChosenSplit(
+            full.split(), full, "full attention" + (": no head map given" if head_map is None else ""), notes
+        )
+    source = "head map" if isinstance(head_map, HeadMap) else f"head map {head_map}"
+    loaded = head_map if isinstance(head_map, HeadMap) else HeadMap.load(head_map)
+    loaded.check_shape(*shape, source)
+    notes = tuple(f"{source}: {note}" for note in loaded.notes)
+    loaded = loaded.with_window(budget.sink_size, budget.recent_size)
+    ratio = budget.retrieval_ratio if retrieval_ratio is None else retrieval_ratio
+    split = loaded.split(retrieval_ratio=ratio)
+    how = "heads that score at least 0.5" if ratio is None else f"retrieval ratio {ratio:g}"
+    return ChosenSplit(split, loaded, f"{source}, {how}", notes)
