@@ -1,0 +1,116 @@
+"""From logits to the next token: repetition penalty, temperature, top-k, top-p, then one draw.
+
+The order and the meaning of each step are those of transformers' generation (`RepetitionPenaltyLogitsProcessor`,
+`TemperatureLogitsWarper`, `TopKLogitsWarper`, `TopPLogitsWarper`), so that settings published with a model keep
+their meaning here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longrun.errors import InputError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token (greedy), whatever top_k and top_p say.
+        top_k: only the `top_k` most likely tokens stay (ties with the last of them stay, too); 0 keeps all.
+        top_p: nucleus sampling (Holtzman et al., 2020): the smallest set of most likely tokens whose probabilities
+            add up to `top_p` stays; 1 keeps all.
+        repetition_penalty: CTRL's rule (Keskar et al., 2019): for tokens seen before, positive logits are divided by
+            it and negative ones multiplied; 1 changes nothing.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"{name} {value!r} is not a finite number")
+        if self.temperature < 0:
+            raise InputError(f"temperature {self.temperature} is negative: give 0 for greedy, or a number above 0")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise InputError(f"top_k {self.top_k!r} is not a whole number of at least 0: give 0 to keep every token")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p {self.top_p} is not above 0 and at most 1: give 1 to keep every token")
+        if self.repetition_penalty <= 0:
+            raise InputError(f"repetition_penalty {self.repetition_penalty} is not above 0: give 1 for no penalty")
+
+
+def seen_tokens(token_ids: Sequence[int] | Tensor, vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Bool [vocab_size], true where a token occurs in `token_ids`.
+
+    Kept up to date by the caller (`seen[token_id] = True`), it spares `sample` a pass over millions of tokens a step.
+    """
+    seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    seen[torch.as_tensor(token_ids, dtype=torch.int64, device=device)] = True
+    return seen
+
+
+def _penalise(logits: Tensor, penalty: float, previous: Sequence[int] | Tensor) -> Tensor:
+    if not (isinstance(previous, Tensor) and previous.dtype == torch.bool):
+        previous = seen_tokens(previous, logits.shape[0], logits.device)
+    return torch.where(previous, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def probabilities(logits: Tensor, params: SamplingParams, previous: Sequence[int] | Tensor = ()) -> Tensor:
+    """Float32 [vocab_size]: the distribution `sample` draws from; one-hot for temperature 0.
+
+    Args:
+        logits: float32 [vocab_size].
+        params: the settings.
+        previous: token ids seen so far (prompt and answer), or bool [vocab_size] on the logits' device as
+            `seen_tokens` makes it; only read where a repetition penalty is set.
+    """
+    assert logits.dim() == 1 and logits.dtype == torch.float32, (logits.shape, logits.dtype)
+    if params.repetition_penalty != 1:
+        logits = _penalise(logits, params.repetition_penalty, previous)
+    best = logits.argmax()
+    assert not logits[best].isnan(), "the model produced NaN logits"
+    if params.temperature == 0:
+        return torch.nn.functional.one_hot(best, logits.shape[0]).float()
+    # The largest logit becomes 0 first, or a tiny temperature would make several of them infinite.
+    logits = (logits - logits[best]) / max(params.temperature, torch.finfo(torch.float32).tiny)
+    if 0 < params.top_k < logits.shape[0]:
+        kth = logits.topk(params.top_k).values[-1]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probs = logits.softmax(0)
+    if params.top_p < 1:
+        sorted_probs, order = probs.sort(descending=True, stable=True)
+        before = sorted_probs.cumsum(0, dtype=torch.float64) - sorted_probs
+        sorted_probs = sorted_probs.masked_fill(before >= params.top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter_(0, order, sorted_probs / sorted_probs.sum())
+    return probs
+
+
+def sample(
+    logits: Tensor, params: SamplingParams, generator: torch.Generator, previous: Sequence[int] | Tensor = ()
+) -> int:
+    """The next token id; the same generator state, logits and settings give the same token.
+
+    Args:
+        logits: float32 [vocab_size].
+        params: the settings; temperature 0 is greedy (after the penalty) and leaves the generator alone.
+        generator: where chance comes from; the draw happens on its device.
+        previous: as in `probabilities`.
+    """
+    probs = probabilities(logits, params, previous)
+    if params.temperature == 0:
+        return int(probs.argmax())
+    return int(torch.multinomial(probs.to(generator.device), 1, generator=generator))
