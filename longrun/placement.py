@@ -141,7 +141,7 @@ def place(settings: PlanSettings, capacity: int) -> Placement:
     items = [
         *others,
         *(PlanItem(name, "device", size, _NOTES.get(name, "")) for name, size in cache.device_bytes().items()),
-        PlanItem("loading headroom", "device", headroom, "weights load before the cache exists"),
+        PlanItem("loading headroom", "device", headroom, "largest tensor"),
         *(PlanItem(name, "host", size) for name, size in cache.host_bytes().items()),
     ]
     return Placement(
@@ -156,11 +156,11 @@ def place(settings: PlanSettings, capacity: int) -> Placement:
 
 
 _NOTES = {
-    "page index (key scales)": "of all pages, host pages too",
-    "sink pages": "first page of each retrieval head, exact",
-    "tails": "unfinished page of each retrieval head, exact",
-    "rings": "sinks and window of the streaming heads",
-    "fetch buffer": "host pages on their way to attention",
+    "page index (key scales)": "of host pages too",
+    "sink pages": "exact",
+    "tails": "exact",
+    "rings": "streaming heads",
+    "fetch buffer": "host pages in use",
 }
 
 
@@ -180,14 +180,14 @@ def _attention_spec(settings: PlanSettings, capacity: int) -> AttentionSpec:
 
 
 def _items_beside_the_cache(settings: PlanSettings, attention: AttentionSpec) -> Iterator[PlanItem]:
-    base_note = "interpreter and libraries" if settings.device_type == "cpu" else "CUDA context, assumed"
+    base_note = "libraries, measured" if settings.device_type == "cpu" else "CUDA context, assumed"
     layers = activation_bytes(settings.config, attention.chunk_size, settings.itemsize, settings.weight_format)
     yield PlanItem("weights", "device", settings.weight_bytes, settings.weight_format)
     yield PlanItem("prefill scratch", "device", attention.scratch_bytes(), "dequantized pages")
     yield PlanItem(
-        "activations", "device", layers + attention.activation_bytes(), f"one chunk of {attention.chunk_size:,} tokens"
+        "activations", "device", layers + attention.activation_bytes(), f"{attention.chunk_size:,}-token chunk"
     )
-    yield PlanItem("logits", "device", settings.config.vocab_size * _LOGITS_BYTES_PER_TOKEN_ID, "logits and sampling")
+    yield PlanItem("logits", "device", settings.config.vocab_size * _LOGITS_BYTES_PER_TOKEN_ID, "and sampling")
     yield PlanItem("runtime base", "device", settings.base_bytes, base_note)
     yield PlanItem("reserved", "device", settings.reserved_bytes, "taken already")
 

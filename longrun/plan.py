@@ -283,3 +283,15 @@ def _no_fit(settings: PlanSettings, placement: Placement, budget: Budget, chosen
     short = [f"{format_bytes(size)} of {name}" for size, name in ((device, kind), (host, "host memory")) if size]
     remedy = "what fits: " + ", or ".join(s.text for s in suggestions) if suggestions else "use a larger machine"
     return NoFitError(f"{what}, {' and '.join(short)} short; {remedy}", device, host, suggestions)
+
+
+def main() -> None:
+    """The command `longrun-plan`; see `longrun.plan_cli`."""
+    from longrun.cli import run
+    from longrun.plan_cli import plan_command
+
+    run(plan_command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""`python -m longrun.plan`: the memory plan of a checkpoint folder, from its config.json alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from longrun.budget import Budget, shipped_budgets
+from longrun.config import ModelConfig
+from longrun.errors import InputError
+from longrun.plan import NoFitError, make_plan
+from longrun.plan_report import print_plan
+from longrun.plan_split import choose_split
+from longrun.quant.kv_format import KV_FORMATS
+from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.units import parse_tokens
+
+
+def plan_command(argv: Sequence[str] | None = None) -> int:
+    """Print a plan as a table, or as one JSON object with --json; the exit status is 0.
+
+    Raises:
+        LongrunError: bad arguments or files, or a plan that does not fit (with --json an object that says so is
+            printed first).
+    """
+    options = _parser().parse_args(argv)
+    config = ModelConfig.from_dir(options.model)
+    budget = Budget.load(options.budget).override(
+        kv_format=options.kv, weight_format=options.weights, chunk_size=options.chunk_size
+    )
+    ctx = None if options.ctx is None else parse_tokens(options.ctx, "--ctx")
+    device_type = options.device or ("cpu" if options.budget == "cpu" else "cuda")
+    split = choose_split(config, budget, options.head_map, options.retrieval_ratio, assume=True)
+    try:
+        plan = make_plan(config, budget, ctx, split=split, device_type=device_type)
+    except NoFitError as error:
+        if options.json:
+            print(json.dumps(error.to_dict()))
+        raise
+    if options.json:
+        print(json.dumps(plan.to_dict()))
+    else:
+        print_plan(plan, Console())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m longrun.plan",
+        description="Memory plan of a model at a context length, byte by byte, from its config.json alone.",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder; only config.json is read")
+    parser.add_argument("--ctx", metavar="TOKENS", help="context, like 128K or 3.3M (default: the trained window)")
+    parser.add_argument(
+        "--budget",
+        default="cpu",
+        metavar="NAME_OR_FILE",
+        help=f"a TOML file or one of {', '.join(shipped_budgets())} (default: cpu)",
+    )
+    parser.add_argument("--head-map", metavar="DIR|full", help="head map folder (default: full attention)")
+    parser.add_argument(
+        "--retrieval-ratio",
+        type=_ratio,
+        metavar="R",
+        help="share of the KV heads that keep all tokens; without a head map it is assumed to be reached",
+    )
+    parser.add_argument("--kv", choices=KV_FORMATS, help="format of KV pages (default: the budget's)")
+    parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
+    parser.add_argument("--chunk-size", type=int, metavar="N", help="tokens of a prefill step (default: the budget's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu for the budget cpu, else cuda")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    return parser
+
+
+def _ratio(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--retrieval-ratio {text!r} is not a number: write it like 0.5") from None
