@@ -1,0 +1,261 @@
+"""From a checkpoint folder to a `Decoder`: one tensor at a time, everything checked before the first byte is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longrun.config import ModelConfig
+from longrun.errors import CheckpointError
+from longrun.model.decoder import Decoder, DecoderLayer
+from longrun.model.rope import RopeParameters
+from longrun.model.safetensors_file import StoredTensor, read_header
+from longrun.quant.linear import QuantLinear
+from longrun.quant.weight_format import compute_itemsize
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PIECE_BYTES = 32 * 2**20
+_SAMPLE_BYTES = 4096
+
+
+def load_decoder(
+    model_dir: str | Path,
+    config: ModelConfig,
+    permutation: Sequence[Sequence[int]],
+    weight_format: str,
+    device: torch.device | str,
+) -> Decoder:
+    """Load a checkpoint into a decoder whose KV heads are reordered per layer.
+
+    Rows of q/k/v (and their biases) and columns of o are permuted on the way; q, k and v become one linear, gate and
+    up another. Peak memory is the weights loaded so far, plus one linear in the compute dtype where it is being
+    quantized, plus a piece of 32 MiB.
+
+    Args:
+        model_dir: folder with config.json and safetensors files.
+        config: its shape, from `ModelConfig.from_dir`.
+        permutation: per layer, the old index of each KV head in its new place.
+        weight_format: format of the linears; embedding, lm_head, norms and biases are in the compute dtype.
+        device: where the weights go, and stay.
+
+    Raises:
+        CheckpointError: a missing, left-over, misshapen, truncated or unreadable tensor or file.
+        ConfigError: unknown weight format; a package that the format needs is missing.
+    """
+    device = torch.device(device)
+    dtype = torch.float32 if compute_itemsize(weight_format, device.type) == 4 else torch.bfloat16
+    loader = _Loader(find_tensors(model_dir, config), config, weight_format, dtype, device)
+    embedding = loader.tensor("model.embed_tokens.weight")
+    layers = [loader.layer(layer_idx, order) for layer_idx, order in enumerate(permutation)]
+    final_norm = loader.tensor("model.norm.weight")
+    lm_head = embedding if config.tie_word_embeddings else loader.tensor("lm_head.weight")
+    if config.tie_word_embeddings:
+        loader.check_tied(embedding)
+    return Decoder(config, permutation, embedding, layers, final_norm, lm_head)
+
+
+def find_tensors(model_dir: str | Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint by name, after checking that it is the one `config` describes.
+
+    Left-over tensors are errors, except `*.rotary_emb.inv_freq` (buffers in old Llama checkpoints) and
+    `lm_head.weight` beside tied embeddings (checked for equality when it is loaded).
+
+    Raises:
+        CheckpointError: no safetensors files, or a missing, left-over or misshapen tensor, a damaged or truncated file.
+    """
+    folder = Path(model_dir)
+    tensors: dict[str, StoredTensor] = {}
+    for file in _weight_files(folder):
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise CheckpointError(f"{file} and {tensors[name].file.name} both hold tensor {name}: remove one")
+            tensors[name] = tensor
+
+    wanted = {spec.name: spec.shape for spec in config.weights()}
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"checkpoint {folder} lacks tensor {missing[0]}{_and_more(missing)}, which config.json calls for: "
+            f"fetch it again or correct config.json"
+        )
+    allowed = dict(wanted)
+    if config.tie_word_embeddings:
+        allowed["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    extra = [name for name in tensors if name not in allowed and not name.endswith(".rotary_emb.inv_freq")]
+    if extra:
+        raise CheckpointError(
+            f"{tensors[extra[0]].file} holds tensor {extra[0]}{_and_more(extra)}, which a {config.architecture} of "
+            f"this config.json does not have: correct config.json or use another checkpoint"
+        )
+    for name, shape in allowed.items():
+        if name in tensors and tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{tensors[name].file}: tensor {name} has shape {list(tensors[name].shape)} where config.json calls "
+                f"for {list(shape)}: correct config.json or fetch the checkpoint again"
+            )
+    return tensors
+
+
+def model_fingerprint(model_dir: str | Path) -> str:
+    """sha256 (hex) that tells one model from another in a moment, however large: the translated config, RoPE
+    parameters, and of every tensor its name, dtype, shape and the first and last 4 KiB of its data.
+
+    The folder's name and the sharding do not enter. Raises as `find_tensors` and `ModelConfig.from_dir`.
+    """
+    config = ModelConfig.from_dir(model_dir)
+    tensors = find_tensors(model_dir, config)
+    rope = RopeParameters.from_dir(model_dir)
+    digest = hashlib.sha256(json.dumps([asdict(config), rope.values], sort_keys=True).encode())
+    for spec in sorted(config.weights()):
+        tensor = tensors[spec.name]
+        digest.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode())
+        head = min(_SAMPLE_BYTES, tensor.num_bytes)
+        tail = min(_SAMPLE_BYTES, tensor.num_bytes - head)
+        digest.update(tensor.read_bytes(0, head))
+        digest.update(tensor.read_bytes(tensor.num_bytes - tail, tail))
+    return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that model.safetensors.index.json names."""
+    if not folder.is_dir():
+        raise CheckpointError(f"model folder {folder} does not exist: give a folder with config.json and *.safetensors")
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    index = folder / _INDEX
+    if not index.is_file():
+        other = sorted(file.name for pattern in ("*.bin", "*.pth", "*.gguf") for file in folder.glob(pattern))
+        found = f" (only {other[0]}{_and_more(other)})" if other else ""
+        raise CheckpointError(
+            f"model folder {folder} holds no {_SINGLE} and no {_INDEX}{found}: only safetensors checkpoints are read"
+        )
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("weight_map names no files of this folder")
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be used ({error}): fetch it again") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"shard {folder / name}, which {_INDEX} names, is missing: fetch it again")
+    return [folder / name for name in names]
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+class _Loader:
+    """Fills tensors on the target device from stored ones, a piece at a time."""
+
+    def __init__(
+        self,
+        tensors: dict[str, StoredTensor],
+        config: ModelConfig,
+        weight_format: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.tensors = tensors
+        self.config = config
+        self.weight_format = weight_format
+        self.dtype = dtype
+        self.device = device
+
+    def tensor(self, name: str) -> Tensor:
+        target = torch.empty(self.tensors[name].shape, dtype=self.dtype, device=self.device)
+        self.fill(target, name)
+        return target
+
+    def layer(self, layer_idx: int, order: Sequence[int]) -> DecoderLayer:
+        config = self.config
+        attention, mlp = f"model.layers.{layer_idx}.self_attn.", f"model.layers.{layer_idx}.mlp."
+        norm = f"model.layers.{layer_idx}.{{}}.weight"
+        kv = _channels(order, config.head_dim)
+        q = _channels(order, config.head_dim * config.group_size)
+        return DecoderLayer(
+            input_norm=self.tensor(norm.format("input_layernorm")),
+            qkv=self.linear([(attention + f"{x}_proj", q if x == "q" else kv) for x in "qkv"]),
+            q_norm=self.tensor(norm.format("self_attn.q_norm")) if config.qk_norm else None,
+            k_norm=self.tensor(norm.format("self_attn.k_norm")) if config.qk_norm else None,
+            out=self.linear([(attention + "o_proj", None)], columns=q),
+            post_norm=self.tensor(norm.format("post_attention_layernorm")),
+            gate_up=self.linear([(mlp + "gate_proj", None), (mlp + "up_proj", None)]),
+            down=self.linear([(mlp + "down_proj", None)]),
+        )
+
+    def linear(self, parts: list[tuple[str, Tensor | None]], columns: Tensor | None = None) -> QuantLinear:
+        """One linear from the rows of several: (name, order of its rows) each, `columns` the order of columns."""
+        shapes = [self.tensors[f"{name}.weight"].shape for name, _ in parts]
+        num_rows = sum(rows for rows, _ in shapes)
+        weight = torch.empty(num_rows, shapes[0][1], dtype=self.dtype, device=self.device)
+        bias = None
+        if f"{parts[0][0]}.bias" in self.tensors:
+            bias = torch.empty(num_rows, dtype=self.dtype, device=self.device)
+        start = 0
+        for (name, order), (rows, _) in zip(parts, shapes, strict=True):
+            self.fill(weight[start : start + rows], f"{name}.weight", order, columns)
+            if bias is not None:
+                self.fill(bias[start : start + rows], f"{name}.bias", order)
+            start += rows
+        return QuantLinear(weight, self.weight_format, bias, self.dtype)
+
+    def fill(self, target: Tensor, name: str, order: Tensor | None = None, columns: Tensor | None = None) -> None:
+        """Set `target` [rows, ...] to the stored tensor: row i is stored row order[i], column j stored columns[j]."""
+        stored = self.tensors[name]
+        place = None if order is None else torch.argsort(order).to(self.device)
+        straight = place is None and columns is None and target.device.type == "cpu" and target.is_contiguous()
+        straight = straight and target.dtype == stored.torch_dtype
+        for rows in _pieces(stored):
+            if straight:
+                stored.read_into(target[rows], rows.start)
+                continue
+            piece = torch.empty((rows.stop - rows.start, *stored.shape[1:]), dtype=stored.torch_dtype)
+            stored.read_into(piece, rows.start)
+            piece = piece.to(self.device, self.dtype)
+            if columns is not None:
+                piece = piece.index_select(1, columns.to(self.device))
+            if place is None:
+                target[rows] = piece
+            else:
+                target.index_copy_(0, place[rows], piece)
+
+    def check_tied(self, embedding: Tensor) -> None:
+        """A stored lm_head beside tied embeddings must equal them, or the checkpoint contradicts its config.json."""
+        stored = self.tensors.get("lm_head.weight")
+        if stored is None:
+            return
+        for rows in _pieces(stored):
+            piece = torch.empty((rows.stop - rows.start, *stored.shape[1:]), dtype=stored.torch_dtype)
+            stored.read_into(piece, rows.start)
+            if not torch.equal(piece.to(self.device, self.dtype), embedding[rows]):
+                raise CheckpointError(
+                    f"{stored.file}: tensor lm_head.weight differs from the embedding, though config.json ties them: "
+                    f"set tie_word_embeddings to false"
+                )
+
+
+def _channels(order: Sequence[int], width: int) -> Tensor | None:
+    """Order of rows (or columns) from an order of heads of `width` rows each: int64 [len(order) * width].
+
+    None where nothing moves.
+    """
+    if list(order) == sorted(order):
+        return None
+    heads = torch.tensor(order, dtype=torch.int64)
+    return (heads[:, None] * width + torch.arange(width)).flatten()
+
+
+def _pieces(stored: StoredTensor) -> list[slice]:
+    """Runs of rows of about `_PIECE_BYTES`."""
+    rows = stored.shape[0]
+    step = max(1, _PIECE_BYTES * rows // max(stored.num_bytes, 1))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -1,0 +1,179 @@
+"""The decoder of the whole Llama family in one file: config-driven, plain torch, inference only.
+
+Attention and its cache are behind `longrun.attention.interface`; here are embedding, norms, projections, RoPE, MLP and
+lm_head. Everything that is independent from token to token runs on `token_slice` tokens at a time, so that a chunk
+costs the residual stream, one q/k/v buffer and attention's output, and the rest stays in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longrun.attention.interface import Attention, Step
+from longrun.config import ModelConfig
+from longrun.model.rope import apply_rope_, signed_sin
+from longrun.model_bytes import TOKEN_SLICE
+from longrun.quant.linear import QuantLinear
+
+
+@dataclass
+class DecoderLayer:
+    """Weights of one layer, heads in permuted order.
+
+    Attributes:
+        input_norm, post_norm: [hidden_size].
+        q_norm, k_norm: [head_dim], or None where the family has none.
+        qkv: rows of q (num_qo_heads x head_dim), then k, then v (num_kv_heads x head_dim each).
+        out: attention output projection.
+        gate_up: rows of gate, then of up (intermediate_size each).
+        down: MLP output projection.
+    """
+
+    input_norm: Tensor
+    qkv: QuantLinear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: QuantLinear
+    post_norm: Tensor
+    gate_up: QuantLinear
+    down: QuantLinear
+
+    def tensors(self) -> Iterator[Tensor]:
+        for norm in (self.input_norm, self.q_norm, self.k_norm, self.post_norm):
+            if norm is not None:
+                yield norm
+        for linear in (self.qkv, self.out, self.gate_up, self.down):
+            yield from linear.tensors()
+
+
+class Decoder:
+    """One model, its KV heads reordered per layer.
+
+    Attributes:
+        config: shape of the model.
+        permutation: per layer, the old index of each KV head in its new place (retrieval heads first).
+        compute_dtype, device: of activations, embedding, norms and lm_head.
+        token_slice: tokens worked on at a time where tokens are independent.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        permutation: Sequence[Sequence[int]],
+        embedding: Tensor,
+        layers: Sequence[DecoderLayer],
+        final_norm: Tensor,
+        lm_head: Tensor,
+        token_slice: int = TOKEN_SLICE,
+    ) -> None:
+        """Take over loaded weights; see `longrun.model.checkpoint.load_decoder`.
+
+        Args:
+            embedding, lm_head: [vocab_size, hidden_size]; the same tensor where they are tied.
+            final_norm: [hidden_size].
+        """
+        assert len(layers) == len(permutation) == config.num_layers
+        assert all(sorted(order) == list(range(config.num_kv_heads)) for order in permutation)
+        self.config = config
+        self.permutation = tuple(tuple(order) for order in permutation)
+        self.token_slice = token_slice
+        self._embedding = embedding
+        self._layers = list(layers)
+        self._final_norm = final_norm
+        self._lm_head = lm_head
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self._embedding.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters; equal to `longrun.model_bytes.model_weight_bytes`."""
+        tensors = [self._embedding, self._final_norm]
+        if self._lm_head is not self._embedding:
+            tensors.append(self._lm_head)
+        for layer in self._layers:
+            tensors.extend(layer.tensors())
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Tensor, step: Step, attention: Attention, all_positions: bool = False) -> Tensor:
+        """Run `step.num_tokens` tokens through all layers; attention appends their keys and values to its cache.
+
+        Args:
+            token_ids: int64 [T] on the decoder's device.
+            step: their positions and rotary tables.
+            attention: see `Attention`; called once a layer.
+            all_positions: return every position instead of the last one only.
+
+        Returns:
+            Hidden states after the final norm, [1, hidden_size] or [T, hidden_size], compute dtype.
+        """
+        config, num_tokens = self.config, token_ids.shape[0]
+        assert num_tokens == step.num_tokens > 0
+        hidden = F.embedding(token_ids, self._embedding)
+        # One buffer serves all layers: a fresh large allocation a layer would be paid in page faults.
+        qkv = hidden.new_empty(num_tokens, config.q_size + 2 * config.kv_size)
+        cos, sin = step.cos[:, None], signed_sin(step.sin)[:, None]
+        last = len(self._layers) - 1
+        for layer_idx, layer in enumerate(self._layers):
+            self._project(layer, hidden, qkv, cos, sin)
+            heads = qkv.view(num_tokens, -1, config.head_dim)
+            q, k, v = heads.split((config.num_qo_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+            attended = attention.run(layer_idx, q, k, v, step).reshape(num_tokens, config.q_size)
+            if layer_idx == last and not all_positions:
+                hidden, attended = hidden[-1:], attended[-1:]
+            self._finish(layer, hidden, attended)
+            del attended
+        return self._norm(hidden, self._final_norm)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [n, vocab_size] from hidden states [n, hidden_size] as `forward` returns them."""
+        return F.linear(hidden, self._lm_head).float()
+
+    def _slices(self, num_tokens: int) -> Iterator[slice]:
+        for start in range(0, num_tokens, self.token_slice):
+            yield slice(start, min(start + self.token_slice, num_tokens))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+
+    def _project(self, layer: DecoderLayer, hidden: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Norm, q/k/v projection, head norms and RoPE, into `qkv` [T, q_size + 2 * kv_size]."""
+        config, num_tokens = self.config, hidden.shape[0]
+        num_turned = config.num_qo_heads + config.num_kv_heads
+        dense = layer.qkv.dense() if num_tokens > self.token_slice else None
+        for part in self._slices(num_tokens):
+            layer.qkv(self._norm(hidden[part], layer.input_norm), out=qkv[part], dense=dense)
+            heads = qkv[part].view(-1, num_turned + config.num_kv_heads, config.head_dim)[:, :num_turned]
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = heads.split((config.num_qo_heads, config.num_kv_heads), dim=1)
+                q.copy_(self._norm(q, layer.q_norm))
+                k.copy_(self._norm(k, layer.k_norm))
+            apply_rope_(heads, cos[part], sin[part])
+
+    def _finish(self, layer: DecoderLayer, hidden: Tensor, attended: Tensor) -> None:
+        """Output projection and MLP, both added to `hidden` [T, hidden_size] in place."""
+        num_tokens, width = hidden.shape[0], self.config.intermediate_size
+        share = num_tokens > self.token_slice
+        dense = layer.out.dense() if share else None
+        for part in self._slices(num_tokens):
+            layer.out(attended[part], out=hidden[part], accumulate=True, dense=dense)
+        dense = layer.gate_up.dense() if share else None
+        dense_down = layer.down.dense() if share else None
+        buffer = hidden.new_empty(min(num_tokens, self.token_slice), 2 * width)
+        for part in self._slices(num_tokens):
+            x = self._norm(hidden[part], layer.post_norm)
+            gate, up = layer.gate_up(x, out=buffer[: x.shape[0]], dense=dense).split(width, dim=1)
+            F.silu(gate, inplace=True).mul_(up)
+            layer.down(gate, out=hidden[part], accumulate=True, dense=dense_down)

@@ -1,0 +1,135 @@
+"""Reading safetensors files by plain file reads: strict about the header, exact about memory.
+
+The format: 8 bytes little-endian header length, a JSON header (name -> dtype, shape, data_offsets), then the data. The
+safetensors library maps a whole file into memory, and every page it touches counts as resident memory until the
+handle is closed; here a tensor's rows are read straight into where they belong, so that loading costs the weights and
+one piece.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longrun.errors import CheckpointError
+
+_MAX_HEADER_BYTES = 100_000_000
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ITEMSIZES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor stands: its file, safetensors dtype name, shape, and first byte in the file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+    def read_into(self, target: Tensor, first_row: int) -> None:
+        """Read `target.shape[0]` rows from `first_row` on into `target`: contiguous, on the CPU, of the stored dtype.
+
+        Raises:
+            CheckpointError: the file ends early or cannot be read.
+        """
+        assert target.dtype == self.torch_dtype and target.is_contiguous() and target.device.type == "cpu"
+        assert target.shape[1:] == self.shape[1:]
+        row_bytes = self.num_bytes // max(self.shape[0], 1)
+        self._read(memoryview(target.view(torch.uint8).numpy()).cast("B"), self.offset + first_row * row_bytes)
+
+    def read_bytes(self, start: int, length: int) -> bytes:
+        """`length` bytes of the tensor's data from byte `start` on. Raises as `read_into`."""
+        buffer = bytearray(length)
+        self._read(memoryview(buffer), self.offset + start)
+        return bytes(buffer)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Raises `CheckpointError` for a dtype that weights of these families do not come in."""
+        if self.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self.file}: tensor {self.name} has dtype {self.dtype}, and must be one of {', '.join(_DTYPES)}"
+            )
+        return _DTYPES[self.dtype]
+
+    def _read(self, buffer: memoryview, offset: int) -> None:
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                file.seek(offset)
+                done = 0
+                while done < len(buffer):
+                    count = file.readinto(buffer[done:])
+                    if not count:
+                        raise CheckpointError(
+                            f"{self.file} ends inside tensor {self.name}: the file is truncated, fetch it again"
+                        )
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: tensor {self.name} cannot be read ({error.strerror})") from error
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a safetensors file, after checking that the header is sound and the file complete.
+
+    Raises:
+        CheckpointError: no such file, a damaged header, offsets that leave gaps or do not fit shape and dtype, or a
+            file shorter or longer than its header says.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{path} is truncated or no safetensors file (header of {length:,} bytes in a file of {size:,}): "
+                    f"fetch it again"
+                )
+            header = json.loads(file.read(length).decode("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): fetch it again") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} has a damaged safetensors header ({error}): fetch it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a damaged safetensors header (no JSON object): fetch it again")
+    header.pop("__metadata__", None)
+    data_start = 8 + length
+    tensors = {name: _entry(path, name, entry, data_start) for name, entry in header.items()}
+
+    end = data_start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+        if tensor.offset != end:
+            raise CheckpointError(f"{path}: the header leaves a gap or an overlap before tensor {tensor.name}")
+        end += tensor.num_bytes
+        if end > size:
+            raise CheckpointError(
+                f"{path} ends inside tensor {tensor.name} ({size:,} bytes where the header needs at least {end:,}): "
+                f"the file is truncated, fetch it again"
+            )
+    if end != size:
+        raise CheckpointError(f"{path} is {size:,} bytes where its header says {end:,}: fetch it again")
+    return tensors
+
+
+def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[index]
+        numbers = (*shape, begin, end)
+        sound = all(isinstance(n, int) and n >= 0 for n in numbers)
+        sound = sound and end - begin == math.prod(shape) * _ITEMSIZES[dtype]
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{path}: the header's entry of tensor {name} is damaged ({entry}): fetch the file again")
+    return StoredTensor(path, name, dtype, shape, data_start + begin, end - begin)
