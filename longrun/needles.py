@@ -1,0 +1,329 @@
+"""Needle-in-a-haystack prompts: text that never repeats, needles with one right answer, a prefill shared by questions.
+
+A needle is `The magic number of <Name> is: <digits>.`; every question ends in the same words, so that the model only
+has to continue them. The haystack is generated from a seed (or taken from files) and never holds a sentence twice.
+A prompt comes in parts: one document, prefilled once, and one question per needle, asked after a rewind. The parts
+concatenated are exactly what is fed; lengths are counted in tokens of the model's own tokenizer.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longrun.errors import InputError
+from longrun.needle_words import NAMES, PATTERNS, SLOTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HEAD = "Here is a long text. A question about the text follows after its end."
+NEEDLE = "The magic number of {name} is: {key}."
+QUESTION = "Question: What is the magic number of {name}?"
+ANSWER = "The magic number of {name} is:"
+KEY_DIGITS = 7
+
+_SEPARATOR = "\n\n"
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One fact hidden in the haystack: a name that occurs nowhere else and its number.
+
+    `key` is a string of digits; `sentence` is the text hidden, `answer_prefix` the words a model continues.
+    """
+
+    name: str
+    key: str
+
+    @property
+    def sentence(self) -> str:
+        return NEEDLE.format(name=self.name, key=self.key)
+
+    @property
+    def question(self) -> str:
+        return QUESTION.format(name=self.name)
+
+    @property
+    def answer_prefix(self) -> str:
+        return ANSWER.format(name=self.name)
+
+    def matches(self, generated: str) -> bool:
+        """Whether generated text begins with exactly this number (single spaces between digits are allowed)."""
+        digits = re.match(r"\s*((?:\d ?)*)", generated)
+        return digits is not None and digits.group(1).replace(" ", "") == self.key
+
+
+@dataclass(frozen=True)
+class NeedleQuestion:
+    """What is fed after the document to ask for one needle, and the tokens a right answer begins with."""
+
+    needle: Needle
+    token_ids: tuple[int, ...]
+    expected_ids: tuple[int, ...]
+    at: float  # where the needle stands, as a fraction of the haystack's characters
+
+
+@dataclass(frozen=True)
+class NeedlePrompt:
+    """One cell of a sweep: `document_ids + question.token_ids` is the whole prompt of that question."""
+
+    document_ids: list[int]
+    questions: tuple[NeedleQuestion, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the longest prompt: the document and its longest question."""
+        return len(self.document_ids) + max(len(question.token_ids) for question in self.questions)
+
+
+def make_needles(count: int, seed: int | str) -> tuple[Needle, ...]:
+    """`count` needles with different names and keys that share no beginning and no run of four digits.
+
+    The first two digits differ between all keys and no four digits in a row occur twice: whoever copies by the last
+    four tokens, as the planted model does, is never sent to another needle.
+
+    Raises:
+        InputError: count is not between 1 and 50.
+    """
+    if not 1 <= count <= 50:
+        raise InputError(f"{count} needles a prompt cannot be made: choose between 1 and 50")
+    rng = random.Random(f"needles/{seed}")
+    names = rng.sample(NAMES, count)
+    needles: list[Needle] = []
+    starts: set[str] = set()
+    runs: set[str] = set()
+    while len(needles) < count:
+        key = "".join(rng.choices("0123456789", k=KEY_DIGITS))
+        own = {key[i : i + 4] for i in range(KEY_DIGITS - 3)}
+        if key[:2] in starts or own & runs or len(own) < KEY_DIGITS - 3:
+            continue
+        starts.add(key[:2])
+        runs |= own
+        needles.append(Needle(names[len(needles)], key))
+    return tuple(needles)
+
+
+def generate_sentences(seed: int | str) -> Iterator[str]:
+    """Endless English sentences in a fixed order per seed, no sentence twice (a collision is drawn again)."""
+    rng = random.Random(f"haystack/{seed}")
+    patterns = [_parse_pattern(pattern) for pattern in PATTERNS]
+    seen: set[str] = set()
+    while True:
+        sentence = _fill(rng.choice(patterns), rng)
+        if sentence not in seen:
+            seen.add(sentence)
+            yield sentence
+
+
+def _parse_pattern(pattern: str) -> tuple[list[str], list[tuple[str, ...]]]:
+    pieces = re.split(r"\{(\w+)\}", pattern)
+    return pieces[0::2], [SLOTS[slot] for slot in pieces[1::2]]
+
+
+def _fill(pattern: tuple[list[str], list[tuple[str, ...]]], rng: random.Random) -> str:
+    literals, slots = pattern
+    parts: list[str] = []
+    for literal, words in zip(literals, slots, strict=False):
+        word = words[int(rng.random() * len(words))]
+        article = literal.endswith((" a ", "A ")) and word[0] in "aeiou"
+        parts += (literal[:-1] + "n " if article else literal, word)
+    return "".join(parts) + literals[-1]
+
+
+def sentences_from_text(text: str) -> Iterator[str]:
+    """The sentences of a text in order, white space made single, a sentence seen before left out."""
+    seen: set[str] = set()
+    for paragraph in re.split(r"\n\s*\n", text):
+        for sentence in _SENTENCE_END.split(" ".join(paragraph.split())):
+            if sentence and sentence not in seen:
+                seen.add(sentence)
+                yield sentence
+
+
+class Haystack:
+    """A growing list of sentences behind one source, shared by all cells of a sweep.
+
+    Raises (from `take`):
+        InputError: the files hold fewer sentences than asked for.
+    """
+
+    def __init__(self, sentences: Iterator[str], what: str) -> None:
+        self._source = sentences
+        self._taken: list[str] = []
+        self._what = what
+
+    @classmethod
+    def generated(cls, seed: int | str) -> Haystack:
+        return cls(generate_sentences(seed), f"the haystack generated from seed {seed}")
+
+    @classmethod
+    def from_files(cls, paths: Sequence[str | Path]) -> Haystack:
+        """Sentences of UTF-8 text files, one file after the other.
+
+        Raises:
+            InputError: a file is missing, is not UTF-8 text, or the files hold no text.
+        """
+        texts = [_read_text(Path(path)) for path in paths]
+        if not any(text.strip() for text in texts):
+            raise InputError(f"haystack file {paths[0]} holds no text: name files with text")
+        return cls(sentences_from_text(_SEPARATOR.join(texts)), f"the text of {len(texts)} haystack file(s)")
+
+    def take(self, count: int) -> list[str]:
+        """The first `count` sentences."""
+        while len(self._taken) < count:
+            sentence = next(self._source, None)
+            if sentence is None:
+                raise InputError(
+                    f"{self._what} ends after {len(self._taken):,} different sentences and about {count:,} are "
+                    "needed: add files, ask for a shorter length, or leave --haystack out to generate text"
+                )
+            self._taken.append(sentence)
+        return self._taken[:count]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"haystack file {path} is not UTF-8 text (byte {error.start}): convert it or name another"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"haystack file {path} cannot be read ({error.strerror}): name an existing text file"
+        ) from error
+
+
+def build_prompt(
+    tokenizer: PreTrainedTokenizerBase, haystack: Haystack, needles: Sequence[Needle], length: int, depth: float
+) -> NeedlePrompt:
+    """The prompt of one cell: at most `length` tokens, less than about two sentences (or 0.5%) short of it.
+
+    Args:
+        tokenizer: the model's own; its chat template is used where it has one, else plain text.
+        haystack: sentences, cut at a sentence's end so that the whole fits.
+        needles: all are put around `depth`, between sentences and apart from each other.
+        length: tokens of document and longest question together.
+        depth: 0 (before the first sentence) to 1 (after the last).
+
+    Raises:
+        InputError: depth outside 0..1, length too short for the needles, or a haystack that ends too early.
+    """
+    if not 0.0 <= depth <= 1.0:
+        raise InputError(f"depth {depth} is outside 0..1: 0 is the haystack's start, 1 its end")
+    writer = _PromptWriter(tokenizer)
+    sample = haystack.take(1)[0]
+    questions = [writer.question_ids(needle, anchor=sample) for needle in needles]
+    room = length - max(len(token_ids) for token_ids, _ in questions)
+
+    def document(num_sentences: int) -> tuple[list[int], list[float]]:
+        text, places = _place(haystack.take(num_sentences), needles, depth)
+        return writer.document_ids(text), places
+
+    ids, places = document(1)
+    if len(ids) > room:
+        raise InputError(
+            f"length {length:,} is too short for {len(needles)} needle(s) and a question: "
+            f"ask for at least {length - room + len(ids):,} tokens"
+        )
+    ids, places = _longest_that_fits(document, room, first=(ids, places))
+    return NeedlePrompt(
+        ids,
+        tuple(
+            NeedleQuestion(needle, tuple(token_ids), tuple(expected), at)
+            for needle, (token_ids, expected), at in zip(needles, questions, places, strict=True)
+        ),
+    )
+
+
+def _longest_that_fits(document, room: int, first: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
+    """Search the number of sentences by secant steps: each try tokenizes the whole text, so there are only a few."""
+    best, low, high = first, 1, None
+    per_sentence = 20.0
+    while high is None or high - low > 1:
+        missing = room - len(best[0])
+        if low > 1 and missing <= max(1.5 * per_sentence, 0.005 * room):
+            break
+        guess = low + max(1, int(missing / per_sentence))
+        guess = guess if high is None else min(guess, high - 1)
+        tried = document(guess)
+        per_sentence = max(1.0, (len(tried[0]) - len(first[0])) / (guess - 1))
+        if len(tried[0]) <= room:
+            best, low = tried, guess
+        else:
+            high = guess
+    return best
+
+
+def _place(sentences: list[str], needles: Sequence[Needle], depth: float) -> tuple[str, list[float]]:
+    """The text with the needles between its sentences, and each needle's place as a fraction of the characters."""
+    starts = [0, *accumulate(len(sentence) + 1 for sentence in sentences)]
+    target = bisect_left(starts, depth * starts[-1])
+    if target > 0 and depth * starts[-1] - starts[target - 1] < starts[target] - depth * starts[-1]:
+        target -= 1
+    apart = max(1, len(sentences) // 200)
+    apart = min(apart, len(sentences) // max(1, len(needles) - 1)) if len(needles) > 1 else apart
+    width = apart * (len(needles) - 1)
+    first = min(max(0, target - width // 2), len(sentences) - width)
+    parts: list[str] = []
+    previous = 0
+    places = []
+    for number, needle in enumerate(needles):
+        index = max(0, first + number * apart)
+        parts += sentences[previous:index]
+        parts.append(needle.sentence)
+        places.append(starts[index] / starts[-1])
+        previous = index
+    return " ".join(parts + sentences[previous:]), places
+
+
+class _PromptWriter:
+    """Turns document and question texts into token ids whose concatenation is the tokenization of the whole."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        if getattr(tokenizer, "chat_template", None):
+            marker = "<<document>>"
+            rendered = tokenizer.apply_chat_template(
+                [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
+            )
+            self._before, self._after = rendered.split(marker)
+            self._special_ids: list[int] = []  # the template writes them itself
+        else:
+            self._before, self._after = "", "\n"
+            plain, special = self._encode("a"), tokenizer("a", verbose=False)["input_ids"]
+            self._special_ids = special[: special.index(plain[0])] if plain[0] in special else []
+        # Most tokenizers merge "." with the newlines after it or keep newlines in one token: take the cut they respect.
+        probe = f"The end.{_SEPARATOR}Question: What"
+        for cut in (probe.index("Question"), probe.index(_SEPARATOR)):
+            head = self._encode(probe[:cut])
+            if self._encode(probe)[: len(head)] == head:
+                break
+        self._document_end, self._question_start = (
+            (_SEPARATOR, "") if probe[cut:].startswith("Question") else ("", _SEPARATOR)
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def document_ids(self, text: str) -> list[int]:
+        return self._special_ids + self._encode(f"{self._before}{HEAD}{_SEPARATOR}{text}{self._document_end}")
+
+    def question_ids(self, needle: Needle, anchor: str) -> tuple[list[int], list[int]]:
+        """Ids of the question after a document that ends with `anchor`, and ids of the right answer after it."""
+        head = anchor + self._document_end
+        asked = f"{head}{self._question_start}{needle.question}{self._after}{needle.answer_prefix}"
+        head_ids, asked_ids, told_ids = (self._encode(text) for text in (head, asked, f"{asked} {needle.key}"))
+        if asked_ids[: len(head_ids)] != head_ids:
+            asked_ids = head_ids + self._encode(asked[len(head) :])
+        if told_ids[: len(asked_ids)] != asked_ids:
+            told_ids = asked_ids + self._encode(f" {needle.key}")
+        return asked_ids[len(head_ids) :], told_ids[len(asked_ids) :]
