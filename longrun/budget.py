@@ -188,15 +188,14 @@ def _known_section(section: str, keys: Any, source: str) -> dict[str, str]:
 
 
 def _where_to(key: str, section: str | None) -> str:
-    """What the writer of an unknown key probably meant: a near key of the section, else of another, else a list."""
-    if section is not None:
-        near = difflib.get_close_matches(key, _SECTIONS[section], n=1)
-        if near:
-            return f"did you mean {near[0]}?"
-    for other, keys in _SECTIONS.items():
-        near = difflib.get_close_matches(key, keys, n=1)
-        if near and other != section:
-            return f"did you mean {near[0]} under [{other}]?"
+    """What the writer of an unknown key probably meant: the nearest key anywhere, its own section first."""
+    places = sorted(
+        ((other, name) for other, keys in _SECTIONS.items() for name in keys), key=lambda p: p[0] != section
+    )
+    nearness = [difflib.SequenceMatcher(None, key, name).ratio() for _, name in places]
+    if max(nearness) >= 0.6:
+        other, name = places[nearness.index(max(nearness))]
+        return f"did you mean {name}?" if other == section else f"did you mean {name} under [{other}]?"
     if section is not None:
         return f"[{section}] has {', '.join(_SECTIONS[section])}"
     return f"the sections are {', '.join(f'[{name}]' for name in _SECTIONS)}"

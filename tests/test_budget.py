@@ -1,0 +1,127 @@
+"""Budget files: what they mean, and what each mistake in one says."""
+
+import pytest
+
+from longrun.budget import Budget, shipped_budgets
+from longrun.errors import ConfigError, InputError, LongrunError
+
+FULL = """
+[memory]
+gpu = "80 GB"
+host = "100 GiB"
+[weights]
+format = "nf4"
+[kv]
+format = "bf16"
+retrieval_ratio = 0.25
+sink_size = 0
+recent_size = 1
+page_size = 128
+[prefill]
+chunk_size = 4096
+"""
+
+
+def test_every_key_is_read():
+    assert Budget.parse(FULL, "mine") == Budget(
+        gpu_bytes=80 * 10**9,
+        host_bytes=100 * 2**30,
+        weight_format="nf4",
+        kv_format="bf16",
+        retrieval_ratio=0.25,
+        sink_size=0,
+        recent_size=1,
+        page_size=128,
+        chunk_size=4096,
+        source="mine",
+    )
+
+
+def test_only_gpu_memory_is_required():
+    budget = Budget.parse("[memory]\ngpu = 123456789\n")
+    assert budget == Budget(gpu_bytes=123456789)
+    assert (budget.host_bytes, budget.kv_format, budget.page_size, budget.chunk_size) == (0, "int4", 64, 1024)
+    assert budget.weight_format is budget.retrieval_ratio is budget.sink_size is budget.recent_size is None
+
+
+def test_shipped_budgets_load_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shipped_budgets() == ("a100-80g", "cpu", "h100-80g", "rtx4090-24g")
+    for name in shipped_budgets():
+        budget = Budget.load(name)
+        assert budget.source == name
+        assert budget.chunk_size % budget.page_size == 0
+        assert budget.sink_size is budget.recent_size is None
+    assert Budget.load("a100-80g").gpu_bytes == 80 * 10**9
+
+
+def test_file_by_path(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(FULL)
+    assert Budget.load(path) == Budget.parse(FULL, str(path))
+
+
+def test_unknown_name_lists_the_shipped_ones_and_the_nearest():
+    with pytest.raises(InputError, match=r"a100-80g, cpu, h100-80g, rtx4090-24g \(nearest: a100-80g\)"):
+        Budget.load("a100-80gb")
+
+
+def test_unreadable_files(tmp_path):
+    (tmp_path / "b.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="UTF-8"):
+        Budget.load(tmp_path / "b.toml")
+    with pytest.raises(InputError, match="neither a file"):
+        Budget.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[memory]\ngpu = '80 GB'\nhost == 3", ["not valid TOML", "line 3"]),
+        ("[memory]\ngpu = '80 GB'\nhost = [", ["not valid TOML", "line 3"]),
+        ("", ["[memory] gpu is missing"]),
+        ("[memroy]\ngpu = '80 GB'", ["[memroy]", "nearest: memory"]),
+        ("memory = 3", ["memory = 3 is not a section"]),
+        ("gpu = '80 GB'", ["gpu", "outside every section", "gpu under [memory]"]),
+        ("[memory]\ngpu = '80 GB'\nhots = 1", ["[memory] hots", "did you mean host?"]),
+        ("[memory]\ngpu = '80 GB'\n[kv]\nchunksize = 1", ["[kv] chunksize", "chunk_size under [prefill]"]),
+        ("[memory]\ngpu = '80 GB'\n[kv]\nzzz = 1", ["[kv] zzz", "[kv] has format, retrieval_ratio"]),
+        ("[memory]\ngpu = '80 XB'", ["[memory] gpu", "'80 XB'", "80 GB or 100 GiB"]),
+        ("[memory]\ngpu = -1", ["[memory] gpu", "-1", "negative"]),
+        ("[memory]\ngpu = 0", ["[memory] gpu = 0", "at least 1"]),
+        ("[memory]\ngpu = true", ["[memory] gpu", "true"]),
+        ("[memory]\ngpu = 80.5", ["[memory] gpu", "80.5"]),
+        ("[memory]\ngpu = '80 GB'\n[weights]\nformat = 'nf5'", ["[weights] format", '"nf5"', "nearest: nf4"]),
+        ("[memory]\ngpu = '80 GB'\n[weights]\nformat = 4", ["[weights] format = 4", "fp32, bf16, int8, nf4"]),
+        ("[memory]\ngpu = '80 GB'\n[kv]\nformat = 'INT4'", ["[kv] format", '"INT4"', "int4, bf16, fp32"]),
+        ("[memory]\ngpu = '80 GB'\n[kv]\nretrieval_ratio = 0", ["[kv] retrieval_ratio = 0", "above 0"]),
+        ("[memory]\ngpu = '80 GB'\n[kv]\nretrieval_ratio = 1.5", ["retrieval_ratio = 1.5", "at most 1"]),
+        ("[memory]\ngpu = '80 GB'\n[kv]\nretrieval_ratio = nan", ["retrieval_ratio = nan"]),
+        ("[memory]\ngpu = '80 GB'\n[kv]\nretrieval_ratio = '50%'", ['retrieval_ratio = "50%"', "number"]),
+        ("[memory]\ngpu = '80 GB'\n[kv]\nsink_size = -1", ["[kv] sink_size = -1", "at least 0"]),
+        ("[memory]\ngpu = '80 GB'\n[kv]\nrecent_size = 0", ["[kv] recent_size = 0", "at least 1"]),
+        ("[memory]\ngpu = '80 GB'\n[kv]\nrecent_size = 2.0", ["[kv] recent_size = 2.0", "whole number"]),
+        ("[memory]\ngpu = '80 GB'\n[kv]\npage_size = 48", ["[kv] page_size = 48", "16, 32, 64, 128, 256", "nearest"]),
+        ("[memory]\ngpu = '80 GB'\n[kv]\npage_size = '64'", ["[kv] page_size", '"64"']),
+        ("[memory]\ngpu = '80 GB'\n[prefill]\nchunk_size = 0", ["[prefill] chunk_size = 0", "at least 1"]),
+    ],
+)
+def test_mistakes_name_file_key_value_and_way_out(tmp_path, text, words):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        Budget.load(path)
+    message = str(error.value)
+    for word in ["mine.toml", *words]:
+        assert word in message
+    assert "\n" not in message
+
+
+def test_override_wins_and_speaks_of_options():
+    budget = Budget.parse(FULL, "mine")
+    changed = budget.override(kv_format="int4", weight_format=None, chunk_size=7)
+    assert (changed.kv_format, changed.weight_format, changed.chunk_size) == ("int4", "nf4", 7)
+    assert changed.source == "mine"
+    assert budget.override(kv_format=None) is budget
+    with pytest.raises(LongrunError, match=r"^options: \[kv\] format"):
+        budget.override(kv_format="int3")
