@@ -1,0 +1,15 @@
+"""Fixtures that several test files need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """Checkpoint folder of the demo model, from the user's cache or made there once."""
+    from longrun.model.demo import demo_model_dir
+
+    return demo_model_dir()
