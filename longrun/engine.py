@@ -1,0 +1,83 @@
+"""Runs tokens through the decoder: prefill in chunks, decode one at a time, every step whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from longrun.attention.interface import Attention, Step
+from longrun.cache.dual import DualCache
+from longrun.errors import SessionError
+from longrun.interrupts import deferred_signals
+from longrun.model.decoder import Decoder
+from longrun.model.rope import RotaryTable
+
+
+class Engine:
+    """One sequence's way through the model.
+
+    Args:
+        decoder: the weights.
+        rotary: cos and sin of any position.
+        attention: reads and appends to `cache`.
+        cache: the sequence's dual cache.
+        chunk_size: the most tokens of one forward pass in prefill.
+    """
+
+    def __init__(
+        self, decoder: Decoder, rotary: RotaryTable, attention: Attention, cache: DualCache, chunk_size: int
+    ) -> None:
+        self.decoder, self.rotary, self.attention = decoder, rotary, attention
+        self.cache, self.chunk_size = cache, chunk_size
+        self._broken: str | None = None
+
+    def run(
+        self, token_ids: Tensor, all_positions: bool = False, on_chunk: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """Append tokens to the sequence, chunk by chunk.
+
+        SIGINT and SIGTERM wait until the chunk in hand is finished and `on_chunk` has heard of it.
+
+        Args:
+            token_ids: int64 [n], n >= 1; the caller has checked the capacity.
+            all_positions: logits of every position (they all stand in memory) instead of the last one.
+            on_chunk: called after each chunk with its number of tokens and its logits.
+
+        Returns:
+            float32 [n, vocab_size] with all_positions, else [1, vocab_size] of the last position.
+
+        Raises:
+            SessionError: an earlier step failed half way, so that the cache cannot be trusted.
+        """
+        if self._broken is not None:
+            raise SessionError(
+                f"this session stopped in the middle of a step ({self._broken}): load it again from where it was saved"
+            )
+        rope_seq_len = self.cache.seq_len + len(token_ids)
+        rows = []
+        for chunk in token_ids.split(self.chunk_size):
+            with deferred_signals():
+                logits = self._step(chunk, rope_seq_len, all_positions)
+                if on_chunk is not None:
+                    on_chunk(len(chunk), logits)
+            rows = [*rows, logits] if all_positions else [logits]
+        return torch.cat(rows)
+
+    @torch.inference_mode()
+    def _step(self, chunk: Tensor, rope_seq_len: int, all_positions: bool) -> Tensor:
+        start = self.cache.seq_len
+        cos, sin = self.rotary.cos_sin(start, len(chunk), rope_seq_len)
+        step = Step(start, len(chunk), cos, sin)
+        try:
+            hidden = self.decoder.forward(chunk, step, self.attention, all_positions=all_positions)
+        except BaseException as error:
+            self._broken = f"{type(error).__name__}: {error}"
+            raise
+        self.cache.advance(len(chunk))
+        return self.decoder.logits(hidden.view(-1, hidden.shape[-1]))
+
+    def rewound(self) -> None:
+        """The cache was brought back to an earlier, whole state: a broken step no longer matters."""
+        self._broken = None

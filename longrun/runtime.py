@@ -1,0 +1,218 @@
+"""A loaded model with its plan: makes sessions."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from longrun.attention.torch_backend import TorchAttention
+from longrun.budget import Budget
+from longrun.cache.dual import DualCache
+from longrun.config import ModelConfig
+from longrun.engine import Engine
+from longrun.errors import CheckpointError, InputError, PlanError
+from longrun.kernels.cpu_int4 import CpuInt4Kernels, KernelUnavailable
+from longrun.model.checkpoint import load_decoder, model_fingerprint
+from longrun.model.rope import RopeParameters, RotaryTable
+from longrun.paths import cache_dir
+from longrun.patterns.head_map import HeadMap, HeadSplit
+from longrun.plan import Plan, choose_split, make_plan
+from longrun.session import Session
+from longrun.store import SavedSession, SessionIdentity
+from longrun.units import format_bytes, parse_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_BUDGET = {"cpu": "cpu", "cuda": "h100-80g"}
+
+
+def load(
+    model_dir: str | Path,
+    budget: Budget | str | Path | None = None,
+    head_map: HeadMap | str | Path | None = "full",
+    kv_format: str | None = None,
+    weight_format: str | None = None,
+    device: str | None = None,
+    *,
+    ctx: int | str | None = None,
+    retrieval_ratio: float | None = None,
+    chunk_size: int | None = None,
+    device_share: float = 1.0,
+    compiled_kernels: bool = True,
+) -> Runtime:
+    """Plan, then load a checkpoint of the Llama family.
+
+    Args:
+        model_dir: Hugging Face checkpoint folder (config.json and safetensors).
+        budget: name of a shipped budget, TOML file or `Budget`; default: `cpu` on the CPU, `h100-80g` on a GPU.
+        head_map: folder in DuoAttention's format, `HeadMap`, or "full" (also None): every head keeps every token.
+        kv_format: "int4", "bf16" or "fp32"; default: the budget's (int4 where it says nothing).
+        weight_format: "fp32", "bf16", "int8" or "nf4"; default: the budget's.
+        device: "cpu" or "cuda"; default: cuda where there is one.
+        ctx: capacity to plan for, tokens; default: the model's trained window, or what fits of it.
+        retrieval_ratio: share of the heads of `head_map` to keep; default: the budget's, else scores of at least 0.5.
+        chunk_size: the most tokens of one prefill step; default: the budget's.
+        device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
+            rest goes to the host pool although the device has room.
+        compiled_kernels: use the compiled CPU kernels; False runs plain torch.
+
+    Raises:
+        PlanError: the budget or the machine's free memory cannot hold it; nothing has been loaded.
+        CheckpointError, ConfigError, HeadMapError, InputError: a file or an argument cannot be used.
+    """
+    device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device_type not in DEFAULT_BUDGET:
+        raise InputError(f"device {device!r} is unknown: use cpu or cuda")
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for, but torch finds no GPU here: use device cpu")
+    if not 0 <= device_share <= 1:
+        raise InputError(f"device_share {device_share} must be between 0 and 1")
+    if isinstance(ctx, str):
+        ctx = parse_tokens(ctx, "ctx")
+    folder = Path(model_dir)
+    config = ModelConfig.from_dir(folder)
+    limits = budget if isinstance(budget, Budget) else Budget.load(budget or DEFAULT_BUDGET[device_type])
+    limits = limits.override(kv_format=kv_format, weight_format=weight_format, chunk_size=chunk_size)
+    chosen = choose_split(config, limits, head_map, retrieval_ratio)
+    plan = make_plan(config, limits, ctx, split=chosen, device_type=device_type, device_share=device_share)
+    _check_free_memory(plan)
+    return Runtime(folder, config, limits, chosen, plan, device_share, compiled_kernels)
+
+
+def _check_free_memory(plan: Plan) -> None:
+    """Refuse now what the machine cannot hold, instead of running out of memory later."""
+    free = psutil.virtual_memory().available
+    needed = plan.total_bytes if plan.device_type == "cpu" else plan.host_bytes
+    if needed > free:
+        raise PlanError(
+            f"the plan needs {format_bytes(needed)} of main memory and {format_bytes(free)} are free: ask for a "
+            f"smaller context than {plan.ctx:,} tokens, or free memory"
+        )
+
+
+class Runtime:
+    """A model in memory. Made by `load`.
+
+    Attributes:
+        config: shape of the model.
+        split: which KV heads are retrieval heads.
+        plan: the memory plan, of the newest session or of the context asked for at load.
+        tokenizer: transformers' tokenizer, or None where the folder has none.
+        eos_token_ids: what ends a generation, from the generation config.
+        notices: sentences that a person should be shown once.
+    """
+
+    def __init__(
+        self, folder: Path, config: ModelConfig, budget: Budget, chosen: Any, plan: Plan, device_share: float,
+        compiled_kernels: bool,
+    ) -> None:  # fmt: skip
+        self.model_dir, self.config, self.plan = folder, config, plan
+        self.split: HeadSplit = chosen.split
+        self.notices = [*plan.warnings, *plan.notes]
+        self._budget, self._chosen, self._device_share = budget, chosen, device_share
+        self._device = torch.device(plan.device_type)
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._kernels = self._build_kernels() if compiled_kernels else None
+        permutation = [self.split.permutation(layer_idx) for layer_idx in range(config.num_layers)]
+        self._decoder = load_decoder(folder, config, permutation, plan.weight_format, self._device)
+        self._rotary = RotaryTable(RopeParameters.from_dir(folder), config.head_dim, self._device)
+        self.tokenizer = self._load_tokenizer()
+        self.eos_token_ids = _eos_token_ids(folder)
+        self._identity = SessionIdentity(
+            model_fingerprint(folder), self.split.hash, plan.kv_format, plan.page_size, plan.weight_format
+        )
+
+    def _build_kernels(self) -> CpuInt4Kernels | None:
+        if self._device.type != "cpu":
+            return None
+        try:
+            return CpuInt4Kernels(cache_dir() / "kernels")
+        except KernelUnavailable as error:
+            self.notices.append(f"compiled CPU kernels are off ({error}): plain torch is used, which decodes slower")
+            return None
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        if not any((self.model_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            self.notices.append(f"{self.model_dir} has no tokenizer: only token ids can be used")
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(str(self.model_dir), local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise CheckpointError(
+                f"the tokenizer in {self.model_dir} cannot be loaded ({' '.join(str(error).split())[:200]}): restore "
+                f"the folder's tokenizer files"
+            ) from error
+
+    def new_session(self, capacity: int | str | None = None) -> Session:
+        """An empty session; its cache is allocated now, and nothing grows afterwards.
+
+        Args:
+            capacity: tokens, default the plan's context.
+
+        Raises:
+            PlanError: it does not fit in the budget beside the sessions that are alive, or in free memory.
+        """
+        capacity = self.plan.ctx if capacity is None else parse_tokens(capacity, "capacity")
+        reserved = sum(session.plan.cache_bytes + session.plan.attention.scratch_bytes() for session in self._sessions)
+        if capacity != self.plan.ctx or reserved:
+            plan = make_plan(
+                self.config, self._budget, capacity, split=self._chosen, device_type=self._device.type,
+                reserved_bytes=reserved, device_share=self._device_share,
+            )  # fmt: skip
+            self.notices += [text for text in plan.warnings if text not in self.notices]
+            self.plan = plan
+        plan = self.plan
+        cache = DualCache(plan.cache, self._device)
+        assert cache.nbytes() == {**plan.cache.device_bytes(), **plan.cache.host_bytes()}, "the cache is not as planned"
+        attention = TorchAttention(cache, plan.attention, self._decoder.compute_dtype, self._kernels)
+        engine = Engine(self._decoder, self._rotary, attention, cache, plan.chunk_size)
+        session = Session(engine, plan, self._identity, self.eos_token_ids)
+        self._sessions.add(session)
+        return session
+
+    def load_session(self, path: str | Path, capacity: int | str | None = None) -> Session:
+        """A session saved by `Session.save`, ready to go on with the very next token.
+
+        Args:
+            path: its folder; later saves to the same folder write only what is new.
+            capacity: tokens; default as it was saved.
+
+        Raises:
+            SessionError: no session there, damaged files, or one of another model, head split or format.
+            PlanError: it does not fit in the budget.
+        """
+        saved = SavedSession.open(path, self._identity)
+        capacity = saved.capacity if capacity is None else parse_tokens(capacity, "capacity")
+        if capacity < saved.seq_len:
+            raise InputError(
+                f"session {path} holds {saved.seq_len:,} tokens, more than the {capacity:,} asked for: give a larger "
+                f"context"
+            )
+        session = self.new_session(capacity)
+        saved.restore(session)
+        return session
+
+
+def _eos_token_ids(folder: Path) -> frozenset[int]:
+    """End-of-sequence ids: generation_config.json, else config.json; empty where neither names one."""
+    from transformers import GenerationConfig
+
+    ids: Any = None
+    if (folder / "generation_config.json").exists():
+        try:
+            ids = GenerationConfig.from_pretrained(str(folder), local_files_only=True).eos_token_id
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{folder / 'generation_config.json'} cannot be read: {error}") from error
+    if ids is None:
+        ids = json.loads((folder / "config.json").read_text()).get("eos_token_id")
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)

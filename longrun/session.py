@@ -1,0 +1,288 @@
+"""One sequence: its tokens, its cache, and what to do with them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from longrun.cache.dual import CacheMark, DualCache
+from longrun.engine import Engine
+from longrun.errors import ContextFullError, InputError
+from longrun.plan import Plan
+from longrun.sampling import SamplingParams, sample
+from longrun.units import format_tokens
+
+if TYPE_CHECKING:
+    from longrun.store import SessionIdentity, SessionStore
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SessionMark:
+    """A point of a session to come back to with `Session.rewind`."""
+
+    cache: CacheMark
+    num_tokens: int
+    logits: Tensor | None
+    generator_state: Tensor
+
+
+class Session:
+    """One sequence of up to `capacity` tokens. Made by `Runtime.new_session` or `Runtime.load_session`.
+
+    Attributes:
+        plan: the memory plan this session was allocated by.
+        extra: JSON-able dictionary saved with the session; the chat keeps its turns there.
+    """
+
+    def __init__(self, engine: Engine, plan: Plan, identity: SessionIdentity, eos_token_ids: frozenset[int]) -> None:
+        self._engine, self.plan, self.identity, self._eos = engine, plan, identity, eos_token_ids
+        self._ids = array("i")
+        self._logits: Tensor | None = None
+        self._generator = torch.Generator().manual_seed(0)
+        self._store: SessionStore | None = None
+        self._attached = False
+        self.extra: dict[str, Any] = {}
+
+    @property
+    def cache(self) -> DualCache:
+        return self._engine.cache
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Every token so far; the last one may be sampled but not yet in the cache."""
+        return self._ids.tolist()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._ids)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in the cache: `num_tokens`, or one less while a sampled token waits."""
+        return self.cache.seq_len
+
+    @property
+    def capacity(self) -> int:
+        return self.cache.spec.capacity
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes the cache holds, measured from its tensors; equal to the plan's."""
+        return self.cache.total_bytes
+
+    @property
+    def logits(self) -> Tensor | None:
+        """float32 [vocab_size] that predict the next token; None before the first prefill."""
+        self._catch_up()
+        return self._logits
+
+    def prefill(self, token_ids: Sequence[int] | Tensor, progress: Progress | None = None) -> Tensor:
+        """Append tokens, chunk by chunk; a session that is attached to a folder is saved after each.
+
+        Args:
+            token_ids: at least one token id.
+            progress: called with (tokens done, tokens in all) after every chunk.
+
+        Returns:
+            float32 [vocab_size], logits of the last position.
+
+        Raises:
+            InputError: no token, or an id outside the vocabulary.
+            ContextFullError: more tokens than the capacity has room for; nothing was appended.
+            SessionError: a checkpoint could not be written, or an earlier step broke off.
+        """
+        new = self._check_ids(token_ids)
+        waiting = self._ids[self.seq_len :]
+        self._check_room(len(waiting) + len(new))
+        done, total = 0, len(waiting) + len(new)
+        todo = torch.tensor([*waiting, *new.tolist()], dtype=torch.int64)
+        del self._ids[self.seq_len :]
+
+        def on_chunk(count: int, logits: Tensor) -> None:
+            nonlocal done
+            self._ids.extend(todo[done : done + count].tolist())
+            self._logits = logits[-1]
+            done += count
+            if self._attached:
+                self._save()
+            if progress is not None:
+                progress(done, total)
+
+        try:
+            self._engine.run(todo, on_chunk=on_chunk)
+        finally:
+            if done < len(waiting):  # interrupted before the waiting token was taken in: it still waits
+                self._ids.extend(waiting[done:])
+        assert self._logits is not None
+        return self._logits
+
+    def score(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        """Append known tokens and tell how they were predicted (teacher forcing).
+
+        Returns:
+            float32 [n, vocab_size]: row i are the logits that predict token_ids[i].
+
+        Raises:
+            As `prefill`; InputError also for a session without any token yet.
+        """
+        new = self._check_ids(token_ids)
+        self._check_room(len(new) + self.num_tokens - self.seq_len)
+        before = self.logits
+        if before is None:
+            raise InputError("nothing precedes these tokens: prefill at least one token before scoring")
+        rows = self._engine.run(new, all_positions=True, on_chunk=self._note_chunk(new))
+        return torch.cat((before[None], rows[:-1]))
+
+    def generate(
+        self,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        eos: bool = True,
+    ) -> Iterator[int]:
+        """Continue the sequence token by token.
+
+        A token is yielded as soon as it is sampled and enters the cache when the next one is asked for, so a consumer
+        may stop at any point. Without `seed`, random draws go on from where the session (also a loaded one) stood.
+
+        Args:
+            max_new_tokens: at most so many; temperature, top_k, top_p, repetition_penalty: see `SamplingParams`.
+            eos: stop after an end-of-sequence token of the generation config (it is yielded last).
+
+        Raises:
+            InputError: impossible parameters, or a session without any token (at the call, not at the first token).
+            ContextFullError: the capacity is used up; every token yielded so far is part of the session.
+        """
+        params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens {max_new_tokens} must be at least 1")
+        if not self._ids:
+            raise InputError("there is nothing to continue: prefill at least one token before generating")
+        if seed is not None:
+            self._generator.manual_seed(seed)
+        return self._generate(max_new_tokens, params, eos)
+
+    def _generate(self, max_new_tokens: int, params: SamplingParams, eos: bool) -> Iterator[int]:
+        for _ in range(max_new_tokens):
+            logits = self.logits
+            assert logits is not None
+            token_id = sample(logits, params, self._generator, self._ids)
+            self._ids.append(token_id)
+            yield token_id
+            if eos and token_id in self._eos:
+                return
+
+    def _catch_up(self) -> None:
+        """Take the sampled token that waits into the cache."""
+        if self.num_tokens > self.seq_len:
+            waiting = torch.tensor(self._ids[self.seq_len :], dtype=torch.int64)
+            self._check_room(len(waiting))
+            self._logits = self._engine.run(waiting)[-1]
+
+    def _note_chunk(self, new: Tensor) -> Callable[[int, Tensor], None]:
+        done = 0
+
+        def on_chunk(count: int, logits: Tensor) -> None:
+            nonlocal done
+            self._ids.extend(new[done : done + count].tolist())
+            self._logits = logits[-1]
+            done += count
+
+        return on_chunk
+
+    def _check_ids(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        ids = torch.as_tensor(token_ids, dtype=torch.int64).reshape(-1)
+        if len(ids) == 0:
+            raise InputError("no tokens were given: prefill needs at least one")
+        vocab_size = self._engine.decoder.config.vocab_size
+        if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+            bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+            raise InputError(f"token id {int(bad)} is outside the model's vocabulary of {vocab_size:,}")
+        return ids
+
+    def _check_room(self, count: int) -> None:
+        if self.seq_len + count > self.capacity:
+            raise ContextFullError(
+                f"the context is full: {count:,} more tokens after {self.seq_len:,} exceed this session's capacity of "
+                f"{format_tokens(self.capacity)}; nothing was dropped: go on with a larger --ctx, or save and reload "
+                f"the session into one"
+            )
+
+    def mark(self) -> SessionMark:
+        """Remember this point; costs a copy of tails and rings in host memory, no page."""
+        self._catch_up()
+        logits = None if self._logits is None else self._logits.clone()
+        return SessionMark(self.cache.mark(), self.num_tokens, logits, self._generator.get_state())
+
+    def rewind(self, mark: SessionMark) -> None:
+        """Back to `mark`, as if nothing had been appended since: many questions over one document, for example."""
+        assert mark.num_tokens <= self.num_tokens
+        if self._store is not None:
+            self._store.forget_pages(mark.cache.num_pooled)
+        self.cache.rewind(mark.cache)
+        self._engine.rewound()
+        del self._ids[mark.num_tokens :]
+        self._logits = None if mark.logits is None else mark.logits.clone()
+        self._generator.set_state(mark.generator_state)
+
+    def attach(self, path: str | Path) -> None:
+        """Keep the folder `path` up to date from now on: prefill saves into it after every chunk.
+
+        Raises:
+            SessionError: the folder holds something that is not a session.
+        """
+        self._open_store(path)
+        self._attached = True
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to the folder `path`, atomically: a crash or a full disk leaves what was there before.
+
+        Saving again to the folder it was last saved to writes only what is new.
+
+        Raises:
+            SessionError: the folder holds something else, or writing failed.
+        """
+        self._open_store(path)
+        self._save()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What beside the cache makes the session: int32 token ids, logits if there are any, random state."""
+        found = {"token_ids": torch.tensor(self._ids, dtype=torch.int32), "generator": self._generator.get_state()}
+        if self._logits is not None:
+            found["logits"] = self._logits.cpu()
+        return found
+
+    def restore(self, token_ids: Tensor, logits: Tensor | None, generator_state: Tensor, extra: dict[str, Any]) -> None:
+        """Take over what `snapshot` gave; the cache has been filled already."""
+        assert not self._ids
+        assert self.seq_len <= len(token_ids)
+        self._ids.extend(token_ids.tolist())
+        self._logits = None if logits is None else logits.to(self.cache.device)
+        self._generator.set_state(generator_state)
+        self.extra = extra
+
+    def adopt_store(self, store: SessionStore) -> None:
+        """The session was loaded from this store: saving there again writes only what is new."""
+        self._store = store
+
+    def _open_store(self, path: str | Path) -> None:
+        from longrun.store import SessionStore
+
+        if self._store is None or self._store.folder != Path(path).absolute():
+            self._store = SessionStore(path)
+            self._attached = False
+
+    def _save(self) -> None:
+        assert self._store is not None
+        self._store.save(self)
