@@ -24,18 +24,18 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{plan.split_hash}",
     ]
     for line in lines:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(_table(plan))
-    console.print(_pages(plan), highlight=False)
+    console.print(_pages(plan), highlight=False, soft_wrap=True)
     if plan.max_ctx >= MAX_CTX:
         most = "no head keeps all tokens, so the cache does not grow with the context"
     else:
         most = f"largest context with this budget and these settings: [bold]{format_tokens(plan.max_ctx)} tokens[/bold]"
-    console.print(most, highlight=False)
+    console.print(most, highlight=False, soft_wrap=True)
     for note in plan.notes:
-        console.print(f"note: {escape(note)}", highlight=False)
+        console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
     for warning in plan.warnings:
-        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False, soft_wrap=True)
 
 
 def _table(plan: Plan) -> Table:
