@@ -146,7 +146,13 @@ class Decoder:
             yield slice(start, min(start + self.token_slice, num_tokens))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+        """RMS norm over the last dimension."""
+        eps, width = self.config.rms_norm_eps, x.shape[-1]
+        if x.numel() == width and x.device.type == "cpu" and x.dtype == torch.float32:
+            # One token: torch's norm is seven small operations, a tenth of a decode step on a small model.
+            row = x.view(width)
+            return torch.mul(x, weight).mul_((torch.dot(row, row).item() / width + eps) ** -0.5)
+        return F.rms_norm(x, (width,), weight, eps)
 
     def _project(self, layer: DecoderLayer, hidden: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Norm, q/k/v projection, head norms and RoPE, into `qkv` [T, q_size + 2 * kv_size]."""
