@@ -1,0 +1,111 @@
+"""One answer: tokens from the session, text to whoever listens, and why and when it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from longrun.errors import ContextFullError
+from longrun.sampling import SamplingParams
+from longrun.text_stream import StopStrings, TextStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from longrun.session import Session
+
+EOS, STOP_STRING, MAX_NEW_TOKENS, CONTEXT_FULL, INTERRUPTED = (
+    "eos", "stop string", "max_new_tokens", "context full", "interrupted",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How to answer.
+
+    Attributes:
+        max_new_tokens: at most so many tokens.
+        sampling: see `SamplingParams`.
+        stop: the answer ends before the first of these strings.
+        seed: of the random draws; None goes on from where the session stands.
+    """
+
+    max_new_tokens: int = 512
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+@dataclass
+class Answer:
+    """What was answered.
+
+    Attributes:
+        text: as it was given out: without special tokens, a stop string or what follows it.
+        num_tokens: generated tokens, the end-of-sequence token and those of a stop string among them.
+        stop_reason: "eos", "stop string", "max_new_tokens", "context full" or "interrupted".
+        decode_seconds: from the first token to the last: `num_tokens - 1` steps of the model.
+    """
+
+    text: str = ""
+    num_tokens: int = 0
+    stop_reason: str = MAX_NEW_TOKENS
+    decode_seconds: float = 0.0
+
+    @property
+    def decode_ms_per_token(self) -> float | None:
+        """Milliseconds per step of the model; None for fewer than two tokens."""
+        return 1000 * self.decode_seconds / (self.num_tokens - 1) if self.num_tokens > 1 else None
+
+
+def stream_answer(
+    session: Session,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: frozenset[int],
+    options: AnswerOptions,
+    emit: Callable[[str], None],
+) -> Answer:
+    """Generate after the session's last token.
+
+    `emit` gets the text piece by piece, whole characters only. Ctrl-C and a full context end the answer, not the
+    session, which keeps every token.
+
+    Raises:
+        InputError: options that cannot be used; the session is as it was.
+    """
+    answer, text, stop = Answer(), TextStream(tokenizer), StopStrings(options.stop)
+    first_at = time.perf_counter()
+
+    def give(piece: str) -> None:
+        if piece:
+            answer.text += piece
+            emit(piece)
+
+    sampling = options.sampling
+    tokens = session.generate(
+        options.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, sampling.repetition_penalty,
+        options.seed,
+    )  # fmt: skip
+    try:
+        for token_id in tokens:
+            now = time.perf_counter()
+            if answer.num_tokens == 0:
+                first_at = now
+            answer.num_tokens += 1
+            answer.decode_seconds = now - first_at
+            if token_id in eos_token_ids:
+                answer.stop_reason = EOS
+                break
+            give(stop.feed(text.step(token_id)))
+            if stop.found is not None:
+                answer.stop_reason = STOP_STRING
+                break
+    except ContextFullError:
+        answer.stop_reason = CONTEXT_FULL
+    except KeyboardInterrupt:
+        answer.stop_reason = INTERRUPTED
+    give(stop.feed(text.flush()))
+    give(stop.flush())
+    return answer

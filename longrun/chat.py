@@ -1,0 +1,243 @@
+"""`python -m longrun.chat`: talk with a model about long texts, or ask one question with --prompt.
+
+Answers go to stdout, everything else to stderr. Exit status: 0; 2 for bad input; 130 after Ctrl-C; 143 after SIGTERM
+(with --session the state is saved first).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+
+from longrun.cli import run
+from longrun.documents import Document, read_document
+from longrun.errors import InputError
+from longrun.quant.kv_format import KV_FORMATS
+from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.units import parse_tokens
+
+if TYPE_CHECKING:
+    from longrun.answer import AnswerOptions
+    from longrun.chat_runner import ChatRunner
+    from longrun.runtime import Runtime
+
+_TERMINATED, _INTERRUPTED, _BROKEN_PIPE = 143, 130, 141
+
+
+def chat_command(argv: Sequence[str] | None = None) -> int:
+    """Run the chat; returns the exit status.
+
+    Raises:
+        LongrunError: bad arguments, files or folders, or a plan that does not fit.
+    """
+    args = _parser().parse_args(argv)
+    interactive = args.prompt is None and sys.stdin.isatty()
+    if args.json and args.prompt is None:
+        raise InputError("--json needs --prompt: it prints one answer and one JSON object")
+    if args.prompt is not None and not args.prompt.strip():
+        raise InputError("--prompt is empty: give a question")
+    documents = [read_document(path) for path in args.file]
+    ctx = None if args.ctx is None else parse_tokens(args.ctx, "--ctx")
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.width = 120
+
+    from longrun.chat_runner import Terminated
+
+    def on_sigterm(number: int, frame: Any) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    runner: ChatRunner | None = None
+    try:
+        runner = _make_runner(args, ctx, console)
+        if args.prompt is not None:
+            return _answer_once(runner, documents, args.prompt.strip(), args.json)
+        return _chat(runner, documents, interactive)
+    except Terminated:
+        if runner is not None:
+            runner.save_if_kept()
+        print("terminated", file=sys.stderr)
+        return _TERMINATED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if runner is not None:
+            runner.save_if_kept()
+        return _BROKEN_PIPE
+
+
+def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) -> ChatRunner:
+    """Load the model, then the session; print the plan and what else a person should know."""
+    from longrun.chat_runner import ChatRunner
+    from longrun.plan_report import print_plan
+    from longrun.store import SessionStore
+
+    options = _answer_options(args)
+    folder = None if args.session is None else Path(args.session).expanduser()
+    if folder is not None:
+        SessionStore(folder)  # refuses a folder that is no session before minutes of loading
+    started = time.perf_counter()
+    runtime = _load(args, ctx)
+    runner = ChatRunner(runtime, options, console, args.system, folder, ctx)
+    runner.load_seconds = time.perf_counter() - started
+    plan = runner.session.plan
+    print_plan(plan, console)
+    for notice in runtime.notices:
+        if notice not in (*plan.notes, *plan.warnings):
+            runner.tell(f"note: {notice}")
+    return runner
+
+
+def _load(args: argparse.Namespace, ctx: int | None) -> Runtime:
+    from longrun.model.demo import demo_model_dir
+    from longrun.runtime import load
+
+    return load(
+        demo_model_dir() if args.model is None else args.model,
+        args.budget,
+        args.head_map,
+        args.kv,
+        args.weights,
+        args.device,
+        ctx=ctx,
+        retrieval_ratio=args.retrieval_ratio,
+        chunk_size=args.chunk_size,
+    )
+
+
+def _answer_options(args: argparse.Namespace) -> AnswerOptions:
+    from longrun.answer import AnswerOptions
+    from longrun.sampling import SamplingParams
+    from longrun.text_stream import StopStrings
+
+    StopStrings(args.stop)
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
+    sampling = SamplingParams(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
+    return AnswerOptions(args.max_new_tokens, sampling, tuple(args.stop), args.seed)
+
+
+def _answer_once(runner: ChatRunner, documents: Sequence[Document], prompt: str, as_json: bool) -> int:
+    from longrun.answer import CONTEXT_FULL, INTERRUPTED
+
+    try:
+        runner.read(documents, prompt)
+    except KeyboardInterrupt:
+        unread = runner.conversation.unread
+        runner.save_if_kept()
+        runner.tell(f"reading stopped with {unread:,} tokens unread" + _how_to_go_on(runner))
+        return _INTERRUPTED
+    report = runner.answer(_emit, keep_unfinished=False)
+    _emit("\n")
+    stop_reason = report.answer.stop_reason
+    if stop_reason == CONTEXT_FULL:
+        runner.tell(
+            f"the context is full ({runner.session.capacity:,} tokens) and ends the answer: give a larger --ctx"
+        )
+    elif stop_reason == INTERRUPTED:
+        runner.tell("the answer was stopped" + _how_to_go_on(runner))
+    runner.tell(report.line())
+    if as_json:
+        _emit(json.dumps(report.to_dict()) + "\n")
+    return _INTERRUPTED if stop_reason == INTERRUPTED else 0
+
+
+def _how_to_go_on(runner: ChatRunner) -> str:
+    return ": the same command goes on from there" if runner.is_kept else " (--session DIR would have kept them)"
+
+
+def _chat(runner: ChatRunner, documents: Sequence[Document], interactive: bool) -> int:
+    from longrun.chat_loop import ChatLoop
+
+    if interactive:
+        runner.tell("type a message, or /help; Ctrl-D leaves")
+    loop = ChatLoop(runner, _line_reader(interactive), sys.stdout, interactive)
+    try:
+        loop.run(documents)
+    except KeyboardInterrupt:
+        runner.save_if_kept()
+        return 0 if interactive else _INTERRUPTED
+    runner.save_if_kept()
+    if interactive:
+        print(file=sys.stderr)
+        return 0
+    if not loop.turns:
+        raise InputError(
+            "stdin holds no question and is no terminal: pass --prompt TEXT, or pipe in one message a line"
+        )
+    return 2 if loop.errors else 0
+
+
+def _line_reader(interactive: bool) -> Callable[[], str | None]:
+    if not interactive:
+        return lambda: sys.stdin.readline() or None
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  line editing and history for input()
+
+    def read_line() -> str | None:
+        try:
+            return input("> ")
+        except EOFError:
+            return None
+
+    return read_line
+
+
+def _emit(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m longrun.chat",
+        description="Talk with a model about long texts. With --prompt: one answer on stdout, everything else on "
+        "stderr. Without it: an interactive chat on a terminal; otherwise every line of stdin is a message or a "
+        "command, and the exit status is 2 if one of them failed.",
+    )
+    model = parser.add_argument_group("model and memory")
+    model.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint folder (default: a demo model of 135M)")
+    model.add_argument("--ctx", metavar="TOKENS", help="capacity, like 128K or 3.3M (default: the trained window)")
+    model.add_argument("--budget", metavar="NAME_OR_FILE", help="memory budget (default: cpu, or h100-80g on a GPU)")
+    model.add_argument("--head-map", default="full", metavar="DIR|full", help="head map folder (default: full)")
+    model.add_argument("--retrieval-ratio", type=float, metavar="R", help="share of KV heads that keep all tokens")
+    model.add_argument("--kv", choices=KV_FORMATS, help="format of KV pages (default: the budget's, else int4)")
+    model.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
+    model.add_argument("--chunk-size", type=int, metavar="N", help="tokens of a prefill step (default: the budget's)")
+    model.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    talk = parser.add_argument_group("what to talk about")
+    talk.add_argument("--file", action="append", default=[], metavar="F", help="UTF-8 text to read first; repeatable")
+    talk.add_argument("--prompt", metavar="TEXT", help="answer this one question and leave")
+    talk.add_argument("--system", metavar="TEXT", help="system prompt (default: the chat template's own)")
+    talk.add_argument(
+        "--session", metavar="DIR", help="keep the session in this folder, and go on with the one that is in it"
+    )
+    answer = parser.add_argument_group("answers")
+    answer.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: 512")
+    answer.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, the likeliest token")
+    answer.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all tokens")
+    answer.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, all tokens")
+    answer.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
+    answer.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this text; repeatable")
+    answer.add_argument("--seed", type=int, metavar="N", help="of the random draws")
+    answer.add_argument("--json", action="store_true", help="after the answer one line of JSON (with --prompt)")
+    return parser
+
+
+def main() -> None:
+    """Entry point of `longrun-chat`."""
+    run(chat_command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Reads documents and questions into a session, answers, and tells what it does: what every way to chat shares."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from longrun.answer import INTERRUPTED, AnswerOptions, stream_answer
+from longrun.conversation import Conversation, Reading
+from longrun.documents import Document
+from longrun.errors import InputError, PlanError
+from longrun.progress import PrefillProgress
+from longrun.report import TurnReport
+from longrun.store import is_session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from longrun.runtime import Runtime
+    from longrun.session import Session
+
+
+class Terminated(BaseException):
+    """SIGTERM was received: save what can be saved and leave."""
+
+
+class ChatRunner:
+    """One conversation at a time over one runtime.
+
+    Args:
+        runtime: model and tokenizer.
+        options: how to answer.
+        console: messages, progress and statistics go there, never the answer.
+        system: system prompt of new conversations.
+        folder: session folder that is kept up to date (after every chunk read, and after every answer); an existing
+            session in it is gone on with.
+        capacity: tokens a session must have room for; None takes the plan's, or a saved session's own.
+
+    Raises:
+        InputError: the model has no tokenizer, or the system prompt cannot be used.
+        SessionError, PlanError: the folder's session cannot be loaded, or does not fit.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        options: AnswerOptions,
+        console: Console,
+        system: str | None = None,
+        folder: Path | None = None,
+        capacity: int | None = None,
+    ) -> None:
+        if runtime.tokenizer is None:
+            raise InputError(f"{runtime.model_dir} has no tokenizer: chat needs one, add the model's tokenizer files")
+        self.runtime, self.options, self._console = runtime, options, console
+        self._tokenizer: PreTrainedTokenizerBase = runtime.tokenizer
+        self._system, self._capacity, self._folder = system, capacity, folder
+        self.load_seconds = 0.0
+        self.last_report: TurnReport | None = None
+        self._conversation: Conversation | None = None
+        if folder is not None and is_session(folder):
+            self._use(runtime.load_session(folder, capacity))
+            self.tell(self._describe(folder))
+        else:
+            self._use(runtime.new_session(capacity))
+        if folder is not None:
+            self.session.attach(folder)
+
+    @property
+    def conversation(self) -> Conversation:
+        assert self._conversation is not None
+        return self._conversation
+
+    @property
+    def session(self) -> Session:
+        return self.conversation.session
+
+    @property
+    def is_kept(self) -> bool:
+        """A folder is kept up to date with this conversation."""
+        return self._folder is not None
+
+    def tell(self, message: str) -> None:
+        """Print a message to the console (never to where answers go)."""
+        self._console.print(escape(message), highlight=False, soft_wrap=True)
+
+    def read(self, documents: Sequence[Document], question: str | None, strict: bool = True) -> Reading:
+        """Prefill documents and question, as `Conversation.prepare` decides.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; what was read until then stays.
+            LongrunError: see `Conversation.prepare` and `Session.prefill`.
+        """
+        reading = self.conversation.prepare(documents, question, strict)
+        for name in reading.already_read:
+            self.tell(f"{name} was read before: not read again")
+        if reading.resumed_of:
+            self.tell(f"resuming at token {reading.resumed_at:,} of {reading.resumed_of:,}")
+        self.prefill(reading)
+        return reading
+
+    def prefill(self, reading: Reading) -> None:
+        """Read the tokens of `reading`, with progress, and remember how long it took."""
+        before, started = self.session.num_tokens, time.perf_counter()
+        self._prefilled = (0, 0.0, reading.resumed_at)
+        if not reading.token_ids:
+            return
+        try:
+            with PrefillProgress(self._console, reading.resumed_at) as progress:
+                progress.start(len(reading.token_ids))
+                self.session.prefill(reading.token_ids, progress)
+        finally:
+            self._prefilled = (self.session.num_tokens - before, time.perf_counter() - started, reading.resumed_at)
+
+    def answer(self, emit: Callable[[str], None], keep_unfinished: bool) -> TurnReport:
+        """Answer the question that was read, and save where a folder is kept up to date.
+
+        Args:
+            emit: gets the text piece by piece.
+            keep_unfinished: an answer stopped by Ctrl-C or SIGTERM stays in the conversation; otherwise the session
+                goes back to the end of the question, so that the same command answers it anew.
+        """
+        prompt_tokens = self.session.num_tokens
+        mark = None if keep_unfinished or self._folder is None else self.session.mark()
+        finished = False
+        try:
+            answer = stream_answer(self.session, self._tokenizer, self.runtime.eos_token_ids, self.options, emit)
+            finished = answer.stop_reason != INTERRUPTED
+        finally:
+            if finished or keep_unfinished:
+                self.conversation.answered()
+            elif mark is not None:
+                self.session.rewind(mark)
+        count, seconds, resumed_at = self._prefilled
+        self.last_report = TurnReport(
+            answer, self.session, prompt_tokens, count, seconds, self.load_seconds, resumed_at
+        )
+        self._prefilled = (0, 0.0, 0)
+        self.save_if_kept()
+        return self.last_report
+
+    def save_if_kept(self) -> None:
+        """Save into the folder that is kept up to date, if there is one and the session holds anything."""
+        if self._folder is not None and self.session.num_tokens:
+            self.session.save(self._folder)
+
+    def save(self, folder: Path) -> None:
+        """Save a copy into `folder`; the folder that is kept up to date stays so."""
+        if not self.session.num_tokens:
+            raise InputError("there is nothing to save yet: ask or read something first")
+        self.session.save(folder)
+        if self._folder is not None:
+            self.session.attach(self._folder)
+        self.tell(f"saved {self.session.num_tokens:,} tokens in {folder}")
+
+    def load(self, folder: Path) -> None:
+        """Go on with another saved session; where that fails, the conversation is as it was.
+
+        Raises:
+            SessionError: it cannot be loaded.
+            InputError: there is no room for it beside the conversation in memory.
+        """
+        try:
+            session = self.runtime.load_session(folder)
+        except PlanError as error:
+            if self.session.num_tokens:
+                raise InputError(
+                    f"session {folder} does not fit in memory beside this conversation: /save this one if it is "
+                    f"needed, then /reset and /load again"
+                ) from error
+            self._drop()
+            try:
+                session = self.runtime.load_session(folder)
+            except BaseException:
+                self._use(self.runtime.new_session(self._capacity))
+                raise
+        self._stop_keeping()
+        self._use(session)
+        self.tell(self._describe(folder))
+
+    def reset(self) -> None:
+        """Start a new conversation."""
+        self._stop_keeping()
+        self._drop()
+        self._use(self.runtime.new_session(self._capacity))
+        self.tell("a new conversation begins")
+
+    def status(self) -> str:
+        """Tokens, documents, memory: one line."""
+        session, documents = self.session, self.conversation.documents
+        read = f"; documents: {', '.join(documents)}" if documents else ""
+        unread = f"; {self.conversation.unread:,} tokens are still unread" if self.conversation.unread else ""
+        return f"{session.num_tokens:,} of {session.capacity:,} tokens used{read}{unread}"
+
+    def _describe(self, folder: Path) -> str:
+        return f"going on with the session in {folder}: {self.status()}"
+
+    def _use(self, session: Session) -> None:
+        system = self._system if not session.num_tokens or self._folder is not None else None
+        self._conversation = Conversation(session, self._tokenizer, self.runtime.eos_token_ids, system)
+        self._prefilled = (0, 0.0, 0)
+
+    def _drop(self) -> None:
+        self._conversation = self.last_report = None
+        gc.collect()
+
+    def _stop_keeping(self) -> None:
+        if self._folder is not None:
+            self.tell(f"{self._folder} stays as it was last saved and is no longer kept up to date: use /save")
+            self._folder = None

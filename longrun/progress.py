@@ -1,0 +1,74 @@
+"""Progress of a prefill: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class _TokensPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} tokens/s")
+
+
+class PrefillProgress:
+    """Shows `progress(done, total)` calls of `Session.prefill`.
+
+    Args:
+        console: where to; a bar only where it is a terminal.
+        before: tokens of the same message that were read earlier.
+    """
+
+    def __init__(self, console: Console, before: int = 0) -> None:
+        self._console, self._before = console, before
+        self._bar: Progress | None = None
+        self._started = self._last_line = time.perf_counter()
+
+    def __enter__(self) -> PrefillProgress:
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("reading"),
+                BarColumn(),
+                TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
+                _TokensPerSecond(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def start(self, total: int) -> None:
+        """Show an empty bar, for `total` tokens still to be read."""
+        if self._bar is not None:
+            self._bar.add_task("prefill", total=self._before + total, completed=self._before)
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is not None:
+            task_id = self._bar.task_ids[0]
+            self._bar.update(task_id, completed=self._before + done, total=self._before + total)
+            return
+        now = time.perf_counter()
+        if now - self._last_line < _SECONDS_BETWEEN_LINES or done == total:
+            return
+        self._last_line = now
+        rate = done / (now - self._started)
+        self._console.print(
+            f"read {self._before + done:,} of {self._before + total:,} tokens, {rate:,.0f} tokens/s, "
+            f"{(total - done) / rate:,.0f} s left",
+            highlight=False,
+        )

@@ -1,0 +1,75 @@
+"""What a turn cost: one line for a person, one object for a program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from longrun.answer import Answer
+from longrun.units import format_bytes
+
+if TYPE_CHECKING:
+    from longrun.session import Session
+
+
+@dataclass(frozen=True)
+class TurnReport:
+    """Counts and times of one turn.
+
+    Attributes:
+        answer: what was generated.
+        prompt_tokens: tokens that stood in the session when the answer began.
+        prefilled_tokens: those of them that were read in this turn; resumed_at: those of an interrupted message that
+            had been read before.
+        prefill_seconds: wall time of reading, checkpoints included; load_seconds: of loading model and session.
+    """
+
+    answer: Answer
+    session: Session
+    prompt_tokens: int
+    prefilled_tokens: int
+    prefill_seconds: float
+    load_seconds: float
+    resumed_at: int = 0
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        return self.prefilled_tokens / self.prefill_seconds if self.prefilled_tokens and self.prefill_seconds else None
+
+    def line(self) -> str:
+        """Prompt tokens, prefill tokens/s, ms/token, cache bytes against the plan, context used."""
+        parts = [f"{self.prompt_tokens:,} prompt tokens"]
+        rate = self.prefill_tokens_per_s
+        if rate is not None:
+            parts.append(f"{self.prefilled_tokens:,} read in {self.prefill_seconds:.1f} s, {rate:,.0f} tokens/s")
+        generated = f"{self.answer.num_tokens:,} generated"
+        pace = self.answer.decode_ms_per_token
+        parts.append(generated if pace is None else f"{generated}, {pace:.1f} ms/token")
+        measured, planned = self.session.cache_bytes, self.session.plan.cache_bytes
+        parts.append(f"cache {format_bytes(measured)} of {format_bytes(planned)} planned")
+        parts.append(f"context {self.session.num_tokens:,} of {self.session.capacity:,}")
+        return "; ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types; what `--json` prints. Times that were not measured are null."""
+        return {
+            "text": self.answer.text,
+            "stop_reason": self.answer.stop_reason,
+            "tokens": {
+                "prompt": self.prompt_tokens,
+                "prefilled": self.prefilled_tokens,
+                "resumed_at": self.resumed_at,
+                "generated": self.answer.num_tokens,
+                "total": self.session.num_tokens,
+                "capacity": self.session.capacity,
+            },
+            "timings": {
+                "load_s": self.load_seconds,
+                "prefill_s": self.prefill_seconds,
+                "prefill_tokens_per_s": self.prefill_tokens_per_s,
+                "decode_ms_per_token": self.answer.decode_ms_per_token,
+            },
+            "cache_bytes": self.session.cache_bytes,
+            "split_hash": self.session.plan.split_hash,
+            "plan": self.session.plan.to_dict(),
+        }
