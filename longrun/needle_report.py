@@ -1,0 +1,90 @@
+"""How a needle sweep is shown: a grid in the terminal and a heat map as PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from longrun.needle_results import SweepResults
+from longrun.units import format_tokens
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HEATMAP_FILE = "heatmap.png"
+
+
+def grid(results: SweepResults, setting: str, title: str) -> Table:
+    """Depth by length: share of needles answered exactly, and share of tokens right under teacher forcing."""
+    from rich.table import Table
+
+    settings = results.head["settings"]
+    table = Table(title=title, caption="exact match / tokens right under teacher forcing")
+    table.add_column("depth", justify="right")
+    for length in settings["lengths"]:
+        table.add_column(format_tokens(length), justify="right")
+    for depth in settings["depths"]:
+        cells = [results.get(setting, length, depth) for length in settings["lengths"]]
+        shown = ["-" if cell is None else f"{cell['score']:.0%} / {cell['token_accuracy']:.0%}" for cell in cells]
+        style = None if None in cells else "green" if fmean(cell["score"] for cell in cells) == 1 else None
+        table.add_row(f"{depth:.2f}", *shown, style=style)
+    return table
+
+
+def summary(results: SweepResults) -> list[str]:
+    """A line per setting with the means over its finished cells, and one with the difference to the control."""
+    means = {}
+    lines = []
+    for setting in dict.fromkeys(cell["setting"] for cell in results.cells):
+        cells = [cell for cell in results.cells if cell["setting"] == setting]
+        means[setting] = fmean(cell["score"] for cell in cells), fmean(cell["token_accuracy"] for cell in cells)
+        lines.append(
+            f"{setting}: exact match {means[setting][0]:.1%}, tokens right {means[setting][1]:.1%} ({len(cells)} cells)"
+        )
+    if len(means) == 2:
+        exact, tokens = (main - control for main, control in zip(means["main"], means["control"], strict=True))
+        lines.append(f"main minus control: exact match {100 * exact:+.1f} points, tokens right {100 * tokens:+.1f}")
+    return lines
+
+
+def draw_heatmap(results: SweepResults, titles: dict[str, str], note: str | None = None) -> Path:
+    """Write `heatmap.png` beside the results: a panel per setting in `titles`, colour and first line = exact match.
+
+    Args:
+        titles: setting -> title of its panel.
+        note: a line under the panels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    settings = results.head["settings"]
+    lengths, depths = settings["lengths"], settings["depths"]
+    width, height = max(4.0, 1.0 + 0.95 * len(lengths)), max(2.8, 1.6 + 0.55 * len(depths))
+    figure = Figure(figsize=(width * len(titles) + 0.8, height), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(titles), squeeze=False)[0]
+    image = None
+    for panel, (setting, title) in zip(panels, titles.items(), strict=True):
+        cells = [[results.get(setting, length, depth) for length in lengths] for depth in depths]
+        scores = [[float("nan") if cell is None else cell["score"] for cell in row] for row in cells]
+        panel.set_facecolor("0.85")  # cells that were not run
+        image = panel.imshow(scores, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        for row, line in enumerate(cells):
+            for column, cell in enumerate(line):
+                if cell is not None:
+                    text = f"{cell['score']:.0%}\n{cell['token_accuracy']:.0%} tok"
+                    panel.text(column, row, text, ha="center", va="center", fontsize=8)
+        panel.set_xticks(range(len(lengths)), [format_tokens(length) for length in lengths])
+        panel.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
+        panel.set_xlabel("prompt length (tokens)")
+        panel.set_ylabel("depth of the needles")
+        panel.set_title(title, fontsize=9)
+    figure.colorbar(image, ax=list(panels), label="needles answered exactly", shrink=0.9)
+    if note:
+        figure.supxlabel(note, fontsize=8)
+    path = results.folder / HEATMAP_FILE
+    partial = path.with_name(f".{HEATMAP_FILE}")
+    canvas.print_figure(partial, dpi=150, format="png")
+    partial.replace(path)
+    return path

@@ -1,0 +1,93 @@
+"""The results file of a needle sweep: written whole after every cell, taken up again by the next run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from longrun.errors import InputError
+
+RESULTS_FILE = "results.json"
+FORMAT = 1
+
+
+class SweepResults:
+    """`results.json` in a folder: what was run with which settings, and the cells finished so far.
+
+    Attributes:
+        head: everything beside the cells (model, settings, versions, device, notes); JSON-able.
+        cells: finished cells in the order they were run.
+    """
+
+    def __init__(self, folder: Path, head: dict[str, Any], cells: list[dict[str, Any]]) -> None:
+        self.folder, self.head, self.cells = folder, head, cells
+        self._done = {_key(cell["setting"], cell["length"], cell["depth"]): cell for cell in cells}
+
+    @classmethod
+    def open(cls, folder: Path, settings: dict[str, Any], force: bool = False) -> SweepResults:
+        """Start in `folder`, or go on with the cells it holds where they were run with the same settings.
+
+        Args:
+            settings: JSON-able; compared key by key with the file's.
+            force: drop what another sweep left there.
+
+        Raises:
+            InputError: the folder cannot be written, holds a damaged file or other settings (the first is named).
+        """
+        path = folder / RESULTS_FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"folder {folder} cannot be made ({error.strerror}): choose another --out") from error
+        if force or not path.exists():
+            return cls(folder, {"format": FORMAT, "settings": settings}, [])
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            cells, earlier = found.pop("cells"), found["settings"]
+            results = cls(folder, found, cells)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path} cannot be read as a needle sweep's results: use another --out, or --force to start over"
+            ) from error
+        for key in sorted({*settings, *earlier}):
+            if settings.get(key) != earlier.get(key):
+                raise InputError(
+                    f"{path} was run with {key} = {json.dumps(earlier.get(key))}, now it is "
+                    f"{json.dumps(settings.get(key))}: use another --out, or --force to start over"
+                )
+        return results
+
+    def get(self, setting: str, length: int, depth: float) -> dict[str, Any] | None:
+        """The finished cell, or None."""
+        return self._done.get(_key(setting, length, depth))
+
+    def add(self, cell: dict[str, Any]) -> None:
+        """Take in a finished cell and write the file."""
+        self.cells.append(cell)
+        self._done[_key(cell["setting"], cell["length"], cell["depth"])] = cell
+        self.write()
+
+    def write(self) -> None:
+        """Write the file: complete or not at all.
+
+        Raises:
+            InputError: the disk is full or the folder is not writable; the earlier file is intact.
+        """
+        path = self.folder / RESULTS_FILE
+        partial = path.with_name(f".{RESULTS_FILE}.{os.getpid()}")
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                json.dump({**self.head, "cells": self.cells}, file, indent=1)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise InputError(f"{path} cannot be written ({error.strerror}): free the disk or choose --out") from error
+
+
+def _key(setting: str, length: int, depth: float) -> tuple[str, int, float]:
+    return setting, int(length), round(float(depth), 6)

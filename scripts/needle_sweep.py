@@ -1,0 +1,288 @@
+"""Needle sweep: hide numbers at every depth of texts of every length, and count how many a model gives back.
+
+Writes results.json (after every cell; a stopped run goes on where it was) and heatmap.png.
+Example: python scripts/needle_sweep.py --lengths 1K,4K --depths 5 --kv int4 --control full --out sweeps/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from longrun.cli import run
+from longrun.errors import InputError
+from longrun.needle_report import draw_heatmap, grid, summary
+from longrun.needle_results import SweepResults
+from longrun.needles import Haystack, NeedlePrompt, build_prompt, make_needles
+from longrun.units import format_tokens, parse_tokens
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from longrun.runtime import Runtime
+    from longrun.session import Session
+
+SPARE_TOKENS = 4  # generated beyond the key, to see that the number ends where it should
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Needle x depth x length grid, scored by exact match.")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)")
+    parser.add_argument("--lengths", required=True, metavar="1K,4K,...", help="prompt lengths in the model's tokens")
+    parser.add_argument("--depths", type=int, default=5, metavar="N", help="evenly spaced depths from 0 to 1")
+    parser.add_argument("--needles", type=int, default=3, metavar="N", help="needles a cell")
+    parser.add_argument("--head-map", default="full", metavar="DIR|full")
+    parser.add_argument("--retrieval-ratio", type=float, metavar="R", help="share of the map's KV heads to keep")
+    parser.add_argument("--kv", choices=["int4", "bf16", "fp32"], help="KV page format (default: the budget's)")
+    parser.add_argument("--weights", choices=["fp32", "bf16", "int8", "nf4"], help="default: the budget's")
+    parser.add_argument("--budget", metavar="NAME_OR_FILE")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--haystack", nargs="+", type=Path, metavar="FILE", help="text files instead of generated text")
+    parser.add_argument("--control", choices=["full"], help="the same grid under full attention with bf16 pages")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--force", action="store_true", help="start over where --out holds another sweep")
+    return parser.parse_args(argv)
+
+
+def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What decides the results, JSON-able; a resumed run must have the same.
+
+    Raises:
+        InputError: an impossible length, number of depths or of needles, or a haystack file that cannot be read.
+    """
+    lengths = sorted({parse_tokens(text, "--lengths") for text in arguments.lengths.split(",")})
+    if arguments.depths < 1:
+        raise InputError(f"--depths {arguments.depths} must be at least 1: it is the number of depths from 0 to 1")
+    last = arguments.depths - 1
+    depths = [round(i / last, 6) for i in range(arguments.depths)] if last else [0.5]
+    make_needles(arguments.needles, 0)
+    files = []
+    for path in arguments.haystack or []:
+        if not path.is_file():
+            raise InputError(f"--haystack {path} is not a file: name text files")
+        files.append({"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    return {
+        "lengths": lengths,
+        "depths": depths,
+        "needles": arguments.needles,
+        "head_map": arguments.head_map,
+        "retrieval_ratio": arguments.retrieval_ratio,
+        "kv": arguments.kv,
+        "weights": arguments.weights,
+        "budget": arguments.budget,
+        "device": arguments.device,
+        "haystack": files or "generated",
+        "control": arguments.control,
+        "seed": arguments.seed,
+    }
+
+
+def ask(
+    session: Session, prompt: NeedlePrompt, decode: Callable[[list[int]], str], progress: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    """Prefill the document once, then put every question to it: greedy answer, and each token right if forced."""
+    session.prefill(prompt.document_ids, progress=progress)
+    document_end = session.mark()
+    answers = []
+    for question in prompt.questions:
+        session.rewind(document_end)
+        session.prefill(question.token_ids)
+        asked = session.mark()
+        generated = list(session.generate(max_new_tokens=len(question.expected_ids) + SPARE_TOKENS))
+        session.rewind(asked)
+        forced = session.score(question.expected_ids).argmax(dim=-1).tolist()
+        right = sum(one == other for one, other in zip(forced, question.expected_ids, strict=True))
+        text = decode(generated)
+        answers.append(
+            {
+                "name": question.needle.name,
+                "at": round(question.at, 4),
+                "expected": question.needle.key,
+                "generated": text,
+                "exact": question.needle.matches(text),
+                "token_accuracy": right / len(question.expected_ids),
+            }
+        )
+    return answers
+
+
+def run_cell(
+    runtime: Runtime,
+    haystack: Haystack,
+    settings: dict[str, Any],
+    setting: str,
+    length: int,
+    depth: float,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """One cell in a session of its own: the record for results.json."""
+    needles = make_needles(settings["needles"], seed=f"{settings['seed']}/{length}/{depth}")
+    prompt = build_prompt(runtime.tokenizer, haystack, needles, length, depth)
+    session = runtime.new_session(capacity=capacity_for(prompt.num_tokens))
+    start = time.perf_counter()
+    answers = ask(session, prompt, lambda ids: runtime.tokenizer.decode(ids, skip_special_tokens=True), progress)
+    return {
+        "setting": setting,
+        "length": length,
+        "depth": depth,
+        "score": sum(answer["exact"] for answer in answers) / len(answers),
+        "token_accuracy": sum(answer["token_accuracy"] for answer in answers) / len(answers),
+        "prompt_tokens": prompt.num_tokens,
+        "seconds": round(time.perf_counter() - start, 3),
+        "cache_bytes": session.cache_bytes,
+        "needles": answers,
+    }
+
+
+def capacity_for(prompt_tokens: int) -> int:
+    """Tokens a session needs for a prompt and its answer (a digit is at most two tokens)."""
+    return prompt_tokens + 32
+
+
+def load_runtime(arguments: argparse.Namespace, model_dir: Path, setting: str, longest: int) -> Runtime:
+    """The model under the asked settings, or under full attention with bf16 pages for the control."""
+    import longrun
+
+    control = setting == "control"
+    return longrun.load(
+        model_dir,
+        budget=arguments.budget,
+        head_map="full" if control else arguments.head_map,
+        kv_format="bf16" if control else arguments.kv,
+        weight_format=arguments.weights,
+        device=arguments.device,
+        ctx=capacity_for(longest),
+        retrieval_ratio=None if control else arguments.retrieval_ratio,
+    )
+
+
+def describe(runtime: Runtime) -> dict[str, Any]:
+    """How one setting was run, as results.json records it."""
+    kept = sum(sum(row) for row in runtime.split.retrieval)
+    total = runtime.config.num_layers * runtime.config.num_kv_heads
+    return {
+        "split_hash": runtime.split.hash,
+        "retrieval_heads": kept,
+        "kv_heads": total,
+        "sink_size": runtime.split.sink_size,
+        "recent_size": runtime.split.recent_size,
+        "kv_format": runtime.plan.kv_format,
+        "weight_format": runtime.plan.weight_format,
+        "device": runtime.plan.device_type,
+        "chunk_size": runtime.plan.chunk_size,
+    }
+
+
+def describe_host(model_dir: Path) -> dict[str, Any]:
+    """Versions and device, as results.json records them."""
+    import torch
+    import transformers
+
+    from longrun import __version__
+
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": {
+            "longrun": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name() if cuda else f"cpu ({torch.get_num_threads()} threads)",
+        "model": model_dir.name,
+    }
+
+
+def panel_title(name: str, setting: str, described: dict[str, Any]) -> str:
+    heads = f"{described['retrieval_heads']} of {described['kv_heads']} KV heads retrieval"
+    return f"{name}, {setting}: {heads}, {described['kv_format']} pages, {described['weight_format']} weights"
+
+
+def run_setting(
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
+    setting: str,
+    haystack: Haystack,
+    results: SweepResults,
+    console: Console,
+) -> None:
+    """Run the cells of one setting that `results` lacks; the model is loaded only if there are any."""
+    from rich.progress import Progress
+
+    grid_cells = [(length, depth) for length in settings["lengths"] for depth in settings["depths"]]
+    todo = [cell for cell in grid_cells if results.get(setting, *cell) is None]
+    if not todo:
+        return
+    runtime = load_runtime(arguments, arguments.model, setting, max(settings["lengths"]))
+    if runtime.tokenizer is None:
+        raise InputError(f"model folder {arguments.model} has no tokenizer: needles are text, so add its files")
+    results.head[setting] = describe(runtime)
+    for notice in runtime.notices:
+        console.print(f"note: {notice}")
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("")
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        for length, depth in todo:
+            label = f"{setting} {format_tokens(length)} at {depth:.2f}"
+            bar.update(task, description=label, completed=0, total=length)
+            cell = run_cell(runtime, haystack, settings, setting, length, depth, progress)
+            results.add(cell)
+            shown = f"exact {cell['score']:.0%}, tokens {cell['token_accuracy']:.0%}, {cell['seconds']:.1f} s"
+            console.print(f"{label}: {shown}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the grid. Status 0; bad input raises a LongrunError."""
+    from rich.console import Console
+
+    from longrun.model.checkpoint import model_fingerprint
+    from longrun.planted import NOTE, is_planted
+
+    arguments = parse_arguments(argv)
+    settings = collect_settings(arguments)
+    if arguments.model is None:
+        from longrun.model.demo import demo_model_dir
+
+        arguments.model = demo_model_dir()
+    settings["model_fingerprint"] = model_fingerprint(arguments.model)
+    haystack = Haystack.from_files(arguments.haystack) if arguments.haystack else Haystack.generated(arguments.seed)
+    results = SweepResults.open(arguments.out, settings, arguments.force)
+    results.head |= describe_host(arguments.model)
+    note = NOTE if is_planted(arguments.model) else None
+    results.head["notes"] = [note] if note else []
+    console = Console(highlight=False)
+    if note:
+        console.print(note)
+    if results.cells:
+        console.print(f"{len(results.cells)} cells are there already: going on after them")
+
+    wanted = ["main", "control"] if arguments.control else ["main"]
+    for setting in wanted:
+        run_setting(arguments, settings, setting, haystack, results, console)
+        gc.collect()  # the runtime is gone before the next one is planned
+
+    titles = {setting: panel_title(arguments.model.name, setting, results.head[setting]) for setting in wanted}
+    for setting, title in titles.items():
+        console.print(grid(results, setting, title))
+    for line in summary(results):
+        console.print(line)
+    picture = draw_heatmap(results, titles, note)
+    console.print(f"wrote {arguments.out / 'results.json'} and {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
