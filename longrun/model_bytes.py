@@ -58,10 +58,11 @@ def activation_bytes(config: ModelConfig, chunk_size: int, itemsize: int, weight
     whole = tokens * (config.hidden_size + config.q_size + 2 * config.kv_size) * itemsize
     rotary = tokens * config.head_dim * 3 * 4
     attended = tokens * config.q_size * itemsize
-    norm = 2 * part * config.hidden_size * max(itemsize, 4)
+    # torch's norm works in float32: squares and result, and for bf16 the cast result beside them.
+    norm = part * config.hidden_size * (8 if itemsize == 4 else 10)
     projecting = norm + part * heads * (itemsize if itemsize == 4 else 12)
     mlp = part * 2 * config.intermediate_size * itemsize + norm
-    logits = config.vocab_size * (itemsize + 4)
+    logits = config.vocab_size * (4 if itemsize == 4 else 6)
     dense = 0
     if weight_format in ("int8", "nf4"):
         qkv, out, gate_up, down = (rows * cols for rows, cols, _ in _linears(config))

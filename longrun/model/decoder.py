@@ -181,5 +181,6 @@ class Decoder:
         for part in self._slices(num_tokens):
             x = self._norm(hidden[part], layer.post_norm)
             gate, up = layer.gate_up(x, out=buffer[: x.shape[0]], dense=dense).split(width, dim=1)
+            del x  # or it would outlive the next slice's norm
             F.silu(gate, inplace=True).mul_(up)
             layer.down(gate, out=hidden[part], accumulate=True, dense=dense_down)
