@@ -54,13 +54,15 @@ def activation_bytes(config: ModelConfig, chunk_size: int, itemsize: int, weight
         weight_format: format of the linears.
     """
     tokens, part = chunk_size, min(chunk_size, TOKEN_SLICE)
-    heads = config.q_size + config.kv_size
     whole = tokens * (config.hidden_size + config.q_size + 2 * config.kv_size) * itemsize
     rotary = tokens * config.head_dim * 3 * 4
     attended = tokens * config.q_size * itemsize
     # torch's norm works in float32: squares and result, and for bf16 the cast result beside them.
-    norm = part * config.hidden_size * (8 if itemsize == 4 else 10)
-    projecting = norm + part * heads * (itemsize if itemsize == 4 else 12)
+    norm_itemsize = 8 if itemsize == 4 else 10
+    norm = part * config.hidden_size * norm_itemsize
+    head_norm = part * config.q_size * norm_itemsize if config.qk_norm else 0
+    turning = part * (config.q_size + config.kv_size) * (4 if itemsize == 4 else 6)
+    projecting = max(norm, head_norm, turning)
     mlp = part * 2 * config.intermediate_size * itemsize + norm
     logits = config.vocab_size * (4 if itemsize == 4 else 6)
     dense = 0
