@@ -30,8 +30,8 @@ FETCH_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 256 * 2**20}
 # Sampling keeps the logits in float32, scaled logits, sorted logits and their int64 order.
 _LOGITS_BYTES_PER_TOKEN_ID = 3 * 4 + 8
 
-# While a tensor loads, it stands once as read, in at most float32, beside its place among the weights.
-_CHECKPOINT_ITEMSIZE = 4
+# Tensors are read in pieces of this size.
+_LOADING_PIECE_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,15 @@ class PlanSettings:
 
     @cached_property
     def loading_bytes(self) -> int:
-        """Device memory at the worst moment of loading: all weights and what the largest tensor needs on its way."""
-        passing = max(_numel(weight.shape) for weight in self.config.weights()) * _CHECKPOINT_ITEMSIZE
-        if self.weight_format in ("int8", "nf4"):  # gate and up are quantized as one tensor
-            half = self.config.intermediate_size * self.config.hidden_size
-            passing = max(passing, 2 * half * self.itemsize + half * _CHECKPOINT_ITEMSIZE)
+        """Device memory at the worst moment of loading: all weights, the pieces that are on their way, and for
+        quantized formats the largest linear before it is quantized (q, k, v are one, gate and up another)."""
+        config = self.config
+        largest_tensor = max(_numel(weight.shape) for weight in config.weights())
+        # A piece stands as read (in two bytes an element, mostly), converted, and reordered.
+        passing = min(_LOADING_PIECE_BYTES, 2 * largest_tensor) * (1 + self.itemsize)
+        if self.weight_format in ("int8", "nf4"):
+            widest = max(2 * config.intermediate_size, config.q_size + 2 * config.kv_size)
+            passing += widest * config.hidden_size * self.itemsize
         return self.weight_bytes + self.base_bytes + self.reserved_bytes + passing
 
 
@@ -141,7 +145,7 @@ def place(settings: PlanSettings, capacity: int) -> Placement:
     items = [
         *others,
         *(PlanItem(name, "device", size, _NOTES.get(name, "")) for name, size in cache.device_bytes().items()),
-        PlanItem("loading headroom", "device", headroom, "largest tensor"),
+        PlanItem("loading headroom", "device", headroom, "tensors on their way"),
         *(PlanItem(name, "host", size) for name, size in cache.host_bytes().items()),
     ]
     return Placement(
