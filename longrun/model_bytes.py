@@ -57,11 +57,11 @@ def activation_bytes(config: ModelConfig, chunk_size: int, itemsize: int, weight
     whole = tokens * (config.hidden_size + config.q_size + 2 * config.kv_size) * itemsize
     rotary = tokens * config.head_dim * 3 * 4
     attended = tokens * config.q_size * itemsize
-    # torch's norm works in float32: squares and result, and for bf16 the cast result beside them.
-    norm_itemsize = 8 if itemsize == 4 else 10
+    # Temporaries an element: torch's norm works in float32, and casts on both sides for bf16; so does RoPE.
+    norm_itemsize, turn_itemsize = (8, 4) if itemsize == 4 else (12, 10)
     norm = part * config.hidden_size * norm_itemsize
     head_norm = part * config.q_size * norm_itemsize if config.qk_norm else 0
-    turning = part * (config.q_size + config.kv_size) * (4 if itemsize == 4 else 6)
+    turning = part * (config.q_size + config.kv_size) * turn_itemsize
     projecting = max(norm, head_norm, turning)
     mlp = part * 2 * config.intermediate_size * itemsize + norm
     logits = config.vocab_size * (4 if itemsize == 4 else 6)

@@ -25,6 +25,15 @@ SPLITS = {"one piece": [150], "odd chunks": [1, 37, 64, 5, 43], "token by token"
 LIMIT = 1e-4
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads only get in each other's way on tensors this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def ratio(got: Tensor, want: Tensor) -> float:
     """RMS of the difference over RMS of what is wanted."""
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
