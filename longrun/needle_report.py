@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longrun.needle_results import SweepResults
 from longrun.units import format_tokens
@@ -33,19 +34,29 @@ def grid(results: SweepResults, setting: str, title: str) -> Table:
 
 
 def summary(results: SweepResults) -> list[str]:
-    """A line per setting with the means over its finished cells, and one with the difference to the control."""
-    means = {}
+    """Means per setting over its finished cells, and the difference to the control over cells that both finished."""
+    done = {
+        setting: {(cell["length"], cell["depth"]): cell for cell in results.cells if cell["setting"] == setting}
+        for setting in ("main", "control")
+    }
     lines = []
-    for setting in dict.fromkeys(cell["setting"] for cell in results.cells):
-        cells = [cell for cell in results.cells if cell["setting"] == setting]
-        means[setting] = fmean(cell["score"] for cell in cells), fmean(cell["token_accuracy"] for cell in cells)
+    for setting, cells in done.items():
+        if cells:
+            exact, tokens = _means(cells.values())
+            lines.append(f"{setting}: exact match {exact:.1%}, tokens right {tokens:.1%} ({len(cells)} cells)")
+    both = done["main"].keys() & done["control"].keys()
+    if both:
+        main, control = (_means([done[setting][key] for key in both]) for setting in ("main", "control"))
+        exact, tokens = (100 * (one - other) for one, other in zip(main, control, strict=True))
         lines.append(
-            f"{setting}: exact match {means[setting][0]:.1%}, tokens right {means[setting][1]:.1%} ({len(cells)} cells)"
+            f"main minus control: exact match {exact:+.1f} points, tokens right {tokens:+.1f} ({len(both)} cells)"
         )
-    if len(means) == 2:
-        exact, tokens = (main - control for main, control in zip(means["main"], means["control"], strict=True))
-        lines.append(f"main minus control: exact match {100 * exact:+.1f} points, tokens right {100 * tokens:+.1f}")
     return lines
+
+
+def _means(cells: Iterable[dict[str, Any]]) -> tuple[float, float]:
+    cells = list(cells)
+    return fmean(cell["score"] for cell in cells), fmean(cell["token_accuracy"] for cell in cells)
 
 
 def draw_heatmap(results: SweepResults, titles: dict[str, str], note: str | None = None) -> Path:
@@ -74,7 +85,8 @@ def draw_heatmap(results: SweepResults, titles: dict[str, str], note: str | None
             for column, cell in enumerate(line):
                 if cell is not None:
                     text = f"{cell['score']:.0%}\n{cell['token_accuracy']:.0%} tok"
-                    panel.text(column, row, text, ha="center", va="center", fontsize=8)
+                    colour = "black" if 0.15 < cell["score"] < 0.85 else "white"
+                    panel.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
         panel.set_xticks(range(len(lengths)), [format_tokens(length) for length in lengths])
         panel.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
         panel.set_xlabel("prompt length (tokens)")

@@ -205,7 +205,7 @@ def describe_host(model_dir: Path) -> dict[str, Any]:
 
 def panel_title(name: str, setting: str, described: dict[str, Any]) -> str:
     heads = f"{described['retrieval_heads']} of {described['kv_heads']} KV heads retrieval"
-    return f"{name}, {setting}: {heads}, {described['kv_format']} pages, {described['weight_format']} weights"
+    return f"{name}, {setting}\n{heads}\n{described['kv_format']} pages, {described['weight_format']} weights"
 
 
 def run_setting(
@@ -267,7 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if note:
         console.print(note)
     if results.cells:
-        console.print(f"{len(results.cells)} cells are there already: going on after them")
+        total = len(settings["lengths"]) * len(settings["depths"]) * (2 if arguments.control else 1)
+        console.print(f"{len(results.cells)} of {total} cells are there already: going on after them")
 
     wanted = ["main", "control"] if arguments.control else ["main"]
     for setting in wanted:
