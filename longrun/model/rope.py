@@ -51,11 +51,12 @@ class RopeParameters:
             CheckpointError: transformers cannot read the folder's config.json.
             ConfigError: a RoPE type outside `SUPPORTED_ROPE_TYPES`.
         """
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
             raise CheckpointError(
                 f"transformers cannot read {Path(model_dir) / 'config.json'}: {_one_line(error)}"
             ) from error
