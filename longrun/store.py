@@ -227,7 +227,7 @@ class SavedSession:
 
 
 def _session_tensors(session: Session) -> dict[str, Tensor]:
-    found = {f"cache.{name}": x.cpu().contiguous() for name, x in session.cache.state().items() if x.numel()}
+    found = {f"cache.{name}": x.cpu().contiguous() for name, x in session.cache.state().items()}
     found.update(session.snapshot())
     return found
 

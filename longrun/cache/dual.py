@@ -109,7 +109,8 @@ class DualCache:
         found = {}
         for layer_idx, (pages, ring) in enumerate(self.layers):
             if pages is not None:
-                for name in ("tail_k", "tail_v", "sink_k", "sink_v"):
+                names = ("tail_k", "tail_v", "sink_k", "sink_v")
+                for name in names if pages.fmt.sink_pages else names[:2]:
                     found[f"{layer_idx}.{name}"] = getattr(pages, name)
             if ring is not None:
                 found[f"{layer_idx}.ring_k"], found[f"{layer_idx}.ring_v"] = ring.k, ring.v
