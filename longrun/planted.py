@@ -31,6 +31,7 @@ import json
 import os
 import random
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -269,6 +270,8 @@ def _config(shape: PlantedShape) -> dict[str, object]:
         "bos_token_id": BOS_ID,
         "eos_token_id": EOS_ID,
         "dtype": shape.dtype,
+        # without it, transformers suspects an old Mistral tokenizer in every folder with more than 100,000 tokens
+        "transformers_version": version("transformers"),
         "longrun_planted": True,
     }
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import longrun
 from longrun.errors import CheckpointError, ConfigError
 from longrun.needles import Haystack, build_prompt, make_needles
 from longrun.patterns.head_map import HeadMap
@@ -55,6 +57,22 @@ def test_transformers_finds_every_needle(planted, tokenizer, dtype, attention):
         for question in prompt.questions:
             found = answer_probabilities(model, prompt.document_ids, question)
             assert found.min() > 0.99, (length, depth, question.needle, found)
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
+def test_every_weight_format_holds_the_construction(planted, tokenizer, weight_format):
+    runtime = longrun.load(
+        planted.path, head_map=planted.head_map, weight_format=weight_format, kv_format="int4", device="cpu", ctx=1000
+    )
+    prompt = build_prompt(tokenizer, Haystack.generated(9), make_needles(2, seed=9), 900, 0.5)
+    session = runtime.new_session()
+    session.prefill(prompt.document_ids)
+    end = session.mark()
+    for question in prompt.questions:
+        session.rewind(end)
+        session.prefill(question.token_ids)
+        found = session.score(question.expected_ids).softmax(-1)
+        assert found[range(len(question.expected_ids)), list(question.expected_ids)].min() > 0.99
 
 
 def test_a_wrong_cue_does_not_give_the_key(planted, tokenizer):
@@ -187,6 +205,7 @@ def test_shards_and_config_are_a_plain_llama_checkpoint(tmp_path):
     config = json.loads((small / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["longrun_planted"] is True
+    assert config["transformers_version"] == transformers.__version__
     assert is_planted(small)
     assert not is_planted(tmp_path)
 
