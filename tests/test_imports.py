@@ -82,7 +82,7 @@ ROOMS = (
         "model",
         ("longrun.model", "longrun.model.*"),
         ("attention interface", "quant", "specs", "config", "formats"),
-        ("torch", "transformers"),
+        ("torch", "transformers", "huggingface_hub"),
     ),
     Room("sampling", ("longrun.sampling",), packages=("torch",)),
     Room(
@@ -112,7 +112,12 @@ ROOMS = (
         ("runtime", "engine", "model", "plan", "sampling", "formats"),
         ("rich", "transformers"),
     ),
-    Room("needles", ("longrun.needles", "longrun.needle_*"), packages=("rich", "matplotlib", "transformers")),
+    Room(
+        "results",
+        ("longrun.report_env", "longrun.needle_results", "longrun.needle_report"),
+        packages=("rich", "matplotlib", "torch"),
+    ),
+    Room("needles", ("longrun.needles", "longrun.needle_words"), packages=("transformers",)),
     Room(
         "planted",
         ("longrun.planted", "longrun.planted_*", "longrun.shard_writer"),

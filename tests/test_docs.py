@@ -1,0 +1,170 @@
+"""The documents keep their word: commands, links, budgets, dependencies, the printed plan and the Python example."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+WITHOUT_OPTIONS = ("longrun.model.demo", "tests/test_imports.py")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
+
+
+def run(*args: str) -> str:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "110", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def commands() -> list[tuple[str, ...]]:
+    """Modules and scripts that any document starts: ("-m", module) or (script,)."""
+    found = set()
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        found |= {("-m", name) for name in re.findall(r"python -m ([\w.]+)", text)}
+        found |= {(name,) for name in re.findall(r"python ((?:scripts|tests)/\w+\.py)", text)}
+    return sorted(found)
+
+
+def test_the_documents_name_the_commands() -> None:
+    assert {("-m", "longrun.chat"), ("-m", "longrun.plan"), ("scripts/needle_sweep.py",)} <= set(commands())
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_exist(command: tuple[str, ...]) -> None:
+    if command[-1] in WITHOUT_OPTIONS:
+        assert (ROOT / command[-1]).is_file() or find_spec(command[-1]) is not None
+    else:
+        assert "usage:" in run(*command, "--help")
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    texts = "\n".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)\b", texts, flags=re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets
+
+
+def heading_anchors(text: str) -> set[str]:
+    """Anchors of a document's headings, as code hosts make them."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(document: Path) -> list[str]:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        if not target.exists() or (anchor and anchor not in heading_anchors(target.read_text(encoding="utf-8"))):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_resolve(document: Path) -> None:
+    assert broken_links(document) == []
+
+
+def test_the_link_check_finds_broken_links(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One heading\n[a](#one-heading) [b](#another) [c](missing.md) [d](page.md) [e](https://x.y/z)\n")
+    assert broken_links(page) == ["#another", "missing.md"]
+
+
+def test_every_shipped_budget_is_listed() -> None:
+    shipped = [path.stem for path in (ROOT / "longrun" / "budgets").glob("*.toml")]
+    assert len(shipped) >= 4
+    assert [name for name in shipped if f"`{name}`" not in README] == []
+
+
+def declared() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    return {re.match(r"[\w.-]+", line)[0] for line in lines}
+
+
+def test_dependencies_are_explained_and_no_others() -> None:
+    text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"^\| `([\w.-]+)` \|", text, flags=re.MULTILINE))
+    assert explained == declared()
+
+
+def test_dependencies_are_imported_somewhere() -> None:
+    """What is declared is used; two serve other packages and are imported by them."""
+    needed_by_others = {"gguf", "numpy", "pytest", "ruff", "setuptools"}
+    folders = ("longrun", "kernels", "quant", "patterns", "scripts")
+    source = "\n".join(path.read_text(encoding="utf-8") for name in folders for path in (ROOT / name).rglob("*.py"))
+    unused = {name for name in declared() if not re.search(rf"^\s*(?:import|from) {name}\b", source, re.MULTILINE)}
+    assert unused <= needed_by_others
+
+
+def test_the_printed_plan_is_what_the_program_prints(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    (line,) = re.findall(r"^python -m longrun\.plan --model Llama-3-8B (.+)$", README, flags=re.MULTILINE)
+    printed = run("-m", "longrun.plan", "--model", str(tmp_path), *line.split())
+    printed = "\n".join(row.rstrip() for row in printed.splitlines())
+    assert f"```text\n{printed}\n```" in README, f"the plan in README.md should be\n{printed}"
+
+
+def test_the_python_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from longrun.planted import make_planted_model
+
+    make_planted_model(tmp_path / "my-model", "tiny")
+    (tmp_path / "my-model" / "head_map").rename(tmp_path / "my-head-map")
+    (tmp_path / "long-text.txt").write_text("a word and another word " * 50)
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["session"].seq_len == len(names["token_ids"])
+    assert "bytes planned" in capsys.readouterr().out
+    assert (tmp_path / "my-session" / "manifest.json").is_file()
+
+
+def unfounded_speeds(text: str) -> list[str]:
+    """Paragraphs that quote a speed without naming a result file that exists."""
+    wrong = []
+    for paragraph in text.split("\n\n"):
+        if re.search(r"\d[\d.,]* (?:tokens/s|ms/token|ms a token|[GT]B/s|TFLOP/s)", paragraph):
+            named = re.findall(r"docs/results/([\w.-]+\.json)", paragraph)
+            if not named or not all((ROOT / "docs" / "results" / name).is_file() for name in named):
+                wrong.append(paragraph)
+    return wrong
+
+
+def test_speeds_are_quoted_from_result_files() -> None:
+    assert [text for document in DOCUMENTS for text in unfounded_speeds(document.read_text(encoding="utf-8"))] == []
+    assert unfounded_speeds("It runs.\n\nIt reaches 1,234.5 tokens/s.") == ["It reaches 1,234.5 tokens/s."]
+    assert unfounded_speeds("40 ms/token (docs/results/nowhere.json)") != []
