@@ -41,9 +41,11 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
         LongrunError: bad arguments, files or folders, or a plan that does not fit.
     """
     args = _parser().parse_args(argv)
-    interactive = args.prompt is None and sys.stdin.isatty()
-    if args.json and args.prompt is None:
-        raise InputError("--json needs --prompt: it prints one answer and one JSON object")
+    interactive = args.interactive or (args.prompt is None and sys.stdin.isatty())
+    if args.interactive and not sys.stdin.isatty():
+        raise InputError("--interactive needs a terminal: leave it out for one answer to --prompt")
+    if args.json and (args.prompt is None or interactive):
+        raise InputError("--json needs --prompt without --interactive: it prints one answer and one JSON object")
     if args.prompt is not None and not args.prompt.strip():
         raise InputError("--prompt is empty: give a question")
     documents = [read_document(path) for path in args.file]
@@ -61,9 +63,9 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
     runner: ChatRunner | None = None
     try:
         runner = _make_runner(args, ctx, console)
-        if args.prompt is not None:
+        if args.prompt is not None and not interactive:
             return _answer_once(runner, documents, args.prompt.strip(), args.json)
-        return _chat(runner, documents, interactive)
+        return _chat(runner, documents, args.prompt, interactive)
     except Terminated:
         if runner is not None:
             runner.save_if_kept()
@@ -156,14 +158,14 @@ def _how_to_go_on(runner: ChatRunner) -> str:
     return ": the same command goes on from there" if runner.is_kept else " (--session DIR would have kept them)"
 
 
-def _chat(runner: ChatRunner, documents: Sequence[Document], interactive: bool) -> int:
+def _chat(runner: ChatRunner, documents: Sequence[Document], prompt: str | None, interactive: bool) -> int:
     from longrun.chat_loop import ChatLoop
 
     if interactive:
         runner.tell("type a message, or /help; Ctrl-D leaves")
     loop = ChatLoop(runner, _line_reader(interactive), sys.stdout, interactive)
     try:
-        loop.run(documents)
+        loop.run(documents, prompt)
     except KeyboardInterrupt:
         runner.save_if_kept()
         return 0 if interactive else _INTERRUPTED
@@ -218,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     talk = parser.add_argument_group("what to talk about")
     talk.add_argument("--file", action="append", default=[], metavar="F", help="UTF-8 text to read first; repeatable")
     talk.add_argument("--prompt", metavar="TEXT", help="answer this one question and leave")
+    talk.add_argument("--interactive", action="store_true", help="stay in the chat after --prompt (on a terminal)")
     talk.add_argument("--system", metavar="TEXT", help="system prompt (default: the chat template's own)")
     talk.add_argument(
         "--session", metavar="DIR", help="keep the session in this folder, and go on with the one that is in it"

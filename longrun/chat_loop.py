@@ -49,10 +49,10 @@ class ChatLoop:
             "/help": (lambda _: self._tell(HELP), False),
         }
 
-    def run(self, documents: Sequence[Document] = ()) -> None:
-        """Read `documents` into the first message, then take lines until /exit or the end of the input."""
-        if documents:
-            self._guard(lambda: self._read(documents, None))
+    def run(self, documents: Sequence[Document] = (), question: str | None = None) -> None:
+        """Read `documents`, answer `question`, then take lines until /exit or the end of the input."""
+        if documents or question is not None:
+            self._guard(lambda: self._ask(self._read(documents, question)))
         if self._runner.conversation.awaits_answer:
             self._tell("the last question has no answer yet: /continue answers it")
         interrupts = 0
