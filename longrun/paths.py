@@ -10,6 +10,5 @@ def cache_dir() -> Path:
     """`$LONGRUN_CACHE`, else `longrun` in `$XDG_CACHE_HOME` or `~/.cache`; not created here."""
     own = os.environ.get("LONGRUN_CACHE")
     if own:
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "longrun"
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longrun"

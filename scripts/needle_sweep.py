@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from longrun.errors import InputError
 from longrun.needle_report import draw_heatmap, grid, summary
 from longrun.needle_results import SweepResults
 from longrun.needles import Haystack, NeedlePrompt, build_prompt, make_needles
+from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
 
 if TYPE_CHECKING:
@@ -183,26 +183,6 @@ def describe(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def describe_host(model_dir: Path) -> dict[str, Any]:
-    """Versions and device, as results.json records them."""
-    import torch
-    import transformers
-
-    from longrun import __version__
-
-    cuda = torch.cuda.is_available()
-    return {
-        "versions": {
-            "longrun": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name() if cuda else f"cpu ({torch.get_num_threads()} threads)",
-        "model": model_dir.name,
-    }
-
-
 def panel_title(name: str, setting: str, described: dict[str, Any]) -> str:
     heads = f"{described['retrieval_heads']} of {described['kv_heads']} KV heads retrieval"
     return f"{name}, {setting}\n{heads}\n{described['kv_format']} pages, {described['weight_format']} weights"
@@ -260,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings["model_fingerprint"] = model_fingerprint(arguments.model)
     haystack = Haystack.from_files(arguments.haystack) if arguments.haystack else Haystack.generated(arguments.seed)
     results = SweepResults.open(arguments.out, settings, arguments.force)
-    results.head |= describe_host(arguments.model)
+    results.head |= {"model": arguments.model.name, "environment": environment()}
     note = NOTE if is_planted(arguments.model) else None
     results.head["notes"] = [note] if note else []
     console = Console(highlight=False)

