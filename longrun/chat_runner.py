@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,10 +66,10 @@ class ChatRunner:
         self.last_report: TurnReport | None = None
         self._conversation: Conversation | None = None
         if folder is not None and is_session(folder):
-            self._use(runtime.load_session(folder, capacity))
+            self._conversation = self._converse(runtime.load_session(folder, capacity), system)
             self.tell(self._describe(folder))
         else:
-            self._use(runtime.new_session(capacity))
+            self._begin()
         if folder is not None:
             self.session.attach(folder)
 
@@ -167,7 +168,7 @@ class ChatRunner:
             InputError: there is no room for it beside the conversation in memory.
         """
         try:
-            session = self.runtime.load_session(folder)
+            conversation = self._open(folder)
         except PlanError as error:
             if self.session.num_tokens:
                 raise InputError(
@@ -176,19 +177,20 @@ class ChatRunner:
                 ) from error
             self._drop()
             try:
-                session = self.runtime.load_session(folder)
-            except BaseException:
-                self._use(self.runtime.new_session(self._capacity))
+                conversation = self._open(folder)
+            except BaseException as failure:
+                traceback.clear_frames(failure.__traceback__)  # they hold the half-filled session and its memory
+                self._begin()
                 raise
         self._stop_keeping()
-        self._use(session)
+        self._conversation = conversation
         self.tell(self._describe(folder))
 
     def reset(self) -> None:
         """Start a new conversation."""
         self._stop_keeping()
         self._drop()
-        self._use(self.runtime.new_session(self._capacity))
+        self._begin()
         self.tell("a new conversation begins")
 
     def status(self) -> str:
@@ -201,10 +203,15 @@ class ChatRunner:
     def _describe(self, folder: Path) -> str:
         return f"going on with the session in {folder}: {self.status()}"
 
-    def _use(self, session: Session) -> None:
-        system = self._system if not session.num_tokens or self._folder is not None else None
-        self._conversation = Conversation(session, self._tokenizer, self.runtime.eos_token_ids, system)
+    def _converse(self, session: Session, system: str | None) -> Conversation:
         self._prefilled = (0, 0.0, 0)
+        return Conversation(session, self._tokenizer, self.runtime.eos_token_ids, system)
+
+    def _open(self, folder: Path) -> Conversation:
+        return self._converse(self.runtime.load_session(folder), None)
+
+    def _begin(self) -> None:
+        self._conversation = self._converse(self.runtime.new_session(self._capacity), self._system)
 
     def _drop(self) -> None:
         self._conversation = self.last_report = None

@@ -23,7 +23,7 @@ TOPICS = (
     "assert", "del", "return", "raise", "try", "with", "global", "nonlocal", "yield", "if", "pass", "lambda", "while",
     "for", "break", "continue",
 )  # fmt: skip
-QUESTION = "What is the difference between break and continue?"
+QUESTION = "What is a lambda expression?"
 
 
 def write_text(folder: Path) -> Path:
@@ -47,10 +47,10 @@ def write_text(folder: Path) -> Path:
 def main() -> None:
     """Write the text and become the chat."""
     command = ["-m", "longrun.chat", "--file", str(write_text(cache_dir() / "demo")), "--prompt", QUESTION]
-    command += ["--max-new-tokens", "120"]
+    command += ["--max-new-tokens", "120", "--stop", "\n\n"]  # its first paragraph: a model of 135M repeats itself soon
     if sys.stdin.isatty():
         command.append("--interactive")
-    print("$ python", shlex.join(command), file=sys.stderr, flush=True)
+    print("$ python", shlex.join(command).replace("'\n\n'", r"$'\n\n'"), file=sys.stderr, flush=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (sys.path[0], os.getenv("PYTHONPATH"))))}
     os.execve(sys.executable, [sys.executable, *command], environment)
 

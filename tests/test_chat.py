@@ -430,6 +430,26 @@ def test_a_kept_folder_follows_until_another_session_is_loaded(runtime, tmp_path
     assert saved_tokens(kept) == before
 
 
+def test_a_session_that_fits_only_alone_is_loaded_once_nothing_else_is_there(model, tmp_path):
+    need = longrun.load(model, ctx=6000).plan.device_bytes
+    budget = tmp_path / "small.toml"
+    budget.write_text(f"[memory]\ngpu = {need + 10_000}\nhost = 0\n")
+    chat = Chat(longrun.load(model, budget, ctx=6000), max_new_tokens=2)
+    saved = tmp_path / "saved"
+    chat.type("The magic number of", f"/save {saved}")
+    tokens = saved_tokens(saved)
+    told = chat.type(f"/load {saved}", "/stats")
+    assert "does not fit in memory beside this conversation" in told and f"{tokens:,} of 6,000" in told
+    told = chat.type("/reset", f"/load {saved}")
+    assert f"going on with the session in {saved}: {tokens:,} of 6,000" in told and chat.loop.errors == 0
+
+    state = next(saved.glob("state-*"))
+    state.write_bytes(state.read_bytes()[:-1])
+    told = chat.type("/reset", f"/load {saved}", "/stats", "The magic number of")
+    assert "is truncated" in told and "0 of 6,000" in told and chat.loop.errors == 1
+    assert chat.runner.session.num_tokens == tokens
+
+
 def test_a_question_without_answer_is_told_and_can_be_answered(runtime, text_file, tmp_path):
     chat = Chat(runtime, folder=tmp_path / "kept")
     from longrun.documents import read_document
