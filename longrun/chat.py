@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 
 from longrun.cli import run
-from longrun.documents import Document, read_document
+from longrun.documents import Document, check_text, read_document
 from longrun.errors import InputError
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
@@ -46,10 +47,17 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
         raise InputError("--interactive needs a terminal: leave it out for one answer to --prompt")
     if args.json and (args.prompt is None or interactive):
         raise InputError("--json needs --prompt without --interactive: it prints one answer and one JSON object")
-    if args.prompt is not None and not args.prompt.strip():
+    if args.prompt is not None and not check_text(args.prompt, "--prompt").strip():
         raise InputError("--prompt is empty: give a question")
+    check_text(args.system or "", "--system")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed} must be between 0 and 2**63 - 1")
     documents = [read_document(path) for path in args.file]
     ctx = None if args.ctx is None else parse_tokens(args.ctx, "--ctx")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a bad line becomes an error of that line
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end an answer
     console = Console(stderr=True)
     if not console.is_terminal:
         console.width = 120

@@ -10,7 +10,7 @@ from typing import TextIO
 from longrun.answer import CONTEXT_FULL, INTERRUPTED
 from longrun.chat_runner import ChatRunner
 from longrun.conversation import Reading
-from longrun.documents import Document, read_document
+from longrun.documents import Document, check_text, read_document
 from longrun.errors import InputError, LongrunError
 
 HELP = """\
@@ -87,6 +87,7 @@ class ChatLoop:
             self._tell("\nstopped")
 
     def _take(self, line: str) -> None:
+        check_text(line, "the message")
         if not line.startswith("/"):
             self._ask(self._read([], line))
             return

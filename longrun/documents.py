@@ -55,3 +55,20 @@ def read_document(path: str | Path) -> Document:
     if not text:
         raise InputError(f"file {path} is empty ({len(raw):,} bytes, no text): name a file with text in it")
     return Document(str(path), text, hashlib.sha256(raw).hexdigest())
+
+
+def check_text(text: str, what: str) -> str:
+    """Return `text`, which was typed or given as an argument.
+
+    Raises:
+        InputError: it holds bytes that are not UTF-8 (Python keeps such bytes as lone surrogates).
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        raise InputError(
+            f"{what} is not UTF-8 (byte 0x{byte:02x} after {error.start:,} characters): convert it, for example with "
+            f"iconv"
+        ) from None
+    return text

@@ -166,6 +166,8 @@ def test_prompt_gives_the_answer_on_stdout_and_json_last(model, text_file):
         (["--file", "/nowhere/a.txt"], "there is no file /nowhere/a.txt"),
         (["--session", "FULL"], "is not a session and not empty"),
         (["--prompt", " "], "--prompt is empty"),
+        (["--prompt", "caf\udce9"], "--prompt is not UTF-8 (byte 0xe9 after 3 characters)"),
+        (["--seed", "-1"], "--seed -1 must be between 0 and"),
         (["--interactive"], "--interactive needs a terminal"),
         (["--model", "/nowhere"], "/nowhere"),
     ],
@@ -326,6 +328,7 @@ def test_commands(runtime, text_file, tmp_path):
         ("/save FULL", "is not a session and not empty"),
         ("/load BAD", "cannot be read as a session manifest"),
         ("/continue", "nothing to continue"),
+        ("caf\udce9", "the message is not UTF-8 (byte 0xe9 after 3 characters)"),
         ("word " * 7000, "more than the capacity of 6,000"),
     ],
 )
@@ -465,7 +468,10 @@ def test_on_a_terminal(model, text_file):
     """Progress bar, streaming, Ctrl-C during an answer, Ctrl-D."""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        command(model, "--ctx", "8K", "--max-new-tokens", "3000", "--chunk-size", "256"),
+        command(
+            model, "--ctx", "8K", "--max-new-tokens", "3000", "--chunk-size", "256", "--file", text_file,
+            "--prompt", ask(0), "--interactive",
+        ),
         stdin=follower, stdout=follower, stderr=follower, env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "100"},
         start_new_session=True, preexec_fn=_take_terminal,
     )  # fmt: skip
@@ -483,15 +489,18 @@ def test_on_a_terminal(model, text_file):
 
     try:
         expect("Ctrl-D leaves")
-        os.write(leader, f"/file {text_file}\n".encode())
         expect(r"of [\d,]+ tokens")
-        expect("documents:")
-        os.write(leader, f"{ask(0)}\n".encode())
         expect(spaced(NEEDLES[0].key))
         os.write(leader, b"\x03")
         expect("ended by interrupted")
         os.write(leader, b"/stats\n")
+        expect("documents:")
         expect("ms/token")
+        expect("> ")
+        os.write(leader, f"{ask(1)}\n".encode())
+        expect(spaced(NEEDLES[1].key))
+        os.write(leader, b"\x03")
+        expect("ended by interrupted")
         expect("> ")
         os.write(leader, b"\x04")
         assert process.wait(timeout=60) == 0
