@@ -80,7 +80,11 @@ class CpuInt4Kernels:
 
     def __init__(self, cache_dir: Path) -> None:
         # torch is imported by now, so the library binds to the OpenMP runtime that torch loaded: one thread pool
-        self._lib = ctypes.CDLL(str(_build(cache_dir)))
+        library = _build(cache_dir)
+        try:
+            self._lib = ctypes.CDLL(str(library))
+        except OSError as error:
+            raise KernelUnavailable(f"{library} cannot be loaded: {error}") from error
 
     def decode_attention(self, q: Tensor, pages: PageRun | None, exact: tuple[ExactRun, ...]) -> tuple[Tensor, Tensor]:
         """See `int4_pages.decode_attention`; q float32, contiguous."""

@@ -15,13 +15,21 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_sc
 
     Returns:
         out: [num_heads, q_len, head_dim], dtype of q; lse: float32 [num_heads, q_len], natural log-sum-exp.
+
+    On the CPU and for 16-bit types on a GPU this is torch's FlashAttention; for float32 on a GPU its
+    memory-efficient attention, the one that takes float32.
     """
     assert not causal or q.shape[1] == k.shape[1]
-    if q.device.type != "cpu":
-        return reference_attention_with_lse(q, k, v, causal, softmax_scale)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q[None], k[None], v[None], 0.0, causal, scale=softmax_scale
-    )
+    q, k, v = q[None], k[None], v[None]
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=softmax_scale)
+    elif q.dtype == torch.float32:
+        found = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=softmax_scale)
+        out, lse = found[0], found[1][..., : q.shape[2]]  # rows are padded to a multiple of 32
+    else:
+        found = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=softmax_scale)
+        out, lse = found[0], found[1]
     return out[0], lse[0].float()
 
 

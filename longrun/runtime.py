@@ -30,7 +30,8 @@ from longrun.units import format_bytes, parse_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_BUDGET = {"cpu": "cpu", "cuda": "h100-80g"}
+# Shipped budgets for a GPU by the memory it needs to have, largest first.
+_GPU_BUDGETS = ((80 * 10**9, "h100-80g"), (24 * 10**9, "rtx4090-24g"))
 
 
 def load(
@@ -51,7 +52,8 @@ def load(
 
     Args:
         model_dir: Hugging Face checkpoint folder (config.json and safetensors).
-        budget: name of a shipped budget, TOML file or `Budget`; default: `cpu` on the CPU, `h100-80g` on a GPU.
+        budget: name of a shipped budget, TOML file or `Budget`; default: `cpu` on the CPU, on a GPU the largest
+            shipped one that the card's memory holds.
         head_map: folder in DuoAttention's format, `HeadMap`, or "full" (also None): every head keeps every token.
         kv_format: "int4", "bf16" or "fp32"; default: the budget's (int4 where it says nothing).
         weight_format: "fp32", "bf16", "int8" or "nf4"; default: the budget's.
@@ -68,7 +70,7 @@ def load(
         CheckpointError, ConfigError, HeadMapError, InputError: a file or an argument cannot be used.
     """
     device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device_type not in DEFAULT_BUDGET:
+    if device_type not in ("cpu", "cuda"):
         raise InputError(f"device {device!r} is unknown: use cpu or cuda")
     if device_type == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was asked for, but torch finds no GPU here: use device cpu")
@@ -78,16 +80,38 @@ def load(
         ctx = parse_tokens(ctx, "ctx")
     folder = Path(model_dir)
     config = ModelConfig.from_dir(folder)
-    limits = budget if isinstance(budget, Budget) else Budget.load(budget or DEFAULT_BUDGET[device_type])
+    limits = budget if isinstance(budget, Budget) else Budget.load(budget or _default_budget(device_type))
     limits = limits.override(kv_format=kv_format, weight_format=weight_format, chunk_size=chunk_size)
     chosen = choose_split(config, limits, head_map, retrieval_ratio)
     plan = make_plan(config, limits, ctx, split=chosen, device_type=device_type, device_share=device_share)
     _check_free_memory(plan)
-    return Runtime(folder, config, limits, chosen, plan, device_share, compiled_kernels)
+    given = head_map is not None and head_map != "full"
+    notices = [*plan.warnings, *(chosen.notes if given else ())]
+    return Runtime(folder, config, limits, chosen, plan, device_share, compiled_kernels, notices)
+
+
+def _default_budget(device_type: str) -> str:
+    if device_type == "cpu":
+        return "cpu"
+    total = torch.cuda.get_device_properties(0).total_memory
+    for needed, name in _GPU_BUDGETS:
+        if total >= needed:
+            return name
+    raise InputError(
+        f"no shipped budget fits this GPU's {format_bytes(total)}: write a budget file with its [memory] gpu and give "
+        f"it as budget"
+    )
 
 
 def _check_free_memory(plan: Plan) -> None:
     """Refuse now what the machine cannot hold, instead of running out of memory later."""
+    if plan.device_type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        if plan.device_bytes > free:
+            raise PlanError(
+                f"the plan needs {format_bytes(plan.device_bytes)} of GPU memory, and {format_bytes(free)} of its "
+                f"{format_bytes(total)} are free: end what else uses the GPU, or give a budget with less"
+            )
     free = psutil.virtual_memory().available
     needed = plan.total_bytes if plan.device_type == "cpu" else plan.host_bytes
     if needed > free:
@@ -111,11 +135,11 @@ class Runtime:
 
     def __init__(
         self, folder: Path, config: ModelConfig, budget: Budget, chosen: Any, plan: Plan, device_share: float,
-        compiled_kernels: bool,
+        compiled_kernels: bool, notices: list[str],
     ) -> None:  # fmt: skip
         self.model_dir, self.config, self.plan = folder, config, plan
         self.split: HeadSplit = chosen.split
-        self.notices = [*plan.warnings, *plan.notes]
+        self.notices = notices
         self._budget, self._chosen, self._device_share = budget, chosen, device_share
         self._device = torch.device(plan.device_type)
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -17,3 +17,15 @@ def demo_model() -> Path:
     from longrun.model.demo import demo_model_dir
 
     return demo_model_dir()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are left out (deselected, and counted as such) where torch finds no GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        config.hook.pytest_deselected(items=on_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
