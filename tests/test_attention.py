@@ -43,9 +43,7 @@ def make(split, kv, capacity, kernels=None, device_share=1.0, page_size=16, scra
         fetch_pages=9,
     )
     cache = DualCache(spec, torch.device("cpu"))
-    shape = AttentionSpec(
-        scratch_tokens, max(heads), KV_HEADS * GROUP, KV_HEADS, DIM, 4, capacity, SINK, RECENT
-    )
+    shape = AttentionSpec(scratch_tokens, max(heads), KV_HEADS * GROUP, KV_HEADS, DIM, 4, capacity, SINK, RECENT)
     return TorchAttention(cache, shape, dtype, kernels)
 
 
