@@ -30,6 +30,7 @@ from longrun.units import parse_tokens
 if TYPE_CHECKING:
     from longrun.answer import AnswerOptions
     from longrun.chat_runner import ChatRunner
+    from longrun.plan import Plan
     from longrun.runtime import Runtime
 
 _TERMINATED, _INTERRUPTED, _BROKEN_PIPE = 143, 130, 141
@@ -87,8 +88,9 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
 
 
 def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) -> ChatRunner:
-    """Load the model, then the session; print the plan and what else a person should know."""
+    """Print the plan, load the model, then the session; say what else a person should know."""
     from longrun.chat_runner import ChatRunner
+    from longrun.plan import Plan
     from longrun.plan_report import print_plan
     from longrun.store import SessionStore
 
@@ -97,18 +99,20 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
     if folder is not None:
         SessionStore(folder)  # refuses a folder that is no session before minutes of loading
     started = time.perf_counter()
-    runtime = _load(args, ctx)
+    runtime = _load(args, ctx, lambda plan: print_plan(plan, console))
+    promised = runtime.plan
     runner = ChatRunner(runtime, options, console, args.system, folder, ctx)
     runner.load_seconds = time.perf_counter() - started
     plan = runner.session.plan
-    print_plan(plan, console)
+    if plan != promised:  # the session was saved with another capacity
+        print_plan(plan, console)
     for notice in runtime.notices:
         if notice not in (*plan.notes, *plan.warnings):
             runner.tell(f"note: {notice}")
     return runner
 
 
-def _load(args: argparse.Namespace, ctx: int | None) -> Runtime:
+def _load(args: argparse.Namespace, ctx: int | None, on_plan: Callable[[Plan], None]) -> Runtime:
     from longrun.model.demo import demo_model_dir
     from longrun.runtime import load
 
@@ -122,6 +126,7 @@ def _load(args: argparse.Namespace, ctx: int | None) -> Runtime:
         ctx=ctx,
         retrieval_ratio=args.retrieval_ratio,
         chunk_size=args.chunk_size,
+        on_plan=on_plan,
     )
 
 

@@ -41,7 +41,7 @@ class Engine:
         SIGINT and SIGTERM wait until the chunk in hand is finished and `on_chunk` has heard of it.
 
         Args:
-            token_ids: int64 [n], n >= 1; the caller has checked the capacity.
+            token_ids: int64 [n] in host memory, n >= 1; the caller has checked the capacity.
             all_positions: logits of every position (they all stand in memory) instead of the last one.
             on_chunk: called after each chunk with its number of tokens and its logits.
 
@@ -71,7 +71,9 @@ class Engine:
         cos, sin = self.rotary.cos_sin(start, len(chunk), rope_seq_len)
         step = Step(start, len(chunk), cos, sin)
         try:
-            hidden = self.decoder.forward(chunk, step, self.attention, all_positions=all_positions)
+            hidden = self.decoder.forward(
+                chunk.to(self.decoder.device), step, self.attention, all_positions=all_positions
+            )
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
             raise

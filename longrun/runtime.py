@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ def load(
     chunk_size: int | None = None,
     device_share: float = 1.0,
     compiled_kernels: bool = True,
+    on_plan: Callable[[Plan], None] | None = None,
 ) -> Runtime:
     """Plan, then load a checkpoint of the Llama family.
 
@@ -64,6 +66,7 @@ def load(
         device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
             rest goes to the host pool although the device has room.
         compiled_kernels: use the compiled CPU kernels; False runs plain torch.
+        on_plan: shown the plan before the first weight is read.
 
     Raises:
         PlanError: the budget or the machine's free memory cannot hold it; nothing has been loaded.
@@ -84,6 +87,8 @@ def load(
     limits = limits.override(kv_format=kv_format, weight_format=weight_format, chunk_size=chunk_size)
     chosen = choose_split(config, limits, head_map, retrieval_ratio)
     plan = make_plan(config, limits, ctx, split=chosen, device_type=device_type, device_share=device_share)
+    if on_plan is not None:
+        on_plan(plan)
     _check_free_memory(plan)
     given = head_map is not None and head_map != "full"
     notices = [*plan.warnings, *(chosen.notes if given else ())]

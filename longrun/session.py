@@ -177,7 +177,7 @@ class Session:
         for _ in range(max_new_tokens):
             logits = self.logits
             assert logits is not None
-            token_id = sample(logits, params, self._generator, self._ids)
+            token_id = sample(logits.cpu(), params, self._generator, self._ids)
             self._ids.append(token_id)
             yield token_id
             if eos and token_id in self._eos:

@@ -63,7 +63,10 @@ class PagePool:
     def read(self, slots: Tensor, out: Tensor | None = None) -> Tensor:
         """Payloads at `slots` (int32 [...]) as uint8 [..., payload_bytes], into `out` [n, payload_bytes] if given."""
         where = slots.reshape(-1).long().to(self.storage.device) - self.first_slot
-        found = torch.index_select(self.storage, 0, where, out=out)
+        if out is None or out.device == self.storage.device:
+            found = torch.index_select(self.storage, 0, where, out=out)
+        else:
+            found = out.copy_(torch.index_select(self.storage, 0, where))
         return found.view(*slots.shape, self.storage.shape[1])
 
     def check(self, live: Tensor) -> None:
