@@ -90,7 +90,6 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
 def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) -> ChatRunner:
     """Print the plan, load the model, then the session; say what else a person should know."""
     from longrun.chat_runner import ChatRunner
-    from longrun.plan import Plan
     from longrun.plan_report import print_plan
     from longrun.store import SessionStore
 
