@@ -158,6 +158,7 @@ def test_installed_from_the_wheel(
 EDITABLE = """
 import runpy, site, sys
 folder, *sys.argv = sys.argv[1:]
+sys.path.insert(0, folder)  # its finder has the same name as that of a longrun installed beside the dependencies
 before = list(sys.path), list(sys.meta_path)
 site.addsitedir(folder)
 for now, old in zip((sys.path, sys.meta_path), before):
