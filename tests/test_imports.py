@@ -49,7 +49,7 @@ ROOMS = (
     ),
     Room("formats", ("longrun.quant.*_format",), light=True),
     Room("quant", ("longrun.quant.*",), ("formats",), ("torch", "bitsandbytes")),
-    Room("kernels", ("longrun.kernels.*",), ("quant", "formats"), ("torch",)),
+    Room("kernels", ("longrun.kernels.*",), ("quant", "formats"), ("torch", "triton")),
     Room(
         "head maps",
         ("longrun.patterns.head_map", "longrun.patterns.head_map_folder", "longrun.patterns.head_split"),

@@ -1,0 +1,284 @@
+"""Decode attention straight from INT4 pages, in Triton: the portable kernel, and the interface both GPU kernels share.
+
+One query token, split over the cache (flash-decoding): every program attends to a run of pages of one head and writes
+a partial result with its log-sum-exp; a second kernel merges. All lengths are read from device memory, so one captured
+CUDA graph serves every length. The torch reference is `int4_pages.decode_attention`; `int4_decode_cuda` is the faster
+kernel with this signature, for sm_80 and newer.
+
+A nibble is never converted: left in the low bits of a float16 it is the subnormal `nibble * 2^-24`, a high nibble is 16
+times that, and the powers of two are taken out of the float32 result. Key scales are folded into q, value scales into
+the probabilities, minima add one number a query.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longrun.quant.kv_format import PageFormat
+
+HEAD_DIMS = (64, 128)
+PAGE_SIZE = 64
+MAX_GROUP = 8
+_LOG2E = 1.4426950408889634
+_ROWS = 16  # of a tensor-core tile: the group, padded
+
+
+@dataclass(frozen=True)
+class DecodePages:
+    """Where one layer's retrieval cache stands, all on one device; nothing here changes from token to token.
+
+    Attributes:
+        storage: uint8 [num_slots, payload_bytes], rows 16-byte aligned and contiguous.
+        table: int32 [num_heads, max_pages]; page p of head h is `storage[table[h, p] - slot_offset]`.
+        index: float16 [num_heads, max_pages, 2, head_dim].
+        sink_k, sink_v, tail_k, tail_v: bfloat16 [num_heads, page_size, head_dim], contiguous.
+        lengths: int32 [4]: first page, number of pages, sink tokens, tail tokens. Read by the kernel when it runs.
+        slot_offset: number of the first slot of `storage`.
+    """
+
+    storage: Tensor
+    table: Tensor
+    index: Tensor
+    sink_k: Tensor
+    sink_v: Tensor
+    tail_k: Tensor
+    tail_v: Tensor
+    lengths: Tensor
+    slot_offset: int = 0
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Partial results of one call, float32: out [num_heads, splits, group, head_dim], stats [num_heads, splits, group,
+    2] (reference exponent in units of log 2, sum). Calls that run one after the other may share it."""
+
+    out: Tensor
+    stats: Tensor
+
+    @classmethod
+    def empty(cls, num_heads: int, splits: int, group: int, head_dim: int, device: torch.device) -> Workspace:
+        shape = (num_heads, splits, group)
+        return cls(torch.empty(*shape, head_dim, device=device), torch.empty(*shape, 2, device=device))
+
+    @staticmethod
+    def bytes_for(num_heads: int, splits: int, group: int, head_dim: int) -> int:
+        return 4 * num_heads * splits * group * (head_dim + 2)
+
+
+def check_shapes(q: Tensor, pages: DecodePages) -> None:
+    """Raise ValueError where no GPU kernel serves the shape; assert what callers must hold anyway."""
+    heads, group, dim = q.shape
+    if dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim {dim} has no INT4 decode kernel: use one of {HEAD_DIMS}")
+    if not 1 <= group <= MAX_GROUP:
+        raise ValueError(f"{group} query heads a KV head have no INT4 decode kernel: the limit is {MAX_GROUP}")
+    if pages.tail_k.shape[1] != PAGE_SIZE:
+        raise ValueError(f"page_size {pages.tail_k.shape[1]} has no INT4 decode kernel: use {PAGE_SIZE}")
+    assert q.is_contiguous() and q.dtype in (torch.float32, torch.bfloat16)
+    payload = PageFormat("int4", PAGE_SIZE, dim).payload_bytes
+    assert pages.storage.dtype == torch.uint8 and pages.storage.shape[1] == payload
+    assert pages.storage.stride(1) == 1 and pages.storage.stride(0) % 16 == 0 and pages.storage.data_ptr() % 16 == 0
+    assert pages.table.dtype == torch.int32 and pages.table.stride(1) == 1 and pages.table.shape[0] == heads
+    assert pages.index.dtype == torch.float16 and pages.index[0].is_contiguous() and pages.index.data_ptr() % 16 == 0
+    assert pages.index.shape == (*pages.table.shape, 2, dim)
+    assert pages.lengths.dtype == torch.int32 and pages.lengths.shape == (4,)
+    for exact in (pages.sink_k, pages.sink_v, pages.tail_k, pages.tail_v):
+        assert exact.dtype == torch.bfloat16 and exact.shape == (heads, PAGE_SIZE, dim) and exact[0].is_contiguous()
+    assert pages.sink_k.stride() == pages.sink_v.stride() and pages.tail_k.stride() == pages.tail_v.stride()
+
+
+@triton.jit(do_not_specialize=["group", "splits", "slot_offset", "table_stride"])
+def split_kernel(
+    q_ptr, storage_ptr, slot_stride, table_ptr, table_stride, index_ptr, index_stride, lengths_ptr,
+    sink_k_ptr, sink_v_ptr, sink_stride, tail_k_ptr, tail_v_ptr, tail_stride, out_ptr, stats_ptr,
+    group, splits, slot_offset, to_log2,
+    D: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid: heads * splits. PACKED: unpack four bytes at a time in PTX; without it the same in portable Triton."""
+    head = (tl.program_id(0) // splits).to(tl.int64)
+    split = tl.program_id(0) % splits
+    first = tl.load(lengths_ptr)
+    pages = tl.load(lengths_ptr + 1).to(tl.int64)
+    sinks = tl.load(lengths_ptr + 2)
+    tails = tl.load(lengths_ptr + 3)
+    begin = pages * split // splits  # int64, and so is every page number
+    end = pages * (split + 1) // splits
+    rows, chans, half, toks = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, D // 2), tl.arange(0, 32)
+    at = (head * group + rows[:, None]) * D + chans[None, :]
+    q = tl.load(q_ptr + at, mask=rows[:, None] < group, other=0.0).to(tl.float32)
+    q16 = q.to(tl.float16)
+    table_ptr += head * table_stride + first
+    index_ptr += head * index_stride + first.to(tl.int64) * (2 * D)
+    top = tl.full((ROWS,), -1e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    added = tl.zeros((ROWS,), tl.float32)
+    low = tl.zeros((ROWS, D // 2), tl.float32)
+    high = tl.zeros((ROWS, D // 2), tl.float32)
+    for page in tl.range(begin, end, num_stages=STAGES):
+        base = storage_ptr + (tl.load(table_ptr + page).to(tl.int64) - slot_offset) * slot_stride
+        kb = tl.load(base + chans[:, None] * 32 + toks[None, :])
+        index = index_ptr + page * (2 * D) + chans
+        scale, minimum = tl.load(index), tl.load(index + D)
+        vb0 = tl.load(base + 32 * D + toks[:, None] * (D // 2) + half[None, :])
+        vb1 = tl.load(base + 48 * D + toks[:, None] * (D // 2) + half[None, :])
+        scales_ptr = (base + 64 * D).to(tl.pointer_type(tl.float16)) + toks
+        vs0, vs1 = tl.load(scales_ptr), tl.load(scales_ptr + 32)
+        vm0, vm1 = tl.load(scales_ptr + 64), tl.load(scales_ptr + 96)
+        if PACKED:
+            k0, k1 = tl.inline_asm_elementwise(
+                "{.reg .b32 x, y; prmt.b32 x, $4, 0, 0x4140; prmt.b32 y, $4, 0, 0x4342;"
+                " and.b32 $0, x, 0x000f000f; and.b32 $1, y, 0x000f000f;"
+                " and.b32 $2, x, 0x00f000f0; and.b32 $3, y, 0x00f000f0;}",
+                "=r,=r,=r,=r,r", [kb], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            k0 = (kb & 15).to(tl.float16)
+            k1 = (kb >> 4).to(tl.float16)
+        qs = q16 * scale[None, :]
+        bias = tl.sum(q * minimum.to(tl.float32)[None, :], 1)[:, None]
+        s0 = tl.dot(qs, k0)
+        s1 = tl.dot(qs, k1)
+        if PACKED:
+            s0 *= 16777216.0
+            s1 *= 1048576.0
+        s0 = (s0 + bias) * to_log2
+        s1 = (s1 + bias) * to_log2
+        new = tl.maximum(top, tl.maximum(tl.max(s0, 1), tl.max(s1, 1)))
+        fade = tl.exp2(top - new)
+        top = new
+        p0 = tl.exp2(s0 - new[:, None])
+        p1 = tl.exp2(s1 - new[:, None])
+        total = total * fade + tl.sum(p0 + p1, 1)
+        added = added * fade + tl.sum(p0 * vm0.to(tl.float32)[None, :] + p1 * vm1.to(tl.float32)[None, :], 1)
+        # 2^8 keeps small probabilities out of float16's subnormals
+        w0 = (p0 * (vs0.to(tl.float32) * 256.0)[None, :]).to(tl.float16)
+        w1 = (p1 * (vs1.to(tl.float32) * 256.0)[None, :]).to(tl.float16)
+        if PACKED:
+            a0, b0 = tl.inline_asm_elementwise(
+                "{.reg .b32 x, y; prmt.b32 x, $4, 0, 0x4140; prmt.b32 y, $4, 0, 0x4342;"
+                " and.b32 $0, x, 0x000f000f; and.b32 $1, y, 0x000f000f;"
+                " and.b32 $2, x, 0x00f000f0; and.b32 $3, y, 0x00f000f0;}",
+                "=r,=r,=r,=r,r", [vb0], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+            )  # fmt: skip
+            a1, b1 = tl.inline_asm_elementwise(
+                "{.reg .b32 x, y; prmt.b32 x, $4, 0, 0x4140; prmt.b32 y, $4, 0, 0x4342;"
+                " and.b32 $0, x, 0x000f000f; and.b32 $1, y, 0x000f000f;"
+                " and.b32 $2, x, 0x00f000f0; and.b32 $3, y, 0x00f000f0;}",
+                "=r,=r,=r,=r,r", [vb1], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            a0 = (vb0 & 15).to(tl.float16)
+            b0 = (vb0 >> 4).to(tl.float16)
+            a1 = (vb1 & 15).to(tl.float16)
+            b1 = (vb1 >> 4).to(tl.float16)
+        # a page's own sum first: tensor cores cut off what they add, and over many pages that is a bias
+        low = low * fade[:, None] + tl.dot(w1, a1, tl.dot(w0, a0))
+        high = high * fade[:, None] + tl.dot(w1, b1, tl.dot(w0, b0))
+    if PACKED:
+        low *= 16777216.0 / 256.0
+        high *= 1048576.0 / 256.0
+    else:
+        low *= 1.0 / 256.0
+        high *= 1.0 / 256.0
+    low += added[:, None]
+    high += added[:, None]
+    # exact tokens, 16 at a time, dealt out over the programs
+    few = tl.arange(0, 16)
+    for piece in tl.range(split, (sinks + tails + 15) // 16, splits):
+        token = piece * 16 + few
+        in_tail = token >= sinks
+        sink_at = head * sink_stride + token * D
+        tail_at = head * tail_stride + (token - sinks) * D
+        in_sink, in_tail = (token < sinks)[:, None], ((token >= sinks) & (token < sinks + tails))[:, None]
+        sink_all, tail_all = sink_at[:, None] + chans[None, :], tail_at[:, None] + chans[None, :]
+        k = tl.load(sink_k_ptr + sink_all, mask=in_sink, other=0.0).to(tl.float32)
+        k += tl.load(tail_k_ptr + tail_all, mask=in_tail, other=0.0).to(tl.float32)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * to_log2
+        s = tl.where((token < sinks + tails)[None, :], s, -1e30)
+        new = tl.maximum(top, tl.max(s, 1))
+        fade = tl.exp2(top - new)
+        top = new
+        p = tl.exp2(s - new[:, None])
+        total = total * fade + tl.sum(p, 1)
+        sink_half, tail_half = sink_at[:, None] + half[None, :], tail_at[:, None] + half[None, :]
+        v = tl.load(sink_v_ptr + sink_half, mask=in_sink, other=0.0).to(tl.float32)
+        v += tl.load(tail_v_ptr + tail_half, mask=in_tail, other=0.0).to(tl.float32)
+        low = tl.dot(p, v, low * fade[:, None], input_precision="ieee")
+        v = tl.load(sink_v_ptr + D // 2 + sink_half, mask=in_sink, other=0.0).to(tl.float32)
+        v += tl.load(tail_v_ptr + D // 2 + tail_half, mask=in_tail, other=0.0).to(tl.float32)
+        high = tl.dot(p, v, high * fade[:, None], input_precision="ieee")
+    to = (head * splits + split) * group + rows
+    tl.store(out_ptr + to[:, None] * D + half[None, :], low, mask=rows[:, None] < group)
+    tl.store(out_ptr + to[:, None] * D + D // 2 + half[None, :], high, mask=rows[:, None] < group)
+    tl.store(stats_ptr + to * 2, top, mask=rows < group)
+    tl.store(stats_ptr + to * 2 + 1, total, mask=rows < group)
+
+
+@triton.jit(do_not_specialize=["group", "splits"])
+def merge_kernel(part_ptr, stats_ptr, out_ptr, lse_ptr, group, splits, D: tl.constexpr, MANY: tl.constexpr):
+    """Grid: heads * group; MANY: a power of two, at least `splits`."""
+    head = (tl.program_id(0) // group).to(tl.int64)
+    row = tl.program_id(0) % group
+    split, chans = tl.arange(0, MANY), tl.arange(0, D)
+    at = (head * splits + split) * group + row
+    tops = tl.load(stats_ptr + at * 2, mask=split < splits, other=-1e30)
+    top = tl.max(tops, 0)
+    weight = tl.where(split < splits, tl.exp2(tops - top), 0.0)
+    total = tl.sum(weight * tl.load(stats_ptr + at * 2 + 1, mask=split < splits, other=0.0), 0)
+    part = tl.load(part_ptr + at[:, None] * D + chans[None, :], mask=(split < splits)[:, None], other=0.0)
+    out = tl.sum(part * weight[:, None], 0)
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * D + chans, out / total)
+    tl.store(lse_ptr + tl.program_id(0), (top + tl.log2(total)) * 0.6931471805599453)
+
+
+def default_splits(num_heads: int, device: torch.device, programs_per_sm: int = 4) -> int:
+    """Programs a head so that all of them run at once: fixed per machine and shape, never by length."""
+    if device.type != "cuda":
+        return 2
+    return max(1, torch.cuda.get_device_properties(device).multi_processor_count * programs_per_sm // num_heads)
+
+
+def decode_attention(
+    q: Tensor, pages: DecodePages, *, softmax_scale: float = 1.0, workspace: Workspace | None = None,
+    out: Tensor | None = None, lse: Tensor | None = None, splits: int | None = None, packed: bool = True,
+    num_warps: int = 2, num_stages: int = 3,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token's attention over the pages, the sink tokens and the tail tokens that `pages.lengths` names.
+
+    Args:
+        q: bfloat16 or float32 [num_heads, group, head_dim]; scores are q . k * softmax_scale.
+        workspace: partial results; its shape decides the number of splits. None allocates one.
+        out, lse: where to write; None allocates.
+        packed: unpack in PTX; False is the portable way, for the interpreter.
+
+    Returns:
+        out: float32 [num_heads, group, head_dim]; lse: float32 [num_heads, group], natural log-sum-exp of the scores.
+        At least one page or token must be named.
+
+    Raises:
+        ValueError: no kernel for this head_dim, group or page_size.
+    """
+    check_shapes(q, pages)
+    heads, group, dim = q.shape
+    if workspace is None:
+        workspace = Workspace.empty(heads, splits or default_splits(heads, q.device), group, dim, q.device)
+    splits = workspace.out.shape[1]
+    assert workspace.out.shape == (heads, splits, group, dim) and workspace.stats.shape == (heads, splits, group, 2)
+    out = q.new_empty(q.shape, dtype=torch.float32) if out is None else out
+    lse = q.new_empty(heads, group, dtype=torch.float32) if lse is None else lse
+    split_kernel[(heads * splits,)](
+        q, pages.storage, pages.storage.stride(0), pages.table, pages.table.stride(0),
+        pages.index, pages.index.stride(0), pages.lengths,
+        pages.sink_k, pages.sink_v, pages.sink_k.stride(0), pages.tail_k, pages.tail_v, pages.tail_k.stride(0),
+        workspace.out, workspace.stats, group, splits, pages.slot_offset, softmax_scale * _LOG2E,
+        D=dim, ROWS=_ROWS, PACKED=packed, STAGES=num_stages, num_warps=num_warps,
+    )  # fmt: skip
+    merge_kernel[(heads * group,)](
+        workspace.out, workspace.stats, out, lse, group, splits, D=dim, MANY=triton.next_power_of_2(splits), num_warps=4
+    )
+    return out, lse

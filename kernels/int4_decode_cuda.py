@@ -1,0 +1,100 @@
+"""Decode attention straight from INT4 pages in CUDA C++ (`int4_decode.cu`), compiled at run time: the fast kernel.
+
+Same meaning as `int4_decode.decode_attention` (Triton), for NVIDIA GPUs from sm_80 on. Why it exists beside Triton's:
+the unpacked registers are the tensor core's operand here, nothing unpacked crosses shared memory, and every warp has
+pages in flight of its own.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longrun.kernels.cuda_module import CudaModule, CudaUnavailable
+from longrun.kernels.int4_decode import _LOG2E, DecodePages, Workspace, check_shapes
+
+SOURCE = Path(__file__).with_name("int4_decode.cu")
+WARPS = 4
+MAX_SPLITS = 1024
+_RESERVED = 1024  # bytes of shared memory that every block costs besides its own
+
+
+def stage_bytes(head_dim: int) -> int:
+    """Bytes of one page in shared memory, as `int4_decode.cu` lays it out: page and index with 384 bytes of padding."""
+    return 64 * head_dim + 4 * 32 + 8 * 32 + 4 * head_dim + 4 * 64
+
+
+class CudaInt4Decode:
+    """The compiled kernels for one head_dim on the current device; make one and keep it.
+
+    Args:
+        stages: pages in flight a warp; None takes what lets two blocks share a multiprocessor, four at most.
+
+    Raises:
+        CudaUnavailable: GPU older than sm_80, no NVRTC, or the compilation failed.
+    """
+
+    def __init__(self, head_dim: int, *, stages: int | None = None, warps: int = WARPS, blocks_per_sm: int = 2) -> None:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        if properties.major < 8:
+            raise CudaUnavailable(
+                f"{properties.name} is sm_{properties.major}{properties.minor}: sm_80 or newer is needed"
+            )
+        if stages is None:
+            room = properties.shared_memory_per_multiprocessor // blocks_per_sm - _RESERVED
+            stages = min(4, room // (warps * stage_bytes(head_dim)))
+        if stages < 2:
+            raise CudaUnavailable(f"{properties.name} has too little shared memory for two pages a warp")
+        shared = max(warps * stages * stage_bytes(head_dim), warps * 8 * (head_dim + 2) * 4)
+        module = CudaModule(SOURCE.read_text(), {"HEAD_DIM": head_dim, "STAGES": stages, "WARPS": warps})
+        self.head_dim, self.warps, self.stages = head_dim, warps, stages
+        self._blocks = properties.multi_processor_count * blocks_per_sm
+        self._split = module.kernel("int4_decode_split", shared)
+        self._merge = module.kernel("int4_decode_merge")
+
+    def default_splits(self, num_heads: int) -> int:
+        """Blocks a head, so that all of them run at once: fixed per machine and shape, never by length."""
+        return min(MAX_SPLITS, max(1, self._blocks // num_heads))
+
+    def decode_attention(
+        self, q: Tensor, pages: DecodePages, *, softmax_scale: float = 1.0, workspace: Workspace | None = None,
+        out: Tensor | None = None, lse: Tensor | None = None, splits: int | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """See `int4_decode.decode_attention`. q enters the tensor cores as float16 (exact for bfloat16 in range)."""
+        check_shapes(q, pages)
+        heads, group, dim = q.shape
+        assert dim == self.head_dim
+        if workspace is None:
+            workspace = Workspace.empty(heads, splits or self.default_splits(heads), group, dim, q.device)
+        splits = workspace.out.shape[1]
+        assert splits <= MAX_SPLITS
+        assert workspace.out.shape == (heads, splits, group, dim) and workspace.stats.shape == (heads, splits, group, 2)
+        out = q.new_empty(q.shape, dtype=torch.float32) if out is None else out
+        lse = q.new_empty(heads, group, dtype=torch.float32) if lse is None else lse
+        args = (
+            _address(q), c_int(q.dtype == torch.bfloat16), _address(pages.storage), c_int64(pages.storage.stride(0)),
+            _address(pages.table), c_int64(pages.table.stride(0)),
+            _address(pages.index), c_int64(pages.index.stride(0) * 2), _address(pages.lengths),
+            _address(pages.sink_k), _address(pages.sink_v), c_int64(pages.sink_k.stride(0)),
+            _address(pages.tail_k), _address(pages.tail_v), c_int64(pages.tail_k.stride(0)),
+            _address(workspace.out), _address(workspace.stats), c_int(group), c_int(splits),
+            c_int64(pages.slot_offset), c_float(softmax_scale * _LOG2E),
+        )  # fmt: skip
+        self._split.launch(heads * splits, (32 * self.warps, 1), args)
+        args = (
+            _address(workspace.out),
+            _address(workspace.stats),
+            _address(out),
+            _address(lse),
+            c_int(group),
+            c_int(splits),
+        )
+        self._merge.launch(heads * group, (dim, 4), args)
+        return out, lse
+
+
+def _address(tensor: Tensor) -> c_void_p:
+    return c_void_p(tensor.data_ptr())
