@@ -1,0 +1,267 @@
+"""Triton page kernels: through the interpreter, compiled for sm_80 and sm_90, and (`-m gpu`) on a GPU.
+
+Triton decides when a kernel is decorated whether it is interpreted, so the interpreted tests run in a process of
+their own, which collects this file with TRITON_INTERPRET=1.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from longrun.errors import ConfigError
+from longrun.kernels import int4_pages
+from longrun.kernels.int4_pages import PageRun
+from longrun.quant.kv_format import PageFormat
+from longrun.quant.page_codec import decode_pages, encode_pages
+
+pytest.importorskip("triton", reason="Triton is optional without a GPU")
+
+from longrun.kernels.page_dequantize import dequantize_kernel, dequantize_run
+from longrun.kernels.page_store import reference_store_pages, store_kernel, store_pages
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+POISON = 0xFF  # as float16 or bfloat16 pairs of it are NaN
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="the kernels of this process are interpreted")
+
+
+def same_bits(actual, expected):
+    return torch.equal(actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
+def random_tokens(heads, pages, fmt, dtype, device="cpu", seed=0):
+    """k, v [heads, pages * page_size, head_dim] as a step leaves them: heads between tokens, one fused projection."""
+    g = torch.Generator().manual_seed(seed)
+    fused = torch.randn(pages * fmt.page_size, heads + 1, 2, fmt.head_dim, generator=g)
+    size = torch.rand(fmt.head_dim, generator=g) * 4  # channels of unlike size, as keys have
+    fused[:, :, 0] = fused[:, :, 0] * size + size.flip(-1)
+    fused = fused.to(device, dtype)
+    return fused[:, 1:, 0].transpose(0, 1), fused[:, 1:, 1].transpose(0, 1)
+
+
+def poisoned_pool(heads, pages, fmt, device="cpu", extra_slots=5, max_pages=None, seed=1):
+    """storage, slots (scattered, a view of a wider table), index, page numbers (neither first nor in order)."""
+    g = torch.Generator().manual_seed(seed)
+    storage = torch.full((heads * pages + extra_slots, fmt.payload_bytes), POISON, dtype=torch.uint8)
+    table = torch.full((heads, pages + 3), -1, dtype=torch.int32)
+    table[:, 2:-1] = torch.randperm(len(storage), generator=g)[: heads * pages].view(heads, pages)
+    index = torch.full((heads, pages + 4, 2, fmt.head_dim), float("nan"), dtype=torch.float16)
+    numbers = (torch.randperm(pages + 4, generator=g)[:pages]).int()
+    return storage.to(device), table.to(device)[:, 2:-1], index.to(device), numbers.to(device)
+
+
+def store_both(k, v, fmt, slot_offset=0):
+    """Pool and index as the kernel leaves them, and as the reference does on the CPU."""
+    heads, pages = k.shape[0], k.shape[1] // fmt.page_size
+    device = k.device
+    storage, slots, index, numbers = poisoned_pool(heads, pages, fmt)
+    expected = storage.clone(), index.clone()
+    reference_store_pages(k.cpu(), v.cpu(), expected[0], slots, expected[1], numbers, fmt)
+    wide = torch.empty(heads, pages + 3, dtype=torch.int32, device=device)
+    wide[:, 2:-1] = slots + slot_offset
+    actual = storage.to(device), index.to(device)
+    store_pages(k, v, actual[0], wide[:, 2:-1], actual[1], numbers.to(device), fmt, slot_offset)
+    return [x.cpu() for x in actual], expected
+
+
+def check_dequantize(heads, pages, first, head_dim, dtype, device="cpu", slot_offset=0):
+    fmt = PageFormat("int4", 64, head_dim)
+    payload, index = encode_pages(
+        *(x.unflatten(1, (-1, 64)) for x in random_tokens(heads, pages, fmt, torch.float)), fmt
+    )
+    storage, slots, _, _ = poisoned_pool(heads, pages, fmt)
+    storage[slots.long()] = payload
+    table = (slots + slot_offset).to(device)
+    run = PageRun(storage.to(device), table, index.to(device), first, pages - first, fmt, slot_offset)
+    tokens = run.count * 64
+    expected = torch.empty(2, heads, tokens, head_dim, dtype=dtype, device=device)
+    int4_pages.dequantize_run(run, *expected)
+    wide = torch.full((2, heads, tokens + 3, head_dim), float("nan"), dtype=dtype, device=device)
+    dequantize_run(run, wide[0, :, :tokens], wide[1, :, :tokens])
+    assert torch.isfinite(expected).all() and same_bits(wide[:, :, :tokens], expected)
+    assert wide[:, :, tokens:].isnan().all()
+
+
+def nibbles(payload, fmt):
+    data = payload[..., : fmt.value_scales_offset]
+    return torch.stack((data & 15, data >> 4), dim=-1).int()
+
+
+if INTERPRETED:
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize(("heads", "pages", "head_dim"), [(1, 1, 64), (3, 2, 128), (2, 5, 64)])
+    def test_interpreted_store(heads, pages, head_dim, dtype):
+        """Scales and minima are the reference's bits. The interpreter rounds twice in a fused multiply-add, so that a
+        quotient within an ulp or two of a half may fall on the other side: one step, in next to no nibble."""
+        fmt = PageFormat("int4", 64, head_dim)
+        k, v = random_tokens(heads, pages, fmt, dtype)
+        (storage, index), (expected, expected_index) = store_both(k, v, fmt, slot_offset=1000)
+        assert same_bits(index, expected_index)
+        scales = fmt.value_scales_offset
+        assert same_bits(storage[:, scales:], expected[:, scales:])
+        off = (nibbles(storage, fmt) - nibbles(expected, fmt)).abs()
+        assert off.max() <= 1 and off.float().mean() <= 1e-4
+        assert (storage == POISON).all(1).sum() == 5  # the slots that are nobody's
+
+    def test_interpreted_store_of_constant_and_tiny_groups():
+        fmt = PageFormat("int4", 64, 64)
+        k = torch.full((1, 64, 64), 0.375)
+        k[:, :, 1] = 1000.3  # not a float16: minimum above every value
+        k[:, :, 2] = torch.linspace(0, 3e-6, 64)  # scale a float16 subnormal
+        k[:, :, 3] = torch.linspace(-1e-9, 1e-9, 64)  # scale 0
+        (storage, index), (expected, expected_index) = store_both(k, -k.flip(1), fmt)
+        assert same_bits(index, expected_index) and same_bits(storage, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize(("heads", "pages", "first", "head_dim"), [(1, 1, 0, 128), (3, 5, 2, 64), (2, 3, 0, 128)])
+    def test_interpreted_dequantize(heads, pages, first, head_dim, dtype):
+        check_dequantize(heads, pages, first, head_dim, dtype, slot_offset=77)
+
+    def test_interpreted_round_trip_bounds_the_error():
+        fmt = PageFormat("int4", 64, 64)
+        k, v = random_tokens(2, 2, fmt, torch.float32)
+        storage, slots, index, _ = poisoned_pool(2, 2, fmt)
+        store_pages(k, v, storage, slots, index, torch.tensor([0, 1], dtype=torch.int32), fmt)
+        out = torch.full((2, 2, 128, 64), float("nan"))
+        dequantize_run(PageRun(storage, slots, index, 0, 2, fmt), *out)
+        for x, y, dim in ((k, out[0], 2), (v, out[1], 3)):
+            x = x.unflatten(1, (2, 64))
+            step = (x.amax(dim, keepdim=True) - x.amin(dim, keepdim=True)) / 15
+            assert ((x - y.unflatten(1, (2, 64))).abs() <= 0.51 * step + 2e-3 * x.abs().amax()).all()
+
+
+@not_interpreted
+def test_kernels_through_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 14
+
+
+@not_interpreted
+@pytest.mark.parametrize("fmt", [PageFormat("int4", 32, 64), PageFormat("int4", 64, 80), PageFormat("bf16", 64, 64)])
+def test_other_formats_are_refused(fmt):
+    word = "bf16" if not fmt.quantized else "page_size 32" if fmt.page_size == 32 else "head_dim 80"
+    k = torch.zeros(1, fmt.page_size, fmt.head_dim)
+    storage, slots, numbers = torch.zeros(1, fmt.payload_bytes, dtype=torch.uint8), *torch.zeros(2, 1).int()
+    index = torch.zeros(1, 1, 2, fmt.head_dim).half()
+    with pytest.raises(ConfigError, match=word):
+        store_pages(k, k, storage, slots[None], index, numbers, fmt)
+    with pytest.raises(ConfigError, match=word):
+        dequantize_run(PageRun(storage, slots[None], index, 0, 1, fmt), k, k)
+
+
+def signature(kernel, item):
+    """Types of the kernel's arguments: pointers by their names, the rest as a large cache would pass them."""
+    pointers = {
+        "storage": "*u8", "halves": "*fp16", "index": "*fp16",
+        "table": "*i32", "slots": "*i32", "page_numbers": "*i32",
+    }  # fmt: skip
+    types = {
+        name: pointers.get(name, f"*{item}" if name in ("k", "v", "k_out", "v_out") else "i64")
+        for name in kernel.arg_names
+    }
+    return types | {"count": "i32", "HEAD_DIM": "constexpr", "PAGE_SIZE": "constexpr"}
+
+
+@not_interpreted
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("head_dim", "item"), [(128, "bf16"), (64, "fp32")])
+@pytest.mark.parametrize("kernel", ["store", "dequantize"])
+def test_compiles_without_a_gpu(kernel, head_dim, item, capability):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, num_warps = {"store": (store_kernel, 2), "dequantize": (dequantize_kernel, 4)}[kernel]
+    types = signature(kernel, item)
+    names = list(types)
+    constants = {(names.index("HEAD_DIM"),): head_dim, (names.index("PAGE_SIZE"),): 64}
+    constants |= {(names.index(n),): 1 for n in names if "channel_stride" in n}
+    types |= {n: "constexpr" for n in names if "channel_stride" in n}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n][0] == "*" or "stride" in n}
+    aligned = {key: value for key, value in aligned.items() if key not in constants}
+    source = ASTSource(kernel, types, constants, aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+    assert built.asm["cubin"] and f".target sm_{capability}" in built.asm["ptx"]
+    assert re.search(r"(ld|st)\.global[.\w]*\.v4", built.asm["ptx"])  # 16 bytes an access
+    slow = "cvt.rn.f32.s32", "cvt.rni", "div.rn"  # conversions at a quarter of the rate, division with a branch
+    assert not [name for name in slow if name in built.asm["ptx"]]
+
+
+@pytest.mark.gpu
+@not_interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("heads", "pages", "head_dim"), [(1, 1, 64), (3, 7, 128), (8, 130, 128), (5, 33, 64)])
+def test_store_on_the_gpu_writes_the_reference_bytes(heads, pages, head_dim, dtype):
+    fmt = PageFormat("int4", 64, head_dim)
+    k, v = random_tokens(heads, pages, fmt, dtype, "cuda", seed=pages)
+    for slot_offset, (x, y) in enumerate([(k, v), (k.contiguous(), v), (k * 1e-3, v * 300)]):
+        actual, expected = store_both(x, y, fmt, slot_offset)
+        assert same_bits(actual[0], expected[0])
+        assert same_bits(actual[1], expected[1])
+
+
+@pytest.mark.gpu
+@not_interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("heads", "pages", "first"), [(1, 1, 0), (3, 11, 4), (8, 257, 1)])
+def test_dequantize_on_the_gpu_writes_the_reference_bits(heads, pages, first, head_dim, dtype):
+    check_dequantize(heads, pages, first, head_dim, dtype, "cuda", slot_offset=123)
+
+
+@pytest.mark.gpu
+@not_interpreted
+def test_offsets_beyond_two_gib_and_four():
+    """Pages on both sides of 2**31 and 2**32 bytes of the pool; outputs and inputs beyond 2**31 elements."""
+    fmt = PageFormat("int4", 64, 128)
+    bounds = [2**31 // fmt.payload_bytes, 2**32 // fmt.payload_bytes]
+    slots = torch.tensor([[0, *(b + d for b in bounds for d in (-1, 0, 1))]], dtype=torch.int32, device="cuda")
+    count = slots.shape[1]
+    k, v = random_tokens(1, count, fmt, torch.bfloat16, "cuda")
+    payload, index = (x.cuda() for x in encode_pages(*(x.cpu().unflatten(1, (-1, 64)) for x in (k, v)), fmt))
+    storage = torch.full((bounds[1] + 2, fmt.payload_bytes), POISON, dtype=torch.uint8, device="cuda")
+    found = torch.zeros_like(index)
+    store_pages(k, v, storage, slots, found, torch.arange(count, dtype=torch.int32, device="cuda"), fmt)
+    assert same_bits(storage[slots.long()], payload) and same_bits(found, index)
+    assert (storage == POISON).all(1).sum() == len(storage) - count
+    tokens, far = count * 64, 2**31 + 64
+    room = torch.empty(far + 2 * k.numel(), dtype=torch.bfloat16, device="cuda")
+    out = torch.as_strided(room, (2, tokens, 128), (far, 128, 1))  # the second head lies beyond 2**31 elements
+    run = PageRun(storage, slots.expand(2, -1), index.expand(2, -1, -1, -1), 0, count, fmt)
+    dequantize_run(run, out, torch.empty_like(out))
+    expected = decode_pages(payload, index, fmt)[0].flatten(1, 2).bfloat16()
+    assert same_bits(out, expected.expand(2, -1, -1))
+    near = torch.arange(1, 2 * count + 1, dtype=torch.int32, device="cuda").view(2, count)
+    found = torch.zeros(2, count, 2, 128, dtype=torch.float16, device="cuda")
+    store_pages(out, out, storage, near, found, torch.arange(count, dtype=torch.int32, device="cuda"), fmt)
+    payload, index = encode_pages(*[out.cpu().unflatten(1, (-1, 64))] * 2, fmt)
+    assert same_bits(storage[near.long()].cpu(), payload) and same_bits(found.cpu(), index)
+
+
+@pytest.mark.gpu
+@not_interpreted
+def test_a_captured_store_follows_slots_and_page_numbers():
+    fmt = PageFormat("int4", 64, 128)
+    k, v = random_tokens(2, 1, fmt, torch.bfloat16, "cuda")
+    storage = torch.zeros(8, fmt.payload_bytes, dtype=torch.uint8, device="cuda")
+    index = torch.zeros(2, 9, 2, 128, dtype=torch.float16, device="cuda")
+    slots = torch.tensor([[0], [1]], dtype=torch.int32, device="cuda")
+    number = torch.zeros(1, dtype=torch.int32, device="cuda")
+    store_pages(k, v, storage, slots, index, number, fmt)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        store_pages(k, v, storage, slots, index, number, fmt)
+    slots.copy_(torch.tensor([[7], [4]]))
+    number.fill_(5)
+    graph.replay()
+    assert same_bits(storage[[7, 4]], storage[:2]) and same_bits(index[:, 5], index[:, 0])
+    assert storage[7].any() and not storage[[2, 3, 5, 6]].any() and not index[:, 1:5].any()
