@@ -31,23 +31,23 @@ class CudaInt4Decode:
     """The compiled kernels for one head_dim on the current device; make one and keep it.
 
     Args:
-        stages: pages in flight a warp; None takes what lets two blocks share a multiprocessor, four at most.
+        stages: pages in shared memory a warp, the one in work counted in.
+        blocks_per_sm: fewer where a multiprocessor's shared memory has no room for so many.
 
     Raises:
         CudaUnavailable: GPU older than sm_80, no NVRTC, or the compilation failed.
     """
 
-    def __init__(self, head_dim: int, *, stages: int | None = None, warps: int = WARPS, blocks_per_sm: int = 2) -> None:
+    def __init__(self, head_dim: int, *, stages: int = 2, warps: int = WARPS, blocks_per_sm: int = 2) -> None:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         if properties.major < 8:
             raise CudaUnavailable(
                 f"{properties.name} is sm_{properties.major}{properties.minor}: sm_80 or newer is needed"
             )
-        if stages is None:
-            room = properties.shared_memory_per_multiprocessor // blocks_per_sm - _RESERVED
-            stages = min(4, room // (warps * stage_bytes(head_dim)))
-        if stages < 2:
-            raise CudaUnavailable(f"{properties.name} has too little shared memory for two pages a warp")
+        block_bytes = warps * stages * stage_bytes(head_dim) + _RESERVED
+        blocks_per_sm = min(blocks_per_sm, properties.shared_memory_per_multiprocessor // block_bytes)
+        if blocks_per_sm < 1:
+            raise CudaUnavailable(f"{properties.name} has no room for {stages} pages of {warps} warps in shared memory")
         shared = max(warps * stages * stage_bytes(head_dim), warps * 8 * (head_dim + 2) * 4)
         module = CudaModule(SOURCE.read_text(), {"HEAD_DIM": head_dim, "STAGES": stages, "WARPS": warps})
         self.head_dim, self.warps, self.stages = head_dim, warps, stages
