@@ -158,7 +158,7 @@ def unfounded_speeds(text: str) -> list[str]:
     wrong = []
     for paragraph in text.split("\n\n"):
         if re.search(r"\d[\d.,]* (?:tokens/s|ms/token|ms a token|[GT]B/s|TFLOP/s)", paragraph):
-            named = re.findall(r"docs/results/([\w.-]+\.json)", paragraph)
+            named = re.findall(r"results/([\w.-]+\.json)", paragraph)
             if not named or not all((ROOT / "docs" / "results" / name).is_file() for name in named):
                 wrong.append(paragraph)
     return wrong
