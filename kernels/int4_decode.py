@@ -7,7 +7,8 @@ kernel with this signature, for sm_80 and newer.
 
 A nibble is never converted: left in the low bits of a float16 it is the subnormal `nibble * 2^-24`, a high nibble is 16
 times that, and the powers of two are taken out of the float32 result. Key scales are folded into q, value scales into
-the probabilities, minima add one number a query.
+the probabilities, minima add one number a query. Both products are rounded to float16, so value scales must stay below
+255 (values of one token that span 3,800) and q times a key scale below 65,504.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longrun.errors import ConfigError
 from longrun.quant.kv_format import PageFormat
 
 HEAD_DIMS = (64, 128)
@@ -71,14 +73,14 @@ class Workspace:
 
 
 def check_shapes(q: Tensor, pages: DecodePages) -> None:
-    """Raise ValueError where no GPU kernel serves the shape; assert what callers must hold anyway."""
+    """Raise ConfigError where no GPU kernel serves the shape; assert what callers must hold anyway."""
     heads, group, dim = q.shape
     if dim not in HEAD_DIMS:
-        raise ValueError(f"head_dim {dim} has no INT4 decode kernel: use one of {HEAD_DIMS}")
+        raise ConfigError(f"head_dim {dim} has no INT4 decode kernel: use one of {HEAD_DIMS}")
     if not 1 <= group <= MAX_GROUP:
-        raise ValueError(f"{group} query heads a KV head have no INT4 decode kernel: the limit is {MAX_GROUP}")
+        raise ConfigError(f"{group} query heads a KV head have no INT4 decode kernel: the limit is {MAX_GROUP}")
     if pages.tail_k.shape[1] != PAGE_SIZE:
-        raise ValueError(f"page_size {pages.tail_k.shape[1]} has no INT4 decode kernel: use {PAGE_SIZE}")
+        raise ConfigError(f"page_size {pages.tail_k.shape[1]} has no INT4 decode kernel: use {PAGE_SIZE}")
     assert q.is_contiguous() and q.dtype in (torch.float32, torch.bfloat16)
     payload = PageFormat("int4", PAGE_SIZE, dim).payload_bytes
     assert pages.storage.dtype == torch.uint8 and pages.storage.shape[1] == payload
@@ -261,7 +263,7 @@ def decode_attention(
         At least one page or token must be named.
 
     Raises:
-        ValueError: no kernel for this head_dim, group or page_size.
+        ConfigError: no kernel for this head_dim, group or page_size.
     """
     check_shapes(q, pages)
     heads, group, dim = q.shape

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 triton = pytest.importorskip("triton", reason="Triton is made for Linux")
 
+from longrun.errors import ConfigError  # noqa: E402
 from longrun.kernels import int4_decode  # noqa: E402
 from longrun.kernels.int4_decode import DecodePages, Workspace  # noqa: E402
 from longrun.kernels.int4_decode_cuda import SOURCE, CudaInt4Decode, stage_bytes  # noqa: E402
@@ -166,12 +167,12 @@ def test_cuda_kernel_compiles(tmp_path: Path, arch: str, dim: int) -> None:
 
 def test_shapes_without_a_kernel_are_refused() -> None:
     q, pages = make((1, 1, 64, 2, 0, 2, 0, 0))
-    with pytest.raises(ValueError, match=r"head_dim 80 .* \(64, 128\)"):
+    with pytest.raises(ConfigError, match=r"head_dim 80 .* \(64, 128\)"):
         int4_decode.check_shapes(q.new_zeros(1, 1, 80), pages)
-    with pytest.raises(ValueError, match="9 query heads"):
+    with pytest.raises(ConfigError, match="9 query heads"):
         int4_decode.check_shapes(q.new_zeros(1, 9, 64), pages)
     short = DecodePages(pages.storage, pages.table, pages.index, *(torch.zeros(1, 32, 64),) * 4, pages.lengths)
-    with pytest.raises(ValueError, match="page_size 32"):
+    with pytest.raises(ConfigError, match="page_size 32"):
         int4_decode.check_shapes(q, short)
 
 
