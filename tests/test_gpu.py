@@ -39,7 +39,7 @@ def test_runtime_on_the_gpu_agrees_with_the_cpu(tmp_path, kv):
     for device in ("cpu", "cuda"):
         runtime = longrun.load(
             tmp_path, budget="cpu" if device == "cpu" else "rtx4090-24g", head_map=head_map, kv_format=kv,
-            weight_format="fp32", device=device, ctx=400, device_share=0.5, chunk_size=64,
+            weight_format="fp32", device=device, ctx=400, device_share=0.5, chunk_size=64, retrieval_ratio=0.5,
         )  # fmt: skip
         session = runtime.new_session()
         session.prefill(ids[:200])

@@ -65,7 +65,7 @@ class TorchAttention:
             run = ExactRun(ring.k, ring.v, ring.num_valid(seq_len))
             parts.append(self._decode_exact(scaled[scaled.shape[0] - ring.k.shape[0] :], run))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out.view(1, -1, q.shape[2]).to(q.dtype)
+        return out.reshape(1, -1, q.shape[2]).to(q.dtype)
 
     def _decode_exact(self, scaled: Tensor, run: ExactRun) -> Tensor:
         if self.kernels is not None:
@@ -99,7 +99,7 @@ class TorchAttention:
         if ring is not None:
             found = self._prefill_ring(grouped[:, split:].permute(1, 2, 0, 3), k[split:], v[split:], ring, step)
             out[:, split:] = found.permute(2, 0, 1, 3)
-        return out.view(q.shape)
+        return out.reshape(q.shape)
 
     def _prefill_pages(self, q: Tensor, k: Tensor, v: Tensor, pages: PagedHeads, step: Step) -> Tensor:
         heads, group, tokens, dim = q.shape
@@ -107,13 +107,13 @@ class TorchAttention:
         k, v = (x[:, None].expand(heads, group, tokens, dim).reshape(-1, tokens, dim) for x in (k, v))
         out, lse = attention_with_lse(q.view(-1, tokens, dim), k, v, True, self.softmax_scale)
         if step.start == 0:
-            return out.view(q.shape)
+            return out.reshape(q.shape)
         packed = (heads, group * tokens, dim)
         out, lse = out.reshape(packed).float(), lse.reshape(packed[:2])
         for past_k, past_v in self._past(pages, step.start):
             found, found_lse = attention_with_lse(q.view(packed), past_k, past_v, False, self.softmax_scale)
             out, lse = merge_partial(out, lse, found, found_lse)
-        return out.view(q.shape)
+        return out.reshape(q.shape)
 
     def _prefill_ring(self, q: Tensor, k: Tensor, v: Tensor, ring: Ring, step: Step) -> Tensor:
         if self._band is None or (self._band.start, self._band.num_tokens) != (step.start, step.num_tokens):
