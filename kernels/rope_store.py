@@ -1,0 +1,149 @@
+"""One token's head norms, RoPE and append in Triton: from the fused projection into q, tails and rings, one launch.
+
+A decode step in torch takes a dozen small launches a layer for this. Where the token goes is read from device memory
+when the kernel runs, so that one captured CUDA graph serves every position.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longrun.kernels.rotary import check_head, head_norm, rotary_reference
+
+
+@triton.jit(do_not_specialize=["num_qo_heads", "num_kv_heads", "num_retrieval", "tail_stride", "ring_stride", "eps"])
+def rope_store_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, q_out_ptr, tail_k_ptr, tail_v_ptr, ring_k_ptr, ring_v_ptr, slots_ptr,
+    q_norm_ptr, k_norm_ptr, num_qo_heads, num_kv_heads, num_retrieval, tail_stride, ring_stride, eps,
+    D: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Grid: a program a query head, then one a KV head (its key and its value)."""
+    HALF: tl.constexpr = D // 2
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    head = tl.program_id(0)
+    channel = tl.arange(0, HALF)
+    at = head * D + channel
+    low = tl.load(qkv_ptr + at).to(tl.float32)
+    high = tl.load(qkv_ptr + at + HALF).to(tl.float32)
+    cos, sin = tl.load(cos_ptr + channel), tl.load(sin_ptr + channel)
+    if NORM:
+        weight_ptr = k_norm_ptr
+        if head < num_qo_heads:
+            weight_ptr = q_norm_ptr
+        scale_low = tl.load(weight_ptr + channel).to(tl.float32)
+        scale_high = tl.load(weight_ptr + HALF + channel).to(tl.float32)
+        mean_square = tl.sum(low * low + high * high, 0) / D
+        low, high = head_norm(low, high, scale_low, scale_high, mean_square, eps, dtype)
+    turned_low = (low * cos - high * sin).to(dtype)
+    turned_high = (high * cos + low * sin).to(dtype)
+    if head < num_qo_heads:
+        tl.store(q_out_ptr + at, turned_low)
+        tl.store(q_out_ptr + at + HALF, turned_high)
+    else:
+        cache: tl.constexpr = tail_k_ptr.dtype.element_ty
+        kv_head = (head - num_qo_heads).to(tl.int64)
+        v_low = tl.load(qkv_ptr + num_kv_heads * D + at).to(cache)
+        v_high = tl.load(qkv_ptr + num_kv_heads * D + at + HALF).to(cache)
+        if kv_head < num_retrieval:
+            to = kv_head * tail_stride + tl.load(slots_ptr) * D + channel
+            tl.store(tail_k_ptr + to, turned_low.to(cache))
+            tl.store(tail_k_ptr + to + HALF, turned_high.to(cache))
+            tl.store(tail_v_ptr + to, v_low)
+            tl.store(tail_v_ptr + to + HALF, v_high)
+        else:
+            to = (kv_head - num_retrieval) * ring_stride + tl.load(slots_ptr + 1) * D + channel
+            tl.store(ring_k_ptr + to, turned_low.to(cache))
+            tl.store(ring_k_ptr + to + HALF, turned_high.to(cache))
+            tl.store(ring_v_ptr + to, v_low)
+            tl.store(ring_v_ptr + to + HALF, v_high)
+
+
+def _counts(
+    qkv: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, tail_k: Tensor | None, tail_v: Tensor | None,
+    ring_k: Tensor | None, ring_v: Tensor | None, slots: Tensor, num_qo_heads: int,
+    q_norm: Tensor | None, k_norm: Tensor | None,
+) -> tuple[int, int, int]:  # fmt: skip
+    """head_dim, retrieval heads, streaming heads; asserts all that callers must hold."""
+    dim = q_out.shape[1]
+    caches = [(k, v) for k, v in ((tail_k, tail_v), (ring_k, ring_v)) if k is not None and v is not None]
+    assert caches and (tail_k is None) == (tail_v is None) and (ring_k is None) == (ring_v is None)
+    retrieval, streaming = (0 if k is None else k.shape[0] for k in (tail_k, ring_k))
+    assert qkv.is_contiguous() and qkv.numel() == (num_qo_heads + 2 * (retrieval + streaming)) * dim, qkv.shape
+    assert q_out.shape == (num_qo_heads, dim) and q_out.dtype == qkv.dtype and q_out.is_contiguous()
+    for table in (cos, sin):
+        assert table.numel() == dim and table.dtype == torch.float32 and table.is_contiguous()
+    for k, v in caches:
+        assert k.shape == v.shape and k.stride() == v.stride() and k.stride()[1:] == (dim, 1) and k.shape[2] == dim
+        assert k.dtype == v.dtype == caches[0][0].dtype
+    assert slots.dtype == torch.int64 and slots.shape == (2,) and slots.is_contiguous()
+    assert (q_norm is None) == (k_norm is None)
+    for weight in (q_norm, k_norm):
+        assert weight is None or (weight.shape == (dim,) and weight.is_contiguous())
+    return dim, retrieval, streaming
+
+
+def rope_store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, tail_k: Tensor | None, tail_v: Tensor | None,
+    ring_k: Tensor | None, ring_v: Tensor | None, slots: Tensor, num_qo_heads: int, *,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0, num_warps: int = 1,
+) -> None:  # fmt: skip
+    """Norm and turn one token's query and key heads; write q_out, and keys and values to their place in the cache.
+
+    Args:
+        qkv: [(num_qo_heads + 2 * num_kv_heads) * head_dim] in any shape, contiguous; bfloat16, float16 or float32.
+            Query heads, then key heads, then value heads, KV heads in permuted order: R retrieval heads, then S
+            streaming heads.
+        cos, sin: float32 [head_dim] of the token's position, the second half a copy of the first (any shape of
+            head_dim items). sin is plain: the first half of a head is x * cos - partner * sin.
+        q_out: [num_qo_heads, head_dim], dtype of qkv.
+        tail_k, tail_v: [R, page_size, head_dim], written at token slots[0]; None where R is 0.
+        ring_k, ring_v: [S, ring slots, head_dim], written at token slots[1]; None where S is 0. All four of one dtype;
+            values are rounded to the dtype of qkv first, as the decoder rounds them. Tokens and channels contiguous.
+        slots: int64 [2] on the device, read when the kernel runs.
+        q_norm, k_norm: [head_dim] weights of an RMS norm per head before the turn (Qwen3), both or neither; eps is
+            added to the mean square, and the norm is rounded to the dtype of qkv.
+        num_warps: warps a head.
+
+    Raises:
+        ConfigError: a head_dim or dtype that the kernel does not serve.
+    """
+    dim, retrieval, streaming = _counts(
+        qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, num_qo_heads, q_norm, k_norm
+    )
+    check_head("rope_store", dim, qkv.dtype)
+    if tail_k is None or tail_v is None:
+        tail_k, tail_v = ring_k, ring_v  # never written: there is no retrieval head
+    if ring_k is None or ring_v is None:
+        ring_k, ring_v = tail_k, tail_v
+    assert tail_k is not None and ring_k is not None
+    rope_store_kernel[(num_qo_heads + retrieval + streaming,)](
+        qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, cos if q_norm is None else q_norm,
+        cos if k_norm is None else k_norm, num_qo_heads, retrieval + streaming, retrieval,
+        tail_k.stride(0), ring_k.stride(0), eps, D=dim, NORM=q_norm is not None, num_warps=num_warps,
+    )  # fmt: skip
+
+
+def rope_store_reference(
+    qkv: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, tail_k: Tensor | None, tail_v: Tensor | None,
+    ring_k: Tensor | None, ring_v: Tensor | None, slots: Tensor, num_qo_heads: int, *,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0, num_warps: int = 1,
+) -> None:  # fmt: skip
+    """`rope_store` in torch; waits for the device to read `slots`."""
+    dim, retrieval, streaming = _counts(
+        qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, num_qo_heads, q_norm, k_norm
+    )
+    heads = qkv.clone().view(1, -1, dim)
+    turned, v = heads[:, : -(retrieval + streaming)], heads[0, -(retrieval + streaming) :]
+    rotary_reference(
+        turned, cos.view(1, dim), sin.view(1, dim), weight_a=q_norm, weight_b=k_norm, split=num_qo_heads, eps=eps
+    )
+    q_out.copy_(turned[0, :num_qo_heads])
+    k = turned[0, num_qo_heads:]
+    tail, ring = slots.tolist()
+    if tail_k is not None and tail_v is not None:
+        tail_k[:, tail], tail_v[:, tail] = k[:retrieval], v[:retrieval]
+    if ring_k is not None and ring_v is not None:
+        ring_k[:, ring], ring_v[:, ring] = k[retrieval:], v[retrieval:]
