@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
+from longrun import gpu_checks
 from longrun.attention.torch_backend import TorchAttention
 from longrun.budget import Budget
 from longrun.cache.dual import DualCache
 from longrun.config import ModelConfig
 from longrun.engine import Engine
-from longrun.errors import CheckpointError, InputError, PlanError
+from longrun.errors import CheckpointError, InputError
 from longrun.kernels.cpu_int4 import CpuInt4Kernels, KernelUnavailable
 from longrun.model.checkpoint import load_decoder, model_fingerprint
 from longrun.model.rope import RopeParameters, RotaryTable
@@ -26,13 +26,10 @@ from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan import Plan, choose_split, make_plan
 from longrun.session import Session
 from longrun.store import SavedSession, SessionIdentity
-from longrun.units import format_bytes, parse_tokens
+from longrun.units import parse_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Shipped budgets for a GPU by the memory it needs to have, largest first.
-_GPU_BUDGETS = ((80 * 10**9, "h100-80g"), (24 * 10**9, "rtx4090-24g"))
 
 
 def load(
@@ -49,6 +46,7 @@ def load(
     device_share: float = 1.0,
     compiled_kernels: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
+    on_pin: Callable[[int, int], None] | None = None,
 ) -> Runtime:
     """Plan, then load a checkpoint of the Llama family.
 
@@ -67,63 +65,36 @@ def load(
             rest goes to the host pool although the device has room.
         compiled_kernels: use the compiled CPU kernels; False runs plain torch.
         on_plan: shown the plan before the first weight is read.
+        on_pin: called with (bytes pinned, bytes in all) while a session pins its host pool, on cuda only.
 
     Raises:
         PlanError: the budget or the machine's free memory cannot hold it; nothing has been loaded.
-        CheckpointError, ConfigError, HeadMapError, InputError: a file or an argument cannot be used.
+        CheckpointError, ConfigError, HeadMapError, InputError: a file, an argument or the GPU cannot be used.
     """
     device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device_type not in ("cpu", "cuda"):
         raise InputError(f"device {device!r} is unknown: use cpu or cuda")
-    if device_type == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda was asked for, but torch finds no GPU here: use device cpu")
+    if device_type == "cuda":
+        gpu_checks.check_gpu()
     if not 0 <= device_share <= 1:
         raise InputError(f"device_share {device_share} must be between 0 and 1")
     if isinstance(ctx, str):
         ctx = parse_tokens(ctx, "ctx")
     folder = Path(model_dir)
     config = ModelConfig.from_dir(folder)
-    limits = budget if isinstance(budget, Budget) else Budget.load(budget or _default_budget(device_type))
+    limits = budget if isinstance(budget, Budget) else Budget.load(budget or gpu_checks.default_budget(device_type))
     limits = limits.override(kv_format=kv_format, weight_format=weight_format, chunk_size=chunk_size)
+    if device_type == "cuda":
+        gpu_checks.check_budget(limits)
+        gpu_checks.check_kernel_shapes(config, limits)
     chosen = choose_split(config, limits, head_map, retrieval_ratio)
     plan = make_plan(config, limits, ctx, split=chosen, device_type=device_type, device_share=device_share)
     if on_plan is not None:
         on_plan(plan)
-    _check_free_memory(plan)
+    gpu_checks.check_free_memory(plan)
     given = head_map is not None and head_map != "full"
     notices = [*plan.warnings, *(chosen.notes if given else ())]
-    return Runtime(folder, config, limits, chosen, plan, device_share, compiled_kernels, notices)
-
-
-def _default_budget(device_type: str) -> str:
-    if device_type == "cpu":
-        return "cpu"
-    total = torch.cuda.get_device_properties(0).total_memory
-    for needed, name in _GPU_BUDGETS:
-        if total >= needed:
-            return name
-    raise InputError(
-        f"no shipped budget fits this GPU's {format_bytes(total)}: write a budget file with its [memory] gpu and give "
-        f"it as budget"
-    )
-
-
-def _check_free_memory(plan: Plan) -> None:
-    """Refuse now what the machine cannot hold, instead of running out of memory later."""
-    if plan.device_type == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        if plan.device_bytes > free:
-            raise PlanError(
-                f"the plan needs {format_bytes(plan.device_bytes)} of GPU memory, and {format_bytes(free)} of its "
-                f"{format_bytes(total)} are free: end what else uses the GPU, or give a budget with less"
-            )
-    free = psutil.virtual_memory().available
-    needed = plan.total_bytes if plan.device_type == "cpu" else plan.host_bytes
-    if needed > free:
-        raise PlanError(
-            f"the plan needs {format_bytes(needed)} of main memory and {format_bytes(free)} are free: ask for a "
-            f"smaller context than {plan.ctx:,} tokens, or free memory"
-        )
+    return Runtime(folder, config, limits, chosen, plan, device_share, compiled_kernels, notices, on_pin)
 
 
 class Runtime:
@@ -140,12 +111,13 @@ class Runtime:
 
     def __init__(
         self, folder: Path, config: ModelConfig, budget: Budget, chosen: Any, plan: Plan, device_share: float,
-        compiled_kernels: bool, notices: list[str],
+        compiled_kernels: bool, notices: list[str], on_pin: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
         self.model_dir, self.config, self.plan = folder, config, plan
         self.split: HeadSplit = chosen.split
         self.notices = notices
         self._budget, self._chosen, self._device_share = budget, chosen, device_share
+        self._on_pin = on_pin
         self._device = torch.device(plan.device_type)
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._kernels = self._build_kernels() if compiled_kernels else None

@@ -70,7 +70,7 @@ ROOMS = (
         ("rich",),
         light=True,
     ),
-    Room("cache", ("longrun.cache", "longrun.cache.*"), ("kernels", "quant", "specs", "formats"), ("torch",)),
+    Room("cache", ("longrun.cache", "longrun.cache.*"), ("kernels", "quant", "specs", "formats"), ("torch", "psutil")),
     Room("attention interface", ("longrun.attention.interface",), packages=("torch",)),
     Room(
         "attention",
@@ -87,13 +87,13 @@ ROOMS = (
     Room("sampling", ("longrun.sampling",), packages=("torch",)),
     Room(
         "engine",
-        ("longrun.engine", "longrun.session", "longrun.store"),
+        ("longrun.engine", "longrun.session", "longrun.store", "longrun.synthetic_session"),
         ("model", "attention interface", "cache", "plan", "sampling"),
         ("torch", "safetensors"),
     ),
     Room(
         "runtime",
-        ("longrun.runtime",),
+        ("longrun.runtime", "longrun.gpu_checks"),
         ("engine", "model", "attention", "cache", "kernels", "plan", "config", "head maps"),
         ("torch", "transformers", "psutil"),
     ),

@@ -11,14 +11,25 @@ class PagePool:
 
     Slots are numbered from `first_slot` on, so that one page table can name the slots of several pools.
 
+    Args:
+        storage: memory to use instead, uint8 [num_slots, payload_bytes], contiguous, on `device`, touched already: on
+            a GPU machine the host pool's pinned memory (`longrun.cache.pinned`). The pool keeps it alive.
+
     Attributes:
         storage: uint8 [num_slots, payload_bytes].
     """
 
-    def __init__(self, num_slots: int, payload_bytes: int, device: torch.device, first_slot: int = 0) -> None:
+    def __init__(
+        self, num_slots: int, payload_bytes: int, device: torch.device, first_slot: int = 0,
+        storage: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.first_slot = first_slot
-        # torch.zeros would take untouched pages from the system; writing commits them now, not in mid-prefill
-        self.storage = torch.empty(num_slots, payload_bytes, dtype=torch.uint8, device=device).fill_(0)
+        if storage is None:
+            # torch.zeros would take untouched pages from the system; writing commits them now, not in mid-prefill
+            storage = torch.empty(num_slots, payload_bytes, dtype=torch.uint8, device=device).fill_(0)
+        assert storage.shape == (num_slots, payload_bytes) and storage.dtype == torch.uint8
+        assert storage.is_contiguous() and storage.device.type == device.type
+        self.storage = storage
         self._free = torch.arange(num_slots - 1, -1, -1, dtype=torch.int32)  # a stack: the top is the end
         self._num_free = num_slots
 
