@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longrun.cache.dual import CacheMark, DualCache
 from longrun.engine import Engine
-from longrun.errors import ContextFullError, InputError
+from longrun.errors import ContextFullError, InputError, SessionError
 from longrun.plan import Plan
 from longrun.sampling import SamplingParams, sample
 from longrun.units import format_tokens
@@ -49,6 +49,7 @@ class Session:
         self._generator = torch.Generator().manual_seed(0)
         self._store: SessionStore | None = None
         self._attached = False
+        self._unsavable: str | None = None
         self.extra: dict[str, Any] = {}
 
     @property
@@ -72,6 +73,11 @@ class Session:
     @property
     def capacity(self) -> int:
         return self.cache.spec.capacity
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model knows: below this number."""
+        return self._engine.decoder.config.vocab_size
 
     @property
     def cache_bytes(self) -> int:
@@ -205,10 +211,9 @@ class Session:
         ids = torch.as_tensor(token_ids, dtype=torch.int64).reshape(-1)
         if len(ids) == 0:
             raise InputError("no tokens were given: prefill needs at least one")
-        vocab_size = self._engine.decoder.config.vocab_size
-        if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-            bad = ids[(ids < 0) | (ids >= vocab_size)][0]
-            raise InputError(f"token id {int(bad)} is outside the model's vocabulary of {vocab_size:,}")
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
+            bad = ids[(ids < 0) | (ids >= self.vocab_size)][0]
+            raise InputError(f"token id {int(bad)} is outside the model's vocabulary of {self.vocab_size:,}")
         return ids
 
     def _check_room(self, count: int) -> None:
@@ -276,9 +281,15 @@ class Session:
         """The session was loaded from this store: saving there again writes only what is new."""
         self._store = store
 
+    def forbid_saving(self, why: str) -> None:
+        """From now on `save` and `attach` raise SessionError with `why`, a clause; a session attached is detached."""
+        self._unsavable, self._store, self._attached = why, None, False
+
     def _open_store(self, path: str | Path) -> None:
         from longrun.store import SessionStore
 
+        if self._unsavable is not None:
+            raise SessionError(f"this session cannot be saved: {self._unsavable}")
         if self._store is None or self._store.folder != Path(path).absolute():
             self._store = SessionStore(path)
             self._attached = False
