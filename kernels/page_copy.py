@@ -67,7 +67,7 @@ def fetch_kernel(
         _copy_rows(storage_ptr + src * WORDS, buffer_ptr + dst * WORDS, inside, WORDS, MAIN, REST)
 
 
-def _tiles(payload_bytes: int, num_warps: int) -> dict[str, int]:
+def row_tiles(payload_bytes: int, num_warps: int) -> dict[str, int]:
     """WORDS of a row, the largest power of two in them, and a tile for the rest: no smaller than 16 bytes a thread,
     or several warps would load the same words."""
     words = payload_bytes // 4
@@ -125,7 +125,7 @@ def copy_pages(
     programs = min(triton.cdiv(count, pages_per_step), limit)
     copy_kernel[(programs,)](
         words[0], src_slots, words[1], dst_slots, count, src_offset, dst_offset, programs,
-        **_tiles(src.shape[1], num_warps), PAGES=pages_per_step, num_warps=num_warps,
+        **row_tiles(src.shape[1], num_warps), PAGES=pages_per_step, num_warps=num_warps,
     )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def fetch_pages(
     programs = min(triton.cdiv(most, pages_per_step), num_programs)
     fetch_kernel[(programs,)](
         source, table, table.stride(0), limit, target, table.shape[0], first, per_round, slot_offset, programs,
-        **_tiles(storage.shape[1], num_warps), PAGES=pages_per_step, num_warps=num_warps,
+        **row_tiles(storage.shape[1], num_warps), PAGES=pages_per_step, num_warps=num_warps,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from longrun.kernels.rotary import check_head, head_norm, rotary_reference
 
 
-@triton.jit(do_not_specialize=["num_qo_heads", "num_kv_heads", "num_retrieval", "tail_stride", "ring_stride", "eps"])
+@triton.jit(do_not_specialize=["num_qo_heads", "num_kv_heads", "num_retrieval", "eps"])
 def rope_store_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_out_ptr, tail_k_ptr, tail_v_ptr, ring_k_ptr, ring_v_ptr, slots_ptr,
     q_norm_ptr, k_norm_ptr, num_qo_heads, num_kv_heads, num_retrieval, tail_stride, ring_stride, eps,
