@@ -91,6 +91,7 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
     """Print the plan, load the model, then the session; say what else a person should know."""
     from longrun.chat_runner import ChatRunner
     from longrun.plan_report import print_plan
+    from longrun.progress import PinProgress
     from longrun.store import SessionStore
 
     options = _answer_options(args)
@@ -98,7 +99,7 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
     if folder is not None:
         SessionStore(folder)  # refuses a folder that is no session before minutes of loading
     started = time.perf_counter()
-    runtime = _load(args, ctx, lambda plan: print_plan(plan, console))
+    runtime = _load(args, ctx, lambda plan: print_plan(plan, console), PinProgress(console))
     promised = runtime.plan
     runner = ChatRunner(runtime, options, console, args.system, folder, ctx)
     runner.load_seconds = time.perf_counter() - started
@@ -111,7 +112,12 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
     return runner
 
 
-def _load(args: argparse.Namespace, ctx: int | None, on_plan: Callable[[Plan], None]) -> Runtime:
+def _load(
+    args: argparse.Namespace,
+    ctx: int | None,
+    on_plan: Callable[[Plan], None],
+    on_pin: Callable[[int, int], None],
+) -> Runtime:
     from longrun.model.demo import demo_model_dir
     from longrun.runtime import load
 
@@ -126,6 +132,7 @@ def _load(args: argparse.Namespace, ctx: int | None, on_plan: Callable[[Plan], N
         retrieval_ratio=args.retrieval_ratio,
         chunk_size=args.chunk_size,
         on_plan=on_plan,
+        on_pin=on_pin,
     )
 
 

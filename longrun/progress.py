@@ -1,4 +1,4 @@
-"""Progress of a prefill: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of what takes long: in place on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -72,3 +72,26 @@ class PrefillProgress:
             f"{(total - done) / rate:,.0f} s left",
             highlight=False,
         )
+
+
+class PinProgress:
+    """Shows `on_pin(done, total)` calls of `longrun.load` and `Runtime.new_session`, in bytes.
+
+    On a terminal one line is written over again and taken away at the end; should pinning fail, the error message is
+    written over it. Nothing has to be closed, so that one object serves every session of a runtime.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last_line = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        text = f"Pinning host memory {done / 2**30:.1f} / {total / 2**30:.1f} GiB"
+        if self._console.is_terminal:
+            self._console.print(" " * len(text) if done == total else text, end="\r", highlight=False)
+            return
+        now = time.perf_counter()
+        if now - self._last_line < _SECONDS_BETWEEN_LINES or done == total:
+            return
+        self._last_line = now
+        self._console.print(text, highlight=False)
