@@ -72,14 +72,35 @@ class QuantLinear:
             self._data = weight.to(device, held)
 
     @property
+    def data(self) -> Tensor:
+        """What is stored: [out_features, in_features] in the dtype of the format; for nf4 bitsandbytes' uint8
+        [ceil(out_features * in_features / 2), 1], row-major, the first value of a byte in its high nibble."""
+        return self._data
+
+    @property
+    def row_scale(self) -> Tensor | None:
+        """int8: float32 [out_features, 1], what each row's integers are multiplied with. None otherwise."""
+        return self._scale
+
+    @property
+    def absmax(self) -> Tensor | None:
+        """nf4: float32 [ceil(out_features * in_features / 64)], what the code values of 64 consecutive weights are
+        multiplied with. None otherwise."""
+        return None if self._state is None else self._state.absmax
+
+    @property
+    def code(self) -> Tensor | None:
+        """nf4: float32 [16], the value of each nibble, rising from -1 to 1. None otherwise."""
+        return None if self._state is None else self._state.code
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of weight, scales and bias; equal to `linear_bytes`."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def tensors(self) -> list[Tensor]:
         """Every tensor this layer holds."""
-        absmax = None if self._state is None else self._state.absmax
-        return [tensor for tensor in (self._data, self._scale, absmax, self.bias) if tensor is not None]
+        return [tensor for tensor in (self._data, self._scale, self.absmax, self.bias) if tensor is not None]
 
     def dense(self) -> Tensor:
         """The weight [out_features, in_features] in the compute dtype: itself for fp32 and bf16, else a temporary."""
