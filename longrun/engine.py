@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from longrun.interrupts import deferred_signals
 from longrun.model.decoder import Decoder
 from longrun.model.rope import RotaryTable
 
+if TYPE_CHECKING:
+    from longrun.decode_graph import DecodeGraph
+
 
 class Engine:
     """One sequence's way through the model.
@@ -24,13 +28,16 @@ class Engine:
         attention: reads and appends to `cache`.
         cache: the sequence's dual cache.
         chunk_size: the most tokens of one forward pass in prefill.
+        decode_graph: takes single tokens where there is one.
     """
 
     def __init__(
-        self, decoder: Decoder, rotary: RotaryTable, attention: Attention, cache: DualCache, chunk_size: int
-    ) -> None:
+        self, decoder: Decoder, rotary: RotaryTable, attention: Attention, cache: DualCache, chunk_size: int,
+        decode_graph: DecodeGraph | None = None,
+    ) -> None:  # fmt: skip
         self.decoder, self.rotary, self.attention = decoder, rotary, attention
         self.cache, self.chunk_size = cache, chunk_size
+        self.decode_graph = decode_graph
         self._broken: str | None = None
 
     def run(
@@ -67,17 +74,22 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self, chunk: Tensor, rope_seq_len: int, all_positions: bool) -> Tensor:
-        start = self.cache.seq_len
-        cos, sin = self.rotary.cos_sin(start, len(chunk), rope_seq_len)
-        step = Step(start, len(chunk), cos, sin)
         try:
-            hidden = self.decoder.forward(
-                chunk.to(self.decoder.device), step, self.attention, all_positions=all_positions
-            )
+            if self.decode_graph is not None and len(chunk) == 1:
+                logits = self.decode_graph.run(int(chunk), rope_seq_len)
+            else:
+                logits = self._forward(chunk, rope_seq_len, all_positions)
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
             raise
         self.cache.advance(len(chunk))
+        return logits
+
+    def _forward(self, chunk: Tensor, rope_seq_len: int, all_positions: bool) -> Tensor:
+        start = self.cache.seq_len
+        cos, sin = self.rotary.cos_sin(start, len(chunk), rope_seq_len)
+        step = Step(start, len(chunk), cos, sin)
+        hidden = self.decoder.forward(chunk.to(self.decoder.device), step, self.attention, all_positions=all_positions)
         return self.decoder.logits(hidden.view(-1, hidden.shape[-1]))
 
     def rewound(self) -> None:

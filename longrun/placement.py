@@ -7,13 +7,13 @@ are computed by the parts they belong to (`CacheSpec`, `AttentionSpec`, `longrun
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from longrun.attention.spec import DEFAULT_SCRATCH_TOKENS, AttentionSpec
 from longrun.cache.spec import CacheSpec
 from longrun.config import ModelConfig
-from longrun.model_bytes import activation_bytes, compute_itemsize, model_weight_bytes
+from longrun.model_bytes import TOKEN_SLICES, activation_bytes, compute_itemsize, model_weight_bytes
 from longrun.patterns.head_map import HeadSplit
 from longrun.quant.kv_format import PageFormat
 
@@ -21,8 +21,9 @@ DEFAULT_WEIGHT_FORMAT = {"cpu": "fp32", "cuda": "bf16"}
 
 # cpu: resident memory after importing torch, transformers (AutoConfig, AutoTokenizer, RoPE utilities), safetensors
 # and bitsandbytes and one matrix product, torch 2.13 CPU on x86-64 Linux: 404 MB; rounded up.
-# cuda: assumed size of a CUDA context with its kernels, not yet measured.
-RUNTIME_BASE_BYTES = {"cpu": 420 * 10**6, "cuda": 600 * 10**6}
+# cuda: what the driver counts beyond torch's own memory (context, cuBLAS, cuDNN, our kernels): 731 MB on an H100 with
+# torch 2.11 after matrix products and attention; rounded up for the kernels.
+RUNTIME_BASE_BYTES = {"cpu": 420 * 10**6, "cuda": 800 * 10**6}
 
 # The most that the buffer for host pages may take; on cuda two halves, so that one fills while the other is read.
 FETCH_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 256 * 2**20}
@@ -58,6 +59,7 @@ class PlanSettings:
         reserved_bytes: device memory that is taken already.
         device_share: the most of a retrieval head's pages that may stand in the device pool, 0 to 1. Below 1 pages
             go to the host pool although the device has room, which is how the host path is exercised.
+        gpu_kernels: on cuda, INT4 pages are served by the GPU kernels; False plans for plain torch.
     """
 
     config: ModelConfig
@@ -71,6 +73,7 @@ class PlanSettings:
     host_bytes: int
     reserved_bytes: int = 0
     device_share: float = 1.0
+    gpu_kernels: bool = True
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -80,6 +83,11 @@ class PlanSettings:
     def itemsize(self) -> int:
         """Bytes of an activation element."""
         return compute_itemsize(self.weight_format, self.device_type)
+
+    @property
+    def fused(self) -> bool:
+        """The GPU kernels' backend serves these settings, rather than plain torch."""
+        return self.device_type == "cuda" and self.kv_format == "int4" and self.gpu_kernels
 
     @property
     def base_bytes(self) -> int:
@@ -129,12 +137,16 @@ def place(settings: PlanSettings, capacity: int) -> Placement:
         ConfigError: a page format that cannot hold the model's heads.
     """
     attention = _attention_spec(settings, capacity)
+    cache = _cache_spec(settings, capacity, device_share=settings.device_share)
+    if cache.host_pages:
+        attention = _with_fetch_tables(attention, cache)
     others = tuple(_items_beside_the_cache(settings, attention))
     other_bytes = sum(item.bytes for item in others)
-
-    cache = _cache_spec(settings, capacity, device_share=settings.device_share)
     missing = other_bytes + sum(cache.device_bytes().values()) - settings.gpu_bytes
     if missing > 0 and settings.host_bytes > 0 and cache.total_retrieval_heads > 0:
+        attention = _with_fetch_tables(attention, cache)
+        others = tuple(_items_beside_the_cache(settings, attention))
+        other_bytes = sum(item.bytes for item in others)
         empty = _cache_spec(settings, capacity, device_share=0.0)
         left = settings.gpu_bytes - other_bytes - sum(empty.device_bytes().values())
         pages = max(0, left) // (empty.total_retrieval_heads * empty.page_format.payload_bytes)
@@ -168,6 +180,13 @@ _NOTES = {
 }
 
 
+def _with_fetch_tables(attention: AttentionSpec, cache: CacheSpec) -> AttentionSpec:
+    """Fetched host pages are read through page tables of their own, one for every number of heads a layer has."""
+    if not attention.fused:
+        return attention
+    return replace(attention, fetch_table_pages=cache.pages_per_head * sum(set(cache.retrieval_heads)))
+
+
 def _attention_spec(settings: PlanSettings, capacity: int) -> AttentionSpec:
     config, split, page_size = settings.config, settings.split, settings.page_size
     return AttentionSpec(
@@ -180,14 +199,20 @@ def _attention_spec(settings: PlanSettings, capacity: int) -> AttentionSpec:
         chunk_size=min(settings.chunk_size, capacity),
         sink_size=split.sink_size,
         recent_size=split.recent_size,
+        fused=settings.fused,
+        head_counts=len({count for count in split.num_retrieval if count}),
     )
 
 
 def _items_beside_the_cache(settings: PlanSettings, attention: AttentionSpec) -> Iterator[PlanItem]:
-    base_note = "libraries, measured" if settings.device_type == "cpu" else "CUDA context, assumed"
-    layers = activation_bytes(settings.config, attention.chunk_size, settings.itemsize, settings.weight_format)
+    base_note = "libraries, measured" if settings.device_type == "cpu" else "CUDA context and libraries, measured"
+    layers = activation_bytes(
+        settings.config, attention.chunk_size, settings.itemsize, settings.weight_format,
+        TOKEN_SLICES[settings.device_type], settings.fused,
+    )  # fmt: skip
     yield PlanItem("weights", "device", settings.weight_bytes, settings.weight_format)
     yield PlanItem("prefill scratch", "device", attention.scratch_bytes(), "dequantized pages")
+    yield PlanItem("decode buffers", "device", attention.decode_bytes(), "and split results")
     yield PlanItem(
         "activations", "device", layers + attention.activation_bytes(), f"{attention.chunk_size:,}-token chunk"
     )
@@ -208,8 +233,9 @@ def _cache_spec(
         on_device = min(on_device, most_pages)
     fetch_pages = 0
     if pages > on_device:
-        most_fetched = max(max(counts), FETCH_BYTES[settings.device_type] // page_format.payload_bytes)
-        fetch_pages = min(max(counts) * (pages - on_device), most_fetched)
+        halves = 2 if settings.fused else 1
+        most_fetched = max(halves * max(counts), FETCH_BYTES[settings.device_type] // page_format.payload_bytes)
+        fetch_pages = min(halves * max(counts) * (pages - on_device), most_fetched)
     return CacheSpec(
         retrieval_heads=counts,
         num_kv_heads=settings.config.num_kv_heads,

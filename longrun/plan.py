@@ -154,6 +154,7 @@ def make_plan(
     device_type: str = "cuda",
     reserved_bytes: int = 0,
     device_share: float = 1.0,
+    gpu_kernels: bool = True,
 ) -> Plan:
     """Plan a run of `ctx` tokens within `budget`.
 
@@ -165,7 +166,7 @@ def make_plan(
             ratio; None is full attention.
         device_type: "cpu" or "cuda".
         reserved_bytes: device memory that is taken already.
-        device_share: see `PlanSettings`.
+        device_share, gpu_kernels: see `PlanSettings`.
 
     Raises:
         NoFitError: the budget does not hold it; with the shortfall and what would fit.
@@ -185,6 +186,7 @@ def make_plan(
         host_bytes=budget.host_bytes,
         reserved_bytes=reserved_bytes,
         device_share=device_share,
+        gpu_kernels=gpu_kernels,
     )
     max_ctx = largest_ctx(settings)
     warnings = []

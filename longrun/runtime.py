@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longrun import gpu_checks
-from longrun.attention.torch_backend import TorchAttention
+from longrun.backend import Parts, build_engine
 from longrun.budget import Budget
-from longrun.cache.dual import DualCache
 from longrun.config import ModelConfig
-from longrun.engine import Engine
 from longrun.errors import CheckpointError, InputError
 from longrun.kernels.cpu_int4 import CpuInt4Kernels, KernelUnavailable
 from longrun.model.checkpoint import load_decoder, model_fingerprint
 from longrun.model.rope import RopeParameters, RotaryTable
+from longrun.model_bytes import TOKEN_SLICES
 from longrun.paths import cache_dir
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan import Plan, choose_split, make_plan
@@ -30,6 +29,8 @@ from longrun.units import parse_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from longrun.kernels.gpu_kernels import GpuKernels
 
 
 def load(
@@ -63,7 +64,7 @@ def load(
         chunk_size: the most tokens of one prefill step; default: the budget's.
         device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
             rest goes to the host pool although the device has room.
-        compiled_kernels: use the compiled CPU kernels; False runs plain torch.
+        compiled_kernels: use the compiled kernels of the CPU or the GPU; False runs plain torch.
         on_plan: shown the plan before the first weight is read.
         on_pin: called with (bytes pinned, bytes in all) while a session pins its host pool, on cuda only.
 
@@ -86,9 +87,13 @@ def load(
     limits = limits.override(kv_format=kv_format, weight_format=weight_format, chunk_size=chunk_size)
     if device_type == "cuda":
         gpu_checks.check_budget(limits)
-        gpu_checks.check_kernel_shapes(config, limits)
+        if compiled_kernels:
+            gpu_checks.check_kernel_shapes(config, limits)
     chosen = choose_split(config, limits, head_map, retrieval_ratio)
-    plan = make_plan(config, limits, ctx, split=chosen, device_type=device_type, device_share=device_share)
+    plan = make_plan(
+        config, limits, ctx, split=chosen, device_type=device_type, device_share=device_share,
+        gpu_kernels=compiled_kernels,
+    )  # fmt: skip
     if on_plan is not None:
         on_plan(plan)
     gpu_checks.check_free_memory(plan)
@@ -117,23 +122,32 @@ class Runtime:
         self.split: HeadSplit = chosen.split
         self.notices = notices
         self._budget, self._chosen, self._device_share = budget, chosen, device_share
-        self._on_pin = on_pin
+        self._compiled_kernels = compiled_kernels
         self._device = torch.device(plan.device_type)
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._kernels = self._build_kernels() if compiled_kernels else None
+        cpu_kernels = self._build_cpu_kernels() if compiled_kernels and plan.device_type == "cpu" else None
+        gpu_kernels = self._build_gpu_kernels() if plan.attention.fused else None
         permutation = [self.split.permutation(layer_idx) for layer_idx in range(config.num_layers)]
-        self._decoder = load_decoder(folder, config, permutation, plan.weight_format, self._device)
-        _return_freed_memory()
-        self._rotary = RotaryTable(RopeParameters.from_dir(folder), config.head_dim, self._device)
+        decoder = load_decoder(
+            folder, config, permutation, plan.weight_format, self._device, TOKEN_SLICES[plan.device_type], gpu_kernels
+        )
+        _return_freed_memory(self._device)
+        rope = RopeParameters.from_dir(folder)
+        rotary_host = RotaryTable(rope, config.head_dim)
+        rotary = rotary_host if plan.device_type == "cpu" else RotaryTable(rope, config.head_dim, self._device)
+        self._parts = Parts(decoder, rotary, rotary_host, cpu_kernels, gpu_kernels, on_pin)
         self.tokenizer = self._load_tokenizer()
         self.eos_token_ids = _eos_token_ids(folder)
         self._identity = SessionIdentity(
             model_fingerprint(folder), self.split.hash, plan.kv_format, plan.page_size, plan.weight_format
         )
 
-    def _build_kernels(self) -> CpuInt4Kernels | None:
-        if self._device.type != "cpu":
-            return None
+    def _build_gpu_kernels(self) -> GpuKernels:
+        from longrun.kernels.gpu_kernels import load_gpu_kernels
+
+        return load_gpu_kernels(self.config.head_dim)
+
+    def _build_cpu_kernels(self) -> CpuInt4Kernels | None:
         try:
             return CpuInt4Kernels(cache_dir() / "kernels")
         except KernelUnavailable as error:
@@ -166,21 +180,20 @@ class Runtime:
         capacity = self.plan.ctx if capacity is None else parse_tokens(capacity, "capacity")
         if capacity != self.plan.ctx or self._sessions:
             alive = [session.plan for session in self._sessions]
-            on_device = sum(sum(p.cache.device_bytes().values()) + p.attention.scratch_bytes() for p in alive)
+            on_device = sum(
+                sum(p.cache.device_bytes().values()) + p.attention.scratch_bytes() + p.attention.decode_bytes()
+                for p in alive
+            )
             on_host = sum(sum(p.cache.host_bytes().values()) for p in alive)
             budget = self._budget.override(host_bytes=max(0, self._budget.host_bytes - on_host))
             plan = make_plan(
                 self.config, budget, capacity, split=self._chosen, device_type=self._device.type,
-                reserved_bytes=on_device, device_share=self._device_share,
+                reserved_bytes=on_device, device_share=self._device_share, gpu_kernels=self._compiled_kernels,
             )  # fmt: skip
             self.notices += [text for text in plan.warnings if text not in self.notices]
             self.plan = plan
-        plan = self.plan
-        cache = DualCache(plan.cache, self._device)
-        assert cache.nbytes() == {**plan.cache.device_bytes(), **plan.cache.host_bytes()}, "the cache is not as planned"
-        attention = TorchAttention(cache, plan.attention, self._decoder.compute_dtype, self._kernels)
-        engine = Engine(self._decoder, self._rotary, attention, cache, plan.chunk_size)
-        session = Session(engine, plan, self._identity, self.eos_token_ids)
+        engine = build_engine(self._parts, self.plan)
+        session = Session(engine, self.plan, self._identity, self.eos_token_ids)
         self._sessions.add(session)
         return session
 
@@ -207,9 +220,11 @@ class Runtime:
         return session
 
 
-def _return_freed_memory() -> None:
+def _return_freed_memory(device: torch.device) -> None:
     """Give the loader's freed temporaries back to the system: glibc keeps them (200 MB were seen with nf4), and the
     plan does not count them. Other C libraries have no such call and no such habit."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -87,14 +87,14 @@ ROOMS = (
     Room("sampling", ("longrun.sampling",), packages=("torch",)),
     Room(
         "engine",
-        ("longrun.engine", "longrun.session", "longrun.store", "longrun.synthetic_session"),
-        ("model", "attention interface", "cache", "plan", "sampling"),
+        ("longrun.engine", "longrun.decode_graph", "longrun.session", "longrun.store", "longrun.synthetic_session"),
+        ("model", "attention", "attention interface", "cache", "plan", "sampling"),
         ("torch", "safetensors"),
     ),
     Room(
         "runtime",
-        ("longrun.runtime", "longrun.gpu_checks"),
-        ("engine", "model", "attention", "cache", "kernels", "plan", "config", "head maps"),
+        ("longrun.runtime", "longrun.backend", "longrun.gpu_checks"),
+        ("engine", "model", "attention", "cache", "kernels", "plan", "specs", "config", "head maps"),
         ("torch", "transformers", "psutil"),
     ),
     Room(

@@ -44,3 +44,19 @@ class Attention(Protocol):
             [T, num_qo_heads, head_dim], compute dtype, heads in the order of `q`.
         """
         ...
+
+
+class FusedDecode(Protocol):
+    """Attention for one token in a form that a CUDA graph can replay: nothing depends on host values."""
+
+    def decode(self, layer_idx: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> Tensor:
+        """Head norms, RoPE, append and attend, for the token that the backend's device state describes.
+
+        Args:
+            qkv: [1, (num_qo_heads + 2 * num_kv_heads) * head_dim] as the projection leaves it, compute dtype.
+            q_norm, k_norm: [head_dim] weights of the head norms, or None; eps: theirs.
+
+        Returns:
+            float32 [1, num_qo_heads * head_dim], a buffer that the next call overwrites.
+        """
+        ...

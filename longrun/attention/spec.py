@@ -1,4 +1,5 @@
-"""What attention needs beside the cache: scratch for dequantized pages and the live tensors of one chunk.
+"""What attention needs beside the cache: scratch for dequantized pages, decode buffers and the live tensors of one
+chunk.
 
 Plain arithmetic without torch, so that the planner can add it.
 """
@@ -8,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DEFAULT_SCRATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+
+# Partial results of split-KV decode: no GPU runs more programs at once, and one needs a row a query head of its group.
+MAX_DECODE_PROGRAMS = 1024
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,9 @@ class AttentionSpec:
         compute_itemsize: bytes of an activation element (4 for float32, 2 for bf16).
         chunk_size: the most tokens of one forward pass.
         recent_size, sink_size: the streaming heads' window.
+        fused: the GPU kernels' backend; it has decode buffers, and other temporaries than plain torch.
+        fetch_table_pages: page-table entries by which fetched host pages are read (fused backend).
+        head_counts: how many different numbers of retrieval heads the layers have (fused backend).
     """
 
     scratch_tokens: int
@@ -32,14 +39,41 @@ class AttentionSpec:
     chunk_size: int
     sink_size: int
     recent_size: int
+    fused: bool = False
+    fetch_table_pages: int = 0
+    head_counts: int = 1
+
+    @property
+    def group(self) -> int:
+        """Query heads of one KV head."""
+        return self.num_qo_heads // self.num_kv_heads
 
     def scratch_bytes(self) -> int:
         """Keys and values of `scratch_tokens` tokens of the retrieval heads, allocated once."""
         return 2 * self.max_retrieval_heads * self.scratch_tokens * self.head_dim * self.compute_itemsize
 
+    def decode_bytes(self) -> int:
+        """Upper bound of what decoding with the fused backend holds: queries, outputs, split results, fetch tables."""
+        if not self.fused:
+            return 0
+        split_results = MAX_DECODE_PROGRAMS * self.group * (self.head_dim + 2) * 4
+        rows = 4 * self.num_qo_heads * (self.head_dim + 1) * 4
+        return self.head_counts * split_results + rows + 4 * self.fetch_table_pages
+
     def activation_bytes(self) -> int:
-        """Upper estimate of the live tensors of one chunk: contiguous q, k, v, two partial outputs with their
-        log-sum-exp, keys and values repeated over the query group, and the streaming heads' band."""
+        """Upper estimate of the live tensors of one chunk.
+
+        Torch: contiguous q, k, v, two partial outputs with their log-sum-exp, keys and values repeated over the query
+        group, and the streaming heads' band. Fused: of the retrieval heads, q, one partial output and the float32 sum
+        with their log-sum-exp, and keys and values on their way into pages.
+        """
+        if self.fused:
+            heads = self.max_retrieval_heads
+            row = heads * self.group * self.head_dim
+            partial = row * self.compute_itemsize
+            lse = 3 * heads * self.group * 4
+            passing = 2 * heads * self.head_dim * (self.compute_itemsize + 2)
+            return self.chunk_size * (max(2 * partial + 4 * row + lse, passing) + passing)
         row = self.num_qo_heads * self.head_dim * self.compute_itemsize
         lse = self.num_qo_heads * 8
         band = 2 * self.num_kv_heads * (self.sink_size + self.recent_size) * self.head_dim * self.compute_itemsize

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longrun.attention.interface import Step
+from longrun.attention.past import past_pieces
 from longrun.attention.spec import AttentionSpec
 from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
@@ -133,30 +134,9 @@ class TorchAttention:
         return banded_attention(q, *sinks, *window, plan, self.softmax_scale)
 
     def _past(self, pages: PagedHeads, seq_len: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of tokens [0, seq_len) of the retrieval heads, [num_heads, n, head_dim] compute dtype, in
-        as few pieces as the scratch allows; every page is dequantized once."""
-        shape = (2, pages.num_heads, -1, pages.fmt.head_dim)
-        room = self._scratch.shape[1] // (pages.num_heads * pages.fmt.head_dim)
-        buffer = self._scratch[:, : pages.num_heads * room * pages.fmt.head_dim].view(shape)
-        used, size = 0, pages.fmt.page_size
-        for run in self._past_runs(pages, seq_len):
-            done, total = 0, run.num_tokens if isinstance(run, ExactRun) else run.count * size
-            while done < total:
-                unit = 1 if isinstance(run, ExactRun) else size
-                take = min(total - done, (room - used) // unit * unit)
-                if take == 0:
-                    yield buffer[0, :, :used], buffer[1, :, :used]
-                    used = 0
-                    continue
-                k, v = buffer[:, :, used : used + take]
-                if isinstance(run, ExactRun):
-                    k.copy_(run.k[:, done : done + take])
-                    v.copy_(run.v[:, done : done + take])
-                else:
-                    self._dequantize(run.part(done // size, take // size), k, v)
-                used, done = used + take, done + take
-        if used:
-            yield buffer[0, :, :used], buffer[1, :, :used]
+        """Keys and values of tokens [0, seq_len) of the retrieval heads, see `past_pieces`."""
+        runs = self._past_runs(pages, seq_len)
+        return past_pieces(runs, pages.num_heads, pages.fmt, self._scratch, self._dequantize)
 
     def _past_runs(self, pages: PagedHeads, seq_len: int) -> Iterator[PageRun | ExactRun]:
         yield pages.sink_run(seq_len)

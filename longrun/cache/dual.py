@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longrun.cache.page_movers import PageMover
 from longrun.cache.pages import PagedHeads
 from longrun.cache.pool import PagePool
 from longrun.cache.ring import Ring
@@ -34,12 +35,23 @@ class DualCache:
         fetch_buffer: uint8 [fetch_pages, payload_bytes], through which host pages are read.
     """
 
-    def __init__(self, spec: CacheSpec, device: torch.device) -> None:
+    def __init__(
+        self, spec: CacheSpec, device: torch.device, mover: PageMover | None = None, host_storage: Tensor | None = None
+    ) -> None:
+        """Allocate everything.
+
+        Args:
+            mover: quantizes and moves pages; plain torch without one.
+            host_storage: uint8 [spec.host_pages, payload_bytes], memory for the host pool (a GPU's must be pinned);
+                ordinary memory without it.
+        """
         self.spec, self.device, self.seq_len = spec, device, 0
         fmt = spec.page_format
         host = torch.device("cpu")
         self.device_pool = PagePool(spec.device_pages, fmt.payload_bytes, device)
-        self.host_pool = PagePool(spec.host_pages, fmt.payload_bytes, host, first_slot=spec.device_pages)
+        self.host_pool = PagePool(
+            spec.host_pages, fmt.payload_bytes, host, first_slot=spec.device_pages, storage=host_storage
+        )
         self.fetch_buffer = torch.empty(spec.fetch_pages, fmt.payload_bytes, dtype=torch.uint8, device=device).fill_(0)
         self.layers: list[tuple[PagedHeads | None, Ring | None]] = []
         for num_retrieval in spec.retrieval_heads:
@@ -47,7 +59,7 @@ class DualCache:
             if num_retrieval:
                 pages = PagedHeads(
                     num_retrieval, spec.pages_per_head, spec.device_pages_per_head, fmt,
-                    self.device_pool, self.host_pool, device,
+                    self.device_pool, self.host_pool, device, mover,
                 )  # fmt: skip
             if num_retrieval < spec.num_kv_heads:
                 ring = Ring(
@@ -66,6 +78,12 @@ class DualCache:
             pages.append(k[:split], v[:split], start)
         if ring is not None:
             ring.append(k[split:], v[split:], start)
+
+    def make_room(self) -> None:
+        """Flush full tails, so that the next token's keys and values can be written into them in place."""
+        for pages, _ in self.layers:
+            if pages is not None:
+                pages.make_room(self.seq_len)
 
     def advance(self, num_tokens: int) -> None:
         """Every layer has appended `num_tokens`: they now count."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longrun.cache.page_movers import PageMover, TorchPageMover
 from longrun.cache.pool import PagePool
 from longrun.kernels.int4_pages import ExactRun, PageRun
 from longrun.quant.kv_format import PageFormat
-from longrun.quant.page_codec import encode_pages, exact_dtype
+from longrun.quant.page_codec import exact_dtype
 
 
 class PagedHeads:
@@ -27,9 +28,10 @@ class PagedHeads:
 
     def __init__(
         self, num_heads: int, max_pages: int, device_quota: int, fmt: PageFormat,
-        device_pool: PagePool, host_pool: PagePool, device: torch.device,
+        device_pool: PagePool, host_pool: PagePool, device: torch.device, mover: PageMover | None = None,
     ) -> None:  # fmt: skip
         self.fmt, self.device_pool, self.host_pool, self.device_quota = fmt, device_pool, host_pool, device_quota
+        self.mover = mover or TorchPageMover()
         shape, dtype = (num_heads, fmt.page_size, fmt.head_dim), exact_dtype(fmt)
         self.table = torch.full((num_heads, max_pages), -1, dtype=torch.int32, device=device)
         self.index = None
@@ -76,33 +78,62 @@ class PagedHeads:
             self.sink_v.copy_(v[:, 0])
             k, v = k[:, 1:], v[:, 1:]
         if k.shape[1]:
-            self.store(*encode_pages(k, v, self.fmt))
+            self._quantize(k, v)
+
+    def make_room(self, start: int) -> None:
+        """Flush a full tail, so that the token at `start` can be written into it in place (decode on a GPU)."""
+        if self.tail_len(start) < self.fmt.page_size:
+            return
+        if self.fmt.sink_pages and self.fmt.closed_pages(start) == 0:
+            self.sink_k.copy_(self.tail_k)
+            self.sink_v.copy_(self.tail_v)
+        else:
+            self._quantize(self.tail_k[:, None], self.tail_v[:, None])
+
+    def _quantize(self, k: Tensor, v: Tensor) -> None:
+        """Append finished pages from exact tokens: k, v [num_heads, n, page_size, head_dim]."""
+        first = self.num_pooled
+        for pool, slots, begin, end in self._place(k.shape[1]):
+            part = slice(begin - first, end - first)
+            self.mover.quantize(k[:, part], v[:, part], pool, slots, self.index, begin, self.fmt)
 
     def store(self, payload: Tensor, index: Tensor | None) -> None:
         """Append finished pages: uint8 [num_heads, n, payload_bytes], float16 [num_heads, n, 2, head_dim] or None.
         Older pages spill to the host pool as the device quota demands."""
         first, total = self.num_pooled, self.num_pooled + payload.shape[1]
-        on_host = max(self.num_on_host, total - self.device_quota)
-        self._spill(self.num_on_host, min(on_host, first))
-        direct = max(0, on_host - first)  # a chunk larger than the quota: its own oldest pages go straight to host
-        for pool, begin, end in ((self.host_pool, first, first + direct), (self.device_pool, first + direct, total)):
-            if begin < end:
-                slots = pool.allocate(self.num_heads * (end - begin)).view(self.num_heads, -1)
-                pool.write(slots, payload[:, begin - first : end - first])
-                self.table[:, begin:end] = slots.to(self.table.device)
+        for pool, slots, begin, end in self._place(payload.shape[1]):
+            pool.write(slots, payload[:, begin - first : end - first])
         if self.index is not None:
             assert index is not None
             self.index[:, first:total] = index
+
+    def _place(self, count: int) -> list[tuple[PagePool, Tensor, int, int]]:
+        """Slots for the next `count` pages of every head, entered in the table; older pages have been spilled.
+
+        Returns:
+            (pool, int32 [num_heads, n] slots on the table's device, first page, end) of each part to be written.
+        """
+        first, total = self.num_pooled, self.num_pooled + count
+        on_host = max(self.num_on_host, total - self.device_quota)
+        self._spill(self.num_on_host, min(on_host, first))
+        direct = max(0, on_host - first)  # a chunk larger than the quota: its own oldest pages go straight to host
+        parts = []
+        for pool, begin, end in ((self.host_pool, first, first + direct), (self.device_pool, first + direct, total)):
+            if begin < end:
+                slots = pool.allocate(self.num_heads * (end - begin)).view(self.num_heads, -1).to(self.table.device)
+                self.table[:, begin:end] = slots
+                parts.append((pool, slots, begin, end))
         self.num_pooled, self.num_on_host = total, on_host
+        return parts
 
     def _spill(self, begin: int, end: int) -> None:
         if begin >= end:
             return
         old = self.table[:, begin:end]
-        new = self.host_pool.allocate(old.numel()).view(old.shape)
-        self.host_pool.write(new, self.device_pool.read(old))
+        new = self.host_pool.allocate(old.numel()).view(old.shape).to(self.table.device)
+        self.mover.copy(self.device_pool, old, self.host_pool, new)
         self.device_pool.release(old)
-        self.table[:, begin:end] = new.to(self.table.device)
+        self.table[:, begin:end] = new
 
     def truncate(self, num_pooled: int) -> None:
         """Drop pooled pages from `num_pooled` on and free their slots."""
@@ -129,7 +160,7 @@ class PagedHeads:
     def fetch(self, first: int, count: int, buffer: Tensor) -> PageRun:
         """Copy host pages [first, first + count) of every head into `buffer`; the run reads from there."""
         used = self.num_heads * count
-        self.host_pool.read(self.table[:, first : first + count], out=buffer[:used])
+        self.mover.fetch(self.host_pool, self.table[:, first : first + count], buffer[:used])
         slots = torch.arange(used, dtype=torch.int32, device=self.table.device).view(self.num_heads, count)
         index = None if self.index is None else self.index[:, first : first + count]
         return PageRun(buffer, slots, index, 0, count, self.fmt)

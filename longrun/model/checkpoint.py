@@ -13,9 +13,10 @@ from torch import Tensor
 
 from longrun.config import ModelConfig
 from longrun.errors import CheckpointError
-from longrun.model.decoder import Decoder, DecoderLayer
+from longrun.model.decoder import Decoder, DecoderKernels, DecoderLayer
 from longrun.model.rope import RopeParameters
 from longrun.model.safetensors_file import StoredTensor, read_header
+from longrun.model_bytes import TOKEN_SLICE
 from longrun.quant.linear import QuantLinear
 from longrun.quant.weight_format import compute_itemsize
 
@@ -31,6 +32,8 @@ def load_decoder(
     permutation: Sequence[Sequence[int]],
     weight_format: str,
     device: torch.device | str,
+    token_slice: int = TOKEN_SLICE,
+    kernels: DecoderKernels | None = None,
 ) -> Decoder:
     """Load a checkpoint into a decoder whose KV heads are reordered per layer.
 
@@ -44,6 +47,7 @@ def load_decoder(
         permutation: per layer, the old index of each KV head in its new place.
         weight_format: format of the linears; embedding, lm_head, norms and biases are in the compute dtype.
         device: where the weights go, and stay.
+        token_slice, kernels: see `Decoder`.
 
     Raises:
         CheckpointError: a missing, left-over, misshapen, truncated or unreadable tensor or file.
@@ -58,7 +62,7 @@ def load_decoder(
     lm_head = embedding if config.tie_word_embeddings else loader.tensor("lm_head.weight")
     if config.tie_word_embeddings:
         loader.check_tied(embedding)
-    return Decoder(config, permutation, embedding, layers, final_norm, lm_head)
+    return Decoder(config, permutation, embedding, layers, final_norm, lm_head, token_slice, kernels)
 
 
 def find_tensors(model_dir: str | Path, config: ModelConfig) -> dict[str, StoredTensor]:

@@ -7,8 +7,9 @@ costs the residual stream, one q/k/v buffer and attention's output, and the rest
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,14 @@ class DecoderLayer:
             yield from linear.tensors()
 
 
+class DecoderKernels(Protocol):
+    """GPU kernels in place of torch's operations; see the files of these names in `longrun.kernels`."""
+
+    rotary_: Callable[..., Tensor]
+    silu_mul_: Callable[..., Tensor]
+    vector_linear: Callable[..., Tensor]
+
+
 class Decoder:
     """One model, its KV heads reordered per layer.
 
@@ -70,12 +79,14 @@ class Decoder:
         final_norm: Tensor,
         lm_head: Tensor,
         token_slice: int = TOKEN_SLICE,
+        kernels: DecoderKernels | None = None,
     ) -> None:
         """Take over loaded weights; see `longrun.model.checkpoint.load_decoder`.
 
         Args:
             embedding, lm_head: [vocab_size, hidden_size]; the same tensor where they are tied.
             final_norm: [hidden_size].
+            kernels: fused kernels for RoPE, MLP and the linears of a single token; plain torch without them.
         """
         assert len(layers) == len(permutation) == config.num_layers
         assert all(sorted(order) == list(range(config.num_kv_heads)) for order in permutation)
@@ -86,6 +97,8 @@ class Decoder:
         self._layers = list(layers)
         self._final_norm = final_norm
         self._lm_head = lm_head
+        self._kernels = kernels
+        self._head_linear = QuantLinear(lm_head, "fp32" if lm_head.dtype == torch.float32 else "bf16")
 
     @property
     def device(self) -> torch.device:
@@ -123,7 +136,9 @@ class Decoder:
         hidden = F.embedding(token_ids, self._embedding)
         # One buffer serves all layers: a fresh large allocation a layer would be paid in page faults.
         qkv = hidden.new_empty(num_tokens, config.q_size + 2 * config.kv_size)
-        cos, sin = step.cos[:, None], signed_sin(step.sin)[:, None]
+        cos, sin = step.cos, step.sin
+        if self._kernels is None:
+            cos, sin = cos[:, None], signed_sin(sin)[:, None]
         last = len(self._layers) - 1
         for layer_idx, layer in enumerate(self._layers):
             self._project(layer, hidden, qkv, cos, sin)
@@ -135,6 +150,28 @@ class Decoder:
             self._finish(layer, hidden, attended)
             del attended
         return self._norm(hidden, self._final_norm)
+
+    @torch.inference_mode()
+    def forward_one(self, token_id: Tensor, decode: Callable[..., Tensor]) -> Tensor:
+        """One token through all layers and the lm_head with the fused kernels, in a form that a CUDA graph can replay.
+
+        Args:
+            token_id: int64 [1] on the decoder's device, read when the graph runs.
+            decode: see `FusedDecode.decode`.
+
+        Returns:
+            float32 [1, vocab_size].
+        """
+        assert self._kernels is not None
+        linear, eps = self._kernels.vector_linear, self.config.rms_norm_eps
+        hidden = F.embedding(token_id, self._embedding)
+        for layer_idx, layer in enumerate(self._layers):
+            qkv = linear(hidden, layer.qkv, norm_weight=layer.input_norm, eps=eps)
+            attended = decode(layer_idx, qkv, layer.q_norm, layer.k_norm, eps)
+            linear(attended, layer.out, out=hidden, accumulate=True)
+            gated = linear(hidden, layer.gate_up, norm_weight=layer.post_norm, eps=eps, gated=True)
+            linear(gated, layer.down, out=hidden, accumulate=True)
+        return linear(hidden, self._head_linear, norm_weight=self._final_norm, eps=eps).float()
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -155,13 +192,22 @@ class Decoder:
         return F.rms_norm(x, (width,), weight, eps)
 
     def _project(self, layer: DecoderLayer, hidden: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Norm, q/k/v projection, head norms and RoPE, into `qkv` [T, q_size + 2 * kv_size]."""
+        """Norm, q/k/v projection, head norms and RoPE, into `qkv` [T, q_size + 2 * kv_size].
+
+        cos, sin: [T, head_dim] with kernels, else [T, 1, head_dim] and sin signed.
+        """
         config, num_tokens = self.config, hidden.shape[0]
         num_turned = config.num_qo_heads + config.num_kv_heads
         dense = layer.qkv.dense() if num_tokens > self.token_slice else None
         for part in self._slices(num_tokens):
             layer.qkv(self._norm(hidden[part], layer.input_norm), out=qkv[part], dense=dense)
             heads = qkv[part].view(-1, num_turned + config.num_kv_heads, config.head_dim)[:, :num_turned]
+            if self._kernels is not None:
+                self._kernels.rotary_(
+                    heads, cos[part], sin[part], weight_a=layer.q_norm, weight_b=layer.k_norm,
+                    split=config.num_qo_heads, eps=config.rms_norm_eps,
+                )  # fmt: skip
+                continue
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = heads.split((config.num_qo_heads, config.num_kv_heads), dim=1)
                 q.copy_(self._norm(q, layer.q_norm))
@@ -180,7 +226,11 @@ class Decoder:
         buffer = hidden.new_empty(min(num_tokens, self.token_slice), 2 * width)
         for part in self._slices(num_tokens):
             x = self._norm(hidden[part], layer.post_norm)
-            gate, up = layer.gate_up(x, out=buffer[: x.shape[0]], dense=dense).split(width, dim=1)
+            gate_up = layer.gate_up(x, out=buffer[: x.shape[0]], dense=dense)
             del x  # or it would outlive the next slice's norm
-            F.silu(gate, inplace=True).mul_(up)
+            if self._kernels is not None:
+                gate = self._kernels.silu_mul_(gate_up)
+            else:
+                gate, up = gate_up.split(width, dim=1)
+                F.silu(gate, inplace=True).mul_(up)
             layer.down(gate, out=hidden[part], accumulate=True, dense=dense_down)

@@ -1,0 +1,132 @@
+"""All kernels of the GPU backend in one hand, and the same hand full of their torch references.
+
+The references run on any device: with them the backend's own logic is tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longrun.errors import ConfigError
+from longrun.kernels import int4_pages
+from longrun.kernels.banded_prefill import banded_prefill, banded_prefill_reference
+from longrun.kernels.cuda_module import CudaUnavailable
+from longrun.kernels.dense_attention import attention_with_lse
+from longrun.kernels.int4_decode import DecodePages, Workspace
+from longrun.kernels.int4_decode_cuda import CudaInt4Decode
+from longrun.kernels.int4_pages import ExactRun, PageRun
+from longrun.kernels.merge_partial import merge_partial_, merge_partial_reference
+from longrun.kernels.page_copy import copy_pages, copy_pages_reference, fetch_pages, fetch_pages_reference
+from longrun.kernels.page_dequantize import dequantize_run
+from longrun.kernels.page_store import reference_store_pages, store_pages
+from longrun.kernels.ring_decode import ring_decode, ring_decode_reference
+from longrun.kernels.rope_store import rope_store, rope_store_reference
+from longrun.kernels.rotary import rotary_, rotary_reference
+from longrun.kernels.silu_mul import silu_mul_, silu_mul_reference
+from longrun.kernels.vector_linear import vector_linear, vector_linear_reference
+from longrun.quant.kv_format import PageFormat
+
+
+@dataclass(frozen=True)
+class GpuKernels:
+    """One callable a kernel, each with the signature that its own file documents.
+
+    Attributes:
+        decode_attention: see `int4_decode.decode_attention`.
+        default_splits: number of retrieval heads -> programs a head.
+        on_gpu: streams and graphs are to be had.
+    """
+
+    decode_attention: Callable[..., Any]
+    default_splits: Callable[[int], int]
+    store_pages: Callable[..., None]
+    copy_pages: Callable[..., None]
+    fetch_pages: Callable[..., None]
+    dequantize_run: Callable[..., None]
+    merge_partial_: Callable[..., None]
+    rope_store: Callable[..., None]
+    ring_decode: Callable[..., Any]
+    banded_prefill: Callable[..., None]
+    dense_attention: Callable[..., tuple[Tensor, Tensor]]
+    rotary_: Callable[..., Any]
+    silu_mul_: Callable[..., Tensor]
+    vector_linear: Callable[..., Tensor]
+    on_gpu: bool
+
+
+def load_gpu_kernels(head_dim: int) -> GpuKernels:
+    """The GPU's kernels on the current device.
+
+    Raises:
+        ConfigError: the INT4 decode kernel cannot be compiled here.
+    """
+    try:
+        decode = CudaInt4Decode(head_dim)
+    except CudaUnavailable as error:
+        raise ConfigError(
+            f"the INT4 decode kernel cannot be built on this GPU ({error}): use kv_format bf16, or device cpu"
+        ) from error
+    return GpuKernels(
+        decode_attention=decode.decode_attention,
+        default_splits=decode.default_splits,
+        store_pages=store_pages,
+        copy_pages=copy_pages,
+        fetch_pages=fetch_pages,
+        dequantize_run=dequantize_run,
+        merge_partial_=merge_partial_,
+        rope_store=rope_store,
+        ring_decode=ring_decode,
+        banded_prefill=banded_prefill,
+        dense_attention=attention_with_lse,
+        rotary_=rotary_,
+        silu_mul_=silu_mul_,
+        vector_linear=vector_linear,
+        on_gpu=True,
+    )
+
+
+def reference_kernels() -> GpuKernels:
+    """The torch references, on any device."""
+    return GpuKernels(
+        decode_attention=decode_attention_reference,
+        default_splits=lambda num_heads: 2,
+        store_pages=reference_store_pages,
+        copy_pages=copy_pages_reference,
+        fetch_pages=fetch_pages_reference,
+        dequantize_run=int4_pages.dequantize_run,
+        merge_partial_=merge_partial_reference,
+        rope_store=rope_store_reference,
+        ring_decode=ring_decode_reference,
+        banded_prefill=banded_prefill_reference,
+        dense_attention=attention_with_lse,
+        rotary_=rotary_reference,
+        silu_mul_=silu_mul_reference,
+        vector_linear=vector_linear_reference,
+        on_gpu=False,
+    )
+
+
+def decode_attention_reference(
+    q: Tensor, pages: DecodePages, *, softmax_scale: float = 1.0, workspace: Workspace | None = None,
+    out: Tensor | None = None, lse: Tensor | None = None, splits: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`int4_decode.decode_attention` through `int4_pages.decode_attention`; without any token lse is -inf and out NaN,
+    as the kernels leave it."""
+    first, count, sinks, tails = pages.lengths.tolist()
+    fmt = PageFormat("int4", pages.tail_k.shape[1], q.shape[2])
+    run = PageRun(pages.storage, pages.table, pages.index, first, count, fmt, pages.slot_offset)
+    exact = tuple(
+        ExactRun(k, v, n) for k, v, n in ((pages.sink_k, pages.sink_v, sinks), (pages.tail_k, pages.tail_v, tails)) if n
+    )
+    if count or exact:
+        found, found_lse = int4_pages.decode_attention(q.float() * softmax_scale, run, exact)
+    else:
+        found, found_lse = q.new_full(q.shape, torch.nan, dtype=torch.float32), q.new_full(q.shape[:2], -torch.inf)
+    out = torch.empty_like(found) if out is None else out
+    lse = torch.empty_like(found_lse, dtype=torch.float32) if lse is None else lse
+    return out.copy_(found), lse.copy_(found_lse)

@@ -1,0 +1,87 @@
+"""From a plan to a session's cache, attention and engine, on the CPU or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from longrun.attention.torch_backend import TorchAttention
+from longrun.cache.dual import DualCache
+from longrun.engine import Engine
+from longrun.kernels.cpu_int4 import CpuInt4Kernels
+from longrun.model.decoder import Decoder
+from longrun.model.rope import RotaryTable
+from longrun.plan import Plan
+
+if TYPE_CHECKING:
+    from longrun.kernels.gpu_kernels import GpuKernels
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What all sessions of a runtime share.
+
+    Attributes:
+        rotary, rotary_host: on the compute device, and in host memory.
+        cpu_kernels, gpu_kernels: compiled kernels of the device, or None.
+        on_pin: called with (bytes pinned, bytes in all).
+    """
+
+    decoder: Decoder
+    rotary: RotaryTable
+    rotary_host: RotaryTable
+    cpu_kernels: CpuInt4Kernels | None
+    gpu_kernels: GpuKernels | None
+    on_pin: Callable[[int, int], None] | None = None
+
+
+def build_engine(parts: Parts, plan: Plan) -> Engine:
+    """An engine over an empty cache; everything that it will need is allocated and compiled here.
+
+    Raises:
+        PlanError: the host pool cannot be pinned.
+    """
+    if plan.attention.fused:
+        return _build_gpu_engine(parts, plan)
+    decoder = parts.decoder
+    cache = DualCache(plan.cache, decoder.device)
+    _check_bytes(cache, plan)
+    attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, parts.cpu_kernels)
+    return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size)
+
+
+def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
+    from longrun.attention.cuda_backend import CudaAttention
+    from longrun.cache.page_movers import KernelPageMover
+    from longrun.cache.pinned import pinned_bytes
+    from longrun.decode_graph import DecodeGraph
+
+    kernels, decoder = parts.gpu_kernels, parts.decoder
+    assert kernels is not None
+    host_storage = None
+    if plan.cache.host_pages and kernels.on_gpu:
+        payload = plan.cache.page_format.payload_bytes
+        pinned = pinned_bytes(plan.cache.host_pages * payload, parts.on_pin)
+        host_storage = pinned.tensor.view(plan.cache.host_pages, payload)
+    mover = KernelPageMover(kernels.store_pages, kernels.copy_pages)
+    cache = DualCache(plan.cache, decoder.device, mover, host_storage)
+    _check_bytes(cache, plan)
+    attention = CudaAttention(cache, plan.attention, decoder.compute_dtype, kernels)
+    graph = DecodeGraph(decoder, parts.rotary_host, attention, capture=kernels.on_gpu)
+    if kernels.on_gpu:
+        _reserve_activations(plan)
+    return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, graph)
+
+
+def _reserve_activations(plan: Plan) -> None:
+    """Have torch's allocator take the planned activations from the driver now; chunks are cut from them later."""
+    planned = sum(item.bytes for item in plan.items if item.name in ("activations", "logits"))
+    torch.empty(planned, dtype=torch.uint8, device="cuda")
+
+
+def _check_bytes(cache: DualCache, plan: Plan) -> None:
+    planned = {**plan.cache.device_bytes(), **plan.cache.host_bytes()}
+    assert cache.nbytes() == planned, "the cache is not as planned"

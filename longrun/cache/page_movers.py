@@ -1,0 +1,88 @@
+"""How finished pages come into being and move between pools: one small interface, in torch and in GPU kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longrun.cache.pool import PagePool
+from longrun.quant.kv_format import PageFormat
+from longrun.quant.page_codec import encode_pages
+
+# Programs of a copy from or to host memory: enough to fill PCIe, few enough to leave the multiprocessors to others.
+HOST_PROGRAMS = 32
+
+
+class PageMover(Protocol):
+    """Quantizes, moves and fetches pages; the caller has allocated the slots."""
+
+    def quantize(
+        self, k: Tensor, v: Tensor, pool: PagePool, slots: Tensor, index: Tensor | None, first: int, fmt: PageFormat
+    ) -> None:
+        """Write pages [first, first + n) to `slots` (int32 [num_heads, n]) of `pool`, their key scales to `index`.
+
+        Args:
+            k, v: exact tokens, [num_heads, n, page_size, head_dim].
+            index: float16 [num_heads, max_pages, 2, head_dim], or None for the exact formats.
+        """
+        ...
+
+    def copy(self, source: PagePool, source_slots: Tensor, target: PagePool, target_slots: Tensor) -> None:
+        """Copy payloads from pool to pool; both slots int32 of one shape on the compute device."""
+        ...
+
+    def fetch(self, pool: PagePool, slots: Tensor, out: Tensor) -> None:
+        """Payloads at `slots` (int32, any shape) in order to `out`, uint8 [n, payload_bytes] on the compute device."""
+        ...
+
+
+class TorchPageMover:
+    """Plain torch, on any device."""
+
+    def quantize(
+        self, k: Tensor, v: Tensor, pool: PagePool, slots: Tensor, index: Tensor | None, first: int, fmt: PageFormat
+    ) -> None:
+        payload, scales = encode_pages(k, v, fmt)
+        pool.write(slots, payload)
+        if index is not None:
+            index[:, first : first + k.shape[1]] = scales
+
+    def copy(self, source: PagePool, source_slots: Tensor, target: PagePool, target_slots: Tensor) -> None:
+        target.write(target_slots, source.read(source_slots))
+
+    def fetch(self, pool: PagePool, slots: Tensor, out: Tensor) -> None:
+        pool.read(slots, out=out)
+
+
+class KernelPageMover:
+    """GPU kernels: pools on the GPU, or in host memory that the GPU reaches (`longrun.cache.pinned`).
+
+    Args:
+        store_pages, copy_pages: `kernels.page_store.store_pages` and `kernels.page_copy.copy_pages`, or references.
+    """
+
+    def __init__(self, store_pages: Callable[..., None], copy_pages: Callable[..., None]) -> None:
+        self._store_pages, self._copy_pages = store_pages, copy_pages
+
+    def quantize(
+        self, k: Tensor, v: Tensor, pool: PagePool, slots: Tensor, index: Tensor | None, first: int, fmt: PageFormat
+    ) -> None:
+        count = k.shape[1]
+        numbers = torch.arange(first, first + count, dtype=torch.int32, device=slots.device)
+        k, v = k.flatten(1, 2), v.flatten(1, 2)
+        self._store_pages(k, v, pool.storage, slots, index, numbers, fmt, slot_offset=pool.first_slot)
+
+    def copy(self, source: PagePool, source_slots: Tensor, target: PagePool, target_slots: Tensor) -> None:
+        self._copy_pages(
+            source.storage, source_slots.contiguous(), target.storage, target_slots.contiguous(),
+            src_offset=source.first_slot, dst_offset=target.first_slot, num_programs=HOST_PROGRAMS,
+        )  # fmt: skip
+
+    def fetch(self, pool: PagePool, slots: Tensor, out: Tensor) -> None:
+        to = torch.arange(slots.numel(), dtype=torch.int32, device=slots.device).view(slots.shape)
+        self._copy_pages(
+            pool.storage, slots.contiguous(), out, to, src_offset=pool.first_slot, num_programs=HOST_PROGRAMS
+        )

@@ -1,0 +1,120 @@
+"""The GPU backend's own logic over the torch references of its kernels, beside the torch backend; on any machine."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+pytest.importorskip("triton", reason="the GPU backend needs Triton, which is optional without a GPU")
+
+from longrun.backend import Parts, build_engine
+from longrun.budget import Budget
+from longrun.config import ModelConfig
+from longrun.kernels.gpu_kernels import reference_kernels
+from longrun.model.checkpoint import load_decoder
+from longrun.model.rope import RopeParameters, RotaryTable
+from longrun.patterns.head_map import HeadMap
+from longrun.plan import make_plan
+
+CTX = 700
+TOLERANCE = 5e-3  # a rounding that falls the other way is a nibble, and the tiny models are peaked
+SHAPE = {"head_dim": 64, "hidden_size": 192, "intermediate_size": 192}
+SCORES = {
+    "mixed": [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]],
+    "full": [[1.0] * 3] * 3,
+    "streaming": [[0.0] * 3] * 3,
+}
+
+
+def rms_ratio(actual, expected):
+    assert torch.isfinite(actual).all()
+    return ((actual.double() - expected.double()).pow(2).mean() / expected.double().pow(2).mean()).sqrt().item()
+
+
+def engines(folder, scores="mixed", device_share=1.0, chunk_size=100, **changes):
+    """The fused engine over reference kernels, and the plain torch one, of the same checkpoint and split."""
+    config = ModelConfig.from_dir(folder)
+    head_map = HeadMap.from_scores(SCORES[scores], sink_size=16, recent_size=48)
+    split = head_map.split(threshold=0.5)
+    budget = Budget.load("rtx4090-24g").override(kv_format="int4", weight_format="fp32", chunk_size=chunk_size)
+    permutation = [split.permutation(layer_idx) for layer_idx in range(config.num_layers)]
+    rotary = RotaryTable(RopeParameters.from_dir(folder), config.head_dim)
+    found = []
+    for fused in (True, False):
+        plan = make_plan(config, budget, CTX, split=split, device_share=device_share, gpu_kernels=fused)
+        assert plan.attention.fused == fused
+        kernels = reference_kernels() if fused else None
+        decoder = load_decoder(folder, config, permutation, "fp32", "cpu", 64, kernels)
+        if changes:
+            cache = dataclasses.replace(plan.cache, **changes)
+            plan = dataclasses.replace(plan, cache=cache)
+        found.append(build_engine(Parts(decoder, rotary, rotary, None, kernels), plan))
+    return found
+
+
+def run_both(pair, ids, pieces):
+    """Logits after every piece, from both engines; the caches are accounted for each time."""
+    rows = ([], [])
+    for engine, found in zip(pair, rows, strict=True):
+        for piece in ids.split(pieces):
+            found.append(engine.run(piece)[-1])
+        engine.cache.check()
+        assert engine.cache.seq_len == len(ids)
+    return [torch.stack(found) for found in rows]
+
+
+@pytest.mark.parametrize("device_share", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize("scores", SCORES)
+def test_prefill_and_decode_agree_with_the_torch_backend(tmp_path, scores, device_share):
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (620,), generator=torch.Generator().manual_seed(1))
+    pieces = [250, 1, 1, 64, 123, *[1] * 181]
+    fused, plain = run_both(engines(tmp_path, scores, device_share), ids, pieces)
+    assert rms_ratio(fused, plain) < TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "rope"), [("qwen2", "default"), ("qwen3", "default"), ("llama", "dynamic")])
+def test_families(tmp_path, family, rope):
+    tiny_model(family, rope, **SHAPE).save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (330,), generator=torch.Generator().manual_seed(2))
+    fused, plain = run_both(engines(tmp_path), ids, [130, *[1] * 70, 60, *[1] * 70])
+    assert rms_ratio(fused, plain) < TOLERANCE
+
+
+def test_many_rounds_of_fetched_pages(tmp_path):
+    """Two pages a head and round: the pages of a layer come in several rounds, through both halves of the buffer."""
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (640,), generator=torch.Generator().manual_seed(3))
+    pair = engines(tmp_path, "full", 0.1, fetch_pages=12)
+    assert pair[0].attention._rounds[3][2] > 2
+    fused, plain = run_both(pair, ids, [400, *[1] * 40, 100, *[1] * 100])
+    assert rms_ratio(fused, plain) < TOLERANCE
+
+
+def test_one_token_at_a_time_from_an_empty_cache(tmp_path):
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (200,), generator=torch.Generator().manual_seed(4))
+    fused, plain = run_both(engines(tmp_path, device_share=0.5), ids, [1] * 200)
+    assert rms_ratio(fused, plain) < TOLERANCE
+
+
+def test_rewinding_over_a_flushed_tail(tmp_path):
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (300,), generator=torch.Generator().manual_seed(5))
+    fused, _ = engines(tmp_path, device_share=0.4)
+    fused.run(ids[:190])
+    mark = fused.cache.mark()
+    first = torch.stack([fused.run(token)[-1] for token in ids[190:].split(1)])
+    fused.cache.rewind(mark)
+    fused.cache.check()
+    again = torch.stack([fused.run(token)[-1] for token in ids[190:].split(1)])
+    assert torch.equal(first, again)
+
+
+def test_decode_buffers_are_planned(tmp_path):
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    fused, plain = engines(tmp_path, device_share=0.4)
+    assert plain.attention.spec.decode_bytes() == 0
+    tables = fused.attention._fetch_tables.values()
+    assert 4 * fused.attention.spec.fetch_table_pages == sum(table.nbytes for table in tables) > 0
