@@ -127,6 +127,7 @@ def pinned_bytes(
     on_progress: Callable[[int, int], None] | None = None,
     registrar: Registrar | None = None,
     piece_bytes: int = PIECE_BYTES,
+    huge_pages: bool = True,
 ) -> PinnedBuffer:
     """Page-locked host memory of `num_bytes` (rounded up to whole pages), touched, zeroed and mapped for the GPU.
 
@@ -138,6 +139,8 @@ def pinned_bytes(
         on_progress: called with (bytes pinned, bytes asked for) after every piece.
         registrar: default `CudaRegistrar`.
         piece_bytes: bytes registered at once, a multiple of the system's page.
+        huge_pages: ask the system for pages of 2 MiB where it can, so that CPU and GPU have fewer addresses to
+            translate; `scripts/bench_pinning.py` measures both ways.
 
     Raises:
         PlanError: more than is available, or the system or the driver refuses; everything has been given back.
@@ -157,8 +160,8 @@ def pinned_bytes(
         mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (CannotPin, OSError) as error:
         raise _refused(size, 0, error) from error
-    # Huge pages are touched and registered faster; a fork would copy what is pinned. Not every kernel knows them.
-    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+    # A fork would copy what is pinned. Not every kernel knows these.
+    for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE" if huge_pages else "MADV_NOHUGEPAGE"):
         with contextlib.suppress(AttributeError, OSError):
             mapping.madvise(getattr(mmap, advice))
     # The array, not the mmap object, is what the tensor keeps alive: an mmap object unmaps before its finalizers run.
