@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+COMMIT_VARIABLE = "LONGRUN_COMMIT"
 _PACKAGES = ("torch", "transformers", "triton", "bitsandbytes", "safetensors", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """Device name, library versions, commit and command of this process, as JSON types."""
+    """Device name, library versions, commit and command of this process, as JSON types.
+
+    Of absolute paths in the command only the last part is kept: folders mean nothing on another machine.
+
+    Where the sources have no git history, the variable LONGRUN_COMMIT may name their commit: `commit_given` is then
+    true, since nothing has checked it.
+    """
     import torch
 
+    commit, given = _commit(), os.environ.get(COMMIT_VARIABLE, "").strip()
     found: dict[str, Any] = {
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
-        "commit": _commit(),
+        "command": shlex.join(_last_part(word) for word in [Path(sys.executable).name, *sys.argv]),
+        "commit": commit or given or None,
+        **({"commit_given": True} if given and not commit else {}),
         "python": platform.python_version(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -30,6 +41,10 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             found[name] = None
     return found
+
+
+def _last_part(word: str) -> str:
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def _commit() -> str | None:

@@ -1,204 +1,109 @@
 #!/usr/bin/env python
 """Benchmarks: ceilings first, then a table, and one JSON object as the last line.
 
-    python scripts/bench.py peer [--model DIR] [--lengths 4K,8K] [--repeats 5] [--new-tokens 24]
+    python scripts/bench.py peer [--model DIR] [--lengths 4K,8K]           longrun and transformers in turn, on a CPU
+    python scripts/bench.py decode --model DIR --lengths 128K,1M           milliseconds a token, beside the bytes' floor
+    python scripts/bench.py prefill --model DIR --lengths 128K [--needles 3]    reading, beside the compute ceilings
+    python scripts/bench.py offload --model DIR --gpu-budget "20 GiB"      decode with most pages in host memory
+    python scripts/bench.py kernels                                        every kernel alone, in one table
 
-`peer` runs longrun with INT4 pages and transformers (SDPA attention, fp32) on the same checkpoint, threads and random
-tokens, in turn within one process, so that a machine that drifts drifts for both. Ratios are medians over the pairs.
+`--synthetic-cache` fills the cache with random content instead of reading a text: rows then say "synthetic": true and
+are good for timing only. `--help` of each command lists its options. Ratios of `peer` are medians over pairs of runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-import longrun
 from longrun import cli
-from longrun.model.demo import demo_model_dir
-from longrun.patterns.head_map import HeadMap
-from longrun.report_env import environment
-from longrun.units import format_bytes, format_tokens, parse_tokens
 
 
-@dataclass
-class Row:
-    """One runner at one length; times are medians, ratios are longrun's speed over transformers' (above 1: faster)."""
+def add_peer(sub: argparse.ArgumentParser) -> None:
+    from bench_common import add_json_option
+    from bench_peer import run
 
-    runner: str
-    length: int
-    prefill_tokens_per_s: float
-    decode_ms: float
-    prefill_ratio: float | None = None
-    decode_ratio: float | None = None
-    kv_bytes: int = 0
-    bf16_kv_bytes: int = 0
-    prefill_runs: tuple[float, ...] = ()
-    decode_runs: tuple[float, ...] = ()
-
-
-def measure_ceilings() -> dict[str, float]:
-    """What this machine does at best: a float32 matrix product (GFLOP/s) and reading memory (GB/s)."""
-    a, b = torch.randn(1024, 1536), torch.randn(1536, 1536)
-    product = best_of(lambda: a @ b, 20)
-    big = torch.randn(64 * 2**20)
-    read = best_of(lambda: big.sum(), 10)
-    return {"gemm_gflops": 2 * 1024 * 1536 * 1536 / product / 1e9, "memory_read_gb_s": big.nbytes / read / 1e9}
-
-
-def best_of(work, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-class Longrun:
-    """longrun on the checkpoint; a new session a run."""
-
-    def __init__(self, name: str, model_dir: Path, head_map: HeadMap | str, length: int, new_tokens: int, chunk: int):
-        self.name, self.new_tokens = name, new_tokens
-        ratio = None if head_map == "full" else 0.5
-        self.runtime = longrun.load(
-            model_dir, head_map=head_map, retrieval_ratio=ratio, kv_format="int4", weight_format="fp32", device="cpu",
-            ctx=length + new_tokens + 2, chunk_size=chunk,
-        )  # fmt: skip
-        self.kv_bytes = 0
-
-    def run(self, token_ids: torch.Tensor) -> tuple[float, float]:
-        """Seconds of prefill, and of one decoded token."""
-        session = self.runtime.new_session()
-        start = time.perf_counter()
-        session.prefill(token_ids)
-        prefill = time.perf_counter() - start
-        tokens = session.generate(self.new_tokens + 2, eos=False)
-        next(tokens)
-        next(tokens)  # the first is sampled from the prefill's logits, the second warms up
-        start = time.perf_counter()
-        for _ in range(self.new_tokens):
-            next(tokens)
-        decode = (time.perf_counter() - start) / self.new_tokens
-        self.kv_bytes = session.cache_bytes - session.plan.cache.device_bytes()["page tables"]
-        return prefill, decode
-
-
-class Transformers:
-    """The peer: transformers' own model, SDPA attention, DynamicCache, greedy; logits of the last position only."""
-
-    name, kv_bytes = "transformers", 0
-
-    def __init__(self, model_dir: Path, new_tokens: int) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.new_tokens = new_tokens
-        self.model = AutoModelForCausalLM.from_pretrained(
-            str(model_dir), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
-        ).eval()
-
-    @torch.inference_mode()
-    def run(self, token_ids: torch.Tensor) -> tuple[float, float]:
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self.model.config)
-        start = time.perf_counter()
-        logits = self.model(token_ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        prefill = time.perf_counter() - start
-        token = logits[:, -1:].argmax(-1)
-        for index in range(self.new_tokens + 1):
-            if index == 1:
-                start = time.perf_counter()
-            token = self.model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        return prefill, (time.perf_counter() - start) / self.new_tokens
-
-
-def peer(args: argparse.Namespace) -> int:
-    model_dir = Path(args.model) if args.model else demo_model_dir()
-    lengths = [parse_tokens(text.strip(), "--lengths") for text in args.lengths.split(",")]
-    console = Console(stderr=False)
-    ceilings = measure_ceilings()
-    console.print(
-        f"ceilings: {ceilings['gemm_gflops']:.0f} GFLOP/s (float32 product), "
-        f"{ceilings['memory_read_gb_s']:.1f} GB/s (memory read), {torch.get_num_threads()} threads"
-    )
-    other = Transformers(model_dir, args.new_tokens)
-    rows: list[Row] = []
-    for length in lengths:
-        rows += compare(model_dir, other, length, args)
-    print_rows(console, rows)
-    result = {"benchmark": "peer", "model": model_dir.name, "environment": environment(), "ceilings": ceilings}
-    result |= {"repeats": args.repeats, "new_tokens": args.new_tokens, "rows": [asdict(row) for row in rows]}
-    print(json.dumps(result))
-    return 0
-
-
-def compare(model_dir: Path, other: Transformers, length: int, args: argparse.Namespace) -> list[Row]:
-    config = longrun.load(model_dir, device="cpu", ctx=length).config
-    half = HeadMap.uniform(config.num_layers, config.num_kv_heads, 0.5)
-    runners = [
-        other,
-        Longrun("longrun INT4, full map", model_dir, "full", length, args.new_tokens, args.chunk_size),
-        Longrun("longrun INT4, half streaming", model_dir, half, length, args.new_tokens, args.chunk_size),
-    ]
-    token_ids = torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(length))
-    for runner in runners:
-        runner.run(token_ids[: min(length, 512)])
-    times: list[list[tuple[float, float]]] = [[] for _ in runners]
-    for _ in range(args.repeats):
-        for runner, found in zip(runners, times, strict=True):
-            found.append(runner.run(token_ids))
-    capacity = length + args.new_tokens + 2
-    bf16 = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * capacity
-    rows = []
-    for runner, found in zip(runners, times, strict=True):
-        prefills, decodes = ([pair[i] for pair in found] for i in (0, 1))
-        row = Row(runner.name, length, length / statistics.median(prefills), 1e3 * statistics.median(decodes))
-        row.prefill_runs, row.decode_runs = tuple(prefills), tuple(decodes)
-        row.bf16_kv_bytes = bf16
-        if runner is not other:
-            row.kv_bytes = runner.kv_bytes
-            pairs = list(zip(times[0], found, strict=True))
-            row.prefill_ratio = statistics.median(a[0] / b[0] for a, b in pairs)
-            row.decode_ratio = statistics.median(a[1] / b[1] for a, b in pairs)
-        rows.append(row)
-    return rows
-
-
-def print_rows(console: Console, rows: list[Row]) -> None:
-    table = Table("runner", "tokens", "prefill tokens/s", "x", "decode ms/token", "x", "KV bytes", "bf16 cache /")
-    for row in rows:
-        ratios = [f"{ratio:.2f}" if ratio else "" for ratio in (row.prefill_ratio, row.decode_ratio)]
-        smaller = f"{row.bf16_kv_bytes / row.kv_bytes:.2f}" if row.kv_bytes else ""
-        kv = format_bytes(row.kv_bytes) if row.kv_bytes else ""
-        table.add_row(
-            row.runner, format_tokens(row.length), f"{row.prefill_tokens_per_s:.0f}", ratios[0],
-            f"{row.decode_ms:.1f}", ratios[1], kv, smaller,
-        )  # fmt: skip
-    console.print(table)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("peer", help="side by side with transformers on the CPU")
     sub.add_argument("--model", help="checkpoint folder (default: the demo model)")
     sub.add_argument("--lengths", default="4K,8K", help="prompt lengths in tokens (1K = 1,000)")
     sub.add_argument("--repeats", type=int, default=5)
     sub.add_argument("--new-tokens", type=int, default=24)
     sub.add_argument("--chunk-size", type=int, default=1024)
-    sub.set_defaults(run=peer)
-    args = parser.parse_args()
+    add_json_option(sub)
+    sub.set_defaults(run=run)
+
+
+def add_decode(sub: argparse.ArgumentParser) -> None:
+    from bench_common import add_model_options
+    from bench_decode import run
+
+    add_model_options(sub)
+    sub.add_argument("--lengths", default="128K,512K,1M,3.3M", help="tokens before the decoded ones")
+    add_decode_options(sub)
+    sub.add_argument("--peer-lengths", help="lengths at which transformers runs, too")
+    sub.set_defaults(run=run)
+
+
+def add_decode_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--synthetic-cache", action="store_true", help="random cache content instead of a prefill")
+    sub.add_argument("--new-tokens", type=int, default=64, help="tokens timed in one repeat")
+    sub.add_argument("--repeats", type=int, default=3, help="repeats, one after the other in the same session")
+
+
+def add_prefill(sub: argparse.ArgumentParser) -> None:
+    from bench_common import add_model_options
+    from bench_prefill import run
+
+    add_model_options(sub)
+    sub.add_argument("--lengths", default="128K,512K,1M", help="tokens read")
+    sub.add_argument("--peer-lengths", help="lengths at which transformers reads, too, in chunks of 16,384")
+    sub.add_argument("--needles", type=int, default=0, metavar="N", help="read a text that hides N numbers, and ask")
+    sub.add_argument("--depth", type=float, default=0.5, help="where the needles are hidden, 0 to 1")
+    sub.set_defaults(run=run)
+
+
+def add_offload(sub: argparse.ArgumentParser) -> None:
+    from bench_common import add_model_options
+    from bench_offload import run
+
+    add_model_options(sub)
+    sub.add_argument("--length", default="1M", help="tokens before the decoded ones")
+    sub.add_argument("--gpu-budget", required=True, metavar="SIZE", help='device memory, like "20 GiB"')
+    sub.add_argument("--host-budget", metavar="SIZE", help="host memory (default: the budget's)")
+    sub.add_argument("--compare-resident", action="store_true", help="the same tokens with every page on the device")
+    add_decode_options(sub)
+    sub.set_defaults(run=run)
+
+
+def add_kernels(sub: argparse.ArgumentParser) -> None:
+    from bench_common import add_json_option
+    from bench_kernel_table import run
+
+    sub.add_argument("--only", metavar="NAME,...", help="some of the kernel benchmarks (default: all)")
+    add_json_option(sub)
+    sub.set_defaults(run=run)
+
+
+COMMANDS = {
+    "peer": (add_peer, "side by side with transformers on the CPU"),
+    "decode": (add_decode, "milliseconds a token at long contexts"),
+    "prefill": (add_prefill, "reading long texts"),
+    "offload": (add_offload, "decode with pages in host memory"),
+    "kernels": (add_kernels, "every kernel alone"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that is asked for. Status 0; bad input raises a LongrunError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (add, text) in COMMANDS.items():
+        add(commands.add_parser(name, help=text, description=text))
+    args = parser.parse_args(argv)
     return args.run(args)
 
 

@@ -1,0 +1,221 @@
+"""What the benchmark commands share: options, devices, loading, memory beside the plan, and how results leave."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import shutil
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import longrun
+from longrun.budget import Budget
+from longrun.config import ModelConfig
+from longrun.errors import InputError
+from longrun.patterns.head_map import HeadMap
+from longrun.plan import Plan
+from longrun.planted import NOTE, is_planted
+from longrun.report_env import environment
+from longrun.runtime import Runtime
+from longrun.units import format_bytes, format_tokens, parse_tokens
+
+DEFAULT_BUDGETS = {"cpu": "cpu", "cuda": "h100-80g"}
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that run a model."""
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--head-map", type=Path, metavar="DIR", help="head map folder (default: every head is kept)")
+    parser.add_argument(
+        "--retrieval-ratio", type=float, metavar="R",
+        help="share of the KV heads to keep; without --head-map an arbitrary choice, which is good for timing only",
+    )  # fmt: skip
+    parser.add_argument("--weight-format", choices=["fp32", "bf16", "int8", "nf4"], help="default: the budget's")
+    parser.add_argument("--kv", choices=["int4", "bf16", "fp32"], help="page format (default: the budget's)")
+    parser.add_argument("--chunk-size", type=parse_tokens, metavar="N", help="tokens of a prefill step")
+    parser.add_argument("--budget", metavar="NAME_OR_FILE", help="default: h100-80g on cuda, cpu on cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--seed", type=int, default=0)
+    add_json_option(parser)
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON object here as well")
+
+
+def parse_lengths(text: str | None, option: str = "--lengths") -> list[int]:
+    """`128K,1M` as token counts; nothing where the option is missing or empty."""
+    return [parse_tokens(part.strip(), option) for part in (text or "").split(",") if part.strip()]
+
+
+def check_device(name: str) -> torch.device:
+    """The device. Raises InputError where torch finds no GPU and one was asked for."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("this benchmark was asked to run on cuda and torch finds no GPU here: use --device cpu")
+    return torch.device(name)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the GPU's work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def release(device: torch.device) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def load_runtime(args: argparse.Namespace, ctx: int, **memory: int | None) -> Runtime:
+    """The model as the options ask, planned for `ctx` tokens.
+
+    Args:
+        memory: gpu_bytes and host_bytes in place of the budget's, where they are not None.
+    """
+    head_map: HeadMap | Path | str = args.head_map or "full"
+    ratio = args.retrieval_ratio
+    if args.head_map is None and ratio is not None:
+        config = ModelConfig.from_dir(args.model)
+        head_map = HeadMap.uniform(config.num_layers, config.num_kv_heads, ratio)
+    budget = Budget.load(args.budget or DEFAULT_BUDGETS[args.device]).override(**memory)
+    return longrun.load(
+        args.model, budget, head_map, args.kv, args.weight_format, args.device, ctx=ctx, retrieval_ratio=ratio,
+        chunk_size=args.chunk_size,
+    )  # fmt: skip
+
+
+def describe(runtime: Runtime, args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a run, as results record them."""
+    plan, split = runtime.plan, runtime.split
+    note = plan.split_note if args.head_map is None else plan.split_note.replace(str(args.head_map), args.head_map.name)
+    if args.head_map is None and args.retrieval_ratio is not None:
+        note = "arbitrary heads, for timing only"
+    return {
+        "model": runtime.model_dir.name,
+        "shape": plan.model,
+        "note": NOTE if is_planted(runtime.model_dir) else None,
+        "weight_format": plan.weight_format,
+        "kv_format": plan.kv_format,
+        "page_size": plan.page_size,
+        "chunk_size": plan.chunk_size,
+        "retrieval_heads": split.total_retrieval,
+        "kv_heads": split.num_layers * split.num_kv_heads,
+        "sink_size": split.sink_size,
+        "recent_size": split.recent_size,
+        "split_hash": split.hash,
+        "split_note": note,
+        "budget": plan.budget_source,
+        "device": plan.device_type,
+        "notices": [text.replace(str(args.model), args.model.name) for text in runtime.notices],
+    }
+
+
+class MemoryWatch:
+    """Memory of this process beside what the plan says; make it before anything touches the GPU.
+
+    On a GPU the driver's count is the truth (context, kernels and all that torch does not know); what others had taken
+    before is subtracted, as nvidia-smi tells it before this process has a context. On a CPU it is the process's peak.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.before = nvidia_smi_used() if device.type == "cuda" else None
+
+    def start(self) -> None:
+        """Forget earlier peaks; call before a session is made."""
+        release(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def measure(self, plan: Plan) -> dict[str, Any]:
+        """Bytes used beside the plan; `ratio_to_plan` is used / planned on the device."""
+        found: dict[str, Any] = {"plan_device_bytes": plan.device_bytes, "plan_host_bytes": plan.host_bytes}
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            found["torch_peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
+            found["used_before_bytes"] = self.before
+            found["used_bytes"] = total - free - (self.before or 0)
+            return {**found, "ratio_to_plan": found["used_bytes"] / plan.device_bytes}
+        found["used_bytes"] = _peak_resident()
+        if found["used_bytes"] is not None:
+            found["ratio_to_plan"] = found["used_bytes"] / plan.total_bytes
+        return found
+
+
+def nvidia_smi_used() -> int | None:
+    """Bytes taken on the first visible GPU, all processes; None where nvidia-smi does not answer."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        return int(done.stdout.split()[0]) * 2**20
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
+        return None
+
+
+def _peak_resident() -> int | None:
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return int(found.group(1)) * 1024 if found else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch ran out of memory, on the GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most of at least one value."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def memory_text(found: dict[str, Any]) -> str:
+    """`68.1 GB (99% of plan)`."""
+    if found.get("used_bytes") is None:
+        return "-"
+    return f"{format_bytes(found['used_bytes'])} ({found['ratio_to_plan']:.0%} of plan)"
+
+
+def percent(part: float | None) -> str:
+    return "-" if part is None else f"{part:.1%}"
+
+
+def figure(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def tokens_text(count: int) -> str:
+    return format_tokens(count)
+
+
+def finish(result: dict[str, Any], args: argparse.Namespace) -> int:
+    """Add the environment, write the file that was asked for, print the JSON object as the last line.
+
+    Raises:
+        InputError: the file cannot be written (the object is printed all the same).
+    """
+    result = {**result, "environment": environment()}
+    text = json.dumps(result)
+    problem = None
+    if args.json is not None:
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            problem = f"--json {args.json} cannot be written ({error.strerror}): the object stands above instead"
+    print(text)
+    if problem:
+        raise InputError(problem)
+    return 0

@@ -1,0 +1,225 @@
+"""Decode: milliseconds a token after very long contexts, beside the fewest bytes that a token must read."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from bench_ceilings import memory_ceilings
+from bench_common import (
+    MemoryWatch,
+    check_device,
+    describe,
+    figure,
+    finish,
+    load_runtime,
+    memory_text,
+    parse_lengths,
+    percent,
+    release,
+    spread,
+    synchronize,
+    tokens_text,
+)
+from bench_transformers import TransformersPeer
+from rich.console import Console
+from rich.table import Table
+
+from longrun.cache.spec import CacheSpec
+from longrun.config import ModelConfig
+from longrun.errors import InputError
+from longrun.model_bytes import compute_itemsize, model_weight_bytes
+from longrun.runtime import Runtime
+from longrun.session import Session
+from longrun.synthetic_session import make_synthetic
+
+WARM_TOKENS = 8  # the first pays for compiling and capturing
+PROFILED_TOKENS = 8
+
+
+def token_bytes(config: ModelConfig, weight_format: str, device_type: str, cache: CacheSpec, seq_len: int) -> dict:
+    """The fewest bytes that decoding one token at `seq_len` tokens must read, by part.
+
+    Weights: every parameter once, of the embedding one row (a tied one is read whole, as lm_head). Cache: payload and
+    index of all pooled pages of the retrieval heads, their exact sink page and tail, and the rings as far as filled.
+    Page tables and what is written are left out, so the floor is a little too low rather than too high.
+    """
+    fmt, itemsize = cache.page_format, compute_itemsize(weight_format, device_type)
+    row = config.hidden_size * itemsize
+    unread = 0 if config.tie_word_embeddings else (config.vocab_size - 1) * row
+    pooled = fmt.pooled_pages(seq_len)
+    exact_token = 2 * fmt.head_dim * fmt.exact_itemsize
+    heads = cache.total_retrieval_heads
+    window = min(seq_len, cache.sink_size + cache.recent_size)
+    return {
+        "weights": model_weight_bytes(config, weight_format, device_type) - unread,
+        "page_payloads": heads * pooled * fmt.payload_bytes,
+        "page_index": heads * pooled * fmt.index_bytes,
+        "sinks_and_tails": heads * (seq_len - pooled * fmt.page_size) * exact_token,
+        "rings": cache.total_streaming_heads * window * exact_token,
+    }
+
+
+def fill(session: Session, length: int, synthetic: bool, seed: int) -> float:
+    """Make the session stand at `length` tokens: seconds it took."""
+    start = time.perf_counter()
+    if synthetic:
+        make_synthetic(session, length, seed)
+    else:
+        session.prefill(torch.randint(0, session.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)))
+    synchronize(session.cache.device)
+    return time.perf_counter() - start
+
+
+def time_tokens(session: Session, tokens: Iterator[int], count: int) -> tuple[list[int], list[float], list[float]]:
+    """Take `count` tokens: their ids, the wall milliseconds of each, the GPU's own where the session tells them."""
+    ids, wall, on_gpu = [], [], []
+    synchronize(session.cache.device)
+    for _ in range(count):
+        start = time.perf_counter()
+        ids.append(next(tokens))
+        synchronize(session.cache.device)
+        wall.append(1e3 * (time.perf_counter() - start))
+        step = getattr(session, "gpu_step_ms", None)
+        if step is not None:
+            on_gpu.append(step)
+    return ids, wall, on_gpu
+
+
+def busy_ms(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of (start, end) microseconds, in milliseconds."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total / 1e3
+
+
+def gpu_busy_ms(work: Callable[[], object]) -> float | None:
+    """Milliseconds in which the GPU ran anything at all during `work`, by torch's profiler; None where it cannot."""
+    from torch.profiler import ProfilerActivity, profile
+
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            work()
+            torch.cuda.synchronize()
+        device_type = torch.autograd.DeviceType.CUDA
+        spans = [(e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type == device_type]
+    except (RuntimeError, AttributeError):
+        return None
+    return busy_ms(spans) if spans else None
+
+
+def decode_row(runtime: Runtime, length: int, args: argparse.Namespace, ceilings: dict, memory: MemoryWatch) -> dict:
+    """One length in a session of its own."""
+    new, device = args.new_tokens, torch.device(args.device)
+    memory.start()
+    start = time.perf_counter()
+    session = runtime.new_session(length + decoded_tokens(args) + 1)
+    synchronize(device)
+    allocated = time.perf_counter() - start
+    filled = fill(session, length, args.synthetic_cache, args.seed)
+    tokens = session.generate(decoded_tokens(args), eos=False)
+    time_tokens(session, tokens, WARM_TOKENS)
+    runs = [time_tokens(session, tokens, new) for _ in range(args.repeats)]
+    used = memory.measure(session.plan)
+    wall = [ms for _, times, _ in runs for ms in times]
+    steps = [ms for _, _, times in runs for ms in times]
+    busy = None
+    if device.type == "cuda":
+        busy = gpu_busy_ms(lambda: [next(tokens) for _ in range(PROFILED_TOKENS)])
+        busy = None if busy is None else busy / PROFILED_TOKENS
+    return {
+        "runner": "longrun",
+        "length": length,
+        "synthetic": args.synthetic_cache,
+        "ms": spread(wall),
+        "ms_repeats": [statistics.fmean(times) for _, times, _ in runs],
+        "ms_tokens": wall,
+        **floor(token_bytes(runtime.config, session.plan.weight_format, args.device, session.plan.cache, length),
+                statistics.median(wall), ceilings),
+        **host_overhead(statistics.median(wall), steps, busy),
+        "allocate_s": allocated,
+        "fill_s": filled,
+        "cache_bytes": session.cache_bytes,
+        "pages_on_host": session.plan.cache.host_pages,
+        "memory": used,
+    }  # fmt: skip
+
+
+def floor(parts: dict[str, int], ms: float, ceilings: dict[str, Any]) -> dict[str, Any]:
+    """Bytes by part, the time in which the measured memory ceiling moves them, and that time over `ms`."""
+    total = sum(parts.values())
+    floor_ms = total / ceilings["memory_tb_s"] / 1e9
+    return {"bytes": parts, "bytes_total": total, "floor_ms": floor_ms, "floor_over_measured": floor_ms / ms}
+
+
+def host_overhead(wall_ms: float, steps: list[float], busy: float | None) -> dict[str, Any]:
+    """What a token costs beside the GPU's work.
+
+    `gpu_step_ms`: median over steps, by CUDA events around each, where the session tells it (`Session.gpu_step_ms`).
+    `gpu_busy_ms`: time a token in which the GPU ran anything, by the profiler over a few tokens more. The overhead is
+    the median wall time less the first of them that is known; with the second, gaps between kernels count as overhead.
+    """
+    step = statistics.median(steps) if steps else None
+    own, by = (step, "events around the step") if step is not None else (busy, "profiler")
+    known = own is not None
+    return {
+        "gpu_step_ms": step, "gpu_busy_ms": busy, "host_overhead_ms": wall_ms - own if known else None,
+        "host_overhead_by": by if known else None,
+    }  # fmt: skip
+
+
+def decoded_tokens(args: argparse.Namespace) -> int:
+    return WARM_TOKENS + args.repeats * args.new_tokens + PROFILED_TOKENS
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command `decode`."""
+    device = check_device(args.device)
+    lengths, peer_lengths = parse_lengths(args.lengths), parse_lengths(args.peer_lengths, "--peer-lengths")
+    if args.repeats < 1 or args.new_tokens < 1 or not lengths:
+        raise InputError("decode needs at least one length, one repeat and one new token")
+    memory = MemoryWatch(device)
+    ceilings = memory_ceilings(device)
+    release(device)
+    console = Console(width=160)
+    console.print(f"{ceilings['memory_tb_s']:.3f} TB/s ({ceilings['memory_is']})", highlight=False)
+    runtime = load_runtime(args, max(lengths) + decoded_tokens(args) + 1)
+    rows = []
+    for length in lengths:
+        rows.append(decode_row(runtime, length, args, ceilings, memory))
+        console.print(f"{tokens_text(length)}: {rows[-1]['ms']['median']:.2f} ms a token", highlight=False)
+    settings = describe(runtime, args)
+    del runtime
+    release(device)
+    if peer_lengths:
+        peer = TransformersPeer(args.model, device)
+        new = args.new_tokens * args.repeats
+        rows += [peer.decode(length, new, WARM_TOKENS, args.seed, args.synthetic_cache) for length in peer_lengths]
+    console.print(table(rows))
+    result = {"benchmark": "decode", "settings": settings, "ceilings": ceilings, "rows": rows}
+    return finish({**result, "new_tokens": args.new_tokens, "repeats": args.repeats}, args)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows as a person reads them."""
+    found = Table("runner", "tokens", "ms/token", "min", "max", "GB read", "floor ms", "floor/ms", "host ms", "memory")
+    for row in rows:
+        start = (row["runner"], tokens_text(row["length"]) + (" synthetic" if row["synthetic"] else ""))
+        if "error" in row:
+            found.add_row(*start, row["error"])
+            continue
+        times = [figure(row["ms"][name]) for name in ("median", "min", "max")]
+        more = ()
+        if "floor_ms" in row:
+            more = (
+                f"{row['bytes_total'] / 1e9:.2f}", figure(row["floor_ms"]), percent(row["floor_over_measured"]),
+                figure(row["host_overhead_ms"]), memory_text(row["memory"]),
+            )  # fmt: skip
+        found.add_row(*start, *times, *more)
+    return found

@@ -1,0 +1,144 @@
+"""Every kernel alone: runs the kernels' own benchmarks and puts what they measured into one table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from bench_common import figure, finish, percent, release
+from rich.console import Console
+from rich.table import Table
+
+from longrun.errors import InputError
+from longrun.units import format_tokens
+
+DECODE_TOKENS = [524_288, 1_000_000, 3_300_000]
+PAGE_TOKENS = [32_768, 524_288]
+
+
+def int4_decode() -> list[dict[str, Any]]:
+    import bench_kernels as bench
+
+    ceilings = bench.measure_ceilings()
+    found = bench.bench_int4_decode(DECODE_TOKENS, ceilings)
+    found += bench.bench_int4_decode(DECODE_TOKENS[:1], ceilings, heads=8, group=1)
+    found += bench.bench_int4_decode(DECODE_TOKENS[:1], ceilings, heads=8, group=8, head_dim=64)
+    return [
+        {
+            "kernel": f"int4 decode, {row.kernel}",
+            "shape": f"{row.shape}, {format_tokens(row.tokens)} tokens",
+            "microseconds": row.us,
+            "bytes": round(row.tb_s * row.us * 1e6),
+            "fraction_of_ceiling": row.of_copy,
+            "ceiling": "copy",
+            "details": asdict(row),
+        }
+        for row in found
+    ]
+
+
+def page_kernels() -> list[dict[str, Any]]:
+    import bench_page_kernels as bench
+
+    ceiling, found = max(bench.copy_ceilings().values()), []
+    for tokens in PAGE_TOKENS:
+        found += bench.measure(128, torch.bfloat16, 8, tokens, [2], ceiling)
+    return [
+        common(row, shape=f"{row['heads']} heads x {format_tokens(row['tokens'])} tokens x {row['head_dim']}")
+        for row in found
+    ]
+
+
+def fused_kernels() -> list[dict[str, Any]]:
+    import bench_fused_kernels as bench
+
+    return [common(row) for row in bench.measure()]
+
+
+def vector_linear() -> list[dict[str, Any]]:
+    import bench_vector_linear as bench
+
+    return [common(row) for row in bench.measure()]
+
+
+def streaming_kernels() -> list[dict[str, Any]]:
+    import bench_streaming_kernels as bench
+
+    return [common(row) for row in bench.measure()]
+
+
+BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "int4_decode": int4_decode,
+    "page": page_kernels,
+    "fused": fused_kernels,
+    "vector_linear": vector_linear,
+    "streaming": streaming_kernels,
+}
+
+
+def common(row: Any, **given: Any) -> dict[str, Any]:
+    """A kernel benchmark's own row (dictionary or dataclass) under the names of this table; `details` keeps it whole.
+
+    Taken by the first name that is there: time (`microseconds`, `us`), amount (`bytes`, `flops`) and the fraction of
+    the ceiling (`fraction_of_ceiling`, `fraction_of_copy`, `of_copy`, `of_ceiling`).
+    """
+    row = dict(row) if isinstance(row, dict) else asdict(row)
+    fractions = ("fraction_of_ceiling", "fraction_of_copy", "of_copy", "of_ceiling")
+    by_copy = "fraction_of_ceiling" not in row and ("fraction_of_copy" in row or "of_copy" in row)
+    return {
+        "kernel": row["kernel"],
+        "shape": given.get("shape") or str(row.get("shape", "")),
+        "microseconds": _first(row, ("microseconds", "us")),
+        "bytes": row.get("bytes"),
+        "flops": row.get("flops"),
+        "fraction_of_ceiling": _first(row, fractions),
+        "ceiling": row.get("ceiling") if isinstance(row.get("ceiling"), str) else "copy" if by_copy else None,
+        "details": row,
+    }
+
+
+def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command `kernels`. A benchmark that fails is a line of the result, and the others run."""
+    wanted = [name.strip() for name in args.only.split(",")] if args.only else list(BENCHMARKS)
+    unknown = [name for name in wanted if name not in BENCHMARKS]
+    if unknown:
+        raise InputError(f"--only {unknown[0]} is no kernel benchmark: choose from {', '.join(BENCHMARKS)}")
+    if not torch.cuda.is_available():
+        raise InputError(
+            "torch finds no GPU here, and the kernel benchmarks need one: run them on a machine with a GPU"
+        )
+    rows, problems, console = [], {}, Console(width=160)
+    for name in wanted:
+        try:
+            rows += [{"benchmark": name, **row} for row in BENCHMARKS[name]()]
+        except Exception as error:
+            problems[name] = f"{type(error).__name__}: {error}"[:500]
+            console.print(f"{name}: {problems[name]}", highlight=False)
+        release(torch.device("cuda"))
+    console.print(table(rows))
+    return finish({"benchmark": "kernels", "rows": rows, "problems": problems}, args)
+
+
+def amount_text(row: dict[str, Any]) -> str:
+    """Bytes in MB, or operations in GFLOP."""
+    if row.get("bytes") is not None:
+        return f"{row['bytes'] / 1e6:,.1f} MB"
+    return "-" if row.get("flops") is None else f"{row['flops'] / 1e9:,.1f} GFLOP"
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows as a person reads them."""
+    found = Table("kernel", "shape", "us", "moves", "of ceiling", "ceiling")
+    for row in rows:
+        found.add_row(
+            row["kernel"], row["shape"], figure(row["microseconds"], 1), amount_text(row),
+            percent(row["fraction_of_ceiling"]), row["ceiling"] or "-",
+        )  # fmt: skip
+    return found
