@@ -110,7 +110,12 @@ def sample(
         generator: where chance comes from; the draw happens on its device.
         previous: as in `probabilities`.
     """
-    probs = probabilities(logits, params, previous)
     if params.temperature == 0:
-        return int(probs.argmax())
+        if params.repetition_penalty != 1:
+            logits = _penalise(logits, params.repetition_penalty, previous)
+        best = logits.argmax()
+        token_id, value = torch.stack((best.double(), logits[best].double())).tolist()  # one wait for the device
+        assert not math.isnan(value), "the model produced NaN logits"
+        return int(token_id)
+    probs = probabilities(logits, params, previous)
     return int(torch.multinomial(probs.to(generator.device), 1, generator=generator))

@@ -15,7 +15,7 @@ from longrun.cache.dual import CacheMark, DualCache
 from longrun.engine import Engine
 from longrun.errors import ContextFullError, InputError, SessionError
 from longrun.plan import Plan
-from longrun.sampling import SamplingParams, sample
+from longrun.sampling import SamplingParams, sample, seen_tokens
 from longrun.units import format_tokens
 
 if TYPE_CHECKING:
@@ -180,11 +180,16 @@ class Session:
         return self._generate(max_new_tokens, params, eos)
 
     def _generate(self, max_new_tokens: int, params: SamplingParams, eos: bool) -> Iterator[int]:
+        seen: Tensor | tuple[()] = ()
         for _ in range(max_new_tokens):
             logits = self.logits
             assert logits is not None
-            token_id = sample(logits.cpu(), params, self._generator, self._ids)
+            if params.repetition_penalty != 1 and isinstance(seen, tuple):
+                seen = seen_tokens(self._ids, logits.shape[0], logits.device)
+            token_id = sample(logits, params, self._generator, seen)
             self._ids.append(token_id)
+            if isinstance(seen, Tensor):
+                seen[token_id] = True
             yield token_id
             if eos and token_id in self._eos:
                 return

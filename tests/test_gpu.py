@@ -1,4 +1,6 @@
-"""The torch path on a real GPU: `pytest -m gpu`. Collected only where there is one."""
+"""The runtime on a real GPU: `pytest -m gpu`. Collected only where there is one."""
+
+import gc
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ from longrun.patterns.head_map import HeadMap
 
 pytestmark = pytest.mark.gpu
 
+SHAPE = {"head_dim": 64, "hidden_size": 192, "intermediate_size": 320}
+SCORES = [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0]]
+
 
 def rms_ratio(actual, expected):
     assert torch.isfinite(actual).all()
@@ -18,34 +23,116 @@ def rms_ratio(actual, expected):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(("q_len", "kv_len", "causal"), [(123, 123, True), (128, 1000, False), (1, 77, False)])
-def test_attention_with_lse(dtype, tolerance, head_dim, q_len, kv_len, causal):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "q_len", "kv_len", "causal"),
+    [(3, 3, 123, 123, True), (3, 3, 128, 1000, False), (3, 3, 1, 77, False), (8, 2, 123, 123, True)],
+)
+def test_attention_with_lse(dtype, tolerance, head_dim, heads, kv_heads, q_len, kv_len, causal):
     g = torch.Generator("cuda").manual_seed(0)
-    q = torch.randn(3, q_len, head_dim, device="cuda", dtype=dtype, generator=g)
-    k, v = torch.randn(2, 3, kv_len, head_dim, device="cuda", dtype=dtype, generator=g)
+    q = torch.randn(heads, q_len, head_dim, device="cuda", dtype=dtype, generator=g)
+    k, v = torch.randn(2, kv_heads, kv_len, head_dim, device="cuda", dtype=dtype, generator=g)
     out, lse = attention_with_lse(q, k, v, causal, head_dim**-0.5)
+    k, v = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
     expected, expected_lse = reference_attention_with_lse(q, k, v, causal, head_dim**-0.5)
     assert rms_ratio(out, expected) < tolerance
     assert lse.shape == expected_lse.shape
     assert rms_ratio(lse, expected_lse) < tolerance
 
 
+def load(folder, device, kv="int4", weights="fp32", device_share=0.5, **changes):
+    head_map = HeadMap.from_scores(SCORES, sink_size=16, recent_size=48)
+    settings = {"chunk_size": 100, "ctx": 900, "retrieval_ratio": 0.5, "device_share": device_share, **changes}
+    budget = "cpu" if device == "cpu" else "rtx4090-24g"
+    return longrun.load(
+        folder, budget=budget, head_map=head_map, kv_format=kv, weight_format=weights, device=device, **settings
+    )
+
+
+@pytest.mark.parametrize("device_share", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("kv", ["int4", "bf16", "fp32"])
-def test_runtime_on_the_gpu_agrees_with_the_cpu(tmp_path, kv):
-    tiny_model("llama", head_dim=16).save_pretrained(tmp_path)
-    ids = torch.randint(0, 97, (300,), generator=torch.Generator().manual_seed(1))
-    head_map = HeadMap.from_scores([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0]], sink_size=16, recent_size=48)
+def test_runtime_on_the_gpu_agrees_with_the_cpu(tmp_path, kv, family, device_share):
+    """Prefill in chunks, a token at a time over page borders, offloaded pages, rewinding: logits and tokens."""
+    if kv != "int4" and (family != "llama" or device_share == 1.0):
+        pytest.skip("the exact formats share the torch path of the CPU")
+    tiny_model(family, **SHAPE).save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (600,), generator=torch.Generator().manual_seed(1))
     rows = {}
     for device in ("cpu", "cuda"):
-        runtime = longrun.load(
-            tmp_path, budget="cpu" if device == "cpu" else "rtx4090-24g", head_map=head_map, kv_format=kv,
-            weight_format="fp32", device=device, ctx=400, device_share=0.5, chunk_size=64, retrieval_ratio=0.5,
-        )  # fmt: skip
+        runtime = load(tmp_path, device, kv, device_share=device_share)
         session = runtime.new_session()
-        session.prefill(ids[:200])
+        assert (session._engine.decode_graph is not None) == (device == "cuda" and kv == "int4")
+        session.prefill(ids[:350])
         assert session.cache_bytes == runtime.plan.cache_bytes
-        rows[device] = session.score(ids[200:]).cpu()
+        mark = session.mark()
+        found = [session.prefill(token).cpu() for token in ids[350:500].split(1)]
+        session.rewind(mark)
+        found += [session.prefill(token).cpu() for token in ids[350:450].split(1)]
+        found += list(session.score(ids[450:]).cpu())
         session.cache.check()
-        rows[device, "tokens"] = list(session.generate(8, eos=False))
+        rows[device] = torch.stack(found)
+        rows[device, "tokens"] = list(session.generate(100, eos=False))
+        session.cache.check()
     assert rms_ratio(rows["cuda"], rows["cpu"]) < 5e-3
-    assert rows["cuda", "tokens"] == rows["cpu", "tokens"]
+    agreed = sum(a == b for a, b in zip(rows["cuda", "tokens"], rows["cpu", "tokens"], strict=True))
+    assert agreed == 100
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "nf4"])
+def test_weight_formats_decode_as_they_prefill(tmp_path, weights):
+    """One path reads packed weights, the other dequantizes them: the same logits within bf16's rounding."""
+    if weights == "nf4":
+        pytest.importorskip("bitsandbytes")
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (400,), generator=torch.Generator().manual_seed(2))
+    session = load(tmp_path, "cuda", weights=weights, chunk_size=400).new_session()
+    session.prefill(ids[:300])
+    mark = session.mark()
+    at_once = session.score(ids[300:]).cpu()
+    session.rewind(mark)
+    one_by_one = torch.stack([session.prefill(token).cpu() for token in ids[300:-1].split(1)])
+    assert rms_ratio(one_by_one, at_once[1:]) < 5e-2
+
+
+def test_sampling_on_the_gpu_repeats_with_a_seed(tmp_path):
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    session = load(tmp_path, "cuda").new_session()
+    session.prefill(torch.arange(80))
+    mark = session.mark()
+    answers = []
+    for _ in range(2):
+        session.rewind(mark)
+        answers.append(
+            list(session.generate(40, temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.1, seed=3, eos=False))
+        )
+    assert answers[0] == answers[1]
+
+
+def test_nothing_grows_after_the_session_is_made(tmp_path):
+    """Once a session exists, prefill, decode, rewinding and saving take no more memory from the driver."""
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    gc.collect()
+    torch.cuda.empty_cache()
+    session = load(tmp_path, "cuda", weights="bf16", ctx=100_000, chunk_size=8192).new_session()
+    before = torch.cuda.memory_reserved()
+    ids = torch.randint(0, 97, (40_000,), generator=torch.Generator().manual_seed(3))
+    session.prefill(ids)
+    mark = session.mark()
+    list(session.generate(70, eos=False))
+    session.rewind(mark)
+    session.save(tmp_path / "session")
+    session.prefill(ids[:5000])
+    assert torch.cuda.memory_reserved() == before
+
+
+def test_a_saved_session_goes_on_with_the_same_tokens(tmp_path):
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path / "model")
+    runtime = load(tmp_path / "model", "cuda", device_share=0.3)
+    session = runtime.new_session()
+    session.prefill(torch.randint(0, 97, (500,), generator=torch.Generator().manual_seed(4)))
+    list(session.generate(10, eos=False))
+    session.save(tmp_path / "saved")
+    expected = list(session.generate(80, eos=False))
+    del session
+    gc.collect()
+    assert list(runtime.load_session(tmp_path / "saved").generate(80, eos=False)) == expected
