@@ -120,7 +120,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
 
 
 def transfer_ceilings(device: torch.device, num_bytes: int = 2**30) -> dict[str, Any]:
-    """`host_to_device_gb_s` and `device_to_host_gb_s` of pinned copies; on a CPU a copy of 64 MiB within main memory."""
+    """`host_to_device_gb_s` and `device_to_host_gb_s` of pinned copies; on a CPU 64 MiB are copied in main memory."""
     num_bytes = num_bytes if device.type == "cuda" else 2**26
     pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda").random_(0, 256)
     other = torch.empty(num_bytes, dtype=torch.uint8, device=device).fill_(1)
