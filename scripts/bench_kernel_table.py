@@ -67,7 +67,18 @@ def vector_linear() -> list[dict[str, Any]]:
 def streaming_kernels() -> list[dict[str, Any]]:
     import bench_streaming_kernels as bench
 
-    return [common(row) for row in bench.measure()]
+    ceilings = bench.ceilings()
+    rates = {"flop": ceilings["matmul_flop_per_s"], "bytes": max(v for k, v in ceilings.items() if "bytes" in k)}
+    found = []
+    for row in bench.measure():
+        if "error" in row:
+            continue
+        amount = "flop" if "flop" in row else "bytes"
+        size = f"{row['tokens']:,} tokens" if "tokens" in row else f"{row['num_slots']:,} slots"
+        shape = f"{row['kv_heads']} x {row['group']} x {row['head_dim']}, {size}"
+        made = common(row, shape=shape, ceiling="matrix product" if amount == "flop" else "copy")
+        found.append({**made, "fraction_of_ceiling": row[f"{amount}_per_s"] / rates[amount]})
+    return found
 
 
 BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
@@ -82,21 +93,22 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 def common(row: Any, **given: Any) -> dict[str, Any]:
     """A kernel benchmark's own row (dictionary or dataclass) under the names of this table; `details` keeps it whole.
 
-    Taken by the first name that is there: time (`microseconds`, `us`), amount (`bytes`, `flops`) and the fraction of
-    the ceiling (`fraction_of_ceiling`, `fraction_of_copy`, `of_copy`, `of_ceiling`).
+    Taken by the first name that is there: time (`microseconds`, `us`), amount (`bytes`; `flops`, `flop`) and the
+    fraction of the ceiling (`fraction_of_ceiling`, `fraction_of_copy`, `of_copy`, `of_ceiling`). `given` wins.
     """
     row = dict(row) if isinstance(row, dict) else asdict(row)
     fractions = ("fraction_of_ceiling", "fraction_of_copy", "of_copy", "of_ceiling")
     by_copy = "fraction_of_ceiling" not in row and ("fraction_of_copy" in row or "of_copy" in row)
     return {
         "kernel": row["kernel"],
-        "shape": given.get("shape") or str(row.get("shape", "")),
+        "shape": str(row.get("shape", "")),
         "microseconds": _first(row, ("microseconds", "us")),
         "bytes": row.get("bytes"),
-        "flops": row.get("flops"),
+        "flops": _first(row, ("flops", "flop")),
         "fraction_of_ceiling": _first(row, fractions),
         "ceiling": row.get("ceiling") if isinstance(row.get("ceiling"), str) else "copy" if by_copy else None,
         "details": row,
+        **given,
     }
 
 

@@ -21,14 +21,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from longrun import cli
 from longrun.errors import InputError
 from longrun.units import format_bytes, format_tokens
 
+ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
+_CEILINGS = (
+    ("memory_tb_s", 2, "TB/s copied"),
+    ("matmul_tflops", 0, "TFLOP/s in a matrix product"),
+    ("attention_tflops", 0, "TFLOP/s in attention"),
+    ("host_to_device_gb_s", 1, "GB/s from the host"),
+)
 _BLOCK = re.compile(r"^<!-- table: (\w+) ([^>]*?) -->\n(.*?)^<!-- /table -->$", re.MULTILINE | re.DOTALL)
 _OPENING = re.compile(r"^<!-- table:.*$", re.MULTILINE)
 
@@ -65,9 +71,10 @@ def decode(results: Sequence[Row]) -> list[list[str]]:
         own = row["runner"] == "longrun"
         faster = peers[row["length"]] / row["ms"]["median"] if own and row["length"] in peers else None
         fewest = format_bytes(row["bytes_total"]) if own else ""
+        ms = row["ms"]
         table.append([
-            row["runner"], context(row), f"{row['ms']['median']:.2f} ({row['ms']['min']:.2f} to {row['ms']['max']:.2f})",
-            fewest, number(row.get("floor_ms"), 2), share(row.get("floor_over_measured")),
+            row["runner"], context(row), f"{ms['median']:.2f} ({ms['min']:.2f} to {ms['max']:.2f})", fewest,
+            number(row.get("floor_ms"), 2), share(row.get("floor_over_measured")),
             number(row.get("host_overhead_ms"), 2), number(faster, 2), *memory(row),
         ])  # fmt: skip
     return table
@@ -134,10 +141,7 @@ def provenance(name: str, result: Row) -> str:
         parts += [f"{settings['weight_format']} weights, {settings['kv_format']} pages", heads, settings["split_note"]]
         parts += [settings["note"]] if settings.get("note") else []
     ceilings = result.get("ceilings") or {}
-    for key, unit in (("memory_tb_s", "TB/s copied"), ("matmul_tflops", "TFLOP/s in a matrix product"),
-                      ("attention_tflops", "TFLOP/s in attention"), ("host_to_device_gb_s", "GB/s from the host")):  # fmt: skip
-        if key in ceilings:
-            parts.append(f"{ceilings[key]:,.{2 if key == 'memory_tb_s' else 0}f} {unit}")
+    parts += [f"{ceilings[key]:,.{digits}f} {unit}" for key, digits, unit in _CEILINGS if key in ceilings]
     return f"From [{Path(name).name}]({name}): {'; '.join(parts)}."
 
 
@@ -171,7 +175,7 @@ def render(kind: str, names: Sequence[str], folder: Path) -> str:
 
 
 def rendered(text: str, folder: Path) -> str:
-    """The document with all its tables made anew. Raises InputError as `render`, and for a marker that is not closed."""
+    """The document with all its tables made anew. Raises InputError as `render`, and for an unclosed marker."""
     blocks = list(_blocks(text))
     if len(blocks) != len(_OPENING.findall(text)):
         raise InputError("a table marker is not closed: end each with <!-- /table --> on a line of its own")

@@ -1,0 +1,369 @@
+"""The benchmarks run on a CPU with tiny models, count what they say they count, and their tables come from files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+import longrun
+from longrun import report_env
+from longrun.config import ModelConfig
+from longrun.errors import InputError
+from longrun.patterns.head_map import HeadMap
+from longrun.planted import make_planted_model
+from longrun.synthetic_session import make_synthetic
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import bench
+import bench_ceilings
+import bench_common
+import bench_decode
+import bench_kernel_table
+import bench_offload
+import bench_peer
+import bench_prefill
+import bench_tables
+import bench_transformers
+
+CEILINGS = {"gemm_gflops": 100.0, "memory_read_gb_s": 10.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "tiny"
+    save_tiny(folder, "llama", head_dim=32, max_position_embeddings=4096)
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Ceilings as they are on no machine, so that nothing waits for them."""
+    for module in (bench_ceilings, bench_peer):
+        monkeypatch.setattr(module, "cpu_ceilings", lambda: CEILINGS)
+
+
+def run(capsys, tmp_path, *argv: str) -> dict:
+    """The result of a command: the last line, which is also what --json writes."""
+    file = tmp_path / "made" / "result.json"
+    assert bench.main([*map(str, argv), "--json", str(file)]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads(file.read_text()) == result
+    assert {"command", "commit", "torch", "device"} <= result["environment"].keys()
+    return result
+
+
+DECODE = ("--device", "cpu", "--new-tokens", "3", "--repeats", "2")
+
+
+def test_decode_over_synthetic_caches_beside_transformers(model, capsys, tmp_path, quick):
+    lengths = ("--lengths", "1K,2K", "--peer-lengths", "1K", "--retrieval-ratio", "0.5", "--synthetic-cache")
+    result = run(capsys, tmp_path, "decode", "--model", model, *DECODE, *lengths)
+    assert [(row["runner"].split()[0], row["length"], row["synthetic"]) for row in result["rows"]] == [
+        ("longrun", 1000, True), ("longrun", 2000, True), ("transformers", 1000, True),
+    ]  # fmt: skip
+    for row in result["rows"]:
+        assert len(row["ms_tokens"]) == 6 and 0 < row["ms"]["min"] <= row["ms"]["median"] <= row["ms"]["max"]
+    first, second, peer = result["rows"]
+    assert first["floor_ms"] == pytest.approx(first["bytes_total"] / 10e9 * 1e3)
+    assert first["floor_over_measured"] == pytest.approx(first["floor_ms"] / first["ms"]["median"])
+    assert second["bytes_total"] > first["bytes_total"] and first["bytes"]["rings"] > 0
+    assert first["memory"]["plan_device_bytes"] > first["cache_bytes"]
+    assert peer["kv_bytes"] == 2 * 3 * 3 * 32 * 1000 * 4
+    settings = result["settings"]
+    assert (settings["retrieval_heads"], settings["kv_heads"]) == (4, 9) and "arbitrary" in settings["split_note"]
+    assert str(model.parent) not in json.dumps(result)  # folders mean nothing elsewhere
+
+
+def test_decode_after_a_real_prefill(model, capsys, tmp_path, quick):
+    row = run(capsys, tmp_path, "decode", "--model", model, *DECODE, "--lengths", "300")["rows"][0]
+    assert row["synthetic"] is False and row["bytes"]["rings"] == 0
+
+
+def test_the_bytes_of_a_token_are_those_that_the_tensors_hold(model):
+    head_map = HeadMap.uniform(3, 3, 0.5, sink_size=8, recent_size=32)
+    runtime = longrun.load(model, "cpu", head_map, device="cpu", ctx=1000, retrieval_ratio=0.5)
+    session = runtime.new_session()
+    make_synthetic(session, 900)
+    parts = bench_decode.token_bytes(runtime.config, "fp32", "cpu", session.cache.spec, 900)
+    decoder, cache = session._engine.decoder, session.cache
+    row = decoder._embedding[0].nbytes
+    assert parts["weights"] == decoder.weight_bytes - decoder._embedding.nbytes + row
+    rings = pages = index = exact = 0
+    for paged, ring in cache.layers:
+        rings += ring.k.nbytes + ring.v.nbytes if ring is not None else 0
+        if paged is not None:
+            pages += paged.num_heads * paged.num_pooled * cache.spec.page_format.payload_bytes
+            index += paged.index[:, : paged.num_pooled].nbytes
+            exact += paged.sink_k.nbytes * 2 + 2 * paged.tail_k[:, : paged.tail_len(900)].nbytes
+    assert [parts[name] for name in ("page_payloads", "page_index", "sinks_and_tails", "rings")] == [
+        pages, index, exact, rings,
+    ]  # fmt: skip
+    short = bench_decode.token_bytes(runtime.config, "fp32", "cpu", session.cache.spec, 10)
+    assert short["page_payloads"] == 0 and short["sinks_and_tails"] == 4 * 10 * 2 * 32 * 2
+
+
+def test_operations_are_those_of_the_model(model):
+    config = ModelConfig.from_dir(model)
+    split = HeadMap.uniform(3, 3, 0.5, sink_size=2, recent_size=6).split(0.5)
+    found = bench_prefill.prefill_flops(config, split, 500)
+    weights = 96 * (6 + 2 * 3) * 32 + 6 * 32 * 96 + 3 * 136 * 96
+    assert found["linear"] == 2 * 3 * weights * 500
+    pairs = sum(position + 1 for position in range(500))  # what a causal head sees
+    heads = split.total_retrieval * 2
+    assert found["retrieval_attention"] == pytest.approx(4 * 32 * heads * pairs, rel=0.01)
+    window = sum(min(position + 1, 8) for position in range(500))
+    assert found["streaming_attention"] == pytest.approx(4 * 32 * (18 - heads) * window, rel=0.01)
+
+
+def test_prefill_answers_needles_in_the_run_that_is_timed(capsys, tmp_path, quick):
+    planted = make_planted_model(tmp_path / "planted")
+    result = run(
+        capsys, tmp_path, "prefill", "--model", planted.path, "--head-map", planted.head_map, "--retrieval-ratio",
+        "0.125", "--device", "cpu", "--lengths", "900", "--chunk-size", "256", "--needles", "2",
+    )  # fmt: skip
+    row = result["rows"][0]
+    assert (row["exact"], len(row["needles"])) == (2, 2)
+    assert 700 < row["tokens"] <= 900 and len(row["chunk_seconds"]) == -(-row["tokens"] // 256)
+    assert sum(row["chunk_seconds"]) == pytest.approx(row["seconds"])
+    assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"])
+    assert "planted" in result["settings"]["note"]
+
+
+def test_prefill_of_random_tokens_beside_transformers(model, capsys, tmp_path, quick):
+    argv = ("--device", "cpu", "--lengths", "700", "--peer-lengths", "700", "--chunk-size", "256")
+    own, peer = run(capsys, tmp_path, "prefill", "--model", model, *argv)["rows"]
+    assert own["tokens"] == 700 and len(own["chunk_seconds"]) == 3 and "needles" not in own
+    ideal = own["flops"]["linear"] / 0.1e12 / own["seconds"]
+    assert 0 < ideal < own["of_matmul_and_attention"]
+    assert own["of_matmul"] == pytest.approx(sum(own["flops"].values()) / own["seconds"] / 0.1e12)
+    assert peer["tokens_per_s"] > 0 and "error" not in peer
+
+
+def test_an_offloaded_session_is_compared_with_a_resident_one(model, capsys, tmp_path, quick):
+    argv = ("--length", "60K", "--gpu-budget", "442 MB", "--chunk-size", "64", "--synthetic-cache")
+    result = run(capsys, tmp_path, "offload", "--model", model, *DECODE, *argv, "--compare-resident")
+    offloaded, resident = result["rows"]
+    assert offloaded["host_bytes_per_token"] > 0 == resident["host_bytes_per_token"]
+    assert offloaded["host_bytes_per_token"] == pytest.approx(offloaded["host_pool_bytes"], rel=0.05)
+    rate = result["ceilings"]["host_to_device_gb_s"] * 1e9
+    assert offloaded["link_ms"] == pytest.approx(1e3 * offloaded["host_bytes_per_token"] / rate)
+    assert result["agreement"]["all_equal"] and result["agreement"]["tokens"] == 8 + 2 * 3
+    with pytest.raises(InputError, match="nothing would be offloaded"):
+        bench.main(["offload", "--model", str(model), "--device", "cpu", "--length", "1K", "--gpu-budget", "2 GB"])
+
+
+def test_comparing_finds_a_difference():
+    logits = torch.tensor([1.0, 2.0])
+    found = bench_offload.compare([1, 2, 3, 4], [1, 2, 5, 4], logits, logits + 0.5)
+    assert (found["equal_tokens"], found["all_equal"], found["logits_max_difference"]) == (2, False, 0.5)
+
+
+def test_peer_still_runs(model, capsys, tmp_path, quick):
+    result = run(capsys, tmp_path, "peer", "--model", model, "--lengths", "600", "--repeats", "1", "--new-tokens", "2")
+    assert result["rows"][0]["runner"] == "transformers"
+    assert len(result["rows"]) == 3 and all(row["prefill_ratio"] for row in result["rows"][1:])
+
+
+def test_a_peer_without_memory_is_a_row(model, capsys, tmp_path, quick, monkeypatch):
+    def too_much(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 15.9 GiB.\nmore")
+
+    monkeypatch.setattr(bench_transformers.TransformersPeer, "_decode", too_much)
+    argv = ("--lengths", "300", "--peer-lengths", "300")
+    rows = run(capsys, tmp_path, "decode", "--model", model, *DECODE, *argv)["rows"]
+    assert "Tried to allocate 15.9 GiB." in rows[1]["error"] and "error" not in rows[0]
+
+    def defect(*args):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(bench_transformers.TransformersPeer, "_decode", defect)
+    with pytest.raises(RuntimeError, match="shapes"):
+        bench.main(["decode", "--model", str(model), *DECODE, *argv])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", [["decode"], ["prefill"], ["offload", "--gpu-budget", "20 GiB"], ["kernels"]])
+def test_without_a_gpu_one_sentence_says_so(command, model):
+    argv = command if command == ["kernels"] else [*command, "--model", str(model)]
+    with pytest.raises(InputError, match="no GPU") as caught:
+        bench.main(argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_ceilings_of_a_cpu():
+    device = torch.device("cpu")
+    found = {**bench_ceilings.memory_ceilings(device), **bench_ceilings.transfer_ceilings(device)}
+    assert 1e-3 < found["memory_tb_s"] < 10 and 0.1 < found["host_to_device_gb_s"] < 1e4
+    compute = bench_ceilings.compute_ceilings(device)
+    assert 1e-3 < compute["matmul_tflops"] < 100 and 1e-4 < compute["attention_tflops"] < 100
+    assert bench_ceilings.causal_flops(torch.empty(1, 2, 10, 4)) == 4 * 4 * 2 * 10 * 10 / 2
+
+
+def test_host_overhead_takes_the_steps_own_time_first():
+    assert bench_decode.busy_ms([(0, 1000), (500, 2000), (3000, 4000), (3100, 3200)]) == 3.0
+    by_steps = bench_decode.host_overhead(10.0, [7.0, 8.0, 9.0], 6.0)
+    assert (by_steps["host_overhead_ms"], by_steps["host_overhead_by"]) == (2.0, "events around the step")
+    by_profiler = bench_decode.host_overhead(10.0, [], 6.0)
+    assert (by_profiler["host_overhead_ms"], by_profiler["host_overhead_by"]) == (4.0, "profiler")
+    assert bench_decode.host_overhead(10.0, [], None)["host_overhead_ms"] is None
+    session = SimpleNamespace(gpu_step_ms=1.5, cache=SimpleNamespace(device=torch.device("cpu")))
+    assert bench_decode.time_tokens(session, iter([5, 6, 7]), 2)[::2] == ([5, 6], [1.5, 1.5])
+
+
+def test_memory_is_counted_from_before_this_process(monkeypatch):
+    plan = SimpleNamespace(device_bytes=1000, host_bytes=5, total_bytes=1005)
+    watch = bench_common.MemoryWatch(torch.device("cpu"))
+    assert watch.measure(plan)["used_bytes"] > 10**7
+    watch.device, watch.before = torch.device("cuda"), 300
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (4000, 5500))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 900)
+    found = watch.measure(plan)
+    assert (found["used_bytes"], found["ratio_to_plan"], found["torch_peak_reserved_bytes"]) == (1200, 1.2, 900)
+
+
+def test_a_kernel_benchmark_that_fails_leaves_the_others(capsys, tmp_path, monkeypatch):
+    def broken():
+        raise AssertionError("the timed kernel computes something else")
+
+    def fine():
+        row = {"kernel": "store", "us": 5.0, "bytes": 10**6, "fraction_of_copy": 0.5, "heads": 8}
+        return [bench_kernel_table.common(row, shape="8 heads")]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_kernel_table, "BENCHMARKS", {"broken": broken, "fine": fine})
+    monkeypatch.setattr(bench_kernel_table, "release", lambda device: None)
+    monkeypatch.setattr(bench_common, "environment", lambda: {"command": "", "commit": "", "torch": "", "device": ""})
+    result = run(capsys, tmp_path, "kernels")
+    (row,) = result["rows"]
+    assert (row["benchmark"], row["microseconds"], row["fraction_of_ceiling"], row["ceiling"]) == (
+        "fine", 5.0, 0.5, "copy",
+    )  # fmt: skip
+    assert "something else" in result["problems"]["broken"]
+    with pytest.raises(InputError, match="nothing is no kernel benchmark"):
+        bench.main(["kernels", "--only", "nothing"])
+
+
+def test_a_given_commit_counts_only_where_there_is_no_history(monkeypatch):
+    monkeypatch.setenv("LONGRUN_COMMIT", "0123456789ab")
+    monkeypatch.setattr(report_env, "_commit", lambda: "fedcba987654")
+    found = report_env.environment()
+    assert found["commit"] == "fedcba987654" and "commit_given" not in found
+    monkeypatch.setattr(report_env, "_commit", lambda: None)
+    found = report_env.environment()
+    assert found["commit"] == "0123456789ab" and found["commit_given"] is True
+    monkeypatch.delenv("LONGRUN_COMMIT")
+    found = report_env.environment()
+    assert found["commit"] is None and "commit_given" not in found
+
+
+def test_the_command_is_recorded_without_folders(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/bench.py", "decode", "--model", "/home/me/a model", "--lengths", "1K"])
+    assert report_env.environment()["command"].endswith("scripts/bench.py decode --model 'a model' --lengths 1K")
+
+
+ENVIRONMENT = {"device": "NVIDIA H100", "torch": "2.11.0", "commit": "0123456789ab", "commit_given": True}
+SETTINGS = {
+    "retrieval_heads": 128, "kv_heads": 256, "weight_format": "nf4", "kv_format": "int4", "split_note": "a head map",
+    "note": None,
+}  # fmt: skip
+MEMORY = {"used_bytes": 68_000_000_000, "ratio_to_plan": 0.99}
+RESULTS = {
+    "decode": {
+        "settings": SETTINGS, "ceilings": {"memory_tb_s": 3.015}, "rows": [
+            {"runner": "longrun", "length": 96_000, "synthetic": True, "ms": {"median": 5.0, "min": 4.9, "max": 6.0},
+             "bytes_total": 7_500_000_000, "floor_ms": 2.5, "floor_over_measured": 0.5, "host_overhead_ms": 0.25,
+             "memory": MEMORY},
+            {"runner": "transformers bf16", "length": 96_000, "synthetic": True,
+             "ms": {"median": 30.0, "min": 29.0, "max": 31.0}},
+            {"runner": "transformers bf16", "length": 1_000_000, "synthetic": True, "error": "out of memory"},
+        ],
+    },
+    "prefill": {
+        "settings": SETTINGS, "ceilings": {"matmul_tflops": 700.0, "attention_tflops": 500.0}, "rows": [
+            {"runner": "longrun", "length": 128_000, "seconds": 16.04, "tokens_per_s": 7980.0, "tflops": 300.0,
+             "of_matmul": 0.43, "of_matmul_and_attention": 0.51, "needles": [{}, {}, {}], "exact": 3, "memory": MEMORY},
+        ],
+    },
+    "offload": {
+        "settings": SETTINGS, "ceilings": {"host_to_device_gb_s": 55.0},
+        "agreement": {"equal_tokens": 200, "tokens": 200},
+        "rows": [
+            {"runner": name, "length": 10**6, "synthetic": True, "ms": {"median": 200.0}, "memory": MEMORY,
+             "host_bytes_per_token": count, "link_ms": 180.0, "link_over_measured": 0.9}
+            for name, count in (("offloaded", 10**10), ("all resident", 0))
+        ],
+    },
+    "kernels": {
+        "rows": [
+            {"kernel": "int4 decode", "shape": "4x4x128", "microseconds": 111.2, "bytes": 293_000_000, "flops": None,
+             "fraction_of_ceiling": 0.876, "ceiling": "copy"},
+            {"kernel": "banded", "shape": "a|b", "microseconds": 50.0, "bytes": None, "flops": 2.5e10,
+             "fraction_of_ceiling": 0.3, "ceiling": "matrix product"},
+        ],
+    },
+}  # fmt: skip
+EXPECTED = {
+    "decode": "| longrun | 96K, synthetic | 5.00 (4.90 to 6.00) | 7.50 GB | 2.50 | 50.0% | 0.25 | 6.00 | "
+    "68.0 GB | 99% |",
+    "prefill": "| longrun | 128K | 16.0 | 7,980 | 300 | 43.0% | 51.0% | 3 of 3 | 68.0 GB | 99% |",
+    "offload": "| all resident | 1M, synthetic | 200.00 | 0 B | 180.00 | 90.0% | 68.0 GB | 99% | 200 of 200 |",
+    "kernels": "| banded | a\\|b | 50.0 | 25.0 GFLOP | 30.0% | matrix product |",
+}
+
+
+@pytest.fixture
+def document(tmp_path) -> Path:
+    """A document with one table of every kind, still empty, and the result files beside it."""
+    (tmp_path / "results").mkdir()
+    parts = ["# Benchmarks"]
+    for kind, result in RESULTS.items():
+        file = tmp_path / "results" / f"h100-{kind}.json"
+        file.write_text(json.dumps({"benchmark": kind, "environment": ENVIRONMENT, **result}))
+        parts.append(f"## {kind}\n\n<!-- table: {kind} results/{file.name} -->\n<!-- /table -->\n\nText after it.")
+    page = tmp_path / "page.md"
+    page.write_text("\n\n".join(parts) + "\n")
+    return page
+
+
+def test_tables_are_rendered_from_result_files_and_checked(document, capsys):
+    def tables(*more: str) -> int:
+        return bench_tables.main(["--document", str(document), *more])
+
+    assert tables("--check") == 1
+    assert "python scripts/bench_tables.py" in capsys.readouterr().out
+    assert tables() == 0
+    text = document.read_text()
+    for kind, line in EXPECTED.items():
+        assert line in text.splitlines()
+        assert f"From [h100-{kind}.json](results/h100-{kind}.json): NVIDIA H100; torch 2.11.0" in text
+    assert "commit 0123456789ab (as given)" in text and "3.02 TB/s copied" in text
+    assert "| transformers bf16 | 1M, synthetic | out of memory |" in text
+    assert text.count("Text after it.") == 4
+    assert tables("--check") == tables() == tables("--check") == 0
+    assert document.read_text() == text
+    document.write_text(text.replace("5.00 (4.90", "4.00 (4.90"))  # a figure that no file gives
+    assert tables("--check") == 1
+
+
+def test_tables_that_cannot_be_made(document):
+    text = document.read_text()
+    for old, new, message in (
+        ("table: decode", "table: dances", "'dances'"),
+        ("results/h100-decode.json", "results/h100-prefill.json", "of benchmark 'prefill'"),
+        ("results/h100-decode.json", "results/nowhere.json", "cannot be read"),
+        ("-->\n<!-- /table -->", "-->\n", "not closed"),
+    ):
+        document.write_text(text.replace(old, new, 1))
+        with pytest.raises(InputError, match=message):
+            bench_tables.main(["--document", str(document)])
+
+
+def test_the_projects_tables_are_current():
+    assert bench_tables.main(["--check"]) == 0
