@@ -1,5 +1,5 @@
-"""A linear layer for one token, straight from the stored weight, with what stands around it: RMS norm before, bias, SwiGLU
-gate and residual after. One launch, one reading of the weight.
+"""A linear layer for one token, straight from the stored weight, with what stands around it: RMS norm before; bias,
+SwiGLU gate and residual after. One launch, one reading of the weight.
 
 `vector_linear_packed` multiplies int8 and nf4 weights by 16-bit or bfloat16 activations, `vector_linear_dense`
 everything else. Every output is made by one program that sums along in_features in float32 in a fixed order: results

@@ -6,11 +6,11 @@ The rounding is 2^-16 of the chunk's largest value.
 
 **int8**: `dp4a` multiplies four weights with four a or b and adds up, exactly: half an instruction a weight.
 
-**nf4** (QLoRA, arXiv 2305.14314): the 16 code values become `(128 h + l - 8256) / 8127` with 7-bit h and l, within 6.2e-5
-of the code. `prmt` looks four nibbles up in eight table bytes by their low three bits, and replicates the sign bit, 0
-in every entry, where the fourth bit is set: the lookup of the other half is 0 by itself, and the two are or-ed. Of the
-four products h*a, h*b, l*a and l*b the last is below 2^-16 of the largest and is left out. 21 instructions for eight
-weights.
+**nf4** (QLoRA, arXiv 2305.14314): the 16 code values become `(128 h + l - 8256) / 8127` with 7-bit h and l, within
+6.2e-5 of the code. `prmt` looks four nibbles up in eight table bytes by their low three bits, and replicates the sign
+bit, 0 in every entry, where the fourth bit is set: the lookup of the other half is 0 by itself, and the two are or-ed.
+Of the four products h*a, h*b, l*a and l*b the last is below 2^-16 of the largest and is left out. 21 instructions for
+eight weights.
 
 Sums over a chunk stay below 2^22, so an accumulator that starts at the bits of the float 1.5 * 2^23 can be read as that
 float plus the sum: no conversion from integer. Chunks are added up in float32.
@@ -152,7 +152,7 @@ def _planes(x_ptr, norm_ptr, rms, chunk, K: tl.constexpr, NF4: tl.constexpr, NOR
     # The largest magnitude by its bits: NaN is above every number and reaches the output.
     top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
     # The bits of the sum end in the rounded integer plus 128.
-    fixed = (x * (_TOP / top)[:, None] + (_MAGIC + 128.0)).to(tl.int32, bitcast=True)
+    fixed = (x * (1.0 / top * _TOP)[:, None] + (_MAGIC + 128.0)).to(tl.int32, bitcast=True)
     v0, v1, v2, v3 = _split4(fixed, CHUNKS, SIZE // 4)
     if NF4:  # the first of two values is in the high nibble
         a, b = _pack(v1, v0, v3, v2)

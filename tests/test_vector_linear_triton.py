@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ import torch
 from longrun.errors import ConfigError
 from longrun.quant.linear import QuantLinear
 
-triton = pytest.importorskip("triton", reason="Triton is optional without a GPU")
+pytest.importorskip("triton", reason="Triton is optional without a GPU")
+
+import triton
 
 from longrun.kernels import vector_linear_packed
 from longrun.kernels.vector_linear import (
@@ -33,8 +36,8 @@ from longrun.kernels.vector_linear_packed import code_planes, packed_kernel
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="the kernels of this process are interpreted")
 # RMS of the difference over RMS of the reference. The reference rounds a quantized weight to the compute dtype, and
-# both round their result: 2^-9 and 2^-12, relative, each.
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
+# both round their result, up to 2^-9 and 2^-12, relative, each time; the product of gate and up has both errors.
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 STORED = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -160,7 +163,7 @@ def ptx_in_the_interpreter(monkeypatch):
 
 
 if INTERPRETED:
-    SHAPES = [(123, 64), (128, 192), (123, 448), (128, 576)]
+    SHAPES = [(123, 64), (123, 192), (128, 448), (123, 576)]
     CASES = [
         {},
         {"norm": True, "bias": True},
@@ -180,15 +183,15 @@ if INTERPRETED:
     @pytest.mark.parametrize("weight_format", ["fp32", "bf16", "int8", "nf4"])
     def test_interpreted_dense(weight_format, case):
         """float32 activations; bf16 weights take bfloat16 ones, which the interpreter cuts off where GPUs round."""
-        tolerance = 1.2e-2 if weight_format == "bf16" else None
-        for rows, width in SHAPES:
+        tolerance = 2e-2 if weight_format == "bf16" else None
+        for rows, width in SHAPES[CASES.index(case) % 2 :: 2]:
             tuning = Tuning(32, 128, 4, 1)
             run(weight_format, rows, width, torch.float32, case, packed=False, tuning=tuning, tolerance=tolerance)
 
     @pytest.mark.parametrize("case", CASES)
     @pytest.mark.parametrize("weight_format", ["int8", "nf4"])
     def test_interpreted_packed(weight_format, case, ptx_in_the_interpreter):
-        for rows, width in SHAPES:
+        for rows, width in SHAPES[CASES.index(case) % 2 :: 2]:
             run(weight_format, rows, width, torch.float16, case, tuning=Tuning(64, 256, 4, 1))
 
     @pytest.mark.parametrize("weight_format", ["int8", "nf4"])
@@ -227,4 +230,226 @@ def test_kernels_through_the_interpreter():
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 42
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40
+
+
+@not_interpreted
+def test_code_planes_are_near_the_code():
+    code = torch.linspace(-1, 1, 16).sign() * torch.linspace(-1, 1, 16).square()
+    planes = code_planes(code).view(torch.uint8).view(2, 16).int()
+    assert planes.max() < 128
+    assert ((planes[0] * 128 + planes[1] - 8256) / 8127 - code).abs().max() <= 0.51 / 8127
+    assert planes[:, code == 0].tolist() == [[64] * int((code == 0).sum())] * 2
+
+
+@not_interpreted
+def test_ptx_of_a_word_decodes_every_nibble():
+    """One nonzero activation at a time: a is 1 and b is 0, then the other way round."""
+    code = torch.linspace(-1, 1, 16)
+    tables = [np.uint32(t & 0xFFFFFFFF) for t in code_planes(code).tolist()]
+    steps = (code.double() * 8127).round().long() + 8256
+    g = np.random.default_rng(0)
+    for place in range(8):
+        word = g.integers(0, 2**32, 200, dtype=np.uint32)
+        one = np.full_like(word, 1 << (8 * (place % 4)))
+        none = np.zeros_like(word)
+        pair = [one, none] if place < 4 else [none, one]
+        full = [np.full_like(word, t) for t in tables]
+        h, hb, low = run_ptx(vector_linear_packed.NF4_PTX.value, [word, *pair, none, none, none, none, none, *full], 3)
+        nibble = torch.from_numpy(((word >> np.uint32(4 * place)) & 15).astype(np.int64))
+        assert not hb.any() and torch.equal(torch.from_numpy((h * 128 + low).astype(np.int64)), steps[nibble])
+        _, hb, _ = run_ptx(vector_linear_packed.NF4_PTX.value, [word, none, none, *pair, none, none, none, *full], 3)
+        assert np.array_equal(hb, h)
+
+
+@not_interpreted
+def test_ptx_packs_bytes_in_order():
+    numbers = [-32639, -129, 1000, 32639]
+    bits = [int(np.float32(12582912 + 128 + v).view(np.uint32)) for v in numbers]
+    a, b = (signed(w >> (8 * np.arange(4, dtype=np.uint32)) << np.uint32(24)) >> 24 for w in
+            run_ptx(vector_linear_packed.PACK_PTX.value, words(*bits), 2))  # fmt: skip
+    assert (256 * a + b).tolist() == numbers
+
+
+@not_interpreted
+def test_what_no_kernel_serves_is_refused():
+    linear, x, _ = make("bf16", 7, 64, torch.bfloat16)
+    with pytest.raises(ConfigError, match="2 tokens"):
+        vector_linear(x.expand(2, -1), linear)
+    with pytest.raises(ConfigError, match="7 rows"):
+        vector_linear(x, linear, gated=True)
+    for width in (32, 96, 65600):
+        linear, x, _ = make("bf16", 2, width, torch.bfloat16)
+        with pytest.raises(ConfigError, match=f"in_features {width}.*multiples of 64"):
+            vector_linear(x, linear)
+    with pytest.raises(AssertionError):
+        check_shapes(x.float(), make("bf16", 2, 64, torch.bfloat16)[0], None, False, False, None)
+
+
+def build(packed, weight_format, item, width, outputs, capability, **flags):
+    """The kernel as `vector_linear` launches it by default, built without a GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tuning = default_tuning(weight_format, packed, outputs, flags.get("GATED", False))
+    wide = triton.next_power_of_2(width)
+    block_k = min(tuning.block_k, wide)
+    constants = {"K": width, "WIDE": wide, "BLOCK_ROWS": tuning.block_rows, "STAGES": tuning.num_stages}
+    constants |= {"NORM": False, "GATED": False, "BIAS": False, "ADD": False} | flags
+    stored = {"bf16": "bf16", "fp32": "fp32", "int8": "i8", "nf4": "u8"}[weight_format]
+    types = {"scale_ptr": "*fp32", "code_ptr": "*fp32", "table_ptr": "*i32", "rows": "i32", "eps": "fp32"}
+    if packed:
+        kernel, types["w_ptr"] = packed_kernel, "*i32"
+        constants |= {"CHUNKS": block_k // (32 if weight_format == "nf4" else 16), "NF4": weight_format == "nf4"}
+    else:
+        kernel, types["w_ptr"] = dense_kernel, f"*{stored}"
+        vector = {"fp32": 4, "bf16": 8}.get(weight_format, 16)
+        constants |= {"BLOCK_K": block_k, "VECTOR": vector, "FORMAT": weight_format}
+    names = kernel.arg_names
+    types = {n: "constexpr" if n in constants else types.get(n, f"*{item}") for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n][0] == "*" or n == "rows"}
+    source = ASTSource(kernel, types, {(names.index(n),): v for n, v in constants.items()}, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": tuning.num_warps})
+
+
+@not_interpreted
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("packed", "weight_format", "item"),
+    [(True, "nf4", "bf16"), (True, "int8", "bf16"), (False, "bf16", "bf16"), (False, "fp32", "fp32"),
+     (False, "nf4", "fp32"), (False, "int8", "fp32"), (True, "nf4", "fp16")],
+)  # fmt: skip
+def test_compiles_without_a_gpu(packed, weight_format, item, capability):
+    """Llama-3-8B's gate/up with norm and its down projection; a model of width 576."""
+    for width, outputs, flags in (
+        (4096, 14336, {"NORM": True, "GATED": True}),
+        (14336, 4096, {"ADD": True}),
+        (576, 960, {"NORM": True, "BIAS": True}),
+    ):
+        ptx = build(packed, weight_format, item, width, outputs, capability, **flags)
+        assert ptx.asm["cubin"] and f".target sm_{capability}" in ptx.asm["ptx"]
+        if width > 576 and (packed or weight_format != "nf4"):
+            assert re.search(r"ld\.global[.\w]*\.v4", ptx.asm["ptx"])  # 16 bytes an access
+        assert ".local" not in ptx.asm["ptx"]
+        if packed:
+            assert "cvt.rn.f32.s" not in ptx.asm["ptx"] and "dp4a" in ptx.asm["ptx"]
+
+
+# ---- on a GPU ----
+
+# rows and columns of qkv, o, gate_up, down
+LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+LLAMA_1B = [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192)]
+SMOLLM = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
+
+
+@pytest.mark.gpu
+@not_interpreted
+@pytest.mark.parametrize("model", [LLAMA_8B, LLAMA_1B, SMOLLM])
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
+def test_model_shapes_on_the_gpu(weight_format, model):
+    for i, ((rows, width), case) in enumerate(
+        zip(model, ["norm", "accumulate", "norm gated", "accumulate"], strict=True)
+    ):
+        linear, x, norm = make(weight_format, rows, width, torch.bfloat16, bias=i == 0, device="cuda", seed=i)
+        flags = {key: key in case for key in ("gated", "accumulate")}
+        norm = norm if "norm" in case else None
+        first = check(linear, x, norm, **flags)
+        assert torch.equal(check(linear, x, norm, **flags), first)  # bit for bit, call after call
+        if weight_format != "bf16":
+            check(linear, x, norm, packed=False, **flags)
+
+
+@pytest.mark.gpu
+@not_interpreted
+@pytest.mark.parametrize(("rows", "width"), [*LLAMA_8B, *SMOLLM])
+def test_nf4_bytes_on_the_gpu(rows, width):
+    """The layout by hand, without bitsandbytes: random bytes, the first weight of a byte in its high nibble."""
+    g = torch.Generator("cuda").manual_seed(rows)
+    linear = object.__new__(QuantLinear)
+    linear.out_features, linear.in_features, linear.weight_format = rows, width, "nf4"
+    linear.compute_dtype, linear.bias, linear._scale = torch.bfloat16, None, None
+    linear._data = torch.randint(0, 256, (rows * width // 2, 1), generator=g, dtype=torch.uint8, device="cuda")
+    absmax = torch.rand(rows * width // 64, generator=g, device="cuda") + 0.5
+    code = torch.linspace(-1, 1, 16, device="cuda") ** 3
+    linear._state = SimpleNamespace(absmax=absmax, code=code)
+    x = torch.randn(1, width, generator=g, device="cuda").bfloat16()
+    nibbles = torch.stack((linear.data >> 4, linear.data & 15), dim=-1).view(-1, 64).int()
+    weight = (code[nibbles] * absmax[:, None]).view(rows, width)
+    expected = x.double() @ weight.double().T
+    for packed in (True, False):
+        out = torch.full((1, rows), float("nan"), dtype=torch.bfloat16, device="cuda")
+        assert error(vector_linear(x, linear, out, packed=packed), expected.bfloat16()) <= 3e-3
+
+
+@pytest.mark.gpu
+@not_interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_format", ["fp32", "int8", "nf4"])
+def test_odd_shapes_on_the_gpu(weight_format, dtype):
+    for rows, width in ((1, 64), (123, 192), (122, 448), (2050, 576), (77, 65536)):
+        linear, x, norm = make(weight_format, rows, width, dtype, bias=True, device="cuda")
+        x, norm = x.to(linear.compute_dtype), norm.to(linear.compute_dtype)
+        # a third of the bound in float32 is for torch's own order of summation
+        tolerance = 1e-5 if x.dtype == torch.float32 else None
+        check(linear, x, norm, tolerance=tolerance, accumulate=True)
+        if rows % 2 == 0:
+            check(linear, x, norm, tolerance=tolerance, gated=True)
+
+
+@pytest.mark.gpu
+@not_interpreted
+def test_every_tuning_gives_the_same_result():
+    for weight_format in ("bf16", "int8", "nf4"):
+        linear, x, norm = make(weight_format, 512, 4096, torch.bfloat16, device="cuda")
+        for shape in ((2, 1024, 1, 1), (4, 2048, 2, 2), (8, 4096, 4, 1), (4, 4096, 8, 3), (16, 1024, 4, 1)):
+            check(linear, x, norm, gated=True, tuning=Tuning(*shape))
+
+
+@pytest.mark.gpu
+@not_interpreted
+@pytest.mark.parametrize("weight_format", ["int8", "nf4"])
+def test_offsets_beyond_two_gib(weight_format):
+    """More than 2^31 stored bytes of int8, and nf4 of more than 2^32 weights: the last rows are as the first."""
+    need_bitsandbytes(weight_format)
+    width = 16384
+    rows = (2**31 if weight_format == "int8" else 2**32) // width + 256
+    few, x, _ = make(weight_format, 256, width, torch.bfloat16, device="cuda")
+    many = object.__new__(QuantLinear)
+    many.out_features, many.in_features, many.weight_format = rows, width, weight_format
+    many.compute_dtype, many.bias, many._state, many._scale = torch.bfloat16, None, None, None
+    repeat = rows // 256
+    if weight_format == "int8":
+        many._data, many._scale = few.data.repeat(repeat, 1), few.row_scale.repeat(repeat, 1)
+    else:
+        many._data = few.data.repeat(repeat, 1)
+        many._state = SimpleNamespace(absmax=few.absmax.repeat(repeat), code=few.code)
+    assert many.data.numel() > 2**31
+    expected = vector_linear(x, few)
+    assert error(expected, vector_linear_reference(x, few)) <= TOLERANCE[torch.bfloat16]
+    out = torch.full((1, rows), float("nan"), dtype=torch.bfloat16, device="cuda")
+    vector_linear(x, many, out)
+    assert torch.equal(out.view(repeat, 256), expected.expand(repeat, -1))
+    vector_linear(x, many, out.fill_(float("nan")), packed=False)
+    assert error(out[:, -256:], expected) <= TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@not_interpreted
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
+def test_a_captured_call_reads_x_again_and_allocates_nothing(weight_format):
+    linear, x, norm = make(weight_format, 4096, 4096, torch.bfloat16, device="cuda")
+    out = torch.empty(1, 4096, dtype=torch.bfloat16, device="cuda")
+    vector_linear(x, linear, out, norm_weight=norm, eps=1e-5)
+    torch.cuda.synchronize()
+    count = torch.cuda.memory_stats()["allocation.all.allocated"]
+    vector_linear(x, linear, out, norm_weight=norm, eps=1e-5)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == count
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        vector_linear(x, linear, out, norm_weight=norm, eps=1e-5)
+    x.copy_(x.flip(1))
+    out.fill_(float("nan"))
+    graph.replay()
+    expected = vector_linear_reference(x, linear, norm_weight=norm, eps=1e-5)
+    assert error(out, expected) <= TOLERANCE[torch.bfloat16]
