@@ -205,7 +205,7 @@ class CudaAttention:
             )  # fmt: skip
         if pages is not None:
             self._decode_pages(pages, heads, halves)
-        return self._out.view(1, -1)
+        return self._out.view(1, -1).to(self.compute_dtype)
 
     def _decode_pages(self, pages: PagedHeads, heads: int, halves: Iterator[Tensor]) -> None:
         group, dim = self.group, self.spec.head_dim

@@ -57,6 +57,6 @@ class FusedDecode(Protocol):
             q_norm, k_norm: [head_dim] weights of the head norms, or None; eps: theirs.
 
         Returns:
-            float32 [1, num_qo_heads * head_dim], a buffer that the next call overwrites.
+            [1, num_qo_heads * head_dim], compute dtype.
         """
         ...
