@@ -9,7 +9,7 @@ import re
 import shutil
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +171,18 @@ def _peak_resident() -> int | None:
     return int(found.group(1)) * 1024 if found else None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch ran out of memory, on the GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def or_out_of_memory(row: dict[str, Any], work: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """`row` with what `work` adds to it, or with `error` where torch runs out of memory, on the GPU or on the CPU."""
+    problem = None
+    try:
+        row = {**row, **work()}
+    except (RuntimeError, MemoryError) as error:
+        text = str(error) or type(error).__name__
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in text:
+            raise
+        problem = f"out of memory: {text.splitlines()[0][:200]}"
+    release(device)  # the traceback, which holds the tensors, is gone here
+    return row if problem is None else {**row, "error": problem}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -200,22 +209,29 @@ def tokens_text(count: int) -> str:
     return format_tokens(count)
 
 
-def finish(result: dict[str, Any], args: argparse.Namespace) -> int:
-    """Add the environment, write the file that was asked for, print the JSON object as the last line.
+def save(result: dict[str, Any], args: argparse.Namespace, complete: bool = False) -> str:
+    """Write the object so far to the file that was asked for, so that a run that breaks off leaves what it measured.
+
+    Returns:
+        The object as one line of JSON, environment included.
 
     Raises:
         InputError: the file cannot be written (the object is printed all the same).
     """
-    result = {**result, "environment": environment()}
-    text = json.dumps(result)
-    problem = None
+    result = {**result, "complete": complete, "environment": environment()}
     if args.json is not None:
         try:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            problem = f"--json {args.json} cannot be written ({error.strerror}): the object stands above instead"
-    print(text)
-    if problem:
-        raise InputError(problem)
+            print(json.dumps(result))
+            raise InputError(
+                f"--json {args.json} cannot be written ({error.strerror}): the object stands above instead"
+            ) from error
+    return json.dumps(result)
+
+
+def finish(result: dict[str, Any], args: argparse.Namespace) -> int:
+    """Save the complete object and print it as the last line. Raises InputError as `save`."""
+    print(save(result, args, complete=True))
     return 0

@@ -6,10 +6,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from bench_ceilings import memory_ceilings
+from bench_ceilings import gpu_seconds, memory_ceilings
 from bench_common import (
     MemoryWatch,
     check_device,
@@ -18,9 +19,11 @@ from bench_common import (
     finish,
     load_runtime,
     memory_text,
+    or_out_of_memory,
     parse_lengths,
     percent,
     release,
+    save,
     spread,
     synchronize,
     tokens_text,
@@ -75,19 +78,27 @@ def fill(session: Session, length: int, synthetic: bool, seed: int) -> float:
     return time.perf_counter() - start
 
 
-def time_tokens(session: Session, tokens: Iterator[int], count: int) -> tuple[list[int], list[float], list[float]]:
-    """Take `count` tokens: their ids, the wall milliseconds of each, the GPU's own where the session tells them."""
-    ids, wall, on_gpu = [], [], []
+def time_tokens(session: Session, tokens: Iterator[int], count: int) -> tuple[list[int], list[float]]:
+    """Take `count` tokens: their ids, and the wall milliseconds of each."""
+    ids, wall = [], []
     synchronize(session.cache.device)
     for _ in range(count):
         start = time.perf_counter()
         ids.append(next(tokens))
         synchronize(session.cache.device)
         wall.append(1e3 * (time.perf_counter() - start))
-        step = getattr(session, "gpu_step_ms", None)
-        if step is not None:
-            on_gpu.append(step)
-    return ids, wall, on_gpu
+    return ids, wall
+
+
+def graph_ms(session: Session) -> float | None:
+    """Milliseconds of the captured decode step alone, by CUDA events around replays; None without a graph.
+
+    A replay writes the newest token's keys and values once more to where they are: the session may go on.
+    """
+    graph = getattr(session._engine, "decode_graph", None)
+    if graph is None or session.cache.device.type != "cuda":
+        return None
+    return 1e3 * gpu_seconds(graph.replay, 32)
 
 
 def busy_ms(spans: list[tuple[float, float]]) -> float:
@@ -115,7 +126,7 @@ def gpu_busy_ms(work: Callable[[], object]) -> float | None:
 
 
 def decode_row(runtime: Runtime, length: int, args: argparse.Namespace, ceilings: dict, memory: MemoryWatch) -> dict:
-    """One length in a session of its own."""
+    """What is measured at one length, in a session of its own."""
     new, device = args.new_tokens, torch.device(args.device)
     memory.start()
     start = time.perf_counter()
@@ -127,22 +138,17 @@ def decode_row(runtime: Runtime, length: int, args: argparse.Namespace, ceilings
     time_tokens(session, tokens, WARM_TOKENS)
     runs = [time_tokens(session, tokens, new) for _ in range(args.repeats)]
     used = memory.measure(session.plan)
-    wall = [ms for _, times, _ in runs for ms in times]
-    steps = [ms for _, _, times in runs for ms in times]
-    busy = None
+    wall, step, busy = [ms for _, times in runs for ms in times], graph_ms(session), None
     if device.type == "cuda":
         busy = gpu_busy_ms(lambda: [next(tokens) for _ in range(PROFILED_TOKENS)])
         busy = None if busy is None else busy / PROFILED_TOKENS
     return {
-        "runner": "longrun",
-        "length": length,
-        "synthetic": args.synthetic_cache,
         "ms": spread(wall),
-        "ms_repeats": [statistics.fmean(times) for _, times, _ in runs],
+        "ms_repeats": [statistics.fmean(times) for _, times in runs],
         "ms_tokens": wall,
         **floor(token_bytes(runtime.config, session.plan.weight_format, args.device, session.plan.cache, length),
                 statistics.median(wall), ceilings),
-        **host_overhead(statistics.median(wall), steps, busy),
+        **host_overhead(statistics.median(wall), step, busy),
         "allocate_s": allocated,
         "fill_s": filled,
         "cache_bytes": session.cache_bytes,
@@ -158,15 +164,17 @@ def floor(parts: dict[str, int], ms: float, ceilings: dict[str, Any]) -> dict[st
     return {"bytes": parts, "bytes_total": total, "floor_ms": floor_ms, "floor_over_measured": floor_ms / ms}
 
 
-def host_overhead(wall_ms: float, steps: list[float], busy: float | None) -> dict[str, Any]:
+def host_overhead(wall_ms: float, step: float | None, busy: float | None) -> dict[str, Any]:
     """What a token costs beside the GPU's work.
 
-    `gpu_step_ms`: median over steps, by CUDA events around each, where the session tells it (`Session.gpu_step_ms`).
-    `gpu_busy_ms`: time a token in which the GPU ran anything, by the profiler over a few tokens more. The overhead is
-    the median wall time less the first of them that is known; with the second, gaps between kernels count as overhead.
+    Args:
+        wall_ms: median wall time of a token.
+        step: of the captured step alone (`graph_ms`), with the gaps between its kernels.
+        busy: time a token in which the GPU ran anything, by the profiler over a few tokens more.
+
+    The overhead is the wall time less the first of them that is known.
     """
-    step = statistics.median(steps) if steps else None
-    own, by = (step, "events around the step") if step is not None else (busy, "profiler")
+    own, by = (step, "replays of the graph") if step is not None else (busy, "profiler")
     known = own is not None
     return {
         "gpu_step_ms": step, "gpu_busy_ms": busy, "host_overhead_ms": wall_ms - own if known else None,
@@ -190,20 +198,26 @@ def run(args: argparse.Namespace) -> int:
     console = Console(width=160)
     console.print(f"{ceilings['memory_tb_s']:.3f} TB/s ({ceilings['memory_is']})", highlight=False)
     runtime = load_runtime(args, max(lengths) + decoded_tokens(args) + 1)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {"benchmark": "decode", "settings": describe(runtime, args), "ceilings": ceilings, "rows": rows}
+    result |= {"new_tokens": args.new_tokens, "repeats": args.repeats}
     for length in lengths:
-        rows.append(decode_row(runtime, length, args, ceilings, memory))
-        console.print(f"{tokens_text(length)}: {rows[-1]['ms']['median']:.2f} ms a token", highlight=False)
-    settings = describe(runtime, args)
+        row = {"runner": "longrun", "length": length, "synthetic": args.synthetic_cache}
+        row = or_out_of_memory(row, partial(decode_row, runtime, length, args, ceilings, memory), device)
+        rows.append(row)
+        save(result, args)
+        found = row.get("error") or f"{row['ms']['median']:.2f} ms a token"
+        console.print(f"{tokens_text(length)}: {found}", highlight=False)
+    result["settings"] = describe(runtime, args)  # with the notices of all sessions
     del runtime
     release(device)
-    if peer_lengths:
-        peer = TransformersPeer(args.model, device)
-        new = args.new_tokens * args.repeats
-        rows += [peer.decode(length, new, WARM_TOKENS, args.seed, args.synthetic_cache) for length in peer_lengths]
+    peer, new = None, args.new_tokens * args.repeats
+    for length in peer_lengths:
+        peer = peer or TransformersPeer(args.model, device)
+        rows.append(peer.decode(length, new, WARM_TOKENS, args.seed, args.synthetic_cache))
+        save(result, args)
     console.print(table(rows))
-    result = {"benchmark": "decode", "settings": settings, "ceilings": ceilings, "rows": rows}
-    return finish({**result, "new_tokens": args.new_tokens, "repeats": args.repeats}, args)
+    return finish(result, args)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

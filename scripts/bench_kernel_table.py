@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from bench_common import figure, finish, percent, release
+from bench_common import figure, finish, percent, release, save
 from rich.console import Console
 from rich.table import Table
 
@@ -61,7 +61,8 @@ def fused_kernels() -> list[dict[str, Any]]:
 def vector_linear() -> list[dict[str, Any]]:
     import bench_vector_linear as bench
 
-    return [common(row) for row in bench.measure()]
+    ceiling = max(bench.copy_ceilings().values())
+    return [common(row, shape=f"{row['format']}, {row['matrix']}") for row in bench.measure(ceiling)]
 
 
 def streaming_kernels() -> list[dict[str, Any]]:
@@ -134,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
             problems[name] = f"{type(error).__name__}: {error}"[:500]
             console.print(f"{name}: {problems[name]}", highlight=False)
         release(torch.device("cuda"))
+        save({"benchmark": "kernels", "rows": rows, "problems": problems}, args)
     console.print(table(rows))
     return finish({"benchmark": "kernels", "rows": rows, "problems": problems}, args)
 

@@ -19,11 +19,12 @@ from bench_common import (
     memory_text,
     percent,
     release,
+    save,
     spread,
     synchronize,
     tokens_text,
 )
-from bench_decode import WARM_TOKENS, decoded_tokens, fill, floor, time_tokens, token_bytes
+from bench_decode import WARM_TOKENS, decoded_tokens, fill, floor, graph_ms, time_tokens, token_bytes
 from rich.console import Console
 from rich.table import Table
 
@@ -50,10 +51,10 @@ def measure(runtime: Runtime, runner: str, args: argparse.Namespace, ceilings: d
     filled = fill(session, length, args.synthetic_cache, args.seed)
     logits = session.logits.float().cpu()
     tokens = session.generate(decoded_tokens(args), eos=False)
-    ids, _, _ = time_tokens(session, tokens, WARM_TOKENS)
+    ids, _ = time_tokens(session, tokens, WARM_TOKENS)
     wall = []
     for _ in range(args.repeats):
-        new_ids, times, _ = time_tokens(session, tokens, args.new_tokens)
+        new_ids, times = time_tokens(session, tokens, args.new_tokens)
         ids, wall = ids + new_ids, wall + times
     median, on_host = statistics.median(wall), host_bytes_per_token(session)
     link_ms = on_host / ceilings["host_to_device_gb_s"] / 1e6
@@ -69,6 +70,7 @@ def measure(runtime: Runtime, runner: str, args: argparse.Namespace, ceilings: d
         "link_over_measured": link_ms / median,
         **floor(token_bytes(runtime.config, session.plan.weight_format, args.device, session.plan.cache, length),
                 median, ceilings),
+        "gpu_step_ms": graph_ms(session),
         "allocate_s": allocated,
         "host_pool_bytes": session.cache.host_pool.nbytes,
         "host_pool_pinned": session.cache.host_pool.storage.is_pinned() if device.type == "cuda" else False,
@@ -113,6 +115,9 @@ def run(args: argparse.Namespace) -> int:
     settings = {**describe(runtime, args), "gpu_budget": gpu_bytes, "host_budget": runtime.plan.host_budget}
     row, ids, logits = measure(runtime, "offloaded", args, ceilings, memory)
     rows, agreement = [row], None
+    result = {"benchmark": "offload", "settings": settings, "ceilings": ceilings, "rows": rows}
+    result |= {"new_tokens": args.new_tokens, "repeats": args.repeats}
+    save({**result, "agreement": None}, args)
     if args.compare_resident:
         del runtime
         release(device)
@@ -130,8 +135,7 @@ def run(args: argparse.Namespace) -> int:
             f"{agreement['equal_tokens']} of {agreement['tokens']} tokens equal the all-resident session's; logits of "
             f"the first step differ by at most {agreement['logits_max_difference']:.2e}", highlight=False,
         )  # fmt: skip
-    result = {"benchmark": "offload", "settings": settings, "ceilings": ceilings, "rows": rows}
-    return finish({**result, "agreement": agreement, "new_tokens": args.new_tokens, "repeats": args.repeats}, args)
+    return finish({**result, "agreement": agreement}, args)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

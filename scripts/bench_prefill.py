@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from bench_common import (
     finish,
     load_runtime,
     memory_text,
+    or_out_of_memory,
     parse_lengths,
     percent,
     release,
+    save,
     synchronize,
     tokens_text,
 )
@@ -84,8 +87,6 @@ def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceiling
     total, attention = sum(flops.values()), flops["retrieval_attention"] + flops["streaming_attention"]
     ideal = flops["linear"] / ceilings["matmul_tflops"] + attention / ceilings["attention_tflops"]
     return {
-        "runner": "longrun",
-        "length": length,
         "tokens": len(token_ids),
         "chunk_size": session.plan.chunk_size,
         "seconds": seconds,
@@ -151,18 +152,26 @@ def run(args: argparse.Namespace) -> int:
         f"({ceilings['attention_by']})", highlight=False,
     )  # fmt: skip
     runtime = load_runtime(args, max(lengths) + SPARE_TOKENS)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {"benchmark": "prefill", "settings": describe(runtime, args), "ceilings": ceilings, "rows": rows}
     for length in lengths:
-        rows.append(prefill_row(runtime, length, args, ceilings, memory))
-        console.print(f"{tokens_text(length)}: {rows[-1]['tokens_per_s']:.0f} tokens/s", highlight=False)
-    settings, vocab_size = describe(runtime, args), runtime.config.vocab_size
+        row = {"runner": "longrun", "length": length}
+        row = or_out_of_memory(row, partial(prefill_row, runtime, length, args, ceilings, memory), device)
+        rows.append(row)
+        save(result, args)
+        found = row.get("error") or f"{row['tokens_per_s']:.0f} tokens/s"
+        console.print(f"{tokens_text(length)}: {found}", highlight=False)
+    result["settings"] = describe(runtime, args)  # with the notices of all sessions
+    vocab_size = runtime.config.vocab_size
     del runtime
     release(device)
-    if peer_lengths:
-        peer, generator = TransformersPeer(args.model, device), torch.Generator().manual_seed(args.seed)
-        rows += [peer.prefill(torch.randint(0, vocab_size, (n,), generator=generator)) for n in peer_lengths]
+    peer, generator = None, torch.Generator().manual_seed(args.seed)
+    for length in peer_lengths:
+        peer = peer or TransformersPeer(args.model, device)
+        rows.append(peer.prefill(torch.randint(0, vocab_size, (length,), generator=generator)))
+        save(result, args)
     console.print(table(rows))
-    return finish({"benchmark": "prefill", "settings": settings, "ceilings": ceilings, "rows": rows}, args)
+    return finish(result, args)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

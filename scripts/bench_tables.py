@@ -135,6 +135,8 @@ def provenance(name: str, result: Row) -> str:
     found = result["environment"]
     commit = f"commit {found['commit']}{' (as given)' if found.get('commit_given') else ''}"
     parts = [found["device"], f"torch {found['torch']}", commit]
+    if not result.get("complete", True):
+        parts.insert(0, "a run that broke off")
     settings = result.get("settings")
     if settings:
         heads = f"{settings['retrieval_heads']} of {settings['kv_heads']} KV heads keep all tokens"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import is_out_of_memory, release, spread, synchronize
+from bench_common import or_out_of_memory, spread, synchronize
 
 CHUNK = 16384
 
@@ -20,23 +21,22 @@ class TransformersPeer:
     """
 
     def __init__(self, model_dir: Path, device: torch.device) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.device, self.failed = device, None
+        self.device = device
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         name = str(self.dtype).removeprefix("torch.")
         self.runner = f"transformers {name}, SDPA, full attention"
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        try:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                str(model_dir), dtype=self.dtype, attn_implementation="sdpa", local_files_only=True
-            ).eval()
-            self.model.to(device)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self.failed = f"out of memory while the model was loaded: {first_line(error)}"
+        self.failed = or_out_of_memory({}, lambda: self._load(model_dir), device).get("error")
+
+    def _load(self, model_dir: Path) -> dict[str, Any]:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(
+            str(model_dir), dtype=self.dtype, attn_implementation="sdpa", local_files_only=True
+        ).eval()
+        self.model.to(self.device)
+        return {}
 
     def decode(self, length: int, new_tokens: int, warm: int, seed: int, synthetic: bool) -> dict[str, Any]:
         """Milliseconds a token after `length` tokens, which are read in chunks or are random cache content."""
@@ -48,21 +48,14 @@ class TransformersPeer:
         row = {"runner": self.runner, "length": len(token_ids), "chunk_size": CHUNK}
         return self._guarded(row, lambda: self._prefill(token_ids))
 
-    def _guarded(self, row: dict[str, Any], work: Any) -> dict[str, Any]:
+    def _guarded(self, row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if self.failed:
             return {**row, "error": self.failed}
-        problem = None
-        try:
-            row = {**row, **work()}
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            problem = f"out of memory: {first_line(error)}"
-        release(self.device)  # the traceback, which holds the tensors, is gone here
+        row = or_out_of_memory(row, work, self.device)
         if self.device.type == "cuda":
             row["torch_peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
             torch.cuda.reset_peak_memory_stats()
-        return row if problem is None else {**row, "error": problem}
+        return row
 
     @torch.inference_mode()
     def _decode(self, length: int, new_tokens: int, warm: int, seed: int, synthetic: bool) -> dict[str, Any]:
@@ -122,8 +115,3 @@ class TransformersPeer:
             )
             cache.update(k, v, layer_idx)
         return cache
-
-
-def first_line(error: BaseException) -> str:
-    """The first sentence of an error, at most 200 characters."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

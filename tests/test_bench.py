@@ -55,6 +55,7 @@ def run(capsys, tmp_path, *argv: str) -> dict:
     assert bench.main([*map(str, argv), "--json", str(file)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads(file.read_text()) == result
+    assert result["complete"] is True
     assert {"command", "commit", "torch", "device"} <= result["environment"].keys()
     return result
 
@@ -184,8 +185,11 @@ def test_a_peer_without_memory_is_a_row(model, capsys, tmp_path, quick, monkeypa
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(bench_transformers.TransformersPeer, "_decode", defect)
+    file = tmp_path / "broken.json"
     with pytest.raises(RuntimeError, match="shapes"):
-        bench.main(["decode", "--model", str(model), *DECODE, *argv])
+        bench.main(["decode", "--model", str(model), *DECODE, *argv, "--json", str(file)])
+    left = json.loads(file.read_text())  # what was measured before is not lost
+    assert left["complete"] is False and left["rows"][0]["ms"]["median"] > 0 and len(left["rows"]) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -208,13 +212,11 @@ def test_ceilings_of_a_cpu():
 
 def test_host_overhead_takes_the_steps_own_time_first():
     assert bench_decode.busy_ms([(0, 1000), (500, 2000), (3000, 4000), (3100, 3200)]) == 3.0
-    by_steps = bench_decode.host_overhead(10.0, [7.0, 8.0, 9.0], 6.0)
-    assert (by_steps["host_overhead_ms"], by_steps["host_overhead_by"]) == (2.0, "events around the step")
-    by_profiler = bench_decode.host_overhead(10.0, [], 6.0)
+    by_graph = bench_decode.host_overhead(10.0, 8.0, 6.0)
+    assert (by_graph["host_overhead_ms"], by_graph["host_overhead_by"]) == (2.0, "replays of the graph")
+    by_profiler = bench_decode.host_overhead(10.0, None, 6.0)
     assert (by_profiler["host_overhead_ms"], by_profiler["host_overhead_by"]) == (4.0, "profiler")
-    assert bench_decode.host_overhead(10.0, [], None)["host_overhead_ms"] is None
-    session = SimpleNamespace(gpu_step_ms=1.5, cache=SimpleNamespace(device=torch.device("cpu")))
-    assert bench_decode.time_tokens(session, iter([5, 6, 7]), 2)[::2] == ([5, 6], [1.5, 1.5])
+    assert bench_decode.host_overhead(10.0, None, None)["host_overhead_ms"] is None
 
 
 def test_memory_is_counted_from_before_this_process(monkeypatch):
