@@ -81,8 +81,8 @@ class RingWorkspace:
     """What the programs of one call leave for each other; calls that may run at the same time need one each.
 
     Attributes:
-        partials: [num_qo_heads * num_splits, head_dim + 2] float32.
-        counters: [num_qo_heads] int32, zeros before and after a call.
+        partials: [num_qo_heads * num_splits, head_dim + 2] float32, or more rows.
+        counters: [num_qo_heads] int32, or more, zeros before and after a call.
     """
 
     partials: Tensor
@@ -134,9 +134,10 @@ def check_ring_decode(
         raise ConfigError(f"num_splits {num_splits} at {ring_k.shape[1]} slots: take {least} to 65535")
     if num_splits > 1 and workspace is not None:
         rows = heads * group * num_splits
-        if workspace.partials.shape != (rows, dim + 2) or workspace.counters.numel() < heads * group:
+        held = workspace.partials.shape
+        if held[0] < rows or held[1] != dim + 2 or workspace.counters.numel() < heads * group:
             raise ConfigError(
-                f"workspace holds {list(workspace.partials.shape)}, the call asks for {[rows, dim + 2]}: "
+                f"workspace holds {list(held)}, the call asks for {[rows, dim + 2]}: "
                 f"make one with RingWorkspace.make({heads * group}, {num_splits}, {dim}, ...)"
             )
 

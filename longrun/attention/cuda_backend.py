@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -18,6 +19,7 @@ from longrun.cache.pages import PagedHeads
 from longrun.kernels.gpu_kernels import GpuKernels
 from longrun.kernels.int4_decode import DecodePages, Workspace
 from longrun.kernels.int4_pages import ExactRun, PageRun
+from longrun.kernels.ring_decode import RingWorkspace, default_splits
 from longrun.quant.page_codec import exact_dtype
 
 
@@ -75,7 +77,13 @@ class CudaAttention:
         self._workspaces = {
             n: Workspace.empty(n, self.kernels.default_splits(n), self.group, spec.head_dim, device) for n in counts
         }
-        held = [self._q, self._out, self._part, self._lse, self._part_lse, *self._fetch_tables.values()]
+        ring_heads = spec.num_kv_heads - min(cache.spec.retrieval_heads)
+        self._ring_workspace = RingWorkspace.make(
+            ring_heads * self.group, default_splits(cache.spec.ring_slots), spec.head_dim, device
+        )
+        self._side = torch.cuda.Stream() if self.kernels.on_gpu else None
+        held = [self._ring_workspace.partials, self._ring_workspace.counters]
+        held += [self._q, self._out, self._part, self._lse, self._part_lse, *self._fetch_tables.values()]
         held += [tensor for space in self._workspaces.values() for tensor in (space.out, space.stats)]
         held_bytes = sum(tensor.nbytes for tensor in held)
         assert held_bytes <= spec.decode_bytes(), (held_bytes, spec.decode_bytes())
@@ -197,15 +205,32 @@ class CudaAttention:
         )  # fmt: skip
         heads = 0 if pages is None else pages.num_heads
         split = heads * group
-        if ring is not None:
-            shape = (-1, group, self.spec.head_dim)
-            self.kernels.ring_decode(
-                self._q[split:].view(shape), ring.k, ring.v, state.ring_len, self.softmax_scale,
-                self._out[split:].view(shape),
-            )  # fmt: skip
+        with self._beside():
+            if ring is not None:
+                shape = (-1, group, self.spec.head_dim)
+                self.kernels.ring_decode(
+                    self._q[split:].view(shape), ring.k, ring.v, state.ring_len, self.softmax_scale,
+                    self._out[split:].view(shape), self._ring_workspace,
+                )  # fmt: skip
         if pages is not None:
             self._decode_pages(pages, heads, halves)
+        self._join()
         return self._out.view(1, -1).to(self.compute_dtype)
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Queue on the side stream, after what the current stream has been given so far; see `_join`."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
+
+    def _join(self) -> None:
+        """The current stream goes on when the side stream is through."""
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
 
     def _decode_pages(self, pages: PagedHeads, heads: int, halves: Iterator[Tensor]) -> None:
         group, dim = self.group, self.spec.head_dim

@@ -12,6 +12,7 @@ DEFAULT_SCRATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 # Partial results of split-KV decode: no GPU runs more programs at once, and one needs a row a query head of its group.
 MAX_DECODE_PROGRAMS = 1024
+RING_TILE = 128  # slots of a ring that one program reads
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class AttentionSpec:
             return 0
         split_results = MAX_DECODE_PROGRAMS * self.group * (self.head_dim + 2) * 4
         rows = 4 * self.num_qo_heads * (self.head_dim + 1) * 4
-        return self.head_counts * split_results + rows + 4 * self.fetch_table_pages
+        ring_splits = -(-(self.sink_size + self.recent_size) // RING_TILE)
+        rings = self.num_qo_heads * (ring_splits * (self.head_dim + 2) + 1) * 4
+        return self.head_counts * split_results + rows + rings + 4 * self.fetch_table_pages
 
     def activation_bytes(self) -> int:
         """Upper estimate of the live tensors of one chunk.
