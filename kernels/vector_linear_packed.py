@@ -172,6 +172,12 @@ def packed_kernel(
     SIZE: tl.constexpr = 32 if NF4 else 16
     TILE: tl.constexpr = 2 * BLOCK_ROWS if GATED else BLOCK_ROWS
     row, inside = tile_rows(rows, BLOCK_ROWS, GATED)
+    # With one step its loads start here, and the norm and the fixed point of x are made while they are under way.
+    ONE_STEP: tl.constexpr = CHUNKS * SIZE >= K
+    if ONE_STEP:
+        words = _load_words(w_ptr, row, inside, 0, K, NF4, CHUNKS)
+        if NF4:
+            absmax = _load_absmax(scale_ptr, row, inside, 0, K, CHUNKS)
     rms = 0.0
     if NORM:
         rms = root_mean_square(x_ptr, eps, K, WIDE)
@@ -181,9 +187,10 @@ def packed_kernel(
     acc = tl.zeros((TILE, CHUNKS), tl.float32)
     start = tl.full((1, CHUNKS), _MAGIC_BITS, tl.int32)
     for chunk in tl.range(0, K // SIZE, CHUNKS, num_stages=STAGES):
-        words = _load_words(w_ptr, row, inside, chunk, K, NF4, CHUNKS)
-        if NF4:
-            absmax = _load_absmax(scale_ptr, row, inside, chunk, K, CHUNKS)
+        if not ONE_STEP:
+            words = _load_words(w_ptr, row, inside, chunk, K, NF4, CHUNKS)
+            if NF4:
+                absmax = _load_absmax(scale_ptr, row, inside, chunk, K, CHUNKS)
         a, b, top = _planes(x_ptr, norm_ptr, rms, chunk, K, NF4, NORM, CHUNKS)
         w0, w1, w2, w3 = _split4(words, TILE, CHUNKS)
         if NF4:
