@@ -66,7 +66,7 @@ def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
         payload = plan.cache.page_format.payload_bytes
         pinned = pinned_bytes(plan.cache.host_pages * payload, parts.on_pin)
         host_storage = pinned.tensor.view(plan.cache.host_pages, payload)
-    mover = KernelPageMover(kernels.store_pages, kernels.copy_pages)
+    mover = KernelPageMover(kernels.store_pages, kernels.copy_pages, kernels.on_gpu)
     cache = DualCache(plan.cache, decoder.device, mover, host_storage)
     _check_bytes(cache, plan)
     attention = CudaAttention(cache, plan.attention, decoder.compute_dtype, kernels)
@@ -77,9 +77,14 @@ def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
 
 
 def _reserve_activations(plan: Plan) -> None:
-    """Have torch's allocator take the planned activations from the driver now; chunks are cut from them later."""
-    planned = sum(item.bytes for item in plan.items if item.name in ("activations", "logits"))
-    torch.empty(planned, dtype=torch.uint8, device="cuda")
+    """Have torch's allocator take the planned activations from the driver now; chunks are cut from them later.
+
+    Tensors below 1 MiB come from memory of their own.
+    """
+    planned = {item.name: item.bytes for item in plan.items}
+    small = [torch.empty(2**19, dtype=torch.uint8, device="cuda") for _ in range(planned["small tensors"] // 2**19)]
+    large = torch.empty(planned["activations"] + planned["logits"], dtype=torch.uint8, device="cuda")
+    del small, large
 
 
 def _check_bytes(cache: DualCache, plan: Plan) -> None:

@@ -80,18 +80,23 @@ def test_runtime_on_the_gpu_agrees_with_the_cpu(tmp_path, kv, family, device_sha
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "nf4"])
 def test_weight_formats_decode_as_they_prefill(tmp_path, weights):
-    """One path reads packed weights, the other dequantizes them: the same logits within bf16's rounding."""
+    """One path reads packed weights, the other dequantizes them. How far bf16 rounding alone puts decode and prefill
+    apart on a tiny, peaked model, plain torch shows: the kernels may not be worse."""
     if weights == "nf4":
         pytest.importorskip("bitsandbytes")
     tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (400,), generator=torch.Generator().manual_seed(2))
-    session = load(tmp_path, "cuda", weights=weights, chunk_size=400).new_session()
-    session.prefill(ids[:300])
-    mark = session.mark()
-    at_once = session.score(ids[300:]).cpu()
-    session.rewind(mark)
-    one_by_one = torch.stack([session.prefill(token).cpu() for token in ids[300:-1].split(1)])
-    assert rms_ratio(one_by_one, at_once[1:]) < 5e-2
+    apart = {}
+    for compiled in (True, False):
+        runtime = load(tmp_path, "cuda", weights=weights, chunk_size=400, compiled_kernels=compiled)
+        session = runtime.new_session()
+        session.prefill(ids[:300])
+        mark = session.mark()
+        at_once = session.score(ids[300:]).cpu()
+        session.rewind(mark)
+        one_by_one = torch.stack([session.prefill(token).cpu() for token in ids[300:-1].split(1)])
+        apart[compiled] = rms_ratio(one_by_one, at_once[1:])
+    assert apart[True] < 1.25 * apart[False]
 
 
 def test_sampling_on_the_gpu_repeats_with_a_seed(tmp_path):

@@ -102,6 +102,7 @@ class CudaAttention:
                 ring.sink_size, ring.recent_size, self.softmax_scale, out[:, split:].view(grouped),
             )  # fmt: skip
         if pages is not None:
+            pages.begin_spill(step.start + step.num_tokens)
             self._prefill_pages(q[:, :split], k[:heads], v[:heads], pages, step.start, out[:, :split])
         self.cache.append(layer_idx, k, v, step.start)
         return out

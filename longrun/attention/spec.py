@@ -12,7 +12,7 @@ DEFAULT_SCRATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 # Partial results of split-KV decode: no GPU runs more programs at once, and one needs a row a query head of its group.
 MAX_DECODE_PROGRAMS = 1024
-RING_TILE = 128  # slots of a ring that one program reads
+RING_TILE = 64  # slots of a ring that one program reads
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,15 @@ class PageMover(Protocol):
         """Copy payloads from pool to pool; both slots int32 of one shape on the compute device."""
         ...
 
+    def copy_behind(
+        self, source: PagePool, source_slots: Tensor, target: PagePool, target_slots: Tensor
+    ) -> Callable[[], None]:
+        """`copy` beside what is queued from now on; the result makes the current stream wait for its end.
+
+        Until then neither the source's pages nor the target's may be written.
+        """
+        ...
+
     def fetch(self, pool: PagePool, slots: Tensor, out: Tensor) -> None:
         """Payloads at `slots` (int32, any shape) in order to `out`, uint8 [n, payload_bytes] on the compute device."""
         ...
@@ -53,6 +62,12 @@ class TorchPageMover:
     def copy(self, source: PagePool, source_slots: Tensor, target: PagePool, target_slots: Tensor) -> None:
         target.write(target_slots, source.read(source_slots))
 
+    def copy_behind(
+        self, source: PagePool, source_slots: Tensor, target: PagePool, target_slots: Tensor
+    ) -> Callable[[], None]:
+        self.copy(source, source_slots, target, target_slots)
+        return lambda: None
+
     def fetch(self, pool: PagePool, slots: Tensor, out: Tensor) -> None:
         pool.read(slots, out=out)
 
@@ -62,10 +77,12 @@ class KernelPageMover:
 
     Args:
         store_pages, copy_pages: `kernels.page_store.store_pages` and `kernels.page_copy.copy_pages`, or references.
+        on_gpu: copies behind run on a stream of their own.
     """
 
-    def __init__(self, store_pages: Callable[..., None], copy_pages: Callable[..., None]) -> None:
+    def __init__(self, store_pages: Callable[..., None], copy_pages: Callable[..., None], on_gpu: bool) -> None:
         self._store_pages, self._copy_pages = store_pages, copy_pages
+        self._stream = torch.cuda.Stream() if on_gpu else None
 
     def quantize(
         self, k: Tensor, v: Tensor, pool: PagePool, slots: Tensor, index: Tensor | None, first: int, fmt: PageFormat
@@ -80,6 +97,21 @@ class KernelPageMover:
             source.storage, source_slots.contiguous(), target.storage, target_slots.contiguous(),
             src_offset=source.first_slot, dst_offset=target.first_slot, num_programs=HOST_PROGRAMS,
         )  # fmt: skip
+
+    def copy_behind(
+        self, source: PagePool, source_slots: Tensor, target: PagePool, target_slots: Tensor
+    ) -> Callable[[], None]:
+        stream = self._stream
+        if stream is None:
+            self.copy(source, source_slots, target, target_slots)
+            return lambda: None
+        slots = source_slots.contiguous(), target_slots.contiguous()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.copy(source, slots[0], target, slots[1])
+        for used in slots:
+            used.record_stream(stream)
+        return lambda: torch.cuda.current_stream().wait_stream(stream)
 
     def fetch(self, pool: PagePool, slots: Tensor, out: Tensor) -> None:
         to = torch.arange(slots.numel(), dtype=torch.int32, device=slots.device).view(slots.shape)

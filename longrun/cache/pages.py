@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,15 @@ from longrun.cache.pool import PagePool
 from longrun.kernels.int4_pages import ExactRun, PageRun
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import exact_dtype
+
+
+@dataclass(frozen=True)
+class _Leaving:
+    """Pages up to `end` on their way to host `slots`, int32 [num_heads, n]; `wait` orders the current stream."""
+
+    end: int
+    slots: Tensor
+    wait: Callable[[], None]
 
 
 class PagedHeads:
@@ -43,6 +55,7 @@ class PagedHeads:
         self.sink_v = torch.zeros_like(self.sink_k)
         self.num_pooled = 0
         self.num_on_host = 0
+        self._leaving: _Leaving | None = None
 
     @property
     def num_heads(self) -> int:
@@ -126,18 +139,39 @@ class PagedHeads:
         self.num_pooled, self.num_on_host = total, on_host
         return parts
 
+    def begin_spill(self, seq_len: int) -> None:
+        """Start copying the pages that will leave for the host pool by the time `seq_len` tokens are appended; until
+        the append they are read where they were."""
+        assert self._leaving is None
+        end = min(self.fmt.pooled_pages(seq_len) - self.device_quota, self.num_pooled)
+        if end <= self.num_on_host:
+            return
+        old = self.table[:, self.num_on_host : end]
+        new = self.host_pool.allocate(old.numel()).view(old.shape).to(self.table.device)
+        self._leaving = _Leaving(end, new, self.mover.copy_behind(self.device_pool, old, self.host_pool, new))
+
     def _spill(self, begin: int, end: int) -> None:
         if begin >= end:
             return
         old = self.table[:, begin:end]
-        new = self.host_pool.allocate(old.numel()).view(old.shape).to(self.table.device)
-        self.mover.copy(self.device_pool, old, self.host_pool, new)
+        if self._leaving is not None:
+            assert self._leaving.end == end
+            new = self._leaving.slots
+            self._leaving.wait()
+            self._leaving = None
+        else:
+            new = self.host_pool.allocate(old.numel()).view(old.shape).to(self.table.device)
+            self.mover.copy(self.device_pool, old, self.host_pool, new)
         self.device_pool.release(old)
         self.table[:, begin:end] = new
 
     def truncate(self, num_pooled: int) -> None:
         """Drop pooled pages from `num_pooled` on and free their slots."""
         assert num_pooled <= self.num_pooled
+        if self._leaving is not None:  # the step that was to append broke off
+            self._leaving.wait()
+            self.host_pool.release(self._leaving.slots)
+            self._leaving = None
         on_host = min(self.num_on_host, num_pooled)
         self.host_pool.release(self.table[:, num_pooled : max(num_pooled, self.num_on_host)])
         self.device_pool.release(self.table[:, max(num_pooled, self.num_on_host) : self.num_pooled])
