@@ -64,7 +64,8 @@ def _write_values(out, token_stride, payload, scales, first_row, HEAD_DIM: tl.co
     tl.store(start + HALF, _value(packed >> 4, scale, minimum).to(out.dtype.element_ty))
 
 
-@triton.jit
+# one compilation for all pieces of a sequence
+@triton.jit(do_not_specialize=["table_head_stride", "first", "count", "slot_offset"])
 def dequantize_kernel(
     k_out, v_out, storage, halves, table, index,
     k_head_stride, k_token_stride, v_head_stride, v_token_stride,

@@ -91,7 +91,8 @@ def _store_values(
     tl.store(scales + PAGE_SIZE + token, minimum)
 
 
-@triton.jit
+# one compilation for all chunks of a sequence
+@triton.jit(do_not_specialize=["slots_head_stride", "slots_page_stride", "count", "slot_offset"])
 def store_kernel(
     k, v, storage, halves, slots, index, page_numbers,
     k_head_stride, k_token_stride, k_channel_stride, v_head_stride, v_token_stride, v_channel_stride,

@@ -19,6 +19,8 @@ from longrun.plan import Plan
 if TYPE_CHECKING:
     from longrun.kernels.gpu_kernels import GpuKernels
 
+_WARM_TOKENS = 300  # several pages
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -71,9 +73,22 @@ def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
     _check_bytes(cache, plan)
     attention = CudaAttention(cache, plan.attention, decoder.compute_dtype, kernels)
     graph = DecodeGraph(decoder, parts.rotary_host, attention, capture=kernels.on_gpu)
+    engine = Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, graph)
     if kernels.on_gpu:
         _reserve_activations(plan)
-    return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, graph)
+        _warm_up(engine)
+    return engine
+
+
+def _warm_up(engine: Engine) -> None:
+    """Compile what prefill needs on a short text, and forget it: a kernel that does not compile is heard of now."""
+    empty = engine.cache.mark()
+    chunk = min(_WARM_TOKENS, engine.chunk_size, engine.cache.spec.capacity // 2)
+    for _ in range(2):
+        if chunk > 1:
+            engine.run(torch.zeros(chunk, dtype=torch.int64))
+    engine.cache.rewind(empty)
+    torch.cuda.synchronize()
 
 
 def _reserve_activations(plan: Plan) -> None:
