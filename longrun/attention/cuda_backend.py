@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -81,7 +80,6 @@ class CudaAttention:
         self._ring_workspace = RingWorkspace.make(
             ring_heads * self.group, default_splits(cache.spec.ring_slots), spec.head_dim, device
         )
-        self._side = torch.cuda.Stream() if self.kernels.on_gpu else None
         held = [self._ring_workspace.partials, self._ring_workspace.counters]
         held += [self._q, self._out, self._part, self._lse, self._part_lse, *self._fetch_tables.values()]
         held += [tensor for space in self._workspaces.values() for tensor in (space.out, space.stats)]
@@ -206,32 +204,15 @@ class CudaAttention:
         )  # fmt: skip
         heads = 0 if pages is None else pages.num_heads
         split = heads * group
-        with self._beside():
-            if ring is not None:
-                shape = (-1, group, self.spec.head_dim)
-                self.kernels.ring_decode(
-                    self._q[split:].view(shape), ring.k, ring.v, state.ring_len, self.softmax_scale,
-                    self._out[split:].view(shape), self._ring_workspace,
-                )  # fmt: skip
+        if ring is not None:
+            shape = (-1, group, self.spec.head_dim)
+            self.kernels.ring_decode(
+                self._q[split:].view(shape), ring.k, ring.v, state.ring_len, self.softmax_scale,
+                self._out[split:].view(shape), self._ring_workspace,
+            )  # fmt: skip
         if pages is not None:
             self._decode_pages(pages, heads, halves)
-        self._join()
         return self._out.view(1, -1).to(self.compute_dtype)
-
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """Queue on the side stream, after what the current stream has been given so far; see `_join`."""
-        if self._side is None:
-            yield
-            return
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            yield
-
-    def _join(self) -> None:
-        """The current stream goes on when the side stream is through."""
-        if self._side is not None:
-            torch.cuda.current_stream().wait_stream(self._side)
 
     def _decode_pages(self, pages: PagedHeads, heads: int, halves: Iterator[Tensor]) -> None:
         group, dim = self.group, self.spec.head_dim
