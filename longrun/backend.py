@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +14,7 @@ import torch
 from longrun.attention.torch_backend import TorchAttention
 from longrun.cache.dual import DualCache
 from longrun.engine import Engine
+from longrun.errors import ConfigError
 from longrun.kernels.cpu_int4 import CpuInt4Kernels
 from longrun.model.decoder import Decoder
 from longrun.model.rope import RotaryTable
@@ -72,12 +76,34 @@ def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
     cache = DualCache(plan.cache, decoder.device, mover, host_storage)
     _check_bytes(cache, plan)
     attention = CudaAttention(cache, plan.attention, decoder.compute_dtype, kernels)
-    graph = DecodeGraph(decoder, parts.rotary_host, attention, capture=kernels.on_gpu)
-    engine = Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, graph)
-    if kernels.on_gpu:
-        _reserve_activations(plan)
-        _warm_up(engine)
+    with _naming_kernels():
+        graph = DecodeGraph(decoder, parts.rotary_host, attention, capture=kernels.on_gpu)
+        engine = Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, graph)
+        if kernels.on_gpu:
+            _reserve_activations(plan)
+            _warm_up(engine)
     return engine
+
+
+@contextmanager
+def _naming_kernels() -> Iterator[None]:
+    """Turn Triton's errors, of compiling or of a GPU too small for a kernel, into one sentence with the kernel's file.
+
+    Raises:
+        ConfigError: a kernel cannot be compiled or launched here.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "triton":
+            raise
+        files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        name = next((file.stem for file in reversed(files) if file.parent.name == "kernels"), "a kernel")
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"the GPU kernel {name} cannot be compiled or run on this GPU ({type(error).__name__}: {reason}): use "
+            f"kv_format bf16, or device cpu"
+        ) from error
 
 
 def _warm_up(engine: Engine) -> None:

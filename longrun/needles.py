@@ -30,6 +30,7 @@ ANSWER = "The magic number of {name} is:"
 KEY_DIGITS = 7
 
 _SEPARATOR = "\n\n"
+_SAMPLE_SENTENCES = 2000
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 
 
@@ -69,6 +70,7 @@ class NeedleQuestion:
     token_ids: tuple[int, ...]
     expected_ids: tuple[int, ...]
     at: float  # where the needle stands, as a fraction of the haystack's characters
+    depth: float | None = None  # where it was asked to stand
 
 
 @dataclass(frozen=True)
@@ -203,29 +205,38 @@ def _read_text(path: Path) -> str:
 
 
 def build_prompt(
-    tokenizer: PreTrainedTokenizerBase, haystack: Haystack, needles: Sequence[Needle], length: int, depth: float
+    tokenizer: PreTrainedTokenizerBase,
+    haystack: Haystack,
+    needles: Sequence[Needle],
+    length: int,
+    depth: float | Sequence[float],
 ) -> NeedlePrompt:
     """The prompt of one cell: at most `length` tokens, less than about two sentences (or 0.5%) short of it.
 
     Args:
         tokenizer: the model's own; its chat template is used where it has one, else plain text.
         haystack: sentences, cut at a sentence's end so that the whole fits.
-        needles: all are put around `depth`, between sentences and apart from each other.
+        needles: put between sentences and apart from each other; those of one depth around it.
         length: tokens of document and longest question together.
-        depth: 0 (before the first sentence) to 1 (after the last).
+        depth: 0 (before the first sentence) to 1 (after the last); one for all, or one for each needle.
 
     Raises:
-        InputError: depth outside 0..1, length too short for the needles, or a haystack that ends too early.
+        InputError: depth outside 0..1 or not one a needle, length too short for the needles, or a haystack that ends
+            too early.
     """
-    if not 0.0 <= depth <= 1.0:
-        raise InputError(f"depth {depth} is outside 0..1: 0 is the haystack's start, 1 its end")
+    depths = [float(depth)] * len(needles) if isinstance(depth, int | float) else [float(one) for one in depth]
+    if len(depths) != len(needles):
+        raise InputError(f"{len(depths)} depths were given for {len(needles)} needle(s): give one, or one a needle")
+    for one in depths:
+        if not 0.0 <= one <= 1.0:
+            raise InputError(f"depth {one} is outside 0..1: 0 is the haystack's start, 1 its end")
     writer = _PromptWriter(tokenizer)
     sample = haystack.take(1)[0]
     questions = [writer.question_ids(needle, anchor=sample) for needle in needles]
     room = length - max(len(token_ids) for token_ids, _ in questions)
 
     def document(num_sentences: int) -> tuple[list[int], list[float]]:
-        text, places = _place(haystack.take(num_sentences), needles, depth)
+        text, places = _place(haystack.take(num_sentences), needles, depths)
         return writer.document_ids(text), places
 
     ids, places = document(1)
@@ -238,21 +249,27 @@ def build_prompt(
     return NeedlePrompt(
         ids,
         tuple(
-            NeedleQuestion(needle, tuple(token_ids), tuple(expected), at)
-            for needle, (token_ids, expected), at in zip(needles, questions, places, strict=True)
+            NeedleQuestion(needle, tuple(token_ids), tuple(expected), at, one)
+            for needle, (token_ids, expected), at, one in zip(needles, questions, places, depths, strict=True)
         ),
     )
 
 
 def _longest_that_fits(document, room: int, first: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
-    """Search the number of sentences by secant steps: each try tokenizes the whole text, so there are only a few."""
+    """Search the number of sentences by secant steps: each try tokenizes the whole text, so there are only a few.
+
+    A text of `_SAMPLE_SENTENCES` tells how long sentences are, then one try that aims a little short of the room is
+    enough for long texts: millions of tokens are tokenized once.
+    """
     best, low, high = first, 1, None
     per_sentence = 20.0
     while high is None or high - low > 1:
         missing = room - len(best[0])
         if low > 1 and missing <= max(1.5 * per_sentence, 0.005 * room):
             break
-        guess = low + max(1, int(missing / per_sentence))
+        guess = low + max(1, int((missing - 0.002 * room) / per_sentence))
+        if low == 1:
+            guess = min(guess, _SAMPLE_SENTENCES)
         guess = guess if high is None else min(guess, high - 1)
         tried = document(guess)
         per_sentence = max(1.0, (len(tried[0]) - len(first[0])) / (guess - 1))
@@ -263,26 +280,49 @@ def _longest_that_fits(document, room: int, first: tuple[list[int], list[float]]
     return best
 
 
-def _place(sentences: list[str], needles: Sequence[Needle], depth: float) -> tuple[str, list[float]]:
+def _place(sentences: list[str], needles: Sequence[Needle], depths: Sequence[float]) -> tuple[str, list[float]]:
     """The text with the needles between its sentences, and each needle's place as a fraction of the characters."""
     starts = [0, *accumulate(len(sentence) + 1 for sentence in sentences)]
+    groups: dict[float, list[int]] = {}
+    for number, depth in enumerate(depths):
+        groups.setdefault(depth, []).append(number)
+    order = [(index, number) for depth in sorted(groups) for index, number in _around(starts, depth, groups[depth])]
+    if len(groups) > 1:
+        order = _apart(sorted(order), len(sentences))
+    parts: list[str] = []
+    previous = 0
+    places = [0.0] * len(needles)
+    for index, number in order:
+        parts += sentences[previous:index]
+        parts.append(needles[number].sentence)
+        places[number] = starts[index] / starts[-1]
+        previous = index
+    return " ".join(parts + sentences[previous:]), places
+
+
+def _around(starts: list[int], depth: float, numbers: list[int]) -> list[tuple[int, int]]:
+    """(sentences before it, number) of each needle of one depth; `starts` are the sentences' first characters."""
+    count = len(starts) - 1
     target = bisect_left(starts, depth * starts[-1])
     if target > 0 and depth * starts[-1] - starts[target - 1] < starts[target] - depth * starts[-1]:
         target -= 1
-    apart = max(1, len(sentences) // 200)
-    apart = min(apart, len(sentences) // max(1, len(needles) - 1)) if len(needles) > 1 else apart
-    width = apart * (len(needles) - 1)
-    first = min(max(0, target - width // 2), len(sentences) - width)
-    parts: list[str] = []
-    previous = 0
-    places = []
-    for number, needle in enumerate(needles):
-        index = max(0, first + number * apart)
-        parts += sentences[previous:index]
-        parts.append(needle.sentence)
-        places.append(starts[index] / starts[-1])
-        previous = index
-    return " ".join(parts + sentences[previous:]), places
+    apart = max(1, count // 200)
+    apart = min(apart, count // max(1, len(numbers) - 1)) if len(numbers) > 1 else apart
+    width = apart * (len(numbers) - 1)
+    first = min(max(0, target - width // 2), count - width)
+    return [(max(0, first + place * apart), number) for place, number in enumerate(numbers)]
+
+
+def _apart(order: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """At least one sentence between neighbours as long as there are enough of them; `order` is sorted."""
+    found: list[int] = []
+    for index, _ in order:
+        found.append(index if not found else max(index, found[-1] + 1))
+    latest = count
+    for place in range(len(found) - 1, -1, -1):
+        found[place] = max(0, min(found[place], latest))
+        latest = found[place] - 1
+    return [(index, number) for index, (_, number) in zip(found, order, strict=True)]
 
 
 class _PromptWriter:

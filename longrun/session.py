@@ -109,7 +109,7 @@ class Session:
         waiting = self._ids[self.seq_len :]
         self._check_room(len(waiting) + len(new))
         done, total = 0, len(waiting) + len(new)
-        todo = torch.tensor([*waiting, *new.tolist()], dtype=torch.int64)
+        todo = torch.cat((torch.tensor(waiting, dtype=torch.int64), new)) if waiting else new
         del self._ids[self.seq_len :]
 
         def on_chunk(count: int, logits: Tensor) -> None:
@@ -185,7 +185,7 @@ class Session:
             logits = self.logits
             assert logits is not None
             if params.repetition_penalty != 1 and isinstance(seen, tuple):
-                seen = seen_tokens(self._ids, logits.shape[0], logits.device)
+                seen = seen_tokens(self._id_tensor(), logits.shape[0], logits.device)
             token_id = sample(logits, params, self._generator, seen)
             self._ids.append(token_id)
             if isinstance(seen, Tensor):
@@ -268,10 +268,16 @@ class Session:
 
     def snapshot(self) -> dict[str, Tensor]:
         """What beside the cache makes the session: int32 token ids, logits if there are any, random state."""
-        found = {"token_ids": torch.tensor(self._ids, dtype=torch.int32), "generator": self._generator.get_state()}
+        found = {"token_ids": self._id_tensor(), "generator": self._generator.get_state()}
         if self._logits is not None:
             found["logits"] = self._logits.cpu()
         return found
+
+    def _id_tensor(self) -> Tensor:
+        """int32 [num_tokens], a copy made without a Python object a token."""
+        return (
+            torch.frombuffer(self._ids, dtype=torch.int32).clone() if self._ids else torch.empty(0, dtype=torch.int32)
+        )
 
     def restore(self, token_ids: Tensor, logits: Tensor | None, generator_state: Tensor, extra: dict[str, Any]) -> None:
         """Take over what `snapshot` gave; the cache has been filled already."""

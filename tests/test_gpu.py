@@ -7,6 +7,7 @@ import torch
 from tiny_models import tiny_model
 
 import longrun
+from longrun.errors import PlanError
 from longrun.kernels.dense_attention import attention_with_lse, reference_attention_with_lse
 from longrun.patterns.head_map import HeadMap
 
@@ -128,6 +129,17 @@ def test_nothing_grows_after_the_session_is_made(tmp_path):
     session.save(tmp_path / "session")
     session.prefill(ids[:5000])
     assert torch.cuda.memory_reserved() == before
+
+
+def test_memory_that_another_process_holds_is_refused(tmp_path):
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    gc.collect()
+    torch.cuda.empty_cache()
+    held = torch.empty(torch.cuda.mem_get_info()[0] - 5 * 10**9, dtype=torch.uint8, device="cuda")
+    with pytest.raises(PlanError, match="of GPU memory, and .* are free, as .* are taken already"):
+        load(tmp_path, "cuda", ctx=40_000_000)
+    del held
+    torch.cuda.empty_cache()
 
 
 def test_a_saved_session_goes_on_with_the_same_tokens(tmp_path):

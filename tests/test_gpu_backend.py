@@ -8,9 +8,13 @@ from tiny_models import tiny_model
 
 pytest.importorskip("triton", reason="the GPU backend needs Triton, which is optional without a GPU")
 
+from longrun import backend
 from longrun.backend import Parts, build_engine
 from longrun.budget import Budget
 from longrun.config import ModelConfig
+from longrun.errors import ConfigError
+from longrun.kernels import gpu_kernels
+from longrun.kernels.cuda_module import CudaUnavailable
 from longrun.kernels.gpu_kernels import reference_kernels
 from longrun.model.checkpoint import load_decoder
 from longrun.model.rope import RopeParameters, RotaryTable
@@ -32,7 +36,7 @@ def rms_ratio(actual, expected):
     return ((actual.double() - expected.double()).pow(2).mean() / expected.double().pow(2).mean()).sqrt().item()
 
 
-def engines(folder, scores="mixed", device_share=1.0, chunk_size=100, **changes):
+def engines(folder, scores="mixed", device_share=1.0, chunk_size=100, kernels=None, **changes):
     """The fused engine over reference kernels, and the plain torch one, of the same checkpoint and split."""
     config = ModelConfig.from_dir(folder)
     head_map = HeadMap.from_scores(SCORES[scores], sink_size=16, recent_size=48)
@@ -44,12 +48,12 @@ def engines(folder, scores="mixed", device_share=1.0, chunk_size=100, **changes)
     for fused in (True, False):
         plan = make_plan(config, budget, CTX, split=split, device_share=device_share, gpu_kernels=fused)
         assert plan.attention.fused == fused
-        kernels = reference_kernels() if fused else None
-        decoder = load_decoder(folder, config, permutation, "fp32", "cpu", 64, kernels)
+        used = (kernels or reference_kernels()) if fused else None
+        decoder = load_decoder(folder, config, permutation, "fp32", "cpu", 64, used)
         if changes:
             cache = dataclasses.replace(plan.cache, **changes)
             plan = dataclasses.replace(plan, cache=cache)
-        found.append(build_engine(Parts(decoder, rotary, rotary, None, kernels), plan))
+        found.append(build_engine(Parts(decoder, rotary, rotary, None, used), plan))
     return found
 
 
@@ -110,6 +114,31 @@ def test_rewinding_over_a_flushed_tail(tmp_path):
     fused.cache.check()
     again = torch.stack([fused.run(token)[-1] for token in ids[190:].split(1)])
     assert torch.equal(first, again)
+
+
+def test_a_kernel_that_does_not_compile_is_named(tmp_path, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from longrun.kernels import ring_decode
+
+    def fail(*args, **kwargs):
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    broken = dataclasses.replace(reference_kernels(), ring_decode=ring_decode.ring_decode)
+    monkeypatch.setattr(ring_decode, "check_ring_decode", fail)
+    message = r"GPU kernel ring_decode cannot .*shared memory.*bf16"
+    with pytest.raises(ConfigError, match=message), backend._naming_kernels():
+        engines(tmp_path, kernels=broken)[0].run(torch.arange(1))
+
+
+def test_nvrtc_missing_is_one_sentence(monkeypatch):
+    def unavailable(head_dim):
+        raise CudaUnavailable("libnvrtc.so.13 was not found")
+
+    monkeypatch.setattr(gpu_kernels, "CudaInt4Decode", unavailable)
+    with pytest.raises(ConfigError, match=r"INT4 decode kernel .*libnvrtc.so.13 was not found.*kv_format bf16"):
+        gpu_kernels.load_gpu_kernels(128)
 
 
 def test_decode_buffers_are_planned(tmp_path):
