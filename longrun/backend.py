@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from longrun.attention.torch_backend import TorchAttention
 from longrun.cache.dual import DualCache
+from longrun.cache.pinned_pool import PinnedMemory
 from longrun.engine import Engine
 from longrun.errors import ConfigError
 from longrun.kernels.cpu_int4 import CpuInt4Kernels
@@ -33,7 +34,7 @@ class Parts:
     Attributes:
         rotary, rotary_host: on the compute device, and in host memory.
         cpu_kernels, gpu_kernels: compiled kernels of the device, or None.
-        on_pin: called with (bytes pinned, bytes in all).
+        pinned: host memory for pages beyond the GPU's.
     """
 
     decoder: Decoder
@@ -41,7 +42,7 @@ class Parts:
     rotary_host: RotaryTable
     cpu_kernels: CpuInt4Kernels | None
     gpu_kernels: GpuKernels | None
-    on_pin: Callable[[int, int], None] | None = None
+    pinned: PinnedMemory | None = None
 
 
 def build_engine(parts: Parts, plan: Plan) -> Engine:
@@ -62,17 +63,15 @@ def build_engine(parts: Parts, plan: Plan) -> Engine:
 def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
     from longrun.attention.cuda_backend import CudaAttention
     from longrun.cache.page_movers import KernelPageMover
-    from longrun.cache.pinned import pinned_bytes
     from longrun.decode_graph import DecodeGraph
 
     kernels, decoder = parts.gpu_kernels, parts.decoder
     assert kernels is not None
-    host_storage = None
-    if plan.cache.host_pages and kernels.on_gpu:
-        payload = plan.cache.page_format.payload_bytes
-        pinned = pinned_bytes(plan.cache.host_pages * payload, parts.on_pin)
-        host_storage = pinned.tensor.view(plan.cache.host_pages, payload)
     mover = KernelPageMover(kernels.store_pages, kernels.copy_pages, kernels.on_gpu)
+    host_storage = None
+    if plan.cache.host_pages and parts.pinned is not None:
+        payload = plan.cache.page_format.payload_bytes
+        host_storage = parts.pinned.take(plan.cache.host_pages * payload, mover).view(-1, payload)
     cache = DualCache(plan.cache, decoder.device, mover, host_storage)
     _check_bytes(cache, plan)
     attention = CudaAttention(cache, plan.attention, decoder.compute_dtype, kernels)

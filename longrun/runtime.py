@@ -14,6 +14,7 @@ import torch
 from longrun import gpu_checks
 from longrun.backend import Parts, build_engine
 from longrun.budget import Budget
+from longrun.cache.pinned_pool import PinnedMemory
 from longrun.config import ModelConfig
 from longrun.errors import CheckpointError, InputError
 from longrun.kernels.cpu_int4 import CpuInt4Kernels, KernelUnavailable
@@ -135,7 +136,8 @@ class Runtime:
         rope = RopeParameters.from_dir(folder)
         rotary_host = RotaryTable(rope, config.head_dim)
         rotary = rotary_host if plan.device_type == "cpu" else RotaryTable(rope, config.head_dim, self._device)
-        self._parts = Parts(decoder, rotary, rotary_host, cpu_kernels, gpu_kernels, on_pin)
+        pinned = PinnedMemory(on_pin) if plan.device_type == "cuda" else None
+        self._parts = Parts(decoder, rotary, rotary_host, cpu_kernels, gpu_kernels, pinned)
         self.tokenizer = self._load_tokenizer()
         self.eos_token_ids = _eos_token_ids(folder)
         self._identity = SessionIdentity(

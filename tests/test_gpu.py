@@ -136,7 +136,7 @@ def test_memory_that_another_process_holds_is_refused(tmp_path):
     gc.collect()
     torch.cuda.empty_cache()
     held = torch.empty(torch.cuda.mem_get_info()[0] - 5 * 10**9, dtype=torch.uint8, device="cuda")
-    with pytest.raises(PlanError, match="of GPU memory, and .* are free, as .* are taken already"):
+    with pytest.raises(PlanError, match=r"of GPU memory, and .* are free, as .* are taken already"):
         load(tmp_path, "cuda", ctx=40_000_000)
     del held
     torch.cuda.empty_cache()

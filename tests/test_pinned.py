@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from longrun.cache import host_memory, pinned
-from longrun.cache.pinned import CannotPin, CudaRegistrar, pinned_bytes
+from longrun.cache.pinned import CannotPin, CudaRegistrar, PinnedBuffer, pinned_bytes
+from longrun.cache.pinned_pool import PinnedMemory
 from longrun.cache.pool import PagePool
 from longrun.errors import PlanError
 
@@ -452,3 +453,27 @@ def test_unregistered_from_a_thread_without_cuda():
     at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     registrar.register(at, 2**20)  # the driver has no stale entry, also where the system gives the same address again
     registrar.unregister(at)
+
+
+class Owner:
+    pass
+
+
+def test_pinned_memory_is_kept_for_the_next_session():
+    asked = []
+
+    def pin(num_bytes, on_progress):
+        asked.append(num_bytes)
+        return PinnedBuffer(torch.zeros(num_bytes, dtype=torch.uint8), num_bytes, lambda: None)
+
+    memory, first = PinnedMemory(pin=pin), Owner()
+    address = memory.take(1000, first).data_ptr()
+    second = Owner()
+    assert memory.take(400, second).data_ptr() != address  # the first owner is alive
+    del first, second
+    third = Owner()
+    taken = memory.take(300, third)
+    assert len(taken) == 300 and asked == [1000, 400]
+    del third
+    fourth = Owner()
+    assert len(memory.take(500, fourth)) == 500 and asked == [1000, 400, 500]
