@@ -204,6 +204,46 @@ def test_same_seed_same_prompt_and_longer_prompts_begin_alike(words):
     assert longer.document_ids[:500] == one.document_ids[:500]
 
 
+def test_every_needle_has_a_depth_of_its_own(words):
+    depths = [0.99, 0.0, 0.5, 0.5, 1.0, 0.25]
+    needles = make_needles(6, 3)
+    prompt = build_prompt(words, Haystack.generated(3), needles, 20_000, depths)
+    assert 20_000 * 0.99 <= prompt.num_tokens <= 20_000
+    text = words.decode(prompt.document_ids)
+    assert [question.needle for question in prompt.questions] == list(needles)
+    assert [question.depth for question in prompt.questions] == depths
+    for question in prompt.questions:
+        assert abs(question.at - question.depth) < 0.01
+        found = text.find(f"The magic number of {question.needle.name} is")
+        assert found >= 0 and abs(found / len(text) - question.depth) < 0.02
+    assert len({question.at for question in prompt.questions}) == 6  # a sentence at least between any two
+    alike = build_prompt(words, Haystack.generated(3), needles, 5000, [0.5] * 6)
+    assert alike == build_prompt(words, Haystack.generated(3), needles, 5000, 0.5)
+    crowded = build_prompt(words, Haystack.generated(3), needles, 300, [i / 5 for i in range(6)])
+    assert all(f"of {needle.name} is" in words.decode(crowded.document_ids) for needle in needles)
+    with pytest.raises(InputError, match="2 depths were given for 6 needle"):
+        build_prompt(words, Haystack.generated(3), needles, 5000, [0.0, 1.0])
+    with pytest.raises(InputError, match=r"depth -0\.1"):
+        build_prompt(words, Haystack.generated(3), needles, 5000, [0.0, 1.0, 0.5, 0.5, 0.5, -0.1])
+
+
+def test_a_long_text_is_tokenized_once(words):
+    """One pass over the whole text, and samples of bounded size: millions of tokens take no longer than they must."""
+    passes = []
+
+    class Counting:
+        chat_template = None
+
+        def __call__(self, text, **options):
+            passes.append(len(text))
+            return words(text, **options)
+
+    prompt = build_prompt(Counting(), Haystack.generated(4), make_needles(3, 4), 200_000, 0.5)
+    assert 199_000 <= prompt.num_tokens <= 200_000
+    assert sum(passes) < 1.4 * max(passes)
+    assert prompt == build_prompt(words, Haystack.generated(4), make_needles(3, 4), 200_000, 0.5)
+
+
 def test_too_short_a_length_says_what_is_needed(words):
     with pytest.raises(InputError, match=r"length 60 is too short for 3 needle.*at least (\d+) tokens") as caught:
         build_prompt(words, Haystack.generated(1), make_needles(3, 1), 60, 0.5)
