@@ -62,7 +62,10 @@ def add_prefill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--lengths", default="128K,512K,1M", help="tokens read")
     sub.add_argument("--peer-lengths", help="lengths at which transformers reads, too, in chunks of 16,384")
     sub.add_argument("--needles", type=int, default=0, metavar="N", help="read a text that hides N numbers, and ask")
-    sub.add_argument("--depth", type=float, default=0.5, help="where the needles are hidden, 0 to 1")
+    sub.add_argument(
+        "--depth", default="0.5", metavar="D|D,D,...|spread",
+        help="where the needles are hidden, 0 to 1: one depth, one a needle, or spread evenly from 0 to 1",
+    )  # fmt: skip
     sub.set_defaults(run=run)
 
 

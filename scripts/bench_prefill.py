@@ -62,7 +62,8 @@ def prefill_flops(config: ModelConfig, split: HeadSplit, num_tokens: int) -> dic
 def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceilings: dict, memory: MemoryWatch) -> dict:
     """Read one text in a session of its own; with needles also ask for them."""
     device = torch.device(args.device)
-    prompt, token_ids = make_text(runtime, length, args)
+    depth = parse_depths(args.depth, args.needles)
+    prompt, token_ids = make_text(runtime, length, depth, args)
     memory.start()
     session = runtime.new_session(length + SPARE_TOKENS)
     empty = session.mark()
@@ -98,15 +99,34 @@ def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceiling
         "chunk_seconds": chunks,
         "cache_bytes": session.cache_bytes,
         "memory": memory.measure(session.plan),
-        **(
-            {}
-            if answers is None
-            else {"needles": answers, "exact": sum(a["exact"] for a in answers), "depth": args.depth}
-        ),
+        **({} if answers is None else {"needles": answers, "exact": sum(a["exact"] for a in answers), "depth": depth}),
     }
 
 
-def make_text(runtime: Runtime, length: int, args: argparse.Namespace) -> tuple[NeedlePrompt | None, torch.Tensor]:
+def parse_depths(text: str, needles: int) -> float | list[float]:
+    """Where needles go: one depth for all, `a,b,c` one a needle, or `spread`, evenly from 0 to 1.
+
+    Raises:
+        InputError: not a number within 0..1, or not as many as there are needles.
+    """
+    if text == "spread":
+        return [round(i / (needles - 1), 6) for i in range(needles)] if needles > 1 else 0.5
+    try:
+        depths = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--depth {text} is not a depth: give 0 to 1, a list like 0,0.5,1, or spread") from None
+    if not all(0 <= depth <= 1 for depth in depths):
+        raise InputError(f"--depth {text} leaves 0..1: 0 is the text's start, 1 its end")
+    if len(depths) > 1 and len(depths) != needles:
+        raise InputError(
+            f"--depth {text} gives {len(depths)} depths for {needles} needle(s): give one, or one a needle"
+        )
+    return depths[0] if len(depths) == 1 else depths
+
+
+def make_text(
+    runtime: Runtime, length: int, depth: float | list[float], args: argparse.Namespace
+) -> tuple[NeedlePrompt | None, torch.Tensor]:
     """What is read: needle text with its questions, or random token ids of exactly `length`.
 
     Raises:
@@ -117,8 +137,8 @@ def make_text(runtime: Runtime, length: int, args: argparse.Namespace) -> tuple[
         return None, torch.randint(0, runtime.config.vocab_size, (length,), generator=generator)
     if runtime.tokenizer is None:
         raise InputError(f"model folder {args.model} has no tokenizer: needles are text, so leave --needles out")
-    needles = make_needles(args.needles, seed=f"{args.seed}/{length}/{args.depth}")
-    prompt = build_prompt(runtime.tokenizer, Haystack.generated(args.seed), needles, length, args.depth)
+    needles = make_needles(args.needles, seed=f"{args.seed}/{length}/{depth}")
+    prompt = build_prompt(runtime.tokenizer, Haystack.generated(args.seed), needles, length, depth)
     return prompt, torch.tensor(prompt.document_ids, dtype=torch.int64)
 
 
@@ -143,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
     lengths, peer_lengths = parse_lengths(args.lengths), parse_lengths(args.peer_lengths, "--peer-lengths")
     if not lengths:
         raise InputError("prefill needs at least one length: give --lengths 128K")
+    parse_depths(args.depth, args.needles)
     memory = MemoryWatch(device)
     ceilings = compute_ceilings(device)
     release(device)

@@ -1,6 +1,7 @@
 """Needle sweep: hide numbers at every depth of texts of every length, and count how many a model gives back.
 
-Writes results.json (after every cell; a stopped run goes on where it was) and heatmap.png.
+Writes results.json (after every cell; a stopped run goes on where it was) and heatmap.png. With --one-document the
+needles of every depth stand in one text a length, which is read once: where reading takes minutes, the only way.
 Example: python scripts/needle_sweep.py --lengths 1K,4K --depths 5 --kv int4 --control full --out sweeps/demo
 """
 
@@ -11,7 +12,7 @@ import gc
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from longrun.cli import run
 from longrun.errors import InputError
 from longrun.needle_report import draw_heatmap, grid, summary
 from longrun.needle_results import SweepResults
-from longrun.needles import Haystack, NeedlePrompt, build_prompt, make_needles
+from longrun.needles import Haystack, NeedlePrompt, NeedleQuestion, build_prompt, make_needles
 from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
 
@@ -40,6 +41,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", required=True, metavar="1K,4K,...", help="prompt lengths in the model's tokens")
     parser.add_argument("--depths", type=int, default=5, metavar="N", help="evenly spaced depths from 0 to 1")
     parser.add_argument("--needles", type=int, default=3, metavar="N", help="needles a cell")
+    parser.add_argument(
+        "--one-document", action="store_true", help="one text a length with the needles of every depth, read once"
+    )
+    parser.add_argument("--chunk-size", metavar="N", help="tokens of a prefill step (default: the budget's)")
     parser.add_argument("--head-map", default="full", metavar="DIR|full")
     parser.add_argument("--retrieval-ratio", type=float, metavar="R", help="share of the map's KV heads to keep")
     parser.add_argument("--kv", choices=["int4", "bf16", "fp32"], help="KV page format (default: the budget's)")
@@ -65,7 +70,7 @@ def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--depths {arguments.depths} must be at least 1: it is the number of depths from 0 to 1")
     last = arguments.depths - 1
     depths = [round(i / last, 6) for i in range(arguments.depths)] if last else [0.5]
-    make_needles(arguments.needles, 0)
+    make_needles(arguments.needles * (len(depths) if arguments.one_document else 1), 0)
     files = []
     for path in arguments.haystack or []:
         if not path.is_file():
@@ -84,6 +89,9 @@ def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "haystack": files or "generated",
         "control": arguments.control,
         "seed": arguments.seed,
+        # None where they are not used, as in the results of sweeps that knew no such options
+        "one_document": arguments.one_document or None,
+        "chunk_size": None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
     }
 
 
@@ -92,9 +100,15 @@ def ask(
 ) -> list[dict[str, Any]]:
     """Prefill the document once, then put every question to it: greedy answer, and each token right if forced."""
     session.prefill(prompt.document_ids, progress=progress)
-    document_end = session.mark()
+    return put_questions(session, prompt.questions, decode, session.mark())
+
+
+def put_questions(
+    session: Session, questions: Sequence[NeedleQuestion], decode: Callable[[list[int]], str], document_end: Any
+) -> list[dict[str, Any]]:
+    """Put every question to the document that ends at the mark `document_end`."""
     answers = []
-    for question in prompt.questions:
+    for question in questions:
         session.rewind(document_end)
         session.prefill(question.token_ids)
         asked = session.mark()
@@ -106,6 +120,7 @@ def ask(
         answers.append(
             {
                 "name": question.needle.name,
+                "depth": question.depth,
                 "at": round(question.at, 4),
                 "expected": question.needle.key,
                 "generated": text,
@@ -128,9 +143,75 @@ def run_cell(
     """One cell in a session of its own: the record for results.json."""
     needles = make_needles(settings["needles"], seed=f"{settings['seed']}/{length}/{depth}")
     prompt = build_prompt(runtime.tokenizer, haystack, needles, length, depth)
-    session = runtime.new_session(capacity=capacity_for(prompt.num_tokens))
+    session = make_session(runtime, prompt)
     start = time.perf_counter()
-    answers = ask(session, prompt, lambda ids: runtime.tokenizer.decode(ids, skip_special_tokens=True), progress)
+    document_end, read = read_document(session, prompt, progress)
+    answers = put_questions(session, prompt.questions, decoder(runtime), document_end)
+    return record(setting, length, depth, prompt, session, answers, time.perf_counter() - start, read)
+
+
+def run_document(
+    runtime: Runtime,
+    haystack: Haystack,
+    settings: dict[str, Any],
+    setting: str,
+    length: int,
+    depths: Sequence[float],
+    progress: Callable[[int, int], None],
+) -> Iterator[dict[str, Any]]:
+    """The cells `depths` of one length, all from one document with the needles of all depths, read once.
+
+    The document is the same whatever cells are still wanted. `seconds` of a cell are its questions' alone.
+    """
+    every = [depth for depth in settings["depths"] for _ in range(settings["needles"])]
+    needles = make_needles(len(every), seed=f"{settings['seed']}/{length}/one document")
+    prompt = build_prompt(runtime.tokenizer, haystack, needles, length, every)
+    session = make_session(runtime, prompt)
+    document_end, read = read_document(session, prompt, progress)
+    for depth in depths:
+        start = time.perf_counter()
+        questions = [question for question in prompt.questions if question.depth == depth]
+        answers = put_questions(session, questions, decoder(runtime), document_end)
+        cell = record(setting, length, depth, prompt, session, answers, time.perf_counter() - start, read)
+        yield cell | {"shared_document": {"needles": len(every), "depths": len(settings["depths"])}}
+
+
+def make_session(runtime: Runtime, prompt: NeedlePrompt) -> Session:
+    """A session for the prompt, once nothing is left of those before it (pools, pinned memory)."""
+    release_memory()
+    return runtime.new_session(capacity=capacity_for(prompt.num_tokens))
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more: sessions may stand in reference cycles."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def decoder(runtime: Runtime) -> Callable[[list[int]], str]:
+    return lambda ids: runtime.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def read_document(
+    session: Session, prompt: NeedlePrompt, progress: Callable[[int, int], None]
+) -> tuple[Any, dict[str, float]]:
+    """The mark at the document's end, and how long reading took (the mark waits for the GPU)."""
+    start = time.perf_counter()
+    session.prefill(prompt.document_ids, progress=progress)
+    document_end = session.mark()
+    seconds = time.perf_counter() - start
+    speed = len(prompt.document_ids) / seconds
+    return document_end, {"prefill_seconds": round(seconds, 3), "prefill_tokens_per_s": round(speed, 1)}
+
+
+def record(
+    setting: str, length: int, depth: float, prompt: NeedlePrompt, session: Session, answers: list[dict[str, Any]],
+    seconds: float, read: dict[str, float],
+) -> dict[str, Any]:  # fmt: skip
+    """A finished cell as results.json holds it."""
     return {
         "setting": setting,
         "length": length,
@@ -138,7 +219,8 @@ def run_cell(
         "score": sum(answer["exact"] for answer in answers) / len(answers),
         "token_accuracy": sum(answer["token_accuracy"] for answer in answers) / len(answers),
         "prompt_tokens": prompt.num_tokens,
-        "seconds": round(time.perf_counter() - start, 3),
+        "seconds": round(seconds, 3),
+        **read,
         "cache_bytes": session.cache_bytes,
         "needles": answers,
     }
@@ -163,6 +245,7 @@ def load_runtime(arguments: argparse.Namespace, model_dir: Path, setting: str, l
         device=arguments.device,
         ctx=capacity_for(longest),
         retrieval_ratio=None if control else arguments.retrieval_ratio,
+        chunk_size=None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
     )
 
 
@@ -197,7 +280,7 @@ def run_setting(
     console: Console,
 ) -> None:
     """Run the cells of one setting that `results` lacks; the model is loaded only if there are any."""
-    from rich.progress import Progress
+    from longrun.progress import PrefillProgress
 
     grid_cells = [(length, depth) for length in settings["lengths"] for depth in settings["depths"]]
     todo = [cell for cell in grid_cells if results.get(setting, *cell) is None]
@@ -209,19 +292,28 @@ def run_setting(
     results.head[setting] = describe(runtime)
     for notice in runtime.notices:
         console.print(f"note: {notice}")
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("")
+    documents = [(length, [depth]) for length, depth in todo]
+    if settings["one_document"]:
+        lengths = dict.fromkeys(length for length, _ in todo)
+        documents = [(length, [depth for other, depth in todo if other == length]) for length in lengths]
+    for length, depths in documents:
+        with PrefillProgress(console) as progress:
+            progress.start(length)
+            if settings["one_document"]:
+                cells = run_document(runtime, haystack, settings, setting, length, depths, progress)
+            else:
+                cells = iter([run_cell(runtime, haystack, settings, setting, length, depths[0], progress)])
+            for cell in cells:
+                results.add(cell)
+                console.print(cell_line(cell))
 
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
 
-        for length, depth in todo:
-            label = f"{setting} {format_tokens(length)} at {depth:.2f}"
-            bar.update(task, description=label, completed=0, total=length)
-            cell = run_cell(runtime, haystack, settings, setting, length, depth, progress)
-            results.add(cell)
-            shown = f"exact {cell['score']:.0%}, tokens {cell['token_accuracy']:.0%}, {cell['seconds']:.1f} s"
-            console.print(f"{label}: {shown}")
+def cell_line(cell: dict[str, Any]) -> str:
+    """A finished cell as it is told on the way."""
+    return (
+        f"{cell['setting']} {format_tokens(cell['length'])} at {cell['depth']:.2f}: exact {cell['score']:.0%}, tokens "
+        f"{cell['token_accuracy']:.0%}, {cell['seconds']:.1f} s (read at {cell['prefill_tokens_per_s']:,.0f} tokens/s)"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,6 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results.head |= {"model": arguments.model.name, "environment": environment()}
     note = NOTE if is_planted(arguments.model) else None
     results.head["notes"] = [note] if note else []
+    if settings["one_document"]:
+        results.head["notes"].append("cells of one length and setting share one document, which was read once")
     console = Console(highlight=False)
     if note:
         console.print(note)

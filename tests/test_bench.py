@@ -127,14 +127,29 @@ def test_prefill_answers_needles_in_the_run_that_is_timed(capsys, tmp_path, quic
     planted = make_planted_model(tmp_path / "planted")
     result = run(
         capsys, tmp_path, "prefill", "--model", planted.path, "--head-map", planted.head_map, "--retrieval-ratio",
-        "0.125", "--device", "cpu", "--lengths", "900", "--chunk-size", "256", "--needles", "2",
+        "0.125", "--device", "cpu", "--lengths", "900", "--chunk-size", "256", "--needles", "2", "--depth", "spread",
     )  # fmt: skip
     row = result["rows"][0]
     assert (row["exact"], len(row["needles"])) == (2, 2)
+    assert row["depth"] == [needle["depth"] for needle in row["needles"]] == [0.0, 1.0]
     assert 700 < row["tokens"] <= 900 and len(row["chunk_seconds"]) == -(-row["tokens"] // 256)
     assert sum(row["chunk_seconds"]) == pytest.approx(row["seconds"])
     assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"])
     assert "planted" in result["settings"]["note"]
+
+
+@pytest.mark.parametrize(
+    ("text", "needles", "expected"),
+    [("0.5", 3, 0.5), ("spread", 3, [0.0, 0.5, 1.0]), ("spread", 1, 0.5), ("1,0.25", 2, [1.0, 0.25])],
+)
+def test_depths_of_needles(text, needles, expected):
+    assert bench_prefill.parse_depths(text, needles) == expected
+
+
+@pytest.mark.parametrize(("text", "said"), [("0,1", "2 depths for 3"), ("1.5", "leaves 0..1"), ("end", "not a depth")])
+def test_bad_depths_of_needles(text, said):
+    with pytest.raises(bench_prefill.InputError, match=said):
+        bench_prefill.parse_depths(text, 3)
 
 
 def test_prefill_of_random_tokens_beside_transformers(model, capsys, tmp_path, quick):

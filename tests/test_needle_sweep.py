@@ -125,7 +125,84 @@ def test_a_stopped_sweep_goes_on_where_it_was(sweep, planted, tmp_path, monkeypa
     monkeypatch.undo()
     assert sweep.main(options(planted, tmp_path / "whole")) == 0
     for one, other in zip(read(tmp_path / "out")["cells"], read(tmp_path / "whole")["cells"], strict=True):
-        assert one | {"seconds": 0} == other | {"seconds": 0}
+        assert untimed(one) == untimed(other)
+
+
+def untimed(cell: dict) -> dict:
+    return {key: value for key, value in cell.items() if "seconds" not in key and "tokens_per_s" not in key}
+
+
+def test_one_document_holds_the_needles_of_every_depth(sweep, planted, tmp_path, monkeypatch, capsys):
+    """Each length is read once; a stop between two cells costs one more reading and changes no cell."""
+    more = ["--one-document", "--needles", "2", "--chunk-size", "200"]
+    arguments = options(planted, tmp_path / "out", *more, lengths="500,900", depths=3)
+    read_tokens = []
+    real, add = sweep.read_document, SweepResults.add
+    monkeypatch.setattr(
+        sweep, "read_document", lambda session, prompt, progress: (
+            read_tokens.append(prompt.num_tokens), real(session, prompt, progress))[1]
+    )  # fmt: skip
+
+    def stopping(self, cell):
+        add(self, cell)
+        if len(self.cells) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SweepResults, "add", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.main(arguments)
+    assert [(cell["length"], cell["depth"]) for cell in read(tmp_path / "out")["cells"]] == [
+        (500, 0.0), (500, 0.5), (500, 1.0), (900, 0.0),
+    ]  # fmt: skip
+    assert len(read_tokens) == 2
+    monkeypatch.setattr(SweepResults, "add", add)
+    assert sweep.main(arguments) == 0
+    assert len(read_tokens) == 3
+    assert sweep.main(options(planted, tmp_path / "whole", *more, lengths="500,900", depths=3)) == 0
+    assert len(read_tokens) == 5
+    found = read(tmp_path / "out")
+    assert [untimed(cell) for cell in found["cells"]] == [untimed(c) for c in read(tmp_path / "whole")["cells"]]
+    assert found["main"]["chunk_size"] == 200
+    assert found["settings"]["one_document"] is True
+    assert any("share one document" in note for note in found["notes"])
+    for length in (500, 900):
+        cells = [cell for cell in found["cells"] if cell["length"] == length]
+        assert [cell["depth"] for cell in cells] == [0.0, 0.5, 1.0]
+        assert len({needle["name"] for cell in cells for needle in cell["needles"]}) == 6
+        for cell in cells:
+            assert cell["score"] == 1.0
+            assert cell["shared_document"] == {"needles": 6, "depths": 3}
+            assert cell["prefill_tokens_per_s"] > 0
+            assert [needle["depth"] for needle in cell["needles"]] == [cell["depth"]] * 2
+            assert all(abs(needle["at"] - cell["depth"]) < 0.2 for needle in cell["needles"])
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_no_earlier_session_is_left_when_the_next_is_made(sweep, planted, tmp_path, monkeypatch):
+    """Also where a session stands in a reference cycle: its pools are large."""
+    import gc
+    import weakref
+
+    from longrun.runtime import Runtime
+
+    earlier, real = [], Runtime.new_session
+
+    def watching(runtime, capacity=None):
+        assert [one() for one in earlier] == [None] * len(earlier)
+        session = real(runtime, capacity)
+        session.itself = session
+        earlier.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(Runtime, "new_session", watching)
+    gc.disable()
+    try:
+        for more in ([], ["--one-document"]):
+            out = tmp_path / f"out{len(more)}"
+            assert sweep.main(options(planted, out, *more, lengths="500,600", depths=2)) == 0
+    finally:
+        gc.enable()
+    assert len(earlier) == 4 + 2
 
 
 def test_other_settings_are_refused_by_name_and_force_starts_over(tmp_path):
@@ -249,6 +326,8 @@ def test_heatmap_has_a_panel_per_setting(tmp_path):
         ({"depths": 0}, "--depths 0"),
         ({"needles": 0}, "0 needles"),
         ({"needles": 51}, "51 needles"),
+        ({"needles": 11, "one_document": True}, "55 needles"),
+        ({"chunk_size": "zero"}, "zero"),
         ({"haystack": [Path("no-such-file.txt")]}, "no-such-file.txt"),
     ],
 )
