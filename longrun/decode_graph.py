@@ -49,8 +49,8 @@ class DecodeGraph:
             self._logits = self._forward()
 
     def _describe(self, token_id: int, rope_seq_len: int) -> None:
-        cos, sin = self._rotary.cos_sin(self._attention.cache.seq_len, 1, rope_seq_len)
-        self._attention.begin_decode(token_id, cos[0], sin[0])
+        cos, sin = self._rotary.cos_sin_of(self._attention.cache.seq_len, rope_seq_len)
+        self._attention.begin_decode(token_id, cos, sin)
 
     def _forward(self) -> Tensor:
         token_id = self._attention.state.token_id

@@ -76,13 +76,13 @@ ROOMS = (
         "attention",
         ("longrun.attention", "longrun.attention.*"),
         ("attention interface", "cache", "kernels", "quant", "specs", "formats"),
-        ("torch",),
+        ("torch", "numpy"),
     ),
     Room(
         "model",
         ("longrun.model", "longrun.model.*"),
         ("attention interface", "quant", "specs", "config", "formats"),
-        ("torch", "transformers", "huggingface_hub"),
+        ("torch", "numpy", "transformers", "huggingface_hub"),
     ),
     Room("sampling", ("longrun.sampling",), packages=("torch",)),
     Room(

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from tiny_models import ROPES
+from tiny_models import ROPES, tiny_model
 
 from longrun.errors import ConfigError
 from longrun.model.rope import RopeParameters, RotaryTable, apply_rope_, signed_sin
@@ -146,3 +146,14 @@ def test_another_reading_by_the_library_is_an_error(monkeypatch):
     monkeypatch.setitem(ROPE_INIT_FUNCTIONS, "linear", changed)
     with pytest.raises(ConfigError, match="differ from the installed transformers"):
         RotaryTable(RopeParameters(ROPES["linear"], 64), 16)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("position", [0, 5, 70, 3_300_000])
+def test_a_single_position_is_a_row_of_the_table(tmp_path, rope, position):
+    tiny_model("llama", rope).save_pretrained(tmp_path)
+    table = RotaryTable(RopeParameters.from_dir(tmp_path), 16)
+    rows = table.cos_sin(position, 1, position + 1)
+    single = table.cos_sin_of(position, position + 1)
+    for row, found in zip(rows, single, strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), row[0], rtol=0, atol=1e-7)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,7 +68,7 @@ class CudaAttention:
             head = torch.arange(heads, dtype=torch.int32, device=device)
             self._fetch_tables[heads] = head[:, None] * per_round + page
         self.state = DecodeState(spec.head_dim, rows, device)
-        self._round_lengths = torch.zeros(rows, 4, dtype=torch.int32) if rows else None
+        self._round_lengths = np.zeros((rows, 4), dtype=np.int32) if rows else None
         shape = (spec.num_qo_heads, spec.head_dim)
         self._q = torch.zeros(shape, dtype=self.compute_dtype, device=device)
         self._out = torch.zeros(shape, device=device)
@@ -140,11 +141,11 @@ class CudaAttention:
         yield pages.device_run()
         yield pages.tail_run(seq_len)
 
-    def begin_decode(self, token_id: int, cos: Tensor, sin: Tensor) -> None:
+    def begin_decode(self, token_id: int, cos: np.ndarray, sin: np.ndarray) -> None:
         """Make room for one token and describe it to the device.
 
         Args:
-            cos, sin: float32 [head_dim] in host memory, of the token's position.
+            cos, sin: float32 [head_dim], of the token's position.
         """
         cache, spec = self.cache, self.cache.spec
         cache.make_room()
@@ -157,9 +158,9 @@ class CudaAttention:
         ring_slot = start if start < spec.sink_size else spec.sink_size + (start - spec.sink_size) % spec.recent_size
         if self._round_lengths is not None:
             for per_round, row, count in self._rounds.values():
-                first = torch.arange(count, dtype=torch.int32) * per_round
+                first = np.arange(count, dtype=np.int32) * per_round
                 self._round_lengths[row : row + count, 0] = first
-                self._round_lengths[row : row + count, 1] = (on_host - first).clamp_(0, per_round)
+                self._round_lengths[row : row + count, 1] = (on_host - first).clip(0, per_round)
         self.state.fill(
             token_id, (tail - 1, ring_slot), (on_host, pooled - on_host, fmt.page_size if closed else 0, tail),
             min(seq_len, spec.sink_size + spec.recent_size), on_host, self._round_lengths, cos, sin,

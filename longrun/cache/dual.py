@@ -81,6 +81,9 @@ class DualCache:
 
     def make_room(self) -> None:
         """Flush full tails, so that the next token's keys and values can be written into them in place."""
+        fmt = self.spec.page_format
+        if self.seq_len - fmt.closed_pages(self.seq_len) * fmt.page_size < fmt.page_size:
+            return
         for pages, _ in self.layers:
             if pages is not None:
                 pages.make_room(self.seq_len)

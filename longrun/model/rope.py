@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,9 +95,7 @@ class RotaryTable:
         Returns:
             cos, sin: [num_tokens, head_dim] float32 on the table's device; the second half repeats the first.
         """
-        inv_freq = self._inv_freq
-        if self.params.rope_type == "dynamic" and rope_seq_len > self.params.max_position_embeddings:
-            inv_freq = _frequencies(self.params, self.head_dim, rope_seq_len)[0].to(self.device)
+        inv_freq = self._frequencies_at(rope_seq_len)
         positions = torch.arange(start, start + num_tokens, dtype=torch.float64, device=self.device)
         angles = torch.outer(positions, inv_freq)
         half = self.head_dim // 2
@@ -107,6 +106,22 @@ class RotaryTable:
             table[:, half:] = table[:, :half]
             tables.append(table)
         return tables[0], tables[1]
+
+
+    def cos_sin_of(self, position: int, rope_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """`cos_sin` of a single position: float32 [head_dim] numpy arrays, from a table in host memory."""
+        angles = position * self._frequencies_at(rope_seq_len).numpy()
+        half = self.head_dim // 2
+        tables = np.empty((2, self.head_dim), dtype=np.float32)
+        tables[0, :half], tables[1, :half] = np.cos(angles) * self.scaling, np.sin(angles) * self.scaling
+        tables[:, half:] = tables[:, :half]
+        return tables[0], tables[1]
+
+    def _frequencies_at(self, rope_seq_len: int) -> Tensor:
+        """Inverse frequencies for a call of this total length; only type `dynamic` looks at it."""
+        if self.params.rope_type == "dynamic" and rope_seq_len > self.params.max_position_embeddings:
+            return _frequencies(self.params, self.head_dim, rope_seq_len)[0].to(self.device)
+        return self._inv_freq
 
 
 def apply_rope_(heads: Tensor, cos: Tensor, sin_signed: Tensor) -> Tensor:
