@@ -20,16 +20,16 @@ def environment() -> dict[str, Any]:
 
     Of absolute paths in the command only the last part is kept: folders mean nothing on another machine.
 
-    Where the sources have no git history, the variable LONGRUN_COMMIT may name their commit: `commit_given` is then
-    true, since nothing has checked it.
+    Where the sources were copied without their git history, or into the history of another commit, the variable
+    LONGRUN_COMMIT names theirs: `commit_given` is then true, since nothing has checked it.
     """
     import torch
 
     commit, given = _commit(), os.environ.get(COMMIT_VARIABLE, "").strip()
     found: dict[str, Any] = {
         "command": shlex.join(_last_part(word) for word in [Path(sys.executable).name, *sys.argv]),
-        "commit": commit or given or None,
-        **({"commit_given": True} if given and not commit else {}),
+        "commit": given or commit,
+        **({"commit_given": True} if given else {}),
         "python": platform.python_version(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),

@@ -267,15 +267,15 @@ def test_a_kernel_benchmark_that_fails_leaves_the_others(capsys, tmp_path, monke
         bench.main(["kernels", "--only", "nothing"])
 
 
-def test_a_given_commit_counts_only_where_there_is_no_history(monkeypatch):
+def test_a_given_commit_goes_before_history_and_is_marked(monkeypatch):
     monkeypatch.setenv("LONGRUN_COMMIT", "0123456789ab")
     monkeypatch.setattr(report_env, "_commit", lambda: "fedcba987654")
     found = report_env.environment()
-    assert found["commit"] == "fedcba987654" and "commit_given" not in found
-    monkeypatch.setattr(report_env, "_commit", lambda: None)
-    found = report_env.environment()
     assert found["commit"] == "0123456789ab" and found["commit_given"] is True
     monkeypatch.delenv("LONGRUN_COMMIT")
+    found = report_env.environment()
+    assert found["commit"] == "fedcba987654" and "commit_given" not in found
+    monkeypatch.setattr(report_env, "_commit", lambda: None)
     found = report_env.environment()
     assert found["commit"] is None and "commit_given" not in found
 
