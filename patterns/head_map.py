@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -123,8 +123,12 @@ class HeadMap:
         rows = read_scores(folder)
         return cls.from_scores(rows, *read_window(folder), source=str(folder / SCORES_FILE))
 
-    def save(self, folder: str | Path, force: bool = False) -> None:
+    def save(self, folder: str | Path, force: bool = False, facts: Mapping[str, object] | None = None) -> None:
         """Write the map so that `load` gives the very same scores back.
+
+        Args:
+            force: overwrite another map.
+            facts: JSON types that go into `config.json` beside the window, such as where the scores come from.
 
         The folder appears complete or not at all. Saving the map that is already there changes nothing; files that
         are not part of a head map are kept.
@@ -140,12 +144,12 @@ class HeadMap:
         if (target / CONFIG_FILE).exists() and not (target / SCORES_FILE).exists():
             raise HeadMapError(f"{folder} holds a {CONFIG_FILE} that is not a head map's: save to a folder of its own")
         if (target / SCORES_FILE).exists():
-            if self._same_as_saved(target):
+            if self._same_as_saved(target) and not (force and facts):
                 return
             if not force:
                 raise HeadMapError(f"{folder} holds another head map: save to a new folder, or overwrite with force")
         try:
-            write_folder(target, self.scores, self.sink_size, self.recent_size)
+            write_folder(target, self.scores, self.sink_size, self.recent_size, facts or {})
         except OSError as error:
             raise HeadMapError(f"head map cannot be saved to {folder}: {error.strerror or error}") from error
 

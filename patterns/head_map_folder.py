@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from longrun.errors import HeadMapError
@@ -31,10 +31,12 @@ def read_scores(folder: Path) -> list[list[float]]:
     return rows
 
 
-def write_folder(target: Path, scores: Sequence[Sequence[float]], sink_size: int, recent_size: int) -> None:
+def write_folder(
+    target: Path, scores: Sequence[Sequence[float]], sink_size: int, recent_size: int, facts: Mapping[str, object]
+) -> None:
     """Write both files into a fresh folder beside `target` and let it take the name `target`.
 
-    Other files of an existing `target` are carried over.
+    `facts` follow the window in `config.json`. Other files of an existing `target` are carried over.
 
     Raises:
         OSError: `target` could not be written; what was there before is there still.
@@ -47,7 +49,7 @@ def write_folder(target: Path, scores: Sequence[Sequence[float]], sink_size: int
         if target.exists():
             shutil.copytree(target, fresh, symlinks=True, dirs_exist_ok=True)
         _write_synced(fresh / SCORES_FILE, "".join("\t".join(map(repr, row)) + "\n" for row in scores))
-        window = {"sink_size": sink_size, "recent_size": recent_size}
+        window = {"sink_size": sink_size, "recent_size": recent_size, **facts}
         _write_synced(fresh / CONFIG_FILE, json.dumps(window, indent=2) + "\n")
         if target.exists():
             target.rename(old)

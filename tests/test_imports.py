@@ -60,7 +60,19 @@ ROOMS = (
         ),
         light=True,
     ),
-    Room("patterns command", ("longrun.patterns.*",), ("head maps",), ("rich", "matplotlib"), light=True),
+    Room(
+        "head map tools",
+        (
+            "longrun.patterns.head_map_picture",
+            "longrun.patterns.head_map_table",
+            "longrun.patterns.compare_maps",
+            "longrun.patterns.identify_settings",
+            "longrun.patterns.identify_progress",
+        ),
+        ("head maps",),
+        ("rich", "matplotlib"),
+        light=True,
+    ),
     Room("config", ("longrun.config",), light=True),
     Room(
         "specs",
@@ -102,6 +114,7 @@ ROOMS = (
         ("engine", "model", "attention", "cache", "kernels", "plan", "specs", "config", "head maps"),
         ("torch", "transformers", "psutil"),
     ),
+    Room("documents", ("longrun.documents",), light=True),
     Room(
         "chat",
         (
@@ -109,12 +122,11 @@ ROOMS = (
             "longrun.chat_*",
             "longrun.answer",
             "longrun.conversation",
-            "longrun.documents",
             "longrun.progress",
             "longrun.report",
             "longrun.text_stream",
         ),
-        ("runtime", "engine", "model", "plan", "sampling", "formats"),
+        ("documents", "runtime", "engine", "model", "plan", "sampling", "formats"),
         ("rich", "transformers"),
     ),
     Room(
@@ -123,6 +135,26 @@ ROOMS = (
         packages=("rich", "matplotlib", "torch"),
     ),
     Room("needles", ("longrun.needles", "longrun.needle_words"), packages=("transformers",)),
+    Room(
+        "trainers",
+        (
+            "longrun.patterns.identify",
+            "longrun.patterns.identify_checkpoint",
+            "longrun.patterns.gates",
+            "longrun.patterns.gate_texts",
+            "longrun.patterns.gated_attention",
+            "longrun.patterns.reconstruction",
+            "longrun.patterns.reconstruction_*",
+        ),
+        ("needles", "documents", "model", "kernels", "config", "head map tools", "head maps"),
+        ("torch", "transformers", "safetensors"),
+    ),
+    Room(
+        "patterns command",
+        ("longrun.patterns.__main__",),
+        ("trainers", "head map tools", "head maps"),
+        ("rich",),
+    ),
     Room(
         "planted",
         ("longrun.planted", "longrun.planted_*", "longrun.shard_writer"),

@@ -1,0 +1,232 @@
+"""Measure which heads of a model are retrieval heads, and write the head map.
+
+`identify` does what all methods share: it loads model, tokenizer and text, keeps the progress of an unfinished run in
+`OUT.partial/`, and writes the map with all that decided it. A method is a module of two names:
+
+    ATTN_IMPLEMENTATION: str
+        what the model is loaded with: "sdpa", or a name registered with `transformers.AttentionInterface` at import
+    identify_METHOD(model, tokenizer, text_ids, settings, checkpoint, on_progress) -> MethodResult
+        model: AutoModelForCausalLM in `settings.dtype` on `settings.device`, eval(), no parameter requires a gradient
+        tokenizer: the model's own
+        text_ids: int64 [num_tokens] on the CPU, without special tokens, num_tokens >= settings.context
+        settings: IdentifySettings, resolved (nothing is None)
+        checkpoint: Checkpoint; `load()` at the start, `save(tensors, facts)` after a step for which `due(step)`.
+            The result of a resumed run must equal an uninterrupted one's bit for bit: draw all that is random from
+            (settings.seed, step).
+        on_progress: called after each step with an `IdentifyProgress`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pydoc_data.topics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from longrun.config import ModelConfig
+from longrun.documents import read_document
+from longrun.errors import CheckpointError, HeadMapError, InputError
+from longrun.model.checkpoint import model_fingerprint
+from longrun.needles import generate_sentences
+from longrun.patterns.head_map import HeadMap
+from longrun.patterns.head_map_folder import CONFIG_FILE, SCORES_FILE
+from longrun.patterns.identify_checkpoint import Checkpoint
+from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, OnProgress
+
+__all__ = ["Checkpoint", "IdentifyProgress", "IdentifySettings", "MethodResult", "OnProgress", "identify"]
+
+_GENERATED_SENTENCES = 2000
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What a method found.
+
+    Attributes:
+        scores: [num_layers][num_kv_heads], clipped to [0, 1] when the map is made.
+        facts: JSON types for the `identification` of the map's config.json, such as the last losses.
+    """
+
+    scores: Sequence[Sequence[float]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) -> HeadMap:
+    """Measure a model's retrieval heads and write the map to `settings.out`.
+
+    A run that was interrupted goes on where its progress was saved last. Where `settings.out` already holds the map
+    of exactly these settings, model and text, it is returned and nothing is computed.
+
+    Raises:
+        InputError: settings out of range, a text shorter than the context, progress of other settings.
+        CheckpointError, ConfigError: model or tokenizer cannot be loaded.
+        HeadMapError: `settings.out` holds another map (or something else) and `settings.force` is false.
+    """
+    began = time.perf_counter()
+    settings = settings.resolved(torch.cuda.is_available())
+    out = Path(settings.out)
+    if (
+        out.exists()
+        and not settings.force
+        and not (out / SCORES_FILE).is_file()
+        and (not out.is_dir() or (out / CONFIG_FILE).exists())
+    ):
+        raise HeadMapError(f"{out} is not a head map: give a new folder with --out")
+    config = ModelConfig.from_dir(settings.model_dir)
+    tokenizer = load_tokenizer(settings.model_dir)
+    text_ids, text_facts = read_text(tokenizer, settings)
+    deciding = {
+        **settings.deciding(),
+        "model_fingerprint": model_fingerprint(settings.model_dir),
+        "text": text_facts,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    finished = _finished(out, deciding, settings.force)
+    if finished is not None:
+        return finished
+    checkpoint = Checkpoint(out.with_name(out.name + ".partial"), deciding, settings.save_every, settings.force)
+    if settings.method == "gates":
+        from longrun.patterns.gates import ATTN_IMPLEMENTATION
+        from longrun.patterns.gates import identify_gates as run
+    else:
+        from longrun.patterns.reconstruction import ATTN_IMPLEMENTATION
+        from longrun.patterns.reconstruction import identify_reconstruction as run
+    model = load_model(settings, ATTN_IMPLEMENTATION)
+    result = run(model, tokenizer, text_ids, settings, checkpoint, on_progress or (lambda _: None))
+    head_map = HeadMap.from_scores(result.scores, settings.sink_size, settings.recent_size)
+    head_map.check_shape(config.num_layers, config.num_kv_heads, f"what {settings.method} measured")
+    facts = {
+        **deciding,
+        "model": Path(settings.model_dir).resolve().name,
+        "text_files": [Path(name).name for name in settings.text_files],
+        "seconds": round(time.perf_counter() - began, 1),
+        **result.facts,
+    }
+    head_map.save(out, settings.force, {"identification": facts})
+    checkpoint.remove()
+    return head_map
+
+
+def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the folder has none, or it cannot be loaded.
+    """
+    if not any((Path(model_dir) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise CheckpointError(
+            f"{model_dir} has no tokenizer, which is needed to turn text into tokens: put the model's tokenizer files "
+            f"there"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"the tokenizer in {model_dir} cannot be loaded ({' '.join(str(error).split())[:200]}): restore the "
+            f"folder's tokenizer files"
+        ) from error
+
+
+def load_model(settings: IdentifySettings, attn_implementation: str) -> PreTrainedModel:
+    """The model in `settings.dtype` on `settings.device`, frozen and in eval mode.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    try:
+        with _quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(settings.model_dir),
+                dtype=getattr(torch, settings.dtype),
+                attn_implementation=attn_implementation,
+                local_files_only=True,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise CheckpointError(
+            f"transformers cannot load {settings.model_dir} ({' '.join(str(error).split())[:200]}): check the folder"
+        ) from error
+    return model.to(settings.device).eval().requires_grad_(False)
+
+
+def read_text(tokenizer: PreTrainedTokenizerBase, settings: IdentifySettings) -> tuple[Tensor, dict[str, Any]]:
+    """The text to hide things in or to repeat, as (int64 [num_tokens] without special tokens, facts that identify it).
+
+    Without files it is `pydoc_data.topics` of the running Python (PSF licence), paragraph by paragraph between as many
+    sentences generated from the seed (longrun.needles), and as many more sentences as the context needs.
+
+    Raises:
+        InputError: a file cannot be read, or the text is shorter than `settings.context`.
+    """
+    if settings.text_files:
+        text = "\n\n".join(read_document(name).text for name in settings.text_files)
+        what = f"the text of {len(settings.text_files)} file(s)"
+    else:
+        text = "".join(_default_text(settings))
+        what = "the default text"
+    token_ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    if len(token_ids) < settings.context:
+        raise InputError(
+            f"{what} has {len(token_ids):,} tokens and a context of {settings.context:,} needs at least as many: add "
+            f"files, or give a shorter --context"
+        )
+    facts = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "num_tokens": len(token_ids)}
+    return token_ids, facts
+
+
+def _default_text(settings: IdentifySettings) -> Iterator[str]:
+    topics = pydoc_data.topics.topics
+    sentences = generate_sentences(f"identify/{settings.seed}")
+    written = 0
+    for name in sorted(topics):
+        for paragraph in topics[name].split("\n\n"):
+            if paragraph.strip():
+                paragraph = " ".join(paragraph.split()) + "\n\n"
+                filler = ""
+                while len(filler) < len(paragraph):
+                    filler += next(sentences) + " "
+                written += len(paragraph) + len(filler)
+                yield paragraph + filler.rstrip() + "\n\n"
+    # No tokenizer of these families makes tokens of more than 12 characters on average.
+    while written < 12 * settings.context:
+        stretch = " ".join(islice(sentences, _GENERATED_SENTENCES)) + "\n\n"
+        written += len(stretch)
+        yield stretch
+
+
+def _finished(out: Path, deciding: Mapping[str, Any], force: bool) -> HeadMap | None:
+    """The map in `out` where it is the one asked for; None where there is none or it will be overwritten."""
+    if force or not (out / SCORES_FILE).is_file():
+        return None
+    try:
+        saved = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))["identification"]
+        same = all(saved.get(key) == value for key, value in json.loads(json.dumps(deciding)).items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        same = False
+    if not same:
+        raise HeadMapError(f"{out} holds another head map: give a new folder with --out, or overwrite with --force")
+    return HeadMap.load(out)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bar of transformers while it reads weights; as before afterwards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

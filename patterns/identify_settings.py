@@ -1,0 +1,140 @@
+"""What decides a map that is measured here: settings, their defaults by method and device, and progress. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from longrun.errors import InputError
+from longrun.patterns.head_split import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, check_window
+
+METHODS = ("gates", "reconstruction")
+DEVICES = ("cpu", "cuda")
+DTYPES = ("float32", "bfloat16")
+
+DEFAULTS: Mapping[tuple[str, str], Mapping[str, int]] = {
+    ("gates", "cpu"): {"context": 1024, "min_context": 512, "steps": 80},
+    ("gates", "cuda"): {"context": 32768, "min_context": 1024, "steps": 400},
+    ("reconstruction", "cpu"): {"context": 1024, "min_context": 1024, "steps": 2},
+    ("reconstruction", "cuda"): {"context": 16384, "min_context": 16384, "steps": 4},
+}
+"""By (method, device). `gates`: training steps on contexts drawn between min_context and context. `reconstruction`:
+texts of `context` tokens that are read and repeated, one a step; min_context is not used."""
+
+SHORTEST_CONTEXT = 128
+
+
+@dataclass(frozen=True)
+class IdentifySettings:
+    """What to measure, and how. None stands for a default that `resolved` fills in by method and device.
+
+    Attributes:
+        model_dir: checkpoint folder (config.json, safetensors, tokenizer).
+        out: folder for the map; `out` + ".partial" holds the progress of an unfinished run.
+        method: "gates" (trained, patterns/gates.py) or "reconstruction" (scored, patterns/reconstruction.py).
+        sink_size, recent_size: the window of a streaming head: positions < sink_size and the last recent_size tokens,
+            itself included.
+        context: longest text in tokens, pass keys and questions included; at least 128.
+        min_context: shortest one (gates).
+        steps: training steps, or texts to score.
+        seed: decides the texts, their places and everything drawn.
+        text_files: UTF-8 text files to read instead of the default text.
+        device: "cpu" or "cuda".
+        dtype: of weights and activations, "float32" or "bfloat16"; gates and scores are float32 always.
+        learning_rate, regularization: of the gates: AdamW's, and the weight of mean |gate|.
+        num_keys: pass keys a text (gates), fewer where the text is too short for them.
+        save_every: steps between two writings of the progress.
+        force: overwrite another map, and drop the progress of other settings.
+    """
+
+    model_dir: str
+    out: str
+    method: str = "gates"
+    sink_size: int = DEFAULT_SINK_SIZE
+    recent_size: int = DEFAULT_RECENT_SIZE
+    context: int | None = None
+    min_context: int | None = None
+    steps: int | None = None
+    seed: int = 0
+    text_files: tuple[str, ...] = ()
+    device: str | None = None
+    dtype: str | None = None
+    learning_rate: float = 0.02
+    regularization: float = 0.05
+    num_keys: int = 10
+    save_every: int = 5
+    force: bool = False
+
+    def resolved(self, cuda_available: bool) -> IdentifySettings:
+        """The same settings with every None filled in.
+
+        Raises:
+            InputError: an unknown method, device or dtype, no GPU for "cuda", or a number out of its range.
+            HeadMapError: sink_size < 0 or recent_size < 1.
+        """
+        device = self.device or ("cuda" if cuda_available else "cpu")
+        dtype = self.dtype or ("bfloat16" if device == "cuda" else "float32")
+        for name, value, known in (
+            ("method", self.method, METHODS),
+            ("device", device, DEVICES),
+            ("dtype", dtype, DTYPES),
+        ):
+            if value not in known:
+                raise InputError(f"{name} {value!r} is unknown: use {' or '.join(known)}")
+        if device == "cuda" and not cuda_available:
+            raise InputError("device cuda was asked for and torch finds no GPU: use --device cpu")
+        check_window(self.sink_size, self.recent_size, "identify")
+        defaults = DEFAULTS[self.method, device]
+        context = defaults["context"] if self.context is None else self.context
+        min_context = min(defaults["min_context"], context) if self.min_context is None else self.min_context
+        steps = defaults["steps"] if self.steps is None else self.steps
+        for name, value, least in (
+            ("context", context, SHORTEST_CONTEXT),
+            ("min_context", min_context, SHORTEST_CONTEXT),
+            ("steps", steps, 1),
+            ("num_keys", self.num_keys, 1),
+            ("save_every", self.save_every, 1),
+        ):
+            if value < least:
+                raise InputError(f"{name} {value:,} is too small: give at least {least}")
+        if min_context > context:
+            raise InputError(f"min_context {min_context:,} is longer than context {context:,}: give a shorter one")
+        if not self.learning_rate > 0 or not self.regularization >= 0:
+            raise InputError(
+                f"learning rate {self.learning_rate} must be above 0 and regularization {self.regularization} not below"
+            )
+        return replace(self, context=context, min_context=min_context, steps=steps, device=device, dtype=dtype)
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the result, as JSON types: all but where it is written and when it is saved.
+
+        The model's folder and the text's files are left out: their fingerprints stand for them.
+        """
+        data = asdict(self)
+        for name in ("model_dir", "out", "text_files", "save_every", "force"):
+            del data[name]
+        return data
+
+
+@dataclass(frozen=True)
+class IdentifyProgress:
+    """Where a run is.
+
+    Attributes:
+        step, num_steps: steps finished and in all.
+        loss: of the last step, where the method has one.
+        num_low: heads that score below 0.5 now.
+        num_heads: all heads.
+        tokens: tokens of the last step's text.
+    """
+
+    step: int
+    num_steps: int
+    loss: float | None = None
+    num_low: int | None = None
+    num_heads: int | None = None
+    tokens: int | None = None
+
+
+OnProgress = Callable[[IdentifyProgress], None]
