@@ -108,13 +108,34 @@ ROOMS = (
         ("model", "attention", "attention interface", "cache", "plan", "sampling"),
         ("torch", "safetensors"),
     ),
+    Room("documents", ("longrun.documents",), light=True),
+    Room("needles", ("longrun.needles", "longrun.needle_words"), packages=("transformers",)),
+    Room(
+        "trainers",
+        (
+            "longrun.patterns.identify",
+            "longrun.patterns.identify_checkpoint",
+            "longrun.patterns.gates",
+            "longrun.patterns.gate_texts",
+            "longrun.patterns.gated_attention",
+            "longrun.patterns.reconstruction",
+            "longrun.patterns.reconstruction_*",
+        ),
+        ("needles", "documents", "model", "kernels", "config", "head map tools", "head maps"),
+        ("torch", "transformers", "safetensors"),
+    ),
+    Room(
+        "auto head map",
+        ("longrun.auto_head_map",),
+        ("trainers", "model", "cache", "config", "head map tools", "head maps"),
+        ("torch",),
+    ),
     Room(
         "runtime",
         ("longrun.runtime", "longrun.backend", "longrun.gpu_checks"),
-        ("engine", "model", "attention", "cache", "kernels", "plan", "specs", "config", "head maps"),
+        ("auto head map", "engine", "model", "attention", "cache", "kernels", "plan", "specs", "config", "head maps"),
         ("torch", "transformers", "psutil"),
     ),
-    Room("documents", ("longrun.documents",), light=True),
     Room(
         "chat",
         (
@@ -133,21 +154,6 @@ ROOMS = (
         "results",
         ("longrun.report_env", "longrun.needle_results", "longrun.needle_report"),
         packages=("rich", "matplotlib", "torch"),
-    ),
-    Room("needles", ("longrun.needles", "longrun.needle_words"), packages=("transformers",)),
-    Room(
-        "trainers",
-        (
-            "longrun.patterns.identify",
-            "longrun.patterns.identify_checkpoint",
-            "longrun.patterns.gates",
-            "longrun.patterns.gate_texts",
-            "longrun.patterns.gated_attention",
-            "longrun.patterns.reconstruction",
-            "longrun.patterns.reconstruction_*",
-        ),
-        ("needles", "documents", "model", "kernels", "config", "head map tools", "head maps"),
-        ("torch", "transformers", "safetensors"),
     ),
     Room(
         "patterns command",
