@@ -129,6 +129,7 @@ def _load(
         args.weights,
         args.device,
         ctx=ctx,
+        adapter=args.adapter,
         retrieval_ratio=args.retrieval_ratio,
         chunk_size=args.chunk_size,
         on_plan=on_plan,
@@ -228,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     model = parser.add_argument_group("model and memory")
     model.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint folder (default: a demo model of 135M)")
+    model.add_argument("--adapter", metavar="DIR", help="LoRA adapter folder, added to the weights (default: none)")
     model.add_argument("--ctx", metavar="TOKENS", help="capacity, like 128K or 3.3M (default: the trained window)")
     model.add_argument("--budget", metavar="NAME_OR_FILE", help="memory budget (default: cpu, or h100-80g on a GPU)")
     model.add_argument("--head-map", default="full", metavar="DIR|full", help="head map folder (default: full)")

@@ -18,6 +18,7 @@ from longrun.cache.pinned_pool import PinnedMemory
 from longrun.config import ModelConfig
 from longrun.errors import CheckpointError, InputError
 from longrun.kernels.cpu_int4 import CpuInt4Kernels, KernelUnavailable
+from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import load_decoder, model_fingerprint
 from longrun.model.rope import RopeParameters, RotaryTable
 from longrun.model_bytes import TOKEN_SLICES
@@ -43,6 +44,7 @@ def load(
     device: str | None = None,
     *,
     ctx: int | str | None = None,
+    adapter: str | Path | None = None,
     retrieval_ratio: float | None = None,
     chunk_size: int | None = None,
     device_share: float = 1.0,
@@ -61,6 +63,7 @@ def load(
         weight_format: "fp32", "bf16", "int8" or "nf4"; default: the budget's.
         device: "cpu" or "cuda"; default: cuda where there is one.
         ctx: capacity to plan for, tokens; default: the model's trained window, or what fits of it.
+        adapter: folder of a LoRA adapter in peft's format, added to the weights while they are loaded.
         retrieval_ratio: share of the heads of `head_map` to keep; default: the budget's, else scores of at least 0.5.
         chunk_size: the most tokens of one prefill step; default: the budget's.
         device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
@@ -84,6 +87,9 @@ def load(
         ctx = parse_tokens(ctx, "ctx")
     folder = Path(model_dir)
     config = ModelConfig.from_dir(folder)
+    lora = None if adapter is None else Adapter.open(adapter, config)
+    if lora is not None:
+        config = lora.adapted_config(config)
     limits = budget if isinstance(budget, Budget) else Budget.load(budget or gpu_checks.default_budget(device_type))
     limits = limits.override(kv_format=kv_format, weight_format=weight_format, chunk_size=chunk_size)
     if device_type == "cuda":
@@ -100,7 +106,7 @@ def load(
     gpu_checks.check_free_memory(plan)
     given = head_map is not None and head_map != "full"
     notices = [*plan.warnings, *(chosen.notes if given else ())]
-    return Runtime(folder, config, limits, chosen, plan, device_share, compiled_kernels, notices, on_pin)
+    return Runtime(folder, config, limits, chosen, plan, device_share, compiled_kernels, notices, on_pin, lora)
 
 
 class Runtime:
@@ -118,6 +124,7 @@ class Runtime:
     def __init__(
         self, folder: Path, config: ModelConfig, budget: Budget, chosen: Any, plan: Plan, device_share: float,
         compiled_kernels: bool, notices: list[str], on_pin: Callable[[int, int], None] | None = None,
+        adapter: Adapter | None = None,
     ) -> None:  # fmt: skip
         self.model_dir, self.config, self.plan = folder, config, plan
         self.split: HeadSplit = chosen.split
@@ -130,10 +137,13 @@ class Runtime:
         gpu_kernels = self._build_gpu_kernels() if plan.attention.fused else None
         permutation = [self.split.permutation(layer_idx) for layer_idx in range(config.num_layers)]
         decoder = load_decoder(
-            folder, config, permutation, plan.weight_format, self._device, TOKEN_SLICES[plan.device_type], gpu_kernels
-        )
+            folder, config, permutation, plan.weight_format, self._device, TOKEN_SLICES[plan.device_type], gpu_kernels,
+            adapter,
+        )  # fmt: skip
         _return_freed_memory(self._device)
         rope = RopeParameters.from_dir(folder)
+        if adapter is not None:
+            rope = adapter.adapted_rope(rope)
         rotary_host = RotaryTable(rope, config.head_dim)
         rotary = rotary_host if plan.device_type == "cpu" else RotaryTable(rope, config.head_dim, self._device)
         pinned = PinnedMemory(on_pin) if plan.device_type == "cuda" else None
@@ -141,7 +151,7 @@ class Runtime:
         self.tokenizer = self._load_tokenizer()
         self.eos_token_ids = _eos_token_ids(folder)
         self._identity = SessionIdentity(
-            model_fingerprint(folder), self.split.hash, plan.kv_format, plan.page_size, plan.weight_format
+            model_fingerprint(folder, adapter), self.split.hash, plan.kv_format, plan.page_size, plan.weight_format
         )
 
     def _build_gpu_kernels(self) -> GpuKernels:

@@ -38,6 +38,7 @@ SPARE_TOKENS = 4  # generated beyond the key, to see that the number ends where 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Needle x depth x length grid, scored by exact match.")
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="LoRA adapter folder (default: none)")
     parser.add_argument("--lengths", required=True, metavar="1K,4K,...", help="prompt lengths in the model's tokens")
     parser.add_argument("--depths", type=int, default=5, metavar="N", help="evenly spaced depths from 0 to 1")
     parser.add_argument("--needles", type=int, default=3, metavar="N", help="needles a cell")
@@ -244,6 +245,7 @@ def load_runtime(arguments: argparse.Namespace, model_dir: Path, setting: str, l
         weight_format=arguments.weights,
         device=arguments.device,
         ctx=capacity_for(longest),
+        adapter=arguments.adapter,
         retrieval_ratio=None if control else arguments.retrieval_ratio,
         chunk_size=None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
     )
@@ -320,6 +322,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the grid. Status 0; bad input raises a LongrunError."""
     from rich.console import Console
 
+    from longrun.config import ModelConfig
+    from longrun.model.adapter import Adapter
     from longrun.model.checkpoint import model_fingerprint
     from longrun.planted import NOTE, is_planted
 
@@ -329,10 +333,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from longrun.model.demo import demo_model_dir
 
         arguments.model = demo_model_dir()
-    settings["model_fingerprint"] = model_fingerprint(arguments.model)
+    adapter = None
+    if arguments.adapter is not None:
+        adapter = Adapter.open(arguments.adapter, ModelConfig.from_dir(arguments.model))
+    settings["model_fingerprint"] = model_fingerprint(arguments.model, adapter)
     haystack = Haystack.from_files(arguments.haystack) if arguments.haystack else Haystack.generated(arguments.seed)
     results = SweepResults.open(arguments.out, settings, arguments.force)
     results.head |= {"model": arguments.model.name, "environment": environment()}
+    if adapter is not None:
+        results.head["adapter"] = adapter.folder.name
     note = NOTE if is_planted(arguments.model) else None
     results.head["notes"] = [note] if note else []
     if settings["one_document"]:

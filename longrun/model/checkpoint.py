@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longrun.config import ModelConfig
 from longrun.errors import CheckpointError
+from longrun.model.adapter import Adapter
 from longrun.model.decoder import Decoder, DecoderKernels, DecoderLayer
 from longrun.model.rope import RopeParameters
 from longrun.model.safetensors_file import StoredTensor, read_header
@@ -23,6 +24,8 @@ from longrun.quant.weight_format import compute_itemsize
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PIECE_BYTES = 32 * 2**20
+# A piece that an adapter changes also stands in float32: smaller ones stay within what the plan counts for a piece.
+_ADAPTED_PIECE_BYTES = 8 * 2**20
 _SAMPLE_BYTES = 4096
 
 
@@ -34,6 +37,7 @@ def load_decoder(
     device: torch.device | str,
     token_slice: int = TOKEN_SLICE,
     kernels: DecoderKernels | None = None,
+    adapter: Adapter | None = None,
 ) -> Decoder:
     """Load a checkpoint into a decoder whose KV heads are reordered per layer.
 
@@ -48,14 +52,19 @@ def load_decoder(
         weight_format: format of the linears; embedding, lm_head, norms and biases are in the compute dtype.
         device: where the weights go, and stay.
         token_slice, kernels: see `Decoder`.
+        adapter: added to the linears in float32, before they are permuted and quantized.
 
     Raises:
-        CheckpointError: a missing, left-over, misshapen, truncated or unreadable tensor or file.
+        CheckpointError: an adapter of another checkpoint; a missing, left-over, misshapen, truncated or unreadable
+            tensor or file.
         ConfigError: unknown weight format; a package that the format needs is missing.
     """
     device = torch.device(device)
     dtype = torch.float32 if compute_itemsize(weight_format, device.type) == 4 else torch.bfloat16
-    loader = _Loader(find_tensors(model_dir, config), config, weight_format, dtype, device)
+    tensors = find_tensors(model_dir, config)
+    if adapter is not None:
+        _check_base(adapter, tensors, config, model_dir)
+    loader = _Loader(tensors, config, weight_format, dtype, device, adapter)
     embedding = loader.tensor("model.embed_tokens.weight")
     layers = [loader.layer(layer_idx, order) for layer_idx, order in enumerate(permutation)]
     final_norm = loader.tensor("model.norm.weight")
@@ -107,9 +116,9 @@ def find_tensors(model_dir: str | Path, config: ModelConfig) -> dict[str, Stored
     return tensors
 
 
-def model_fingerprint(model_dir: str | Path) -> str:
+def model_fingerprint(model_dir: str | Path, adapter: Adapter | None = None) -> str:
     """sha256 (hex) that tells one model from another in a moment, however large: the translated config, RoPE
-    parameters, and of every tensor its name, dtype, shape and the first and last 4 KiB of its data.
+    parameters, of every tensor its name, dtype, shape and the first and last 4 KiB of its data, and the adapter.
 
     The folder's name and the sharding do not enter. Raises as `find_tensors` and `ModelConfig.from_dir`.
     """
@@ -117,6 +126,34 @@ def model_fingerprint(model_dir: str | Path) -> str:
     tensors = find_tensors(model_dir, config)
     rope = RopeParameters.from_dir(model_dir)
     digest = hashlib.sha256(json.dumps([asdict(config), rope.values], sort_keys=True).encode())
+    _digest_tensors(digest, tensors, config)
+    if adapter is not None:
+        digest.update(adapter.digest().encode())
+    return digest.hexdigest()
+
+
+def weights_fingerprint(model_dir: str | Path) -> str:
+    """sha256 (hex) of the tensors alone, as in `model_fingerprint`: what an adapter names as its base."""
+    config = ModelConfig.from_dir(model_dir)
+    return _weights_digest(find_tensors(model_dir, config), config)
+
+
+def _weights_digest(tensors: dict[str, StoredTensor], config: ModelConfig) -> str:
+    digest = hashlib.sha256()
+    _digest_tensors(digest, tensors, config)
+    return digest.hexdigest()
+
+
+def _check_base(adapter: Adapter, tensors: dict[str, StoredTensor], config: ModelConfig, model_dir: str | Path) -> None:
+    if adapter.base_weights is not None and adapter.base_weights != _weights_digest(tensors, config):
+        raise CheckpointError(
+            f"adapter {adapter.folder} was made for another checkpoint than {model_dir} (the weights' fingerprints "
+            f"differ): use it with its own base model"
+        )
+
+
+def _digest_tensors(digest: hashlib._Hash, tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
+    """Take name, dtype, shape, first and last bytes of every tensor of the model into `digest`."""
     for spec in sorted(config.weights()):
         tensor = tensors[spec.name]
         digest.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode())
@@ -124,7 +161,6 @@ def model_fingerprint(model_dir: str | Path) -> str:
         tail = min(_SAMPLE_BYTES, tensor.num_bytes - head)
         digest.update(tensor.read_bytes(0, head))
         digest.update(tensor.read_bytes(tensor.num_bytes - tail, tail))
-    return digest.hexdigest()
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -167,8 +203,10 @@ class _Loader:
         weight_format: str,
         dtype: torch.dtype,
         device: torch.device,
+        adapter: Adapter | None,
     ) -> None:
         self.tensors = tensors
+        self.adapter = adapter
         self.config = config
         self.weight_format = weight_format
         self.dtype = dtype
@@ -218,12 +256,15 @@ class _Loader:
         place = None if order is None else torch.argsort(order).to(self.device)
         straight = place is None and columns is None and target.device.type == "cpu" and target.is_contiguous()
         straight = straight and target.dtype == stored.torch_dtype
-        for rows in _pieces(stored):
-            if straight:
+        change = None if self.adapter is None else self.adapter.change_of(name, self.device)
+        for rows in _pieces(stored, _PIECE_BYTES if change is None else _ADAPTED_PIECE_BYTES):
+            if straight and change is None:
                 stored.read_into(target[rows], rows.start)
                 continue
             piece = torch.empty((rows.stop - rows.start, *stored.shape[1:]), dtype=stored.torch_dtype)
             stored.read_into(piece, rows.start)
+            if change is not None:
+                piece = change.add_to(piece.to(self.device, torch.float32), rows)
             piece = piece.to(self.device, self.dtype)
             if columns is not None:
                 piece = piece.index_select(1, columns.to(self.device))
@@ -237,7 +278,7 @@ class _Loader:
         stored = self.tensors.get("lm_head.weight")
         if stored is None:
             return
-        for rows in _pieces(stored):
+        for rows in _pieces(stored, _PIECE_BYTES):
             piece = torch.empty((rows.stop - rows.start, *stored.shape[1:]), dtype=stored.torch_dtype)
             stored.read_into(piece, rows.start)
             if not torch.equal(piece.to(self.device, self.dtype), embedding[rows]):
@@ -258,8 +299,8 @@ def _channels(order: Sequence[int], width: int) -> Tensor | None:
     return (heads[:, None] * width + torch.arange(width)).flatten()
 
 
-def _pieces(stored: StoredTensor) -> list[slice]:
-    """Runs of rows of about `_PIECE_BYTES`."""
+def _pieces(stored: StoredTensor, piece_bytes: int) -> list[slice]:
+    """Runs of rows of about `piece_bytes`."""
     rows = stored.shape[0]
-    step = max(1, _PIECE_BYTES * rows // max(stored.num_bytes, 1))
+    step = max(1, piece_bytes * rows // max(stored.num_bytes, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
