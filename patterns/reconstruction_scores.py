@@ -132,41 +132,38 @@ class Reconstruction:
         )
 
     @property
-    def total_tokens(self) -> int:
-        """Tokens to be fed in all, those of finished parts included."""
-        return len(self.context_ids) + sum(map(len, self.parts))
+    def num_passes(self) -> int:
+        """Forward passes of a whole run."""
+        return self._passes(0)
+
+    @property
+    def passes_left(self) -> int:
+        """Forward passes until `run` is through; the context is read anew after `resume`."""
+        return self._passes(self.parts_done) if self.parts_done < len(self.parts) else 0
+
+    def resume(self, parts_done: int, maxima: Tensor) -> None:
+        """Take up the state that `on_part` of an earlier run gave: float32 [num_layers, num_kv_heads, context]."""
+        self.attention.maxima.copy_(maxima)
+        self.parts_done = parts_done
 
     def run(
-        self,
-        on_progress: Callable[[int, int], None] | None = None,
-        on_part: Callable[[int, Tensor], None] | None = None,
+        self, on_pass: Callable[[int], None] | None = None, on_part: Callable[[int, Tensor], None] | None = None
     ) -> None:
         """Read the context, then every part that is not done yet.
 
         Args:
-            on_progress: called with (tokens fed, tokens in all) after every forward pass.
+            on_pass: called with the number of tokens after every forward pass.
             on_part: called with (parts done, maxima) after every part.
         """
-        done = sum(map(len, self.parts[: self.parts_done]))
-
-        def feed(ids: list[int]) -> None:
-            nonlocal done
-            for start in range(0, len(ids), self.settings.chunk_size):
-                piece = ids[start : start + self.settings.chunk_size]
-                self._forward(piece)
-                done += len(piece)
-                if on_progress is not None:
-                    on_progress(done, self.total_tokens)
-
         if self.parts_done == len(self.parts):
             return
         with attention_of(self.model), torch.inference_mode():
             self.attention.length, self.attention.scoring = 0, False
-            feed(self.context_ids)
+            self._feed(self.context_ids, on_pass)
             self.attention.scoring = True
             while self.parts_done < len(self.parts):
                 self.attention.length = len(self.context_ids)
-                feed(self.parts[self.parts_done])
+                self._feed(self.parts[self.parts_done], on_pass)
                 self.parts_done += 1
                 if on_part is not None:
                     on_part(self.parts_done, self.attention.maxima)
@@ -179,25 +176,34 @@ class Reconstruction:
         kept = tokens.sort(dim=-1).values
         return kept[..., round(self.settings.quantile * (kept.shape[-1] - 1))]
 
-    def _forward(self, ids: list[int]) -> None:
-        first, device = self.attention.length, self.model.device
-        self.model.base_model(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.arange(first, first + len(ids), device=device)[None],
-            use_cache=False,
-            reconstruction=self.attention,
-        )
-        self.attention.length += len(ids)
+    def _passes(self, parts_done: int) -> int:
+        size = self.settings.chunk_size
+        return sum(-(-len(ids) // size) for ids in (self.context_ids, *self.parts[parts_done:]))
+
+    def _feed(self, ids: Sequence[int], on_pass: Callable[[int], None] | None) -> None:
+        """Forward passes over `ids` at the positions after those already held."""
+        device = self.model.device
+        for start in range(0, len(ids), self.settings.chunk_size):
+            piece = ids[start : start + self.settings.chunk_size]
+            first = self.attention.length
+            self.model.base_model(
+                input_ids=torch.tensor([piece], device=device),
+                position_ids=torch.arange(first, first + len(piece), device=device)[None],
+                use_cache=False,
+                reconstruction=self.attention,
+            )
+            self.attention.length += len(piece)
+            if on_pass is not None:
+                on_pass(len(piece))
 
 
-def rank_scores(raw: Tensor) -> list[list[float]]:
-    """Raw scores [num_layers, num_kv_heads] by rank: 1 for the best head down to 0, evenly spaced and all different.
+def rank_scores(raw: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Raw scores [num_layers][num_kv_heads] by rank: 1 for the best head down to 0, evenly spaced and all different.
 
     Ties go to the lower (layer, head). A threshold t so keeps the 1 - t best heads, as a retrieval ratio does.
     """
-    num_heads = raw.shape[1]
-    order = sorted((-score, index) for index, score in enumerate(raw.flatten().tolist()))
-    ranked = [0.0] * len(order)
-    for place, (_, index) in enumerate(order):
-        ranked[index] = 1.0 - place / max(1, len(order) - 1)
-    return [ranked[start : start + num_heads] for start in range(0, len(ranked), num_heads)]
+    order = sorted((-score, layer, head) for layer, row in enumerate(raw) for head, score in enumerate(row))
+    ranked = [[0.0] * len(row) for row in raw]
+    for place, (_, layer, head) in enumerate(order):
+        ranked[layer][head] = 1.0 - place / max(1, len(order) - 1)
+    return ranked
