@@ -1,0 +1,195 @@
+"""How a comparison is shown: markdown tables and two pictures, quality against KV bytes and against retrieval ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longrun.quality.results import QualityResults
+from longrun.quality.statistics import Estimate
+from longrun.quality.summary import ALL_TASKS, RowSummary, percent, points, sentences, summarize
+from longrun.quality.tasks import RETRIEVAL_TASKS
+from longrun.units import format_bytes, format_tokens
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+REPORT_FILE = "report.md"
+BYTES_PICTURE, RATIO_PICTURE = "quality_bytes.png", "quality_ratio.png"
+_TITLES = {"passkey": "pass key", "needle": "needle", "several": "several needles", "keyvalue": "key-value"}
+
+
+def write_report(results: QualityResults) -> list[Path]:
+    """Write report.md and the pictures beside the results, and the estimates into results.json itself.
+
+    Returns:
+        The files written.
+    """
+    lengths = results.head["settings"]["lengths"]
+    by_length = {length: _rows(results, length) for length in lengths}
+    results.head["summary"] = [row.to_dict() for rows in by_length.values() for row in rows]
+    results.write()
+    report = results.folder / REPORT_FILE
+    report.write_text("\n".join(_report(results, by_length)) + "\n", encoding="utf-8")
+    heads = "share of KV heads that keep all tokens"
+    return [
+        report,
+        _draw(results, by_length, BYTES_PICTURE, "KV bytes in use", lambda row: row.kv_used, logarithmic=True),
+        _draw(results, by_length, RATIO_PICTURE, heads, lambda row: row.retrieval_ratio),
+    ]
+
+
+def _rows(results: QualityResults, length: int) -> list[RowSummary]:
+    found = [summarize(results, [row["name"]], row["name"], length) for row in results.head["rows"]]
+    return [row for row in found if row is not None]
+
+
+def _report(results: QualityResults, by_length: dict[int, list[RowSummary]]) -> list[str]:
+    head, settings = results.head, results.head["settings"]
+    lines = [f"# Quality of {head['model']} beside its own full attention", ""]
+    lines += [f"**{note}**\n" for note in head["notes"]]
+    lines += [
+        f"{settings['items']} question(s) of each task at each of {len(settings['depths'])} depths a length, "
+        f"{settings['texts']} text(s) a length with the last {settings['score_tokens']} tokens predicted, seed "
+        f"{settings['seed']}; commit {head['environment']['commit']}, {head['environment']['device']}. All rows read "
+        "the same documents. In brackets 95% intervals: Wilson for shares, bootstrap for means, paired bootstrap for "
+        "differences to the reference (where all items are equal, 3 / n to either side).",
+        "",
+        *(f"- {line}" for line in sentences(results)),
+    ]
+    for length, rows in by_length.items():
+        if rows:
+            lines += ["", f"## {format_tokens(length)} tokens", "", *_overview(rows)]
+            lines += ["", "Difference to the reference on the same items, exact match in points:", ""]
+            lines += [*_differences(rows), "", "Exact match by depth (0 is the beginning):", "", *_depths(rows)]
+    return lines
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def _overview(rows: list[RowSummary]) -> list[str]:
+    full = next((row.kv_used for row in rows if row.name == "reference"), None)
+    header = ["row", "heads", "KV in use", "of reference", "KV peak", *_TITLES.values(), "perplexity", "KL (nats)"]
+    header += ["top-1", "prefill tok/s", "decode tok/s"]
+    body = []
+    for row in rows:
+        cells = [row.name, "-" if row.retrieval_ratio is None else f"{row.retrieval_ratio:.0%}"]
+        cells += [format_bytes(round(row.kv_used or 0)), "-" if not full else f"{(row.kv_used or 0) / full:.0%}"]
+        cells.append(format_bytes(round(row.kv_peak or 0)))
+        cells += [percent(row.tasks[task].exact) if task in row.tasks else "-" for task in _TITLES]
+        text = row.text
+        cells += ["-"] * 3 if text is None else [_number(text.perplexity), _number(text.kl, 4), percent(text.top1)]
+        speeds = (row.prefill_tokens_per_s, row.decode_tokens_per_s)
+        cells += ["-" if speed is None else f"{speed:,.1f}" for speed in speeds]
+        body.append(cells)
+    return _table(header, body)
+
+
+def _differences(rows: list[RowSummary]) -> list[str]:
+    header = ["row", *_TITLES.values(), "all four", "all four, tokens right", "perplexity, ratio"]
+    body = []
+    for row in rows:
+        if row.name == "reference":
+            continue
+        found = [row.tasks.get(task) for task in (*_TITLES, ALL_TASKS)]
+        cells = [
+            "-" if t is None or t.exact_minus_reference is None else points(t.exact_minus_reference) for t in found
+        ]
+        every = found[-1]
+        tokens = None if every is None else every.tokens_minus_reference
+        cells.append("-" if tokens is None else points(tokens))
+        cells.append(
+            "-" if row.text is None or row.text.perplexity_ratio is None else _number(row.text.perplexity_ratio, 3)
+        )
+        body.append([row.name, *cells])
+    return _table(header, body)
+
+
+def _depths(rows: list[RowSummary]) -> list[str]:
+    depths = sorted({depth for row in rows for task in row.tasks.values() for depth in task.by_depth})
+    body = []
+    for row in rows:
+        for task in RETRIEVAL_TASKS:
+            if task in row.tasks:
+                there = row.tasks[task].by_depth
+                body.append([row.name, _TITLES[task], *(percent(there[d]) if d in there else "-" for d in depths)])
+    return _table(["row", "task", *(f"{depth:g}" for depth in depths)], body)
+
+
+def _number(estimate: Estimate, digits: int = 2) -> str:
+    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+
+
+def _draw(
+    results: QualityResults,
+    by_length: dict[int, list[RowSummary]],
+    name: str,
+    label: str,
+    place: Callable[[RowSummary], float | None],
+    logarithmic: bool = False,
+) -> Path:
+    """A column of panels a length: exact match over the four retrieval tasks above, KL divergence below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(by_length) + 1.5, 7.5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(2, len(by_length), squeeze=False)
+    for column, (length, rows) in enumerate(by_length.items()):
+        exact, divergence = panels[0][column], panels[1][column]
+        _lines(exact, rows, place, lambda row: row.tasks[ALL_TASKS].exact if ALL_TASKS in row.tasks else None)
+        _lines(divergence, rows, place, lambda row: None if row.text is None else row.text.kl)
+        exact.set_title(f"{format_tokens(length)} tokens", fontsize=10)
+        exact.set_ylim(-0.03, 1.03)
+        exact.set_ylabel("exact match, four tasks")
+        divergence.set_ylabel("KL(reference || row), nats")
+        for panel in (exact, divergence):
+            panel.set_xlabel(label)
+            panel.grid(alpha=0.3)
+            if logarithmic and any(place(row) for row in rows):
+                panel.set_xscale("log")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    if not handles:
+        handles, labels = panels[1][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    notes = results.head["notes"]
+    figure.suptitle(" - ".join([results.head["model"], *notes]), fontsize=9)
+    path = results.folder / name
+    partial = path.with_name(f".{name}")
+    canvas.print_figure(partial, dpi=130, format="png")
+    partial.replace(path)
+    return path
+
+
+def _lines(
+    panel: Axes,
+    rows: list[RowSummary],
+    place: Callable[[RowSummary], float | None],
+    value: Callable[[RowSummary], Estimate | None],
+) -> None:
+    methods: dict[str, list[tuple[float, Estimate]]] = {}
+    for row in rows:
+        where, found = place(row), value(row)
+        if where is not None and found is not None:
+            methods.setdefault(row.method, []).append((where, found))
+    for number, (method, points_) in enumerate(methods.items()):
+        points_.sort(key=lambda point: point[0])
+        x, y = [where for where, _ in points_], [one.value for _, one in points_]
+        spread: Any = [[one.value - one.low for _, one in points_], [one.high - one.value for _, one in points_]]
+        middle = {where: [b for a, b in zip(x, y, strict=True) if a == where] for where in x}  # seeds share a place
+        panel.errorbar(
+            x,
+            y,
+            yerr=spread,
+            fmt="so^vDP*X<>"[number % 10],
+            color=f"C{number % 10}",
+            capsize=2,
+            alpha=0.8,
+            label=method,
+        )
+        panel.plot(
+            list(middle), [sum(found) / len(found) for found in middle.values()], color=f"C{number % 10}", alpha=0.5
+        )

@@ -1,0 +1,105 @@
+"""The results file of a comparison: written whole after every (row, length, group of tasks), taken up again later."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from longrun.errors import InputError
+
+RESULTS_FILE = "results.json"
+FORMAT = 1
+
+
+class QualityResults:
+    """`results.json` in a folder.
+
+    Attributes:
+        head: everything beside the records (settings, rows, environment, notes); JSON-able.
+        records: what was measured, in the order it was; one a (row, length, group).
+    """
+
+    def __init__(self, folder: Path, head: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        self.folder, self.head, self.records = folder, head, records
+
+    @classmethod
+    def open(
+        cls, folder: Path, settings: dict[str, Any], rows: list[dict[str, Any]], force: bool = False
+    ) -> QualityResults:
+        """Start in `folder`, or go on with what it holds.
+
+        Args:
+            settings: JSON-able; must equal the file's key by key.
+            rows: JSON-able rows; those that the file has must stand there unchanged, others may be added.
+            force: drop what another comparison left there.
+
+        Raises:
+            InputError: the folder cannot be made, or holds a damaged file or other settings (the first is named).
+        """
+        path = folder / RESULTS_FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"folder {folder} cannot be made ({error.strerror}): choose another --out") from error
+        head: dict[str, Any] = {"format": FORMAT, "settings": settings, "rows": rows}
+        if force or not path.exists():
+            return cls(folder, head, [])
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            records, earlier = found["records"], found["settings"]
+            earlier_rows = {row["name"]: row for row in found["rows"]}
+            keys = [(record["row"], record["length"], record["group"]) for record in records]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path} cannot be read as a comparison's results: use another --out, or --force to start over"
+            ) from error
+        now = {f"row {row['name']}": row for row in rows}
+        then = {f"row {name}": row for name, row in earlier_rows.items()}
+        pairs = [(key, earlier.get(key), settings.get(key)) for key in sorted({*settings, *earlier})]
+        pairs += [(name, row, now.get(name)) for name, row in then.items()]
+        for key, old, new in pairs:
+            if old != new:
+                raise InputError(
+                    f"{path} was run with {key} = {json.dumps(old)}, now it is {json.dumps(new)}: use another --out, "
+                    f"or --force to start over"
+                )
+        assert len(keys) == len(set(keys))
+        found.pop("records")
+        return cls(folder, {**found, **head}, records)
+
+    def get(self, row: str, length: int, group: str) -> dict[str, Any] | None:
+        """The record, or None."""
+        for record in self.records:
+            if (record["row"], record["length"], record["group"]) == (row, length, group):
+                return record
+        return None
+
+    def drop(self, row: str, length: int, group: str) -> None:
+        """Forget a record that must be measured again."""
+        self.records = [r for r in self.records if (r["row"], r["length"], r["group"]) != (row, length, group)]
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take in a record (with row, length and group) and write the file."""
+        self.records.append(record)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file: complete or not at all.
+
+        Raises:
+            InputError: the disk is full or the folder is not writable; the earlier file is intact.
+        """
+        path = self.folder / RESULTS_FILE
+        partial = path.with_name(f".{RESULTS_FILE}.{os.getpid()}")
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                json.dump({**self.head, "records": self.records}, file, indent=1)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise InputError(f"{path} cannot be written ({error.strerror}): free the disk or choose --out") from error

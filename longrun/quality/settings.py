@@ -1,0 +1,197 @@
+"""The rows of a quality comparison: which heads keep what, in which formats, and what is evicted. Read from TOML."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from longrun.errors import InputError
+from longrun.patterns.baseline_maps import inverted_map, random_map, streaming_map
+from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadMap
+
+REFERENCE = "reference"
+KV_FORMATS = ("int4", "bf16", "fp32")
+WEIGHT_FORMATS = ("fp32", "bf16", "int8", "nf4")
+_EVICTION = re.compile(r"(snapkv|tova):(\d+(?:\.\d+)?)(%?)(@document)?")
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """What a row evicts.
+
+    Attributes:
+        method: "snapkv" or "tova".
+        keep: tokens, or percent of the prompt's length where `percent` is true.
+        at_document: SnapKV compresses at the document's end, before it knows the question; else, as in the paper, at
+            the prompt's end with the question in its window.
+    """
+
+    method: str
+    keep: float
+    percent: bool
+    at_document: bool
+
+    def keep_tokens(self, length: int) -> int:
+        """Tokens to keep of a prompt of `length` tokens, at least 1."""
+        return max(1, round(length * self.keep / 100) if self.percent else int(self.keep))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting to measure.
+
+    Attributes:
+        name: of the row; plots join rows of one `method`.
+        head_map: "full", "streaming", "random:SEED", "inverted:FOLDER" or a head map's folder.
+        retrieval_ratio: share of the map's KV heads that keep all tokens; None splits at score 0.5.
+        kv: page format; weights: weight format, None for the budget's.
+        eviction: "none", "snapkv:KEEP" or "tova:KEEP", KEEP in tokens or with % of the prompt's length; SnapKV also
+            "snapkv:KEEP@document".
+        sink_size, recent_size: window of streaming and random maps; a folder's map brings its own.
+
+    Raises:
+        InputError: a value that is none of these, or two that exclude each other.
+    """
+
+    name: str
+    head_map: str = "full"
+    retrieval_ratio: float | None = None
+    kv: str = "int4"
+    weights: str | None = None
+    eviction: str = "none"
+    sink_size: int | None = None
+    recent_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_type(self, field.name)
+        if self.kv not in KV_FORMATS:
+            raise InputError(f"row {self.name}: kv {self.kv!r} is unknown: use one of {', '.join(KV_FORMATS)}")
+        if self.weights not in (None, *WEIGHT_FORMATS):
+            raise InputError(
+                f"row {self.name}: weights {self.weights!r} is unknown: use one of {', '.join(WEIGHT_FORMATS)}"
+            )
+        kind, _, rest = self.head_map.partition(":")
+        if kind == "random" and not rest.isdecimal():
+            raise InputError(f"row {self.name}: {self.head_map!r} has no seed: write random:0")
+        if kind == "random" and self.retrieval_ratio is None:
+            raise InputError(f"row {self.name}: a random map needs a retrieval_ratio: its scores mean nothing")
+        if kind == "inverted" and not rest:
+            raise InputError(f"row {self.name}: {self.head_map!r} names no map: write inverted:FOLDER")
+        if kind in ("full", "streaming") and self.retrieval_ratio is not None:
+            raise InputError(f"row {self.name}: head_map {kind} leaves nothing to choose: leave retrieval_ratio out")
+        if (self.sink_size, self.recent_size) != (None, None) and kind not in ("streaming", "random"):
+            raise InputError(f"row {self.name}: sink_size and recent_size belong to streaming and random maps alone")
+        if self.evicts is not None:
+            if self.head_map != "full":
+                raise InputError(f"row {self.name}: {self.eviction} evicts from full attention: use head_map full")
+            if self.kv == "int4":
+                raise InputError(f"row {self.name}: evicting caches hold exact tokens: use kv bf16")
+
+    @property
+    def evicts(self) -> Eviction | None:
+        """The eviction asked for; InputError where it cannot be read."""
+        if self.eviction == "none":
+            return None
+        found = _EVICTION.fullmatch(self.eviction)
+        if found is None or (found[4] and found[1] == "tova") or float(found[2]) <= 0:
+            raise InputError(
+                f"row {self.name}: eviction {self.eviction!r} is unknown: use none, snapkv:512, snapkv:25%, "
+                f"snapkv:512@document, tova:512 or tova:25%"
+            )
+        if not found[3] and "." in found[2]:
+            raise InputError(f"row {self.name}: eviction {self.eviction!r} keeps no whole number of tokens")
+        return Eviction(found[1], float(found[2]), bool(found[3]), bool(found[4]))
+
+    @property
+    def method(self) -> str:
+        """What the row is one point of: its line in a plot."""
+        if self.evicts is not None:
+            return self.evicts.method + (" before the question" if self.evicts.at_document else "")
+        kind, _, rest = self.head_map.partition(":")
+        what = {"full": "full", "streaming": "all streaming", "random": "random map"}.get(kind)
+        if what is None:
+            what = f"inverted {Path(rest).name}" if kind == "inverted" else f"map {Path(self.head_map).name}"
+        return f"{what}, {self.kv}" + (f", {self.weights} weights" if self.weights else "")
+
+    def make_map(self, num_layers: int, num_kv_heads: int) -> HeadMap | str:
+        """What `longrun.load` takes as head_map.
+
+        Raises:
+            HeadMapError: the folder holds none.
+        """
+        kind, _, rest = self.head_map.partition(":")
+        window = (
+            DEFAULT_SINK_SIZE if self.sink_size is None else self.sink_size,
+            DEFAULT_RECENT_SIZE if self.recent_size is None else self.recent_size,
+        )
+        if kind == "full":
+            return "full"
+        if kind == "streaming":
+            return streaming_map(num_layers, num_kv_heads, *window)
+        if kind == "random":
+            return random_map(num_layers, num_kv_heads, int(rest), *window)
+        if kind == "inverted":
+            return inverted_map(HeadMap.load(rest))
+        return HeadMap.load(self.head_map)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, JSON-able; of a map's folder the path as given."""
+        return asdict(self)
+
+
+def read_rows(path: Path) -> tuple[Row, ...]:
+    """The rows of a settings file: `[[row]]` tables with the fields of `Row`.
+
+    Raises:
+        InputError: a file that cannot be read, an unknown key, a name given twice or kept for the reference.
+    """
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"settings file {path} cannot be read ({error.strerror}): name a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"settings file {path} is not TOML ({error}): see scripts/compare_settings.toml") from error
+    tables = found.pop("row", None)
+    if found or not isinstance(tables, list) or not tables:
+        raise InputError(
+            f"settings file {path} must hold [[row]] tables and nothing else: see scripts/compare_settings.toml"
+        )
+    known, rows = {field.name for field in fields(Row)}, []
+    for number, table in enumerate(tables, start=1):
+        for key in table:
+            if key not in known:
+                raise InputError(f"{path}, row {number}: {key} is unknown: use {', '.join(sorted(known))}")
+        if "name" not in table:
+            raise InputError(f"{path}, row {number} has no name: every row needs one")
+        row = Row(**table)
+        if row.name == REFERENCE or row.name in {other.name for other in rows}:
+            raise InputError(f"{path}: the name {row.name!r} is taken: give every row one of its own")
+        rows.append(row)
+    return tuple(rows)
+
+
+_TYPES = {
+    "name": str,
+    "head_map": str,
+    "retrieval_ratio": (int, float),
+    "kv": str,
+    "weights": str,
+    "eviction": str,
+    "sink_size": int,
+    "recent_size": int,
+}
+
+
+def _check_type(row: Row, name: str) -> None:
+    value, default = getattr(row, name), Row.__dataclass_fields__[name].default
+    if value is default:
+        return
+    if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
+        raise InputError(f"row {row.name}: {name} is {value!r}, which is of the wrong type")
+
+
+REFERENCE_ROW = Row(REFERENCE, kv="bf16")
