@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longrun.errors import ConfigError
+from longrun.kernels.overlap import overlaps
 
 TRITON_HEAD_DIMS = (64, 128)
 MAX_TILE = 512  # slots of a program
@@ -43,8 +44,12 @@ def _merge(partial, column, out, SPLITS: tl.constexpr, WIDTH: tl.constexpr, HEAD
 def ring_decode_kernel(
     q, ring_k, ring_v, lengths, out, partials, counters, num_slots, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program (query head, split) takes slots [split * share, (split + 1) * share) of its KV head."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     query = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     share = tl.cdiv(num_slots, SPLITS)
@@ -146,6 +151,7 @@ def check_ring_decode(
 def ring_decode(
     q: Tensor, ring_k: Tensor, ring_v: Tensor, lengths: Tensor, softmax_scale: float, out: Tensor,
     workspace: RingWorkspace | None = None, num_splits: int | None = None, num_warps: int = 4,
+    overlap: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention of one token's streaming heads over the first `lengths` slots of the ring, in float32.
 
@@ -157,6 +163,7 @@ def ring_decode(
         out: [num_heads, group, head_dim], contiguous, any of the three dtypes; every element is written.
         workspace: for num_splits above 1 (None: made in this call). A captured graph needs one that outlives it.
         num_splits: programs a query head (None: `default_splits`).
+        overlap: see `vector_linear`.
 
     Returns:
         out.
@@ -171,11 +178,13 @@ def ring_decode(
         return out
     if workspace is None:
         workspace = RingWorkspace.make(heads * group, num_splits, dim, q.device)
+    overlap = overlap and overlaps(q.device)
     ring_decode_kernel[(heads * group, num_splits)](
         q, ring_k, ring_v, lengths, out, workspace.partials, workspace.counters, num_slots,
         softmax_scale * math.log2(math.e),
         GROUP=group, HEAD_DIM=dim, SPLITS=num_splits, TILE=triton.next_power_of_2(triton.cdiv(num_slots, num_splits)),
         WIDTH=triton.next_power_of_2(num_splits), num_warps=num_warps,
+        PDL=overlap, launch_pdl=overlap,
     )  # fmt: skip
     return out
 
@@ -183,6 +192,7 @@ def ring_decode(
 def ring_decode_reference(
     q: Tensor, ring_k: Tensor, ring_v: Tensor, lengths: Tensor, softmax_scale: float, out: Tensor,
     workspace: RingWorkspace | None = None, num_splits: int | None = None, num_warps: int = 4,
+    overlap: bool = False,
 ) -> Tensor:  # fmt: skip
     """`ring_decode` in torch, in float32: a mask over all slots. Same arguments, the last three unused; any
     head_dim."""

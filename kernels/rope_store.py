@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longrun.kernels.overlap import overlaps
 from longrun.kernels.rotary import check_head, head_norm, rotary_reference
 
 
@@ -18,9 +19,12 @@ from longrun.kernels.rotary import check_head, head_norm, rotary_reference
 def rope_store_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_out_ptr, tail_k_ptr, tail_v_ptr, ring_k_ptr, ring_v_ptr, slots_ptr,
     q_norm_ptr, k_norm_ptr, num_qo_heads, num_kv_heads, num_retrieval, tail_stride, ring_stride, eps,
-    D: tl.constexpr, NORM: tl.constexpr,
+    D: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid: a program a query head, then one a KV head (its key and its value)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     HALF: tl.constexpr = D // 2
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     head = tl.program_id(0)
@@ -89,6 +93,7 @@ def rope_store(
     qkv: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, tail_k: Tensor | None, tail_v: Tensor | None,
     ring_k: Tensor | None, ring_v: Tensor | None, slots: Tensor, num_qo_heads: int, *,
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0, num_warps: int = 1,
+    overlap: bool = False,
 ) -> None:  # fmt: skip
     """Norm and turn one token's query and key heads; write q_out, and keys and values to their place in the cache.
 
@@ -106,6 +111,7 @@ def rope_store(
         q_norm, k_norm: [head_dim] weights of an RMS norm per head before the turn (Qwen3), both or neither; eps is
             added to the mean square, and the norm is rounded to the dtype of qkv.
         num_warps: warps a head.
+        overlap: see `vector_linear`.
 
     Raises:
         ConfigError: a head_dim or dtype that the kernel does not serve.
@@ -114,6 +120,7 @@ def rope_store(
         qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, num_qo_heads, q_norm, k_norm
     )
     check_head("rope_store", dim, qkv.dtype)
+    overlap = overlap and overlaps(qkv.device)
     if tail_k is None or tail_v is None:
         tail_k, tail_v = ring_k, ring_v  # never written: there is no retrieval head
     if ring_k is None or ring_v is None:
@@ -123,6 +130,7 @@ def rope_store(
         qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, cos if q_norm is None else q_norm,
         cos if k_norm is None else k_norm, num_qo_heads, retrieval + streaming, retrieval,
         tail_k.stride(0), ring_k.stride(0), eps, D=dim, NORM=q_norm is not None, num_warps=num_warps,
+        PDL=overlap, launch_pdl=overlap,
     )  # fmt: skip
 
 
@@ -130,6 +138,7 @@ def rope_store_reference(
     qkv: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, tail_k: Tensor | None, tail_v: Tensor | None,
     ring_k: Tensor | None, ring_v: Tensor | None, slots: Tensor, num_qo_heads: int, *,
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0, num_warps: int = 1,
+    overlap: bool = False,
 ) -> None:  # fmt: skip
     """`rope_store` in torch; waits for the device to read `slots`."""
     dim, retrieval, streaming = _counts(

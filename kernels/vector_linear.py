@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from longrun.errors import ConfigError
+from longrun.kernels.overlap import overlaps
 from longrun.kernels.vector_linear_dense import dense_kernel
 from longrun.kernels.vector_linear_packed import code_planes, packed_kernel
 from longrun.quant.linear import QuantLinear
@@ -43,19 +44,25 @@ class Tuning:
     num_stages: int
 
 
-def default_tuning(weight_format: str, packed: bool, num_outputs: int, gated: bool) -> Tuning:
-    """What to launch for this many outputs: at least a few hundred programs, and 8 to 16 loads of 16 bytes a thread."""
+def default_tuning(
+    weight_format: str, packed: bool, num_outputs: int, in_features: int, gated: bool, overlap: bool = False
+) -> Tuning:
+    """What to launch for this shape: at least a few hundred programs, and 8 to 16 loads of 16 bytes a thread. With
+    `overlap` a row of several steps holds two of them at a time: they are shorter, and all programs still run at once.
+    """
     if not packed:
         block_rows = (2 if gated else 4) if weight_format in ("bf16", "int8") else 2
         return Tuning(block_rows, 2048 if weight_format == "bf16" else 1024, 4, 1)
     block_rows = 8 if num_outputs >= 2048 else 4 if num_outputs >= 1024 else 2
-    return Tuning(block_rows, 4096 if weight_format == "nf4" else 2048, 4, 1)
+    if weight_format == "nf4":
+        return Tuning(block_rows, 2048 if overlap and in_features > 4096 else 4096, 4, 1)
+    return Tuning(block_rows, 1024 if overlap and gated else 2048, 4, 1)
 
 
 def vector_linear(
     x: Tensor, linear: QuantLinear, out: Tensor | None = None, *,
     norm_weight: Tensor | None = None, eps: float = 0.0, gated: bool = False, accumulate: bool = False,
-    packed: bool = True, tuning: Tuning | None = None,
+    packed: bool = True, tuning: Tuning | None = None, overlap: bool = False,
 ) -> Tensor:  # fmt: skip
     """Product of one row with the weight, bias added: `linear(x)`, or with options, in this order:
 
@@ -69,6 +76,7 @@ def vector_linear(
         accumulate: add to `out`, in float32.
         packed: integer products for int8 and nf4 with 16-bit x (needs a GPU); otherwise, and without it, float32.
         tuning: None for `default_tuning`.
+        overlap: begin while the kernel before this one ends, where the GPU can (see `overlap.overlaps`).
 
     Returns:
         [1, out_features], gated [1, out_features // 2], compute dtype; `out` where given. Nothing is allocated then,
@@ -80,7 +88,8 @@ def vector_linear(
     num_outputs = check_shapes(x, linear, norm_weight, gated, accumulate, out)
     in_features, weight_format = linear.in_features, linear.weight_format
     packed = packed and weight_format in _CHUNK and x.dtype != torch.float32
-    tuning = tuning or default_tuning(weight_format, packed, num_outputs, gated)
+    overlap = overlap and overlaps(x.device)
+    tuning = tuning or default_tuning(weight_format, packed, num_outputs, in_features, gated, overlap)
     if out is None:
         out = x.new_empty(1, num_outputs)
     norm = x if norm_weight is None else norm_weight
@@ -91,7 +100,7 @@ def vector_linear(
     options = {
         "K": in_features, "WIDE": wide, "BLOCK_ROWS": tuning.block_rows, "STAGES": tuning.num_stages,
         "NORM": norm_weight is not None, "GATED": gated, "BIAS": linear.bias is not None, "ADD": accumulate,
-        "num_warps": tuning.num_warps,
+        "num_warps": tuning.num_warps, "PDL": overlap, "launch_pdl": overlap,
     }  # fmt: skip
     grid = (-(-num_outputs // tuning.block_rows),)
     if packed:

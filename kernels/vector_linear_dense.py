@@ -62,7 +62,7 @@ def dense_kernel(
     x_ptr, norm_ptr, w_ptr, scale_ptr, code_ptr, bias_ptr, out_ptr, rows, eps,
     K: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
     STAGES: tl.constexpr, FORMAT: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program p makes outputs p * BLOCK_ROWS and on, of `rows`. VECTOR: stored items of a 16-byte load. `scale_ptr`:
     float32 row scales of int8, absmax of nf4, whose `w_ptr` is of bytes."""
@@ -70,6 +70,9 @@ def dense_kernel(
     TILE: tl.constexpr = 2 * BLOCK_ROWS if GATED else BLOCK_ROWS
     ITEMS: tl.constexpr = K // 2 if NF4 else K  # stored, a row
     BLOCK: tl.constexpr = BLOCK_K // 2 if NF4 else BLOCK_K
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row, inside = tile_rows(rows, BLOCK_ROWS, GATED)
     rms = 0.0
     if NORM:

@@ -166,18 +166,24 @@ def packed_kernel(
     x_ptr, norm_ptr, w_ptr, scale_ptr, table_ptr, bias_ptr, out_ptr, rows, eps,
     K: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
     NF4: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program p makes outputs p * BLOCK_ROWS and on; `rows` outputs in all. `w_ptr` is int32, `scale_ptr` the absmax
     of nf4 or the row scales of int8, `table_ptr` the `code_planes` of nf4."""
     SIZE: tl.constexpr = 32 if NF4 else 16
     TILE: tl.constexpr = 2 * BLOCK_ROWS if GATED else BLOCK_ROWS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     row, inside = tile_rows(rows, BLOCK_ROWS, GATED)
-    # With one step its loads start here, and the norm and the fixed point of x are made while they are under way.
+    # The first step's loads start here, where it is the only one or loads are made a step ahead: the norm and the fixed
+    # point of x are made while they are under way.
     ONE_STEP: tl.constexpr = CHUNKS * SIZE >= K
-    if ONE_STEP:
+    if ONE_STEP or PDL:
         words = _load_words(w_ptr, row, inside, 0, K, NF4, CHUNKS)
         if NF4:
             absmax = _load_absmax(scale_ptr, row, inside, 0, K, CHUNKS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # from here on x, and out, which earlier kernels may still be reading or writing
     rms = 0.0
     if NORM:
         rms = root_mean_square(x_ptr, eps, K, WIDE)
@@ -187,10 +193,14 @@ def packed_kernel(
     acc = tl.zeros((TILE, CHUNKS), tl.float32)
     start = tl.full((1, CHUNKS), _MAGIC_BITS, tl.int32)
     for chunk in tl.range(0, K // SIZE, CHUNKS, num_stages=STAGES):
-        if not ONE_STEP:
+        if not ONE_STEP and not PDL:
             words = _load_words(w_ptr, row, inside, chunk, K, NF4, CHUNKS)
             if NF4:
                 absmax = _load_absmax(scale_ptr, row, inside, chunk, K, CHUNKS)
+        if not ONE_STEP and PDL:
+            next_words = _load_words(w_ptr, row, inside, chunk + CHUNKS, K, NF4, CHUNKS)
+            if NF4:
+                next_absmax = _load_absmax(scale_ptr, row, inside, chunk + CHUNKS, K, CHUNKS)
         a, b, top = _planes(x_ptr, norm_ptr, rms, chunk, K, NF4, NORM, CHUNKS)
         w0, w1, w2, w3 = _split4(words, TILE, CHUNKS)
         if NF4:
@@ -216,6 +226,10 @@ def packed_kernel(
             s0, s1 = _int8_word(w2, a2, b2, s0, s1)
             s0, s1 = _int8_word(w3, a3, b3, s0, s1)
             acc += (_float(s0) * 256.0 + _float(s1)) * top[None, :]
+        if not ONE_STEP and PDL:
+            words = next_words
+            if NF4:
+                absmax = next_absmax
     product = tl.sum(acc, 1)
     if NF4:
         product *= _NF4_STEP

@@ -56,16 +56,16 @@ NF4_CODE = (
 )  # fmt: skip
 # block_rows (halved with a gate), block_k, num_warps, num_stages
 SWEEP = {
-    "nf4": ((16, 4096, 4, 1), (8, 4096, 4, 1), (4, 4096, 4, 1), (8, 2048, 2, 1), (8, 2048, 2, 2), (8, 4096, 8, 1)),
-    "int8": ((16, 2048, 4, 1), (8, 2048, 4, 1), (4, 2048, 4, 1), (8, 1024, 2, 1), (8, 2048, 4, 2), (8, 4096, 8, 1)),
+    "nf4": ((8, 2048, 4, 1), (8, 4096, 4, 1), (4, 4096, 4, 1), (8, 2048, 2, 1), (8, 2048, 2, 2), (8, 4096, 8, 1)),
+    "int8": ((8, 1024, 4, 1), (8, 2048, 4, 1), (4, 2048, 4, 1), (8, 1024, 2, 1), (8, 2048, 4, 2), (8, 4096, 8, 1)),
     "bf16": ((8, 2048, 4, 1), (4, 2048, 4, 1), (2, 2048, 4, 1), (4, 1024, 2, 1), (4, 2048, 4, 2), (4, 4096, 8, 1)),
 }
 
 
 def tunings(weight_format: str, matrix: str, sweep: bool) -> list[Tuning]:
     """The default, and what else is tried."""
-    rows, _, _, gated, _ = MATRICES[matrix]
-    default = default_tuning(weight_format, weight_format != "bf16", rows // 2 if gated else rows, gated)
+    rows, width, _, gated, _ = MATRICES[matrix]
+    default = default_tuning(weight_format, weight_format != "bf16", rows // 2 if gated else rows, width, gated)
     others = [Tuning(r // 2 if gated else r, *rest) for r, *rest in SWEEP[weight_format]] if sweep else []
     return [default, *(t for t in others if t != default)]
 

@@ -393,7 +393,7 @@ def test_fused_kernels_compile_without_a_gpu(item, capability):
         assert stores and set(stores) == {16}
         names = ("qkv", "q_out", "tail_k", "tail_v", "ring_k", "ring_v", "q_norm", "k_norm")
         pointers = angles | {f"{name}_ptr": of for name in names} | {"slots_ptr": "*i64"}
-        constants = {"D": dim, "NORM": norm}
+        constants = {"D": dim, "NORM": norm, "PDL": capability >= 90}
         ptx = compiled(rope_store_kernel, capability, pointers, constants, 1, ("tail_stride", "ring_stride"))
         assert {number for kind, number in accesses(ptx) if kind == "st"} == {dim // 2 // 32 * size}
     ptx = compiled(silu_mul_kernel, capability, {"gate_up_ptr": of}, {"BLOCK": 2048}, 4, ("row_stride", "width"))

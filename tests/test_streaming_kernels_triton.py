@@ -257,7 +257,7 @@ def test_prefill_refuses(change, word):
         ({"lengths": torch.tensor([3])}, "int64"),
         ({"lengths": torch.tensor([3, 4], dtype=torch.int32)}, "2 x torch.int32"),
         ({"num_splits": 0}, "num_splits 0"),
-        ({"num_splits": 2, "workspace": RingWorkspace.make(6, 3, 64, "cpu")}, r"asks for \[12, 66\]"),
+        ({"num_splits": 3, "workspace": RingWorkspace.make(6, 2, 64, "cpu")}, r"asks for \[18, 66\]"),
     ],
 )
 def test_decode_refuses(change, word):
@@ -327,6 +327,7 @@ def test_prefill_compiles_without_a_gpu(head_dim, item, capability, monkeypatch,
 def test_decode_compiles_without_a_gpu(num_splits, head_dim, item, capability, tmp_path):
     tile, width = (512, 1) if num_splits == 1 else (128, 4)
     constants = {"GROUP": 4, "HEAD_DIM": head_dim, "SPLITS": num_splits, "TILE": tile, "WIDTH": width}
+    constants["PDL"] = capability >= 90
     built = compiled(ring_decode_kernel, item, constants, capability, num_warps=8)
     assert re.search(r"ld\.global[.\w]*\.v4", built.asm["ptx"])
     assert num_splits == 1 or stack_bytes(built, tmp_path) == 0

@@ -291,11 +291,11 @@ def build(packed, weight_format, item, width, outputs, capability, **flags):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    tuning = default_tuning(weight_format, packed, outputs, flags.get("GATED", False))
+    tuning = default_tuning(weight_format, packed, outputs, width, flags.get("GATED", False), flags.get("PDL", False))
     wide = triton.next_power_of_2(width)
     block_k = min(tuning.block_k, wide)
     constants = {"K": width, "WIDE": wide, "BLOCK_ROWS": tuning.block_rows, "STAGES": tuning.num_stages}
-    constants |= {"NORM": False, "GATED": False, "BIAS": False, "ADD": False} | flags
+    constants |= {"NORM": False, "GATED": False, "BIAS": False, "ADD": False, "PDL": False} | flags
     stored = {"bf16": "bf16", "fp32": "fp32", "int8": "i8", "nf4": "u8"}[weight_format]
     types = {"scale_ptr": "*fp32", "code_ptr": "*fp32", "table_ptr": "*i32", "rows": "i32", "eps": "fp32"}
     if packed:
@@ -309,7 +309,22 @@ def build(packed, weight_format, item, width, outputs, capability, **flags):
     types = {n: "constexpr" if n in constants else types.get(n, f"*{item}") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n][0] == "*" or n == "rows"}
     source = ASTSource(kernel, types, {(names.index(n),): v for n, v in constants.items()}, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": tuning.num_warps})
+    options = {"num_warps": tuning.num_warps, "launch_pdl": constants["PDL"]}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@not_interpreted
+@pytest.mark.parametrize(("packed", "weight_format"), [(True, "nf4"), (True, "int8"), (False, "bf16")])
+def test_weights_are_under_way_before_the_kernel_waits_for_the_one_before(packed, weight_format):
+    """On sm_90 every program lets the next kernel begin, and waits before it reads x; packed weights of one step, which
+    depend on nothing, are asked for before that."""
+    build(packed, weight_format, "bf16", 14336, 4096, 90, ADD=True, PDL=True)
+    ptx = build(packed, weight_format, "bf16", 2048, 2048, 90, NORM=True, PDL=True).asm["ptx"]
+    begin, wait = ptx.index("griddepcontrol.launch_dependents"), ptx.index("griddepcontrol.wait")
+    assert begin < wait and ptx.count("griddepcontrol.wait") == 1
+    before = len(re.findall(r"ld\.global[.\w]*\.v4", ptx[:wait]))
+    assert (before > 0) == packed
+    assert "griddepcontrol" not in build(packed, weight_format, "bf16", 2048, 2048, 80, NORM=True).asm["ptx"]
 
 
 @not_interpreted
