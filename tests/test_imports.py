@@ -110,6 +110,7 @@ ROOMS = (
     ),
     Room("documents", ("longrun.documents",), light=True),
     Room("needles", ("longrun.needles", "longrun.needle_words"), packages=("transformers",)),
+    Room("long tasks", ("longrun.long_tasks", "longrun.long_words"), packages=("numpy", "transformers")),
     Room(
         "trainers",
         (
