@@ -138,7 +138,7 @@ class Comparison:
         def on_document(name: str) -> None:
             if self._console.is_terminal:
                 so_far = f"{name} ({time.perf_counter() - start:.0f} s)"
-                self._console.print(f"  {row.name}, {format_tokens(length)}: {so_far}", end="")
+                self._console.print(f"  {row.name}, {format_tokens(length)}: {so_far}", end="\r")
 
         if group == "text":
             texts = text_documents(self._text_ids(runtime), length, settings["texts"])

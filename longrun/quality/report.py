@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrun.quality.results import QualityResults
+from longrun.quality.settings import REFERENCE
 from longrun.quality.statistics import Estimate
 from longrun.quality.summary import ALL_TASKS, RowSummary, percent, points, sentences, summarize
 from longrun.quality.tasks import RETRIEVAL_TASKS
@@ -71,7 +72,7 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _overview(rows: list[RowSummary]) -> list[str]:
-    full = next((row.kv_used for row in rows if row.name == "reference"), None)
+    full = next((row.kv_used for row in rows if row.name == REFERENCE), None)
     header = ["row", "heads", "KV in use", "of reference", "KV peak", *_TITLES.values(), "perplexity", "KL (nats)"]
     header += ["top-1", "prefill tok/s", "decode tok/s"]
     body = []
@@ -81,7 +82,9 @@ def _overview(rows: list[RowSummary]) -> list[str]:
         cells.append(format_bytes(round(row.kv_peak or 0)))
         cells += [percent(row.tasks[task].exact) if task in row.tasks else "-" for task in _TITLES]
         text = row.text
-        cells += ["-"] * 3 if text is None else [_number(text.perplexity), _number(text.kl, 4), percent(text.top1)]
+        cells.append("-" if text is None else _number(text.perplexity))
+        own = text is None or row.name == REFERENCE  # nothing to compare
+        cells += ["-", "-"] if own else [_number(text.kl, 4), percent(text.top1)]
         speeds = (row.prefill_tokens_per_s, row.decode_tokens_per_s)
         cells += ["-" if speed is None else f"{speed:,.1f}" for speed in speeds]
         body.append(cells)
@@ -92,7 +95,7 @@ def _differences(rows: list[RowSummary]) -> list[str]:
     header = ["row", *_TITLES.values(), "all four", "all four, tokens right", "perplexity, ratio"]
     body = []
     for row in rows:
-        if row.name == "reference":
+        if row.name == REFERENCE:
             continue
         found = [row.tasks.get(task) for task in (*_TITLES, ALL_TASKS)]
         cells = [

@@ -140,9 +140,12 @@ def _task(
                 [one["group"] for one, _ in both], (-1.0, 1.0),
             )  # fmt: skip
     return TaskSummary(
-        bootstrap(exact, groups, _SHARE) if repeated else wilson(int(sum(exact)), len(exact)), bootstrap(tokens, groups, _SHARE),
-        differences["exact"], differences["token_accuracy"], by_depth,
-    )  # fmt: skip
+        bootstrap(exact, groups, _SHARE) if repeated else wilson(int(sum(exact)), len(exact)),
+        bootstrap(tokens, groups, _SHARE),
+        differences["exact"],
+        differences["token_accuracy"],
+        by_depth,
+    )
 
 
 def _text(own: list[dict[str, Any]], reference: dict[tuple[Any, ...], dict[str, Any]] | None) -> TextSummary:
