@@ -29,6 +29,7 @@ from longrun.units import parse_tokens
 
 if TYPE_CHECKING:
     from longrun.answer import AnswerOptions
+    from longrun.auto_head_map import AutoHeadMap
     from longrun.chat_runner import ChatRunner
     from longrun.plan import Plan
     from longrun.runtime import Runtime
@@ -91,7 +92,7 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
     """Print the plan, load the model, then the session; say what else a person should know."""
     from longrun.chat_runner import ChatRunner
     from longrun.plan_report import print_plan
-    from longrun.progress import PinProgress
+    from longrun.progress import HeadMapProgress, PinProgress
     from longrun.store import SessionStore
 
     options = _answer_options(args)
@@ -99,7 +100,7 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
     if folder is not None:
         SessionStore(folder)  # refuses a folder that is no session before minutes of loading
     started = time.perf_counter()
-    runtime = _load(args, ctx, lambda plan: print_plan(plan, console), PinProgress(console))
+    runtime = _load(args, ctx, lambda plan: print_plan(plan, console), PinProgress(console), HeadMapProgress(console))
     promised = runtime.plan
     runner = ChatRunner(runtime, options, console, args.system, folder, ctx)
     runner.load_seconds = time.perf_counter() - started
@@ -117,6 +118,7 @@ def _load(
     ctx: int | None,
     on_plan: Callable[[Plan], None],
     on_pin: Callable[[int, int], None],
+    on_head_map: Callable[[AutoHeadMap], None],
 ) -> Runtime:
     from longrun.model.demo import demo_model_dir
     from longrun.runtime import load
@@ -134,6 +136,7 @@ def _load(
         chunk_size=args.chunk_size,
         on_plan=on_plan,
         on_pin=on_pin,
+        on_head_map=on_head_map,
     )
 
 
@@ -232,7 +235,12 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--adapter", metavar="DIR", help="LoRA adapter folder, added to the weights (default: none)")
     model.add_argument("--ctx", metavar="TOKENS", help="capacity, like 128K or 3.3M (default: the trained window)")
     model.add_argument("--budget", metavar="NAME_OR_FILE", help="memory budget (default: cpu, or h100-80g on a GPU)")
-    model.add_argument("--head-map", default="full", metavar="DIR|full", help="head map folder (default: full)")
+    model.add_argument(
+        "--head-map",
+        default="full",
+        metavar="DIR|full|auto",
+        help="head map folder; auto measures the model once and keeps its map (default: full)",
+    )
     model.add_argument("--retrieval-ratio", type=float, metavar="R", help="share of KV heads that keep all tokens")
     model.add_argument("--kv", choices=KV_FORMATS, help="format of KV pages (default: the budget's, else int4)")
     model.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")

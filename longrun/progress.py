@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from longrun.auto_head_map import AutoHeadMap
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -95,3 +99,27 @@ class PinProgress:
             return
         self._last_line = now
         self._console.print(text, highlight=False)
+
+
+class HeadMapProgress:
+    """Says in one line where the map of `--head-map auto` is kept or being made, and how far that is."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last_line = time.perf_counter()
+
+    def __call__(self, head_map: AutoHeadMap) -> None:
+        folder, done, total = head_map.folder, head_map.done, head_map.total
+        if head_map.kept:
+            self._say(f"head map auto: using the one kept in {folder}")
+        elif not done:
+            self._say(f"head map auto: measuring this model's heads, once; the map will be kept in {folder}")
+        elif self._console.is_terminal:
+            text = f"Measuring heads {done / total:4.0%}"
+            self._console.print(" " * len(text) if done == total else text, end="\r", highlight=False)
+        elif time.perf_counter() - self._last_line >= _SECONDS_BETWEEN_LINES and done < total:
+            self._say(f"measured {done} of {total} steps")
+
+    def _say(self, text: str) -> None:
+        self._last_line = time.perf_counter()
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)

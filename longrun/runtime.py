@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longrun import gpu_checks
+from longrun.auto_head_map import DEFAULT_RATIO, AutoHeadMap, auto_head_map, kept_folder
 from longrun.backend import Parts, build_engine
 from longrun.budget import Budget
 from longrun.cache.pinned_pool import PinnedMemory
@@ -24,7 +25,7 @@ from longrun.model.rope import RopeParameters, RotaryTable
 from longrun.model_bytes import TOKEN_SLICES
 from longrun.paths import cache_dir
 from longrun.patterns.head_map import HeadMap, HeadSplit
-from longrun.plan import Plan, choose_split, make_plan
+from longrun.plan import ChosenSplit, Plan, choose_split, make_plan
 from longrun.session import Session
 from longrun.store import SavedSession, SessionIdentity
 from longrun.units import parse_tokens
@@ -51,6 +52,7 @@ def load(
     compiled_kernels: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
     on_pin: Callable[[int, int], None] | None = None,
+    on_head_map: Callable[[AutoHeadMap], None] | None = None,
 ) -> Runtime:
     """Plan, then load a checkpoint of the Llama family.
 
@@ -58,19 +60,23 @@ def load(
         model_dir: Hugging Face checkpoint folder (config.json and safetensors).
         budget: name of a shipped budget, TOML file or `Budget`; default: `cpu` on the CPU, on a GPU the largest
             shipped one that the card's memory holds.
-        head_map: folder in DuoAttention's format, `HeadMap`, or "full" (also None): every head keeps every token.
+        head_map: folder in DuoAttention's format, `HeadMap`, "full" (also None): every head keeps every token, or
+            "auto": the model's own map, measured on the first call and kept (see `longrun.auto_head_map`).
         kv_format: "int4", "bf16" or "fp32"; default: the budget's (int4 where it says nothing).
         weight_format: "fp32", "bf16", "int8" or "nf4"; default: the budget's.
         device: "cpu" or "cuda"; default: cuda where there is one.
         ctx: capacity to plan for, tokens; default: the model's trained window, or what fits of it.
         adapter: folder of a LoRA adapter in peft's format, added to the weights while they are loaded.
-        retrieval_ratio: share of the heads of `head_map` to keep; default: the budget's, else scores of at least 0.5.
+        retrieval_ratio: share of the heads of `head_map` to keep; default: the budget's, else scores of at least 0.5
+            (with "auto" a ratio of 0.5).
         chunk_size: the most tokens of one prefill step; default: the budget's.
         device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
             rest goes to the host pool although the device has room.
         compiled_kernels: use the compiled kernels of the CPU or the GPU; False runs plain torch.
         on_plan: shown the plan before the first weight is read.
         on_pin: called with (bytes pinned, bytes in all) while a session pins its host pool, on cuda only.
+        on_head_map: told of the map of "auto" and of the progress of measuring it; without it a notice says where the
+            map is kept.
 
     Raises:
         PlanError: the budget or the machine's free memory cannot hold it; nothing has been loaded.
@@ -96,16 +102,31 @@ def load(
         gpu_checks.check_budget(limits)
         if compiled_kernels:
             gpu_checks.check_kernel_shapes(config, limits)
+
+    def plan_for(chosen: ChosenSplit) -> Plan:
+        return make_plan(
+            config, limits, ctx, split=chosen, device_type=device_type, device_share=device_share,
+            gpu_kernels=compiled_kernels,
+        )  # fmt: skip
+
+    auto_notices = []
+    if isinstance(head_map, str) and head_map == "auto":
+        if retrieval_ratio is None:
+            retrieval_ratio = DEFAULT_RATIO if limits.retrieval_ratio is None else limits.retrieval_ratio
+        if not kept_folder(folder).exists():  # what does not fit is refused before the map is measured
+            plan_for(choose_split(config, limits, None, retrieval_ratio, assume=True))
+        head_map = auto_head_map(folder, device_type, on_head_map)
+        if on_head_map is None:
+            auto_notices.append(f"head map auto was measured on this model and is kept in {head_map}")
+        if lora is not None:
+            auto_notices.append("head map auto was measured on the model without its adapter")
     chosen = choose_split(config, limits, head_map, retrieval_ratio)
-    plan = make_plan(
-        config, limits, ctx, split=chosen, device_type=device_type, device_share=device_share,
-        gpu_kernels=compiled_kernels,
-    )  # fmt: skip
+    plan = plan_for(chosen)
     if on_plan is not None:
         on_plan(plan)
     gpu_checks.check_free_memory(plan)
     given = head_map is not None and head_map != "full"
-    notices = [*plan.warnings, *(chosen.notes if given else ())]
+    notices = [*plan.warnings, *(chosen.notes if given else ()), *auto_notices]
     return Runtime(folder, config, limits, chosen, plan, device_share, compiled_kernels, notices, on_pin, lora)
 
 

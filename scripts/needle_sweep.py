@@ -29,6 +29,7 @@ from longrun.units import format_tokens, parse_tokens
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from longrun.auto_head_map import AutoHeadMap
     from longrun.runtime import Runtime
     from longrun.session import Session
 
@@ -46,7 +47,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--one-document", action="store_true", help="one text a length with the needles of every depth, read once"
     )
     parser.add_argument("--chunk-size", metavar="N", help="tokens of a prefill step (default: the budget's)")
-    parser.add_argument("--head-map", default="full", metavar="DIR|full")
+    parser.add_argument("--head-map", default="full", metavar="DIR|full|auto")
     parser.add_argument("--retrieval-ratio", type=float, metavar="R", help="share of the map's KV heads to keep")
     parser.add_argument("--kv", choices=["int4", "bf16", "fp32"], help="KV page format (default: the budget's)")
     parser.add_argument("--weights", choices=["fp32", "bf16", "int8", "nf4"], help="default: the budget's")
@@ -232,7 +233,13 @@ def capacity_for(prompt_tokens: int) -> int:
     return prompt_tokens + 32
 
 
-def load_runtime(arguments: argparse.Namespace, model_dir: Path, setting: str, longest: int) -> Runtime:
+def load_runtime(
+    arguments: argparse.Namespace,
+    model_dir: Path,
+    setting: str,
+    longest: int,
+    on_head_map: Callable[[AutoHeadMap], None],
+) -> Runtime:
     """The model under the asked settings, or under full attention with bf16 pages for the control."""
     import longrun
 
@@ -248,6 +255,7 @@ def load_runtime(arguments: argparse.Namespace, model_dir: Path, setting: str, l
         adapter=arguments.adapter,
         retrieval_ratio=None if control else arguments.retrieval_ratio,
         chunk_size=None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
+        on_head_map=on_head_map,
     )
 
 
@@ -282,13 +290,13 @@ def run_setting(
     console: Console,
 ) -> None:
     """Run the cells of one setting that `results` lacks; the model is loaded only if there are any."""
-    from longrun.progress import PrefillProgress
+    from longrun.progress import HeadMapProgress, PrefillProgress
 
     grid_cells = [(length, depth) for length in settings["lengths"] for depth in settings["depths"]]
     todo = [cell for cell in grid_cells if results.get(setting, *cell) is None]
     if not todo:
         return
-    runtime = load_runtime(arguments, arguments.model, setting, max(settings["lengths"]))
+    runtime = load_runtime(arguments, arguments.model, setting, max(settings["lengths"]), HeadMapProgress(console))
     if runtime.tokenizer is None:
         raise InputError(f"model folder {arguments.model} has no tokenizer: needles are text, so add its files")
     results.head[setting] = describe(runtime)

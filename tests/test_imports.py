@@ -148,7 +148,7 @@ ROOMS = (
             "longrun.report",
             "longrun.text_stream",
         ),
-        ("documents", "runtime", "engine", "model", "plan", "sampling", "formats"),
+        ("documents", "runtime", "auto head map", "engine", "model", "plan", "sampling", "formats"),
         ("rich", "transformers"),
     ),
     Room(
