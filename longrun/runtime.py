@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from longrun.kernels.gpu_kernels import GpuKernels
 
 
+_UNFUSED = "the GPU kernels are for int4 pages; this run uses plain torch there, which is slower"
+
+
 def load(
     model_dir: str | Path,
     budget: Budget | str | Path | None = None,
@@ -156,6 +159,8 @@ class Runtime:
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         cpu_kernels = self._build_cpu_kernels() if compiled_kernels and plan.device_type == "cpu" else None
         gpu_kernels = self._build_gpu_kernels() if plan.attention.fused else None
+        if plan.device_type == "cuda" and not plan.attention.fused:
+            self.notices.append(_UNFUSED)
         permutation = [self.split.permutation(layer_idx) for layer_idx in range(config.num_layers)]
         decoder = load_decoder(
             folder, config, permutation, plan.weight_format, self._device, TOKEN_SLICES[plan.device_type], gpu_kernels,
