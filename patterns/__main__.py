@@ -1,6 +1,8 @@
-"""`python -m longrun.patterns`: look at head maps.
+"""`python -m longrun.patterns`: measure head maps, look at them, compare them.
 
 python -m longrun.patterns show DIR [--retrieval-ratio R | --threshold T] [--png FILE] [--json]
+python -m longrun.patterns identify --model DIR --out DIR [--method gates|reconstruction] [--context N] [--steps N] ...
+python -m longrun.patterns compare A B [--retrieval-ratio R ...] [--png FILE] [--json]
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import json
 from collections.abc import Sequence
 
 from longrun.cli import run
-from longrun.patterns.head_map import DEFAULT_THRESHOLD, HeadMap
+from longrun.patterns.compare_maps import DEFAULT_RATIOS, compare_maps, draw_comparison
+from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, DEFAULT_THRESHOLD, HeadMap
+from longrun.patterns.identify_settings import DEFAULTS, DEVICES, DTYPES, METHODS, IdentifySettings
 
 
 def show(options: argparse.Namespace) -> int:
@@ -59,10 +63,103 @@ def show(options: argparse.Namespace) -> int:
     return 0
 
 
+def identify_command(options: argparse.Namespace) -> int:
+    """Measure a model's head map, with a progress line on stderr, and say where it is."""
+    from rich.console import Console
+
+    from longrun.patterns.identify import identify
+    from longrun.patterns.identify_progress import ProgressLine
+
+    settings = IdentifySettings(
+        model_dir=options.model,
+        out=options.out,
+        method=options.method,
+        sink_size=options.sink_size,
+        recent_size=options.recent_size,
+        context=options.context,
+        min_context=options.min_context,
+        steps=options.steps,
+        seed=options.seed,
+        text_files=tuple(options.text),
+        device=options.device,
+        dtype=options.dtype,
+        learning_rate=options.learning_rate,
+        regularization=options.regularization,
+        num_keys=options.num_keys,
+        save_every=options.save_every,
+        force=options.force,
+    )
+    with ProgressLine(Console(stderr=True)) as progress:
+        head_map = identify(settings, progress)
+    high = head_map.split().total_retrieval
+    print(f"{options.out}: {high} of {head_map.num_layers * head_map.num_kv_heads} heads score at least 0.5")
+    print(f"look at it with: python -m longrun.patterns show {options.out}")
+    return 0
+
+
+def compare_command(options: argparse.Namespace) -> int:
+    """Print how alike two maps are, or one JSON object; draw them where --png is given."""
+    maps = [HeadMap.load(folder) for folder in (options.a, options.b)]
+    ratios = options.retrieval_ratio or DEFAULT_RATIOS
+    correlation, overlaps = compare_maps(*maps, ratios)
+    if options.png:
+        ratio = ratios[0] if options.retrieval_ratio else 0.5
+        title = f"retrieval heads at ratio {ratio:g} outlined, red where both keep them; Spearman {correlation:.2f}"
+        draw_comparison(*maps, ratio, (options.a, options.b), title, options.png)
+    if options.json:
+        rows = [
+            {
+                "retrieval_ratio": overlap.retrieval_ratio,
+                "num_retrieval": overlap.num_retrieval,
+                "shared": overlap.shared,
+                "share": None if overlap.num_retrieval == 0 else overlap.share,
+                "chance": overlap.chance,
+                "chance_deviation": overlap.deviation,
+            }
+            for overlap in overlaps
+        ]
+        facts = {
+            "a": options.a,
+            "b": options.b,
+            "num_heads": overlaps[0].num_heads,
+            "spearman": None if correlation != correlation else correlation,
+            "overlaps": rows,
+            "png": options.png,
+        }
+        print(json.dumps(facts))
+        return 0
+    if correlation != correlation:
+        print("Spearman rank correlation: none, since all scores of one map are equal")
+    else:
+        print(f"Spearman rank correlation over {overlaps[0].num_heads} heads: {correlation:.3f}")
+    for one in overlaps:
+        if one.num_retrieval:
+            print(
+                f"ratio {one.retrieval_ratio:g}: {one.shared} of A's {one.num_retrieval} retrieval heads are B's "
+                f"({one.share:.0%}); chance gives {one.chance:.1f} +- {one.deviation:.1f} "
+                f"({one.chance / one.num_retrieval:.0%})"
+            )
+        else:
+            print(f"ratio {one.retrieval_ratio:g}: no retrieval head")
+    if options.png:
+        print(f"picture: {options.png}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m longrun.patterns", description="Look at head maps.")
+    parser = argparse.ArgumentParser(
+        prog="python -m longrun.patterns", description="Measure head maps, look at them, compare them."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("show", help="print and draw a head map with its split")
+    _add_show(commands.add_parser("show", help="print and draw a head map with its split"))
+    text = "measure a model's retrieval heads and write the head map"
+    _add_identify(commands.add_parser("identify", help=text, description=text, epilog=_defaults_text()))
+    text = "rank correlation and shared retrieval heads of two maps of one model"
+    _add_compare(commands.add_parser("compare", help=text, description=text))
+    return parser
+
+
+def _add_show(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="DIR", help="head map folder in DuoAttention's format")
     rule = command.add_mutually_exclusive_group()
     rule.add_argument("--retrieval-ratio", type=float, metavar="R", help="share of the heads to keep, best first")
@@ -70,7 +167,59 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--png", metavar="FILE", help="draw the map into this file")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     command.set_defaults(main=show)
-    return parser
+
+
+def _add_identify(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", required=True, metavar="DIR", help="checkpoint folder with its tokenizer")
+    add(
+        "--out", required=True, metavar="DIR", help="folder for the map; DIR.partial keeps an unfinished run's progress"
+    )
+    add("--method", choices=METHODS, default="gates", help="gates: trained; reconstruction: scored (default: gates)")
+    add("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text to use (default: Python's help texts, mixed "
+        "with generated sentences)")  # fmt: skip
+    add("--context", type=int, metavar="N", help="tokens of the longest text")
+    add("--min-context", type=int, metavar="N", help="gates: tokens of the shortest text")
+    add("--steps", type=int, metavar="N", help="training steps, or texts to score")
+    add("--seed", type=int, default=0, metavar="N", help="decides texts and all that is drawn (default: 0)")
+    add("--sink-size", type=int, default=DEFAULT_SINK_SIZE, metavar="N",
+        help="first tokens that a streaming head keeps (default: %(default)s)")  # fmt: skip
+    add("--recent-size", type=int, default=DEFAULT_RECENT_SIZE, metavar="N",
+        help="last tokens that a streaming head keeps (default: %(default)s)")  # fmt: skip
+    add("--device", choices=DEVICES, help="default: cuda where there is one")
+    add("--dtype", choices=DTYPES, help="of the model (default: float32 on cpu, bfloat16 on cuda)")
+    defaults = {name: field.default for name, field in IdentifySettings.__dataclass_fields__.items()}
+    add("--learning-rate", type=float, default=defaults["learning_rate"], metavar="X",
+        help="gates: AdamW's highest rate (default: %(default)s)")  # fmt: skip
+    add("--regularization", type=float, default=defaults["regularization"], metavar="X",
+        help="gates: weight of mean |gate|, higher pushes more heads to 0 (default: %(default)s)")  # fmt: skip
+    add("--num-keys", type=int, default=defaults["num_keys"], metavar="N",
+        help="gates: pass keys a text (default: %(default)s)")  # fmt: skip
+    add("--save-every", type=int, default=defaults["save_every"], metavar="N",
+        help="steps between two writings of the progress (default: %(default)s)")  # fmt: skip
+    add("--force", action="store_true", help="overwrite another map, drop another run's progress")
+    command.set_defaults(main=identify_command)
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument("a", metavar="A", help="head map folder")
+    command.add_argument("b", metavar="B", help="head map folder of the same model")
+    shown = " ".join(f"{ratio:g}" for ratio in DEFAULT_RATIOS)
+    command.add_argument("--retrieval-ratio", type=float, nargs="+", metavar="R",
+                         help=f"shares of the heads to keep (default: {shown})")  # fmt: skip
+    command.add_argument("--png", metavar="FILE", help="draw both maps into this file")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(main=compare_command)
+
+
+def _defaults_text() -> str:
+    parts = []
+    for (method, device), values in DEFAULTS.items():
+        texts = f"{values['context']:,} tokens"
+        if values["min_context"] != values["context"]:
+            texts = f"{values['min_context']:,} to {texts}"
+        parts.append(f"{method} on {device}: {values['steps']} steps of {texts}")
+    return "Defaults by method and device: " + "; ".join(parts) + ". An interrupted run goes on when started again."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
