@@ -17,8 +17,8 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_sc
     Returns:
         out: [num_heads, q_len, head_dim], dtype of q; lse: float32 [num_heads, q_len], natural log-sum-exp.
 
-    On the CPU this is torch's FlashAttention. On a GPU, for 16-bit types, it is cuDNN's from Hopper on (578 TFLOP/s on an
-    H100, causal, where torch's FlashAttention reached 350: docs/results/h100-prefill.json) and torch's before; for
+    On the CPU this is torch's FlashAttention. On a GPU, for 16-bit types, it is cuDNN's from Hopper on (578 TFLOP/s on
+    an H100, causal, where torch's FlashAttention reached 350: docs/results/h100-prefill.json) and torch's before; for
     float32 it is torch's memory-efficient attention, the one that takes float32.
     """
     assert not causal or q.shape[1] == k.shape[1]
