@@ -111,6 +111,7 @@ class GateTrainer:
 
     def __init__(self, model: PreTrainedModel, settings: IdentifySettings) -> None:
         self._model, self._settings = model, settings
+        allow_recomputed_layers(model)
         config = model.config
         self.gates = nn.Parameter(torch.ones(config.num_hidden_layers, config.num_key_value_heads, device=model.device))
         self._optimizer = torch.optim.AdamW([self.gates], lr=settings.learning_rate, weight_decay=0.0, foreach=False)
@@ -124,7 +125,7 @@ class GateTrainer:
             target = label_states(self._model, text, None)
             guessed = self._model.get_output_embeddings()(target).argmax(dim=-1)
             accuracy = (guessed == text.label_ids.to(guessed.device)).float().mean().item()
-        with _recomputed_layers(self._model, self._activation_bytes(len(text.token_ids)) > CHECKPOINT_BYTES):
+        with recomputed_layers(self._model, self._activation_bytes(len(text.token_ids)) > CHECKPOINT_BYTES):
             loss = gate_loss(self._model, text, target, self.gates, self._settings)
             loss.backward()
         for group in self._optimizer.param_groups:
@@ -171,19 +172,23 @@ class GateTrainer:
         return num_tokens * config.num_hidden_layers * width * self._model.dtype.itemsize
 
 
+def allow_recomputed_layers(model: PreTrainedModel) -> None:
+    """Have `recomputed_layers` work on this model: gradient checkpointing of every layer, off in eval mode."""
+    name = "activation_checkpointing_enable"  # since transformers 5.2x; the older name warns
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+    model.disable_input_require_grads()  # enabled for trainers of embeddings, adapters or prompts
+
+
 @contextmanager
-def _recomputed_layers(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing of every layer within the block; the result is the same to the bit."""
-    if not wanted:
-        yield
-        return
-    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    model.train()  # which switches it on; no layer of ours draws random numbers, dropout is ignored
+def recomputed_layers(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Within the block a layer keeps only its input for the backward pass; the result is the same to the bit."""
+    if wanted:
+        model.train()  # which switches it on; dropout of attention is ignored, and these families have no other
     try:
         yield
     finally:
         model.eval()
-        model.gradient_checkpointing_disable()
 
 
 @contextmanager
