@@ -12,6 +12,7 @@ import lzma
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ _SEARCH = 96  # tokens looked through for the end of a line or sentence
 _MAX_SHARE = 0.4  # of a sample's tokens that facts, questions and answers may take together
 _MAKER_WEIGHTS = (50, 30, 8, 6, 6)  # any form, a number, a list, a last value, an order
 _NUMBER_FORMS = ("pass key", "secret number", "key and value", "constant in code")
+_KIND_WEIGHTS = {"prose": 50, "docs": 32, "code": 18}
 _HOP = 0.3  # how often the filler goes on at another place of the corpus when a document ends
 
 
@@ -79,14 +81,31 @@ class Corpus:
                 yield self.tokens[start:end]
             start = int(end)
 
+    @cached_property
+    def _by_kind(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Kind -> (start of each of its documents, running sum of their lengths)."""
+        starts = np.concatenate(([0], self.ends[:-1]))
+        kinds = np.asarray(self.kinds)
+        return {
+            kind: (starts[kinds == kind], np.cumsum((self.ends - starts)[kinds == kind])) for kind in set(self.kinds)
+        }
+
+    def _place(self, rng: random.Random) -> int:
+        """A random token: of prose, documentation and code by `_KIND_WEIGHTS`, within a kind each as likely."""
+        kinds = sorted(self._by_kind)
+        starts, sums = self._by_kind[rng.choices(kinds, [_KIND_WEIGHTS[kind] for kind in kinds])[0]]
+        drawn = rng.randrange(int(sums[-1]))
+        document = int(np.searchsorted(sums, drawn, side="right"))
+        return int(starts[document]) + drawn - (int(sums[document - 1]) if document else 0)
+
     def stretch(self, rng: random.Random, length: int) -> list[int]:
         """`length` tokens from a random place on; at a document's end often on at another place."""
         found: list[int] = []
-        place = rng.randrange(len(self.tokens))
+        place = self._place(rng)
         while len(found) < length:
             end = int(self.ends[np.searchsorted(self.ends, place, side="right")])
             found += self.tokens[place : min(end, place + length - len(found))].tolist()
-            place = end if end < len(self.tokens) and rng.random() > _HOP else rng.randrange(len(self.tokens))
+            place = end if end < len(self.tokens) and rng.random() > _HOP else self._place(rng)
         return found
 
 
@@ -225,7 +244,7 @@ class TaskWriter:
             turn_ids, turn_mask = self._turn(rng, fact)
             turns.append((fact.form, turn_ids, turn_mask))
         for _ in range(quotes):
-            turn = self._quote(rng, filler)
+            turn = self._quote(rng, filler, [place for place, _ in inserts])
             if turn is not None:
                 turns.append(("quote", *turn))
         rng.shuffle(turns)
@@ -245,10 +264,14 @@ class TaskWriter:
         answer = self.encode(fact.before + fact.value + fact.after) + self._closing
         return asked + answer, [0] * len(asked) + [1] * len(answer)
 
-    def _quote(self, rng: random.Random, filler: list[int]) -> tuple[list[int], list[int]] | None:
+    def _quote(
+        self, rng: random.Random, filler: list[int], inserts: Sequence[int]
+    ) -> tuple[list[int], list[int]] | None:
         """Ask for a passage by its beginning; None where it could not be told from another or does not read back."""
         start = self._boundary(filler, rng.randrange(max(1, len(filler) - 100)))
         passage = filler[start : start + rng.randint(24, 60)]
+        if any(start < place < start + len(passage) for place in inserts):
+            return None
         beginning = self._tokenizer.decode(passage[:8]).strip()
         if len(passage) < 24 or '"' in beginning or "\n" in beginning or len(beginning) < 12:
             return None

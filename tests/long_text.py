@@ -1,0 +1,66 @@
+"""A small tokenizer with a chat template, texts and corpora for the tests of long tasks and of their training."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import tokenizers
+import transformers
+
+from longrun import long_words as words
+from longrun.long_tasks import Corpus
+from longrun.needles import generate_sentences
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+
+
+@lru_cache(maxsize=1)
+def sentences() -> tuple[str, ...]:
+    return tuple(islice(generate_sentences("long text"), 3000))
+
+
+@lru_cache(maxsize=1)
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE of 1,000 entries; every digit is a token."""
+    own = tokenizers.Tokenizer(tokenizers.models.BPE())
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Digits(individual_digits=True),
+         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )  # fmt: skip
+    own.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    forms = [text for form in words.TRAIN_FORMS for text in (*form.statements, *form.questions, *form.answers)]
+    own.train_from_iterator([*sentences()[:1000], *forms], trainer)
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    made.chat_template = TEMPLATE
+    return made
+
+
+def texts(count: int = 30, first: int = 0) -> list[str]:
+    """Texts of 50 sentences, no two with a sentence in common."""
+    found = sentences()[first:]
+    return [". ".join(found[start : start + 50]) + ".\n" for start in range(0, 50 * count, 50)]
+
+
+def save_corpus(folder: Path) -> None:
+    """A data folder as make_long_data.py writes it."""
+    folder.mkdir()
+    head = {}
+    for split, first in (("train", 0), ("held_out", 1500)):
+        corpus = Corpus.of_texts(tokenizer(), texts(30, first))
+        (folder / f"{split}.tokens.xz").write_bytes(lzma.compress(corpus.tokens.astype("<u2").tobytes(), preset=0))
+        lengths = [len(document) for document in corpus.documents()]
+        head[split] = {"lengths": lengths, "kinds": list(corpus.kinds)}
+    (folder / "corpus.json").write_text(json.dumps(head))
