@@ -179,7 +179,8 @@ class Comparison:
             for notice in runtime.notices:
                 self._console.print(f"note: {notice}")
             self._loaded = (key, runtime)
-        release_memory()
+        elif self._loaded[1].plan.device_type == "cuda":
+            release_memory()
         self._results.head["described"][row.name] = describe(row, self._loaded[1])
         return self._loaded[1]
 
