@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -32,24 +34,31 @@ class Gates:
     Attributes:
         values: [num_layers, num_kv_heads], float32; 1 is full attention, 0 streaming.
         band: tiles and masks of the streaming attention over the whole text, in the model's dtype.
+        repeatable: streaming tiles run as plain products and softmax, and once more in the backward pass: on a GPU the
+            fused kernel that takes a mask adds its gradients in another order each time.
     """
 
     values: Tensor
     band: BandPlan
+    repeatable: bool = False
 
     @classmethod
     def over(cls, values: Tensor, num_tokens: int, sink_size: int, recent_size: int, dtype: torch.dtype) -> Gates:
         """Gates for a text of `num_tokens` tokens that starts at position 0."""
-        return cls(values, plan_band(0, num_tokens, sink_size, recent_size, dtype, values.device))
+        band = plan_band(0, num_tokens, sink_size, recent_size, dtype, values.device)
+        return cls(values, band, repeatable=values.is_cuda)
 
 
-def streaming_attention(q: Tensor, k: Tensor, v: Tensor, band: BandPlan, softmax_scale: float) -> Tensor:
+def streaming_attention(
+    q: Tensor, k: Tensor, v: Tensor, band: BandPlan, softmax_scale: float, repeatable: bool = False
+) -> Tensor:
     """Sinks and window for a text from position 0, in tiles of queries: time and memory grow with T * window.
 
     Args:
         q: [num_kv_heads, group, T, head_dim].
         k, v: [num_kv_heads, T, head_dim].
         band: `plan_band(0, T, ...)`.
+        repeatable: as in `Gates`.
 
     Returns:
         [num_kv_heads, group, T, head_dim]; differentiable (no in-place writes, unlike the runtime's).
@@ -63,9 +72,22 @@ def streaming_attention(q: Tensor, k: Tensor, v: Tensor, band: BandPlan, softmax
         count = tile.stop - tile.first
         packed = q[:, :, tile.first : tile.stop].reshape(1, heads, group * count, dim)
         mask = tile.mask.repeat(group, 1)
-        out = scaled_dot_product_attention(packed, tile_k[None], tile_v[None], attn_mask=mask, scale=softmax_scale)
+        tile_inputs = (packed, tile_k[None], tile_v[None], mask, softmax_scale)
+        if repeatable:
+            out = checkpoint(_plain_attention, *tile_inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = _attention(*tile_inputs)
         found.append(out.view(heads, group, count, dim))
     return torch.cat(found, dim=2)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softmax_scale: float) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softmax_scale: float) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return _attention(q, k, v, mask, softmax_scale)
 
 
 def gated_attention_forward(
@@ -96,7 +118,7 @@ def gated_attention_forward(
     heads, length, dim = key.shape[1:]
     scale = dim**-0.5 if scaling is None else scaling
     grouped = query.view(heads, -1, length, dim)
-    streaming = streaming_attention(grouped, key[0], value[0], longrun_gates.band, scale)
+    streaming = streaming_attention(grouped, key[0], value[0], longrun_gates.band, scale, longrun_gates.repeatable)
     streaming = streaming.flatten(0, 1).transpose(0, 1)[None]
     gates = longrun_gates.values[module.layer_idx].repeat_interleave(query.shape[1] // heads)[:, None]
     return (gates * full + (1.0 - gates) * streaming).to(full.dtype), None

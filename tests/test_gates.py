@@ -129,6 +129,23 @@ def test_recomputing_layers_changes_no_bit(tmp_path) -> None:
     assert not model.training
 
 
+def test_repeatable_tiles_give_the_same_answer_and_gradients_also_in_recomputed_layers(tmp_path) -> None:
+    """What a GPU runs: plain products, each tile computed again in the backward pass of a layer computed again."""
+    save_tiny(tmp_path, "llama", max_position_embeddings=1024)
+    model, text = load_model(settings(tmp_path), ATTN_IMPLEMENTATION), random_text(300)
+    allow_recomputed_layers(model)
+    found = []
+    for repeatable in (False, True):
+        values = torch.full((3, 3), 0.5, requires_grad=True)
+        gates = replace(Gates.over(values, 300, SINKS, RECENT, torch.float32), repeatable=repeatable)
+        with recomputed_layers(model, repeatable):
+            states = label_states(model, text, gates)
+            states.square().mean().backward()
+        found.append((states.detach(), values.grad))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+    assert found[0][1].abs().max() > 1e-3
+
+
 def test_the_rate_rises_over_a_fifth_and_falls_over_the_last_fifth() -> None:
     chosen = settings(steps=100)
     rates = [learning_rate(step, chosen) / 0.02 for step in range(100)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,6 +282,17 @@ def test_overlap_beside_chance() -> None:
 def test_maps_of_unlike_shapes_are_refused() -> None:
     with pytest.raises(HeadMapError, match="2 layers of 4 KV heads and 3 of 4: compare maps of one model"):
         compare_maps(A, HeadMap.full(3, 4))
+
+
+def test_looking_and_comparing_load_no_torch(tmp_path: Path) -> None:
+    A.save(tmp_path / "a")
+    arguments = [["compare", str(tmp_path / "a"), str(tmp_path / "a")], ["show", str(tmp_path / "a")]]
+    code = f"import sys\nfrom longrun.patterns.__main__ import main\nfor a in {arguments!r}: main(a)\n"
+    code += "print(sorted(set(sys.modules) & {'torch', 'transformers', 'safetensors'}))"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert "heads: 1.000" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_the_command_compares_and_draws(tmp_path: Path, capsys) -> None:
