@@ -171,21 +171,8 @@ ROOMS = (
     Room(
         "quality",
         ("longrun.quality", "longrun.quality.*"),
-        (
-            "planted",
-            "needles",
-            "results",
-            "runtime",
-            "engine",
-            "model",
-            "attention",
-            "attention interface",
-            "cache",
-            "quant",
-            "plan",
-            "head maps",
-        ),
-        ("torch", "numpy", "rich", "matplotlib"),
+        ("needles", "runtime", "engine", "attention", "cache", "quant", "head maps"),
+        ("torch", "numpy", "matplotlib", "transformers"),
     ),
     Room("package", ("longrun",), ("runtime", "engine", "plan", "head maps"), light=True),
 )
