@@ -27,7 +27,7 @@ from longrun.quality.report import write_report
 from longrun.quality.results import QualityResults
 from longrun.quality.settings import REFERENCE, REFERENCE_ROW, Row, read_rows
 from longrun.quality.summary import sentences
-from longrun.quality.tasks import held_out_text, retrieval_documents, text_documents
+from longrun.quality.tasks import held_out_text, leading_ids, retrieval_documents, text_documents
 from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
 
@@ -141,7 +141,8 @@ class Comparison:
                 self._console.print(f"  {row.name}, {format_tokens(length)}: {so_far}", end="\r")
 
         if group == "text":
-            texts = text_documents(self._text_ids(runtime), length, settings["texts"])
+            before = leading_ids(runtime.tokenizer)
+            texts = text_documents(self._text_ids(runtime), length, settings["texts"], before)
             found = measure_text(
                 runtime, row, length, texts, settings["score_tokens"], self._reference, row.name == REFERENCE,
                 on_document,

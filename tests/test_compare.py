@@ -22,7 +22,7 @@ from longrun.quality.results import QualityResults
 from longrun.quality.settings import REFERENCE_ROW, Row, read_rows
 from longrun.quality.statistics import Estimate, bootstrap, paired_difference, wilson
 from longrun.quality.summary import families, summarize, verdict
-from longrun.quality.tasks import held_out_text, retrieval_documents, text_documents
+from longrun.quality.tasks import held_out_text, leading_ids, retrieval_documents, text_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 700
@@ -271,6 +271,13 @@ def test_texts_are_spread_over_the_source(runtime):
     assert [doc[0] for doc in text_documents(ids, 100, 3)] == [0, 450, 900]
     assert [len(doc) for doc in text_documents(ids, 100, 3)] == [100] * 3
     assert text_documents(ids, 1000, 1) == [ids]
+    assert text_documents(ids, 4, 2, before=[-1]) == [[-1, 0, 1, 2], [-1, 997, 998, 999]]
+    assert leading_ids(runtime.tokenizer) == []
+
+    def tokenizer(text, add_special_tokens=True):
+        return {"input_ids": [1, 7, 2] if add_special_tokens else [7]}
+
+    assert leading_ids(tokenizer) == [1]
     with pytest.raises(InputError, match="1,000 tokens and 1,001 are needed"):
         text_documents(ids, 1001, 1)
     assert len(held_out_text()) > 300_000 and held_out_text(["a", "b"]) == "a\n\nb"
@@ -429,3 +436,23 @@ def test_maps_of_rows(planted):
 def test_bad_arguments(script, planted, settings_file, tmp_path, more, said):
     with pytest.raises(InputError, match=said):
         script.main(options(planted, settings_file, tmp_path / "out", *more))
+
+
+def test_the_adapter_reaches_every_row_and_decides_the_settings(script, planted, settings_file, tmp_path, monkeypatch):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    given = []
+
+    def load(*_, **named):
+        given.append(named["adapter"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(longrun, "load", load)
+    arguments = options(planted, settings_file, tmp_path / "out", "--adapter", str(adapter))
+    with pytest.raises(KeyboardInterrupt):
+        script.main(arguments)
+    assert given == [adapter]
+    before = script._folder_checksum(adapter)
+    (adapter / "adapter_config.json").write_text("{ }")
+    assert script._folder_checksum(adapter) != before

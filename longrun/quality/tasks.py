@@ -144,12 +144,21 @@ def held_out_text(files: Sequence[str] = ()) -> str:
     return "\n\n".join(files or (topics[name] for name in sorted(topics)))
 
 
-def text_documents(token_ids: Sequence[int], length: int, count: int) -> list[list[int]]:
-    """`count` stretches of `length` tokens, evenly spread over the text, as little overlapping as it allows.
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text (a beginning-of-sequence token, or nothing)."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return whole[: whole.index(plain[0])] if plain[0] in whole else []
+
+
+def text_documents(token_ids: Sequence[int], length: int, count: int, before: Sequence[int] = ()) -> list[list[int]]:
+    """`count` documents of `length` tokens: `before`, and a stretch of the text; the stretches are evenly spread over
+    it, as little overlapping as it allows.
 
     Raises:
         InputError: the text is shorter than that.
     """
+    length -= len(before)
     if len(token_ids) < length:
         raise InputError(
             f"the text to be predicted has {len(token_ids):,} tokens and {length:,} are needed: give --text files, or "
@@ -157,4 +166,4 @@ def text_documents(token_ids: Sequence[int], length: int, count: int) -> list[li
         )
     room = len(token_ids) - length
     starts = [room * number // max(1, count - 1) for number in range(count)] if count > 1 else [room // 2]
-    return [list(token_ids[start : start + length]) for start in starts]
+    return [[*before, *token_ids[start : start + length]] for start in starts]
