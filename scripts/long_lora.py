@@ -1,0 +1,150 @@
+"""LoRA layers for train_long.py: put into a transformers model, switched off when asked, saved in peft's format."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from longrun.errors import InputError
+from longrun.model.adapter import CONFIG_FILE, TARGETS, WEIGHTS_FILE
+
+
+class LoraLinear(nn.Module):
+    """`x @ W.T + scale * (x @ A.T) @ B.T`: W frozen, A and B in float32, multiplied in x's dtype."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale, self.enabled = alpha / rank, True
+        # Both factors as peft starts them: A uniform with Kaiming's bound for a slope of sqrt(5), B zero.
+        bound = base.in_features**-0.5
+        a = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(a.to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        return y + self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+
+
+class LoraModel:
+    """A transformers Llama with LoRA on every linear of its layers, and the means to be the original again.
+
+    Attributes:
+        model: the causal language model; only `parameters()` are trained.
+        settings: r, lora_alpha, rope_theta, max_position_embeddings, base_weights.
+    """
+
+    def __init__(self, model_dir: Path, settings: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+        """Load the checkpoint with the RoPE base and window of `settings`, and attach fresh LoRA layers."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.settings = settings
+        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True)
+        original = type(config).from_dict(config.to_dict())
+        config.rope_parameters = {**config.rope_parameters, "rope_theta": float(settings["rope_theta"])}
+        config.max_position_embeddings = settings["max_position_embeddings"]
+        self.model = AutoModelForCausalLM.from_pretrained(
+            str(model_dir), config=config, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        ).to(device)
+        self.model.requires_grad_(False)
+        rotary = self.model.model.rotary_emb
+        self._frequencies = rotary.inv_freq
+        self._original_frequencies = type(rotary)(original).inv_freq.to(device)
+        assert self._frequencies.dtype == torch.float32
+        self.layers: dict[str, LoraLinear] = {}
+        generator = torch.Generator().manual_seed(settings.get("seed", 0))
+        for name, module in list(self.model.named_modules()):
+            parent, _, short = name.rpartition(".")
+            if short in TARGETS and isinstance(module, nn.Linear):
+                layer = LoraLinear(module, settings["r"], settings["lora_alpha"], generator)
+                setattr(self.model.get_submodule(parent), short, layer)
+                self.layers[name] = layer
+
+    def parameters(self) -> list[nn.Parameter]:
+        """A and B of every layer, in the model's order."""
+        return [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
+
+    @contextmanager
+    def as_original(self) -> Iterator[None]:
+        """Within it the model is the checkpoint as it came: no LoRA, its own RoPE base."""
+        rotary = self.model.model.rotary_emb
+        self._switch(False)
+        rotary.inv_freq = self._original_frequencies
+        try:
+            yield
+        finally:
+            self._switch(True)
+            rotary.inv_freq = self._frequencies
+
+    def _switch(self, enabled: bool) -> None:
+        for layer in self.layers.values():
+            layer.enabled = enabled
+
+    def state(self) -> dict[str, Tensor]:
+        """A and B under peft's names, as they are."""
+        found = {}
+        for name, layer in self.layers.items():
+            found[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
+            found[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B
+        return found
+
+    def load_state(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Take over A and B of the same names and shapes. Raises `InputError` where they are others."""
+        own = self.state()
+        if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
+            raise InputError(f"{source} holds LoRA layers of another model or rank: start in another folder")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    def load_adapter(self, folder: Path) -> None:
+        """Take over a saved adapter of the same settings. Raises `InputError` where it cannot be read or differs."""
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            tensors = load_file(folder / WEIGHTS_FILE)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"adapter {folder} cannot be read ({error}): give a folder that train_long.py wrote"
+            ) from None
+        for key in ("r", "lora_alpha"):
+            if config[key] != self.settings[key]:
+                raise InputError(f"adapter {folder} has {key} {config[key]}, and the recipe {self.settings[key]}")
+        if config["longrun"]["rope_theta"] != self.settings["rope_theta"]:
+            raise InputError(f"adapter {folder} was trained with rope_theta {config['longrun']['rope_theta']}")
+        self.load_state(tensors, str(folder))
+
+    def save_adapter(self, folder: Path, notes: str = "") -> int:
+        """Write peft's two files, tensors in bf16; returns their bytes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in self.state().items()}
+        partial = folder / f".{WEIGHTS_FILE}"
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.replace(folder / WEIGHTS_FILE)
+        own = {key: self.settings[key] for key in ("rope_theta", "max_position_embeddings", "base_weights")}
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": self.settings["r"],
+            "lora_alpha": self.settings["lora_alpha"],
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+            "target_modules": list(TARGETS),
+            "longrun": {**own, "notes": notes},
+        }
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        return sum((folder / name).stat().st_size for name in (WEIGHTS_FILE, CONFIG_FILE))

@@ -1,0 +1,239 @@
+"""Training on long texts, with a tiny model: resumed equals uninterrupted, what ships is what was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from long_text import save_corpus, tokenizer
+from reference import ReferenceAttention
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import evaluate_long
+import file_parts
+import train_long
+from long_lora import LoraModel
+
+from longrun.attention.interface import Step
+from longrun.config import ModelConfig
+from longrun.errors import InputError
+from longrun.long_tasks import Corpus
+from longrun.model.adapter import Adapter
+from longrun.model.checkpoint import load_decoder
+from longrun.model.rope import RopeParameters, RotaryTable
+
+RECIPE = """
+rank = 4
+alpha = 8
+rope_theta = 5000.0
+max_position_embeddings = 4096
+peak_rate = 1e-2
+warmup_steps = 2
+text_positions = 64
+keep_tokens = 64
+keep_positions = 16
+chat_answers = 2
+chat_tokens = 6
+[[stage]]
+length = 256
+batch = 2
+steps = 5
+[[stage]]
+length = 384
+batch = 2
+steps = 3
+[[stage]]
+length = 512
+batch = 1
+steps = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer()), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, initializer_range=0.1, eos_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "corpus"
+    save_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("recipe") / "recipe.toml"
+    file.write_text(RECIPE)
+    return file
+
+
+def trainer(model: Path, data: Path, recipe: Path, out: Path, **changes) -> train_long.Trainer:
+    return train_long.Trainer(
+        model, data, out, train_long.Recipe.read(recipe), torch.device("cpu"), torch.float32, **changes
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(model, data, recipe, tmp_path_factory) -> Path:
+    """One run from beginning to end."""
+    out = tmp_path_factory.mktemp("trained")
+    assert trainer(model, data, recipe, out).train(1e9, save_every=100)
+    return out
+
+
+def steps_of(out: Path) -> list[dict]:
+    return [entry for line in (out / "log.jsonl").read_text().splitlines() if "rate" in (entry := json.loads(line))]
+
+
+def adapter_bytes(out: Path) -> bytes:
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_stages_rates_and_a_falling_loss(trained):
+    steps = steps_of(trained)
+    assert [step["length"] for step in steps] == [256] * 5 + [384] * 3 + [512] * 2
+    rates = [step["rate"] for step in steps]
+    assert rates[0] == 0.005 and rates[1] == 0.01 and rates[2] == 0.01 and rates[-1] < 0.001
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    first, last = (sum(step["answer"] for step in part) / 2 for part in (steps[:2], steps[-2:]))
+    assert last < first - 0.3
+    assert all(step["keep"] > 0 for step in steps)  # the larger RoPE base alone makes another model
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(model, data, recipe, trained, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert not trainer(model, data, recipe, out).train(1e9, save_every=2, most_steps=3)
+    stepping = train_long.Trainer._step
+
+    def step_and_signal(self, *args) -> None:
+        stepping(self, *args)
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_long.Trainer, "_step", step_and_signal)
+    assert not trainer(model, data, recipe, out).train(1e9, save_every=100)
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1]) | {"seconds": 0} == {
+        "event": "stopped", "step": 6, "seconds": 0,
+    }  # fmt: skip
+    assert not trainer(model, data, recipe, out).train(0.0, save_every=100)  # no time at all: nothing is done
+    assert trainer(model, data, recipe, out).train(1e9, save_every=100)
+    assert adapter_bytes(out) == adapter_bytes(trained)
+    assert [step["answer"] for step in steps_of(out)] == [step["answer"] for step in steps_of(trained)]
+
+
+def test_other_settings_are_refused(model, data, recipe, trained, tmp_path):
+    other = tmp_path / "recipe.toml"
+    other.write_text(RECIPE.replace("1e-2", "2e-2"))
+    with pytest.raises(InputError, match="another recipe"):
+        trainer(model, data, other, trained)
+    for text, message in (
+        ("made_up = 3\n" + RECIPE, "made_up is unknown"),
+        ("rank = -1\n[[stage]]\nlength=1\nbatch=1\nsteps=1", "rank is -1"),
+        ("rank = 4", "every"),
+        ("[[stage]]\nlength = 5", "every"),
+        ("rank = = 4", "cannot be read"),
+    ):
+        other.write_text(text)
+        with pytest.raises(InputError, match=message):
+            train_long.Recipe.read(other)
+
+
+def test_the_shipped_adapter_gives_the_trained_logits(model, data, recipe, trained):
+    """The trained model in transformers beside the checkpoint and the adapter in our loader."""
+    ours = trainer(model, data, recipe, trained)
+    for layer in ours.lora.layers.values():  # what ships is rounded to bf16
+        for parameter in (layer.lora_A, layer.lora_B):
+            parameter.data = parameter.data.bfloat16().float()
+    ids = torch.tensor(Corpus.read(data, "held_out").stretch(random.Random(0), 200))
+    with torch.inference_mode():
+        want = ours.lora.model.eval()(ids[None]).logits[0]
+        with ours.lora.as_original():
+            base = ours.lora.model(ids[None]).logits[0]
+        plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids[None]).logits[0]
+    assert torch.equal(base, plain)
+    config = ModelConfig.from_dir(model)
+    adapter = Adapter.open(trained / "adapter", config)
+    decoder = load_decoder(model, config, [[1, 0], [0, 1]], "fp32", "cpu", adapter=adapter)
+    table = RotaryTable(adapter.adapted_rope(RopeParameters.from_dir(model)), config.head_dim)
+    step = Step(0, 200, *table.cos_sin(0, 200, 200))
+    got = decoder.logits(decoder.forward(ids, step, ReferenceAttention(2), all_positions=True))
+    assert (got - want).abs().max() < 1e-4
+    assert (got - base).abs().max() > 0.1
+    assert adapter.adapted_config(config).max_position_embeddings == 4096
+
+
+def test_training_on_from_an_adapter(model, data, recipe, trained, tmp_path):
+    on = trainer(model, data, recipe, tmp_path / "on", start_from=trained / "adapter")
+    fresh = trainer(model, data, recipe, tmp_path / "fresh")
+    batch = train_long.make_batch(on.writer, on.corpus, on.recipe, 9, on.pad_id)
+    with torch.no_grad():
+        assert on._losses(batch)["answer"] < fresh._losses(batch)["answer"] - 0.3
+    settings = {**on.lora.settings, "r": 8}
+    with pytest.raises(InputError, match="has r 4"):
+        LoraModel(model, settings, torch.float32, torch.device("cpu")).load_adapter(trained / "adapter")
+
+
+def test_a_batch_learns_answers_and_draws_text(model, data, recipe, trained):
+    ours = trainer(model, data, recipe, trained)
+    batch = train_long.make_batch(ours.writer, ours.corpus, ours.recipe, 6, ours.pad_id)
+    assert batch.token_ids.shape[0] == 2 and 340 < batch.token_ids.shape[1] <= 384
+    assert not (batch.answers & batch.text).any() and batch.answers.any(dim=1).all()
+    answer = tokenizer().decode(batch.token_ids[0][batch.answers[0]])
+    assert answer.endswith("</s>")
+    learned = batch.answers | batch.text
+    assert not learned[:, 0].any()
+    # an independent computation of the answers' loss: all logits, by hand
+    with torch.no_grad():
+        got = ours._losses(batch)["answer"]
+        logs = ours.lora.model(batch.token_ids).logits.log_softmax(dim=-1)
+    at = [(r, p) for r in range(2) for p in range(batch.token_ids.shape[1]) if batch.answers[r, p]]
+    want = -sum(logs[r, p - 1, batch.token_ids[r, p]] for r, p in at) / len(at)
+    assert abs(got - want) < 1e-4
+
+
+def test_evaluation_of_recall_perplexity_and_chat(model, data, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_long, "WINDOW", 600)
+    out = tmp_path / "results.json"
+    command = ["--model", model, "--adapter", trained / "adapter", "--data", data, "--lengths", "1K,2K", "--depths", 3]
+    command += ["--per-depth", 2, "--trials", 1, "--windows", 2, "--chat-tokens", 4, "--device", "cpu", "--out", out]
+    assert evaluate_long.main([str(part) for part in command]) == 0
+    results = json.loads(out.read_text())
+    assert results["perplexity_4k"]["original"] > 1 and results["perplexity_4k"]["ratio"] > 0
+    assert len(results["chat"]) == len(evaluate_long.TEST_PROMPTS)
+    assert [record["length"] for record in results["recall"]] == [1000, 2000]
+    assert results["recall"][0]["exact"]["all"][1] == 6
+    assert results["recall"][0]["exact"]["depth 0.5"][1] == 2
+    assert "perplexity at 4K" in capsys.readouterr().out
+
+
+def test_parts_join_to_the_same_file(tmp_path):
+    file = tmp_path / "model.bin"
+    file.write_bytes(os.urandom(10_000))
+    parts = file_parts.split(file, tmp_path / "parts", 4096)
+    assert [part.stat().st_size for part in parts] == [4096, 4096, 1808]
+    file_parts.join(tmp_path / "parts", "model.bin", tmp_path / "there" / "model.bin")
+    assert (tmp_path / "there" / "model.bin").read_bytes() == file.read_bytes()
+    parts[1].write_bytes(b"x" * 4096)
+    with pytest.raises(InputError, match="not what was split"):
+        file_parts.join(tmp_path / "parts", "model.bin", tmp_path / "there" / "other.bin")
+    parts[2].unlink()
+    with pytest.raises(InputError, match="bring all"):
+        file_parts.join(tmp_path / "parts", "model.bin", tmp_path / "there" / "other.bin")
+    assert [path.name for path in (tmp_path / "there").iterdir() if not path.name.startswith(".")] == ["model.bin"]
