@@ -14,7 +14,15 @@ from collections.abc import Sequence
 from longrun.cli import run
 from longrun.patterns.compare_maps import DEFAULT_RATIOS, compare_maps, draw_comparison
 from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, DEFAULT_THRESHOLD, HeadMap
-from longrun.patterns.identify_settings import DEFAULTS, DEVICES, DTYPES, METHODS, IdentifySettings
+from longrun.patterns.identify_settings import (
+    DEFAULTS,
+    DEVICES,
+    DTYPES,
+    LEARNING_RATE,
+    METHODS,
+    SHORTEST_WAY,
+    IdentifySettings,
+)
 
 
 def show(options: argparse.Namespace) -> int:
@@ -189,8 +197,8 @@ def _add_identify(command: argparse.ArgumentParser) -> None:
     add("--device", choices=DEVICES, help="default: cuda where there is one")
     add("--dtype", choices=DTYPES, help="of the model (default: float32 on cpu, bfloat16 on cuda)")
     defaults = {name: field.default for name, field in IdentifySettings.__dataclass_fields__.items()}
-    add("--learning-rate", type=float, default=defaults["learning_rate"], metavar="X",
-        help="gates: AdamW's highest rate (default: %(default)s)")  # fmt: skip
+    rate = f"{LEARNING_RATE}, or {SHORTEST_WAY} / steps in shorter runs"
+    add("--learning-rate", type=float, metavar="X", help=f"gates: AdamW's highest rate (default: {rate})")
     add("--regularization", type=float, default=defaults["regularization"], metavar="X",
         help="gates: weight of mean |gate|, higher pushes more heads to 0 (default: %(default)s)")  # fmt: skip
     add("--num-keys", type=int, default=defaults["num_keys"], metavar="N",

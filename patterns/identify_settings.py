@@ -23,6 +23,9 @@ DEFAULTS: Mapping[tuple[str, str], Mapping[str, int]] = {
 texts of `context` tokens that are read and repeated, one a step; min_context is not used."""
 
 SHORTEST_CONTEXT = 128
+LEARNING_RATE = 0.02
+SHORTEST_WAY = 1.6
+"""The least steps * highest learning rate: with warm-up and decay about 1.3, by which a gate can move in all."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,9 @@ class IdentifySettings:
         text_files: UTF-8 text files to read instead of the default text.
         device: "cpu" or "cuda".
         dtype: of weights and activations, "float32" or "bfloat16"; gates and scores are float32 always.
-        learning_rate, regularization: of the gates: AdamW's, and the weight of mean |gate|.
+        learning_rate: of the gates, AdamW's highest: 0.02, or 1.6 / steps in runs so short that a gate could not get
+            from 1 to 0 otherwise.
+        regularization: weight of mean |gate| in the gates' loss.
         num_keys: pass keys a text (gates), fewer where the text is too short for them.
         save_every: steps between two writings of the progress.
         force: overwrite another map, and drop the progress of other settings.
@@ -60,7 +65,7 @@ class IdentifySettings:
     text_files: tuple[str, ...] = ()
     device: str | None = None
     dtype: str | None = None
-    learning_rate: float = 0.02
+    learning_rate: float | None = None
     regularization: float = 0.05
     num_keys: int = 10
     save_every: int = 5
@@ -100,11 +105,12 @@ class IdentifySettings:
                 raise InputError(f"{name} {value:,} is too small: give at least {least}")
         if min_context > context:
             raise InputError(f"min_context {min_context:,} is longer than context {context:,}: give a shorter one")
-        if not self.learning_rate > 0 or not self.regularization >= 0:
-            raise InputError(
-                f"learning rate {self.learning_rate} must be above 0 and regularization {self.regularization} not below"
-            )
-        return replace(self, context=context, min_context=min_context, steps=steps, device=device, dtype=dtype)
+        rate = max(LEARNING_RATE, SHORTEST_WAY / steps) if self.learning_rate is None else self.learning_rate
+        if not rate > 0 or not self.regularization >= 0:
+            raise InputError(f"learning rate {rate} must be above 0 and regularization {self.regularization} not below")
+        return replace(
+            self, context=context, min_context=min_context, steps=steps, device=device, dtype=dtype, learning_rate=rate
+        )
 
     def deciding(self) -> dict[str, Any]:
         """What decides the result, as JSON types: all but where it is written and when it is saved.

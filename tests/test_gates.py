@@ -147,7 +147,7 @@ def test_repeatable_tiles_give_the_same_answer_and_gradients_also_in_recomputed_
 
 
 def test_the_rate_rises_over_a_fifth_and_falls_over_the_last_fifth() -> None:
-    chosen = settings(steps=100)
+    chosen = settings(steps=100, learning_rate=0.02)
     rates = [learning_rate(step, chosen) / 0.02 for step in range(100)]
     assert rates[0] == pytest.approx(0.1 + 0.9 / 20)
     assert rates[9] == pytest.approx(0.55)

@@ -220,6 +220,8 @@ def test_defaults_follow_method_and_device() -> None:
     assert (on_cpu.device, on_cpu.dtype, on_cpu.context, on_cpu.steps) == ("cpu", "float32", 1024, 80)
     assert (on_gpu.device, on_gpu.dtype, on_gpu.context, on_gpu.steps) == ("cuda", "bfloat16", 32768, 400)
     assert replace(bare, context=256).resolved(False).min_context == 256
+    assert on_cpu.learning_rate == on_gpu.learning_rate == 0.02
+    assert replace(bare, steps=10).resolved(False).learning_rate == pytest.approx(0.16)
 
 
 def test_progress_is_kept_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -247,7 +249,9 @@ def test_the_progress_line_tells_step_loss_heads_and_time_left() -> None:
 def test_the_command_identifies(settings: IdentifySettings, capsys) -> None:
     arguments = ["identify", "--model", settings.model_dir, "--out", settings.out, "--text", *settings.text_files]
     arguments += ["--context", "384", "--min-context", "384", "--steps", "2", "--sink-size", "4", "--recent-size", "16"]
-    assert command.main([*arguments, "--num-keys", "2", "--device", "cpu", "--seed", "5"]) == 0
+    assert (
+        command.main([*arguments, "--num-keys", "2", "--device", "cpu", "--seed", "5", "--learning-rate", "0.02"]) == 0
+    )
     out, err = capsys.readouterr()
     assert f"{settings.out}: 9 of 9 heads score at least 0.5" in out
     assert "step 2 of 2, loss" in err
