@@ -35,7 +35,8 @@ class ReconstructionSettings:
         sink_size, recent_size: the streaming window, tokens: what a head sees without being a retrieval head.
         part_size: context tokens repeated at once; part of the method, it changes the scores.
         quote_size: tokens of the part before that the prompt quotes.
-        quantile: the quantile of a head's token scores that is its score; None takes their mean.
+        quantile: the quantile of a head's token scores that is its score; None takes their mean, which sets the heads
+            of the planted and the demo model apart best: the largest (1) is near 1 for many heads that few tokens need.
         chunk_size: tokens of one forward pass; decides memory and nothing else.
         tile_bytes: the most memory for attention probabilities at a time.
 
