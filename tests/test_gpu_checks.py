@@ -318,7 +318,7 @@ def test_pinning_is_a_line_now_and_then_elsewhere(monkeypatch):
 
 def test_load_hands_the_progress_of_pinning_to_the_runtime(card, folder, monkeypatch):
     given = []
-    monkeypatch.setattr(longrun.runtime, "Runtime", lambda *args: given.append(args[-1]))
     progress = PinProgress(Console(file=io.StringIO()))
+    monkeypatch.setattr(longrun.runtime, "Runtime", lambda *args: given.extend(arg for arg in args if arg is progress))
     longrun.load(folder(), ctx=1000, on_pin=progress)
     assert given == [progress]
