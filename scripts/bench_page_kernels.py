@@ -13,13 +13,13 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from bench_graph import copy_ceilings, graph_seconds
 
 from longrun import cli
 from longrun.errors import InputError
@@ -30,44 +30,14 @@ from longrun.quant.kv_format import PageFormat
 from longrun.report_env import environment
 from longrun.units import parse_tokens
 
-REPEATS = 15
-
 
 def bytes_per_page(fmt: PageFormat, itemsize: int) -> int:
     return fmt.page_bytes + 2 * fmt.page_size * fmt.head_dim * itemsize
 
 
-def seconds(work: Callable[[], None], inner: int) -> list[float]:
-    """Seconds a call, over replays of a CUDA graph of `inner` calls; sorted."""
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(inner):
-            work()
-    graph.replay()
-    times = []
-    for _ in range(REPEATS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / inner)
-    return sorted(times)
-
-
-def copy_ceilings() -> dict[str, float]:
-    """Bytes a second, read and written, of copies of 1 GiB of random bytes: the driver's and an elementwise one."""
-    source = torch.randint(0, 2**15, (2**29,), dtype=torch.int16, device="cuda")
-    target = torch.empty_like(source)
-    ways = {"memcpy": lambda: target.copy_(source), "elementwise": lambda: torch.bitwise_not(source, out=target)}
-    return {name: 2 * source.nbytes / statistics.median(seconds(work, 4)) for name, work in ways.items()}
-
-
 def row(kernel: str, fmt: PageFormat, dtype: torch.dtype, heads: int, tokens: int, warps: int, ceiling: float, work):
     moved = heads * tokens // fmt.page_size * bytes_per_page(fmt, dtype.itemsize)
-    times = seconds(work, max(2, min(50, int(2e-3 * ceiling / moved))))
+    times = graph_seconds(work, max(2, min(50, int(2e-3 * ceiling / moved))))
     median = statistics.median(times)
     return {
         "kernel": kernel, "head_dim": fmt.head_dim, "dtype": str(dtype).removeprefix("torch."), "heads": heads,

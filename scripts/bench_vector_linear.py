@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from bench_graph import copy_ceilings, graph_seconds
 from torch import Tensor
 
 from longrun import cli
@@ -39,7 +40,6 @@ from longrun.quant.weight_format import linear_bytes
 from longrun.report_env import environment
 
 LAYERS = 32
-REPEATS = 10
 EPS = 1e-5
 # rows, columns, norm, gated, accumulate
 MATRICES = {
@@ -123,33 +123,6 @@ def exact_rows(linear: QuantLinear, count: int) -> Tensor:
     return (linear.code[nibbles] * absmax).view(count, linear.in_features)
 
 
-def seconds(work: Callable[[], None], inner: int) -> list[float]:
-    """Seconds a replay of a CUDA graph of `work`, divided by `inner`; sorted."""
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    graph.replay()
-    times = []
-    for _ in range(REPEATS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / inner)
-    return sorted(times)
-
-
-def copy_ceilings() -> dict[str, float]:
-    """Bytes a second, read and written, of copies of 1 GiB of random bytes: the driver's and an elementwise one."""
-    source = torch.randint(0, 2**15, (2**29,), dtype=torch.int16, device="cuda")
-    target = torch.empty_like(source)
-    ways = {"memcpy": lambda: target.copy_(source), "elementwise": lambda: torch.bitwise_not(source, out=target)}
-    return {name: 2 * source.nbytes / statistics.median(seconds(work, 1)) for name, work in ways.items()}
-
-
 class Matrix:
     """One matrix of all layers, with its input, its output and what the layer does around it."""
 
@@ -193,7 +166,7 @@ class Matrix:
 
 
 def timed(label: str, weight_format: str, name: str, moved: int, ceiling: float, work, inner: int, **more) -> dict:
-    times = seconds(work, inner)
+    times = graph_seconds(work, 1, inner)
     median = statistics.median(times)
     return {
         "format": weight_format, "matrix": name, "kernel": label, **more, "bytes": moved,
