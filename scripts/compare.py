@@ -164,14 +164,14 @@ class Comparison:
         from longrun.config import ModelConfig
 
         arguments = self._arguments
-        key = (row.head_map, row.retrieval_ratio, row.kv, row.weights, row.sink_size, row.recent_size)
+        key = (row.head_map, row.retrieval_ratio, row.stored_kv, row.weights, row.sink_size, row.recent_size)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
             release_memory()
             config = ModelConfig.from_dir(arguments.model)
             adapter = {} if arguments.adapter is None else {"adapter": arguments.adapter}
             runtime = longrun.load(
-                arguments.model, arguments.budget, row.make_map(config.num_layers, config.num_kv_heads), row.kv,
+                arguments.model, arguments.budget, row.make_map(config.num_layers, config.num_kv_heads), row.stored_kv,
                 row.weights, arguments.device, ctx=max(self._settings["lengths"]) + 64,
                 retrieval_ratio=row.retrieval_ratio, chunk_size=self._settings["chunk_size"], **adapter,
             )  # fmt: skip
@@ -203,7 +203,8 @@ def release_memory() -> None:
 
 def describe(row: Row, runtime: Runtime) -> dict[str, Any]:
     """How a row was run, as results.json records it."""
-    split = runtime.split
+    split, cache = runtime.split, runtime.plan.cache
+    page, simulates = cache.page_format, row.simulates
     return {
         "method": row.method,
         "retrieval_ratio": None if row.evicts is not None else round(split.retrieval_ratio, 6),
@@ -213,6 +214,10 @@ def describe(row: Row, runtime: Runtime) -> dict[str, Any]:
         "sink_size": split.sink_size,
         "recent_size": split.recent_size,
         "kv_format": runtime.plan.kv_format,
+        "kv_page_bytes": page.page_bytes,
+        "simulated": None
+        if simulates is None
+        else simulates.described(page.page_size, page.head_dim, cache.total_retrieval_heads),
         "weight_format": runtime.plan.weight_format,
         "device": runtime.plan.device_type,
         "chunk_size": runtime.plan.chunk_size,

@@ -171,7 +171,7 @@ ROOMS = (
     Room(
         "quality",
         ("longrun.quality", "longrun.quality.*"),
-        ("needles", "runtime", "engine", "attention", "cache", "quant", "head maps"),
+        ("needles", "runtime", "engine", "attention", "cache", "quant", "head maps", "formats"),
         ("torch", "numpy", "matplotlib", "transformers"),
     ),
     Room("package", ("longrun",), ("runtime", "engine", "plan", "head maps"), light=True),

@@ -11,8 +11,15 @@ from longrun.runtime import Runtime
 from longrun.session import Session
 from longrun.units import format_bytes
 
-TOVA_CHUNK = 64  # tokens of a prefill step: the fewer, the closer to one token at a time
+# TOVA's prefill steps: the fewer tokens, the closer to one at a time; the more, the fewer steps a long text takes.
+_TOVA_LEAST = 64
+_TOVA_SHARE = 32
 _SPARE = 64
+
+
+def tova_chunk(keep: int) -> int:
+    """Tokens of a TOVA prefill step: a 32nd of what is kept (3% of it is dropped at a time), at least 64."""
+    return max(_TOVA_LEAST, keep // _TOVA_SHARE)
 
 
 def make_session(
@@ -27,7 +34,7 @@ def make_session(
         runtime: with full attention (head map "full"); keys and values are held in its pages' exact dtype.
         method, keep: see `EvictionSettings`; settings: its other fields.
         capacity: tokens seen in all. SnapKV first holds a whole prompt, TOVA never more than keep + chunk.
-        chunk_size: tokens of a prefill step; default the plan's, for TOVA at most 64.
+        chunk_size: tokens of a prefill step; default the plan's, for TOVA at most `tova_chunk(keep)`.
 
     Raises:
         InputError: an unknown method, keep below 1, or a runtime with streaming heads.
@@ -40,7 +47,7 @@ def make_session(
     if not runtime.split.is_full:
         raise InputError(f"{method} evicts from full attention: load the model with head map full")
     chosen, plan, parts = EvictionSettings(method, keep, **settings), runtime.plan, runtime._parts
-    chunk = chunk_size or (min(plan.chunk_size, TOVA_CHUNK) if method == "tova" else plan.chunk_size)
+    chunk = chunk_size or (min(plan.chunk_size, tova_chunk(keep)) if method == "tova" else plan.chunk_size)
     config = runtime.config
     spec = EvictingSpec(
         num_layers=config.num_layers,

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from longrun.cache.dual import DualCache
 from longrun.cache.evicting import EvictingCache
+from longrun.quality import simulation
 from longrun.quality.eviction import end_prompt, make_session
+from longrun.quality.formats import SimulatedFormat
 from longrun.quality.settings import Row
 from longrun.quality.tasks import TaskDocument
 from longrun.runtime import Runtime
@@ -33,20 +35,24 @@ def open_session(runtime: Runtime, row: Row, length: int) -> Session:
     """An empty session of the row for prompts of `length` tokens and their answers.
 
     Raises:
+        InputError: a simulated format that this model or runtime cannot serve.
         PlanError: it does not fit in the budget.
     """
     capacity = length + SPARE_TOKENS
     evicts = row.evicts
+    if row.simulates is not None:
+        return simulation.make_session(runtime, row.simulates, capacity)
     if evicts is None:
         return runtime.new_session(capacity)
     return make_session(runtime, evicts.method, evicts.keep_tokens(length), capacity)
 
 
-def cache_bytes(cache: DualCache | EvictingCache) -> dict[str, int]:
+def cache_bytes(cache: DualCache | EvictingCache, simulates: SimulatedFormat | None = None) -> dict[str, int]:
     """Bytes measured from the cache's tensors: of what is in use, of what is allocated, and the most there ever were.
 
     In use are, of a dual cache, the pages stored with their index and table entries, tails and sink pages whole, and
-    ring slots that hold a token; of an evicting one the tokens kept.
+    ring slots that hold a token; of an evicting one the tokens kept. Where the pages simulate a format, `computed` is
+    what it would have in use, by its spec.
     """
     if isinstance(cache, EvictingCache):
         return {"used": cache.used_bytes, "allocated": cache.total_bytes, "peak": cache.peak_bytes}
@@ -59,7 +65,8 @@ def cache_bytes(cache: DualCache | EvictingCache) -> dict[str, int]:
             used += pages.num_heads * pages.num_pooled * entry + held["tails"] + held["sink pages"]
         if ring is not None and ring.num_slots:
             used += ring.nbytes // ring.num_slots * min(ring.num_slots, ring.num_valid(cache.seq_len))
-    return {"used": used, "allocated": cache.total_bytes, "peak": cache.total_bytes}
+    found = {"used": used, "allocated": cache.total_bytes, "peak": cache.total_bytes}
+    return found if simulates is None else found | {"computed": simulation.computed_bytes(cache, simulates)}
 
 
 def measure_retrieval(
@@ -83,7 +90,7 @@ def measure_retrieval(
             session.rewind(document_end)
             session.prefill(question.token_ids)
             end_prompt(session)
-            kv = kv or cache_bytes(session.cache)
+            kv = kv or cache_bytes(session.cache, row.simulates)
             chosen, after = _answer(session, question.expected_ids, clock)
             right = [one == other for one, other in zip(chosen, question.expected_ids, strict=True)]
             decoded = runtime.tokenizer.decode([after], skip_special_tokens=True)
@@ -128,7 +135,7 @@ def measure_text(
         split = len(token_ids) - score_tokens
         _read(session, token_ids[:split], clock)
         end_prompt(session)
-        kv = kv or cache_bytes(session.cache)
+        kv = kv or cache_bytes(session.cache, row.simulates)
         rows, start = [], time.perf_counter()
         for first in range(split, len(token_ids), PIECE):
             logits = session.score(token_ids[first : first + PIECE])

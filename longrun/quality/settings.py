@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +12,7 @@ from typing import Any
 from longrun.errors import InputError
 from longrun.patterns.baseline_maps import inverted_map, random_map, streaming_map
 from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadMap
+from longrun.quality.formats import SIMULATED_FORMATS, SimulatedFormat, is_simulated, simulated_format
 
 REFERENCE = "reference"
 KV_FORMATS = ("int4", "bf16", "fp32")
@@ -47,7 +49,7 @@ class Row:
         name: of the row; plots join rows of one `method`.
         head_map: "full", "streaming", "random:SEED", "inverted:FOLDER" or a head map's folder.
         retrieval_ratio: share of the map's KV heads that keep all tokens; None splits at score 0.5.
-        kv: page format; weights: weight format, None for the budget's.
+        kv: page format, or a simulated one (`longrun.quality.formats`); weights: weight format, None for the budget's.
         eviction: "none", "snapkv:KEEP" or "tova:KEEP", KEEP in tokens or with % of the prompt's length; SnapKV also
             "snapkv:KEEP@document".
         sink_size, recent_size: window of streaming and random maps; a folder's map brings its own.
@@ -68,8 +70,12 @@ class Row:
     def __post_init__(self) -> None:
         for field in fields(self):
             _check_type(self, field.name)
-        if self.kv not in KV_FORMATS:
-            raise InputError(f"row {self.name}: kv {self.kv!r} is unknown: use one of {', '.join(KV_FORMATS)}")
+        if self.simulates is None and self.kv not in KV_FORMATS:
+            nearest = difflib.get_close_matches(self.kv, (*KV_FORMATS, *SIMULATED_FORMATS), n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"row {self.name}: kv {self.kv!r} is unknown: use one of {', '.join(KV_FORMATS)} or a simulated format "
+                f"like {SIMULATED_FORMATS[0]} (nearest: {nearest})"
+            )
         if self.weights not in (None, *WEIGHT_FORMATS):
             raise InputError(
                 f"row {self.name}: weights {self.weights!r} is unknown: use one of {', '.join(WEIGHT_FORMATS)}"
@@ -88,8 +94,23 @@ class Row:
         if self.evicts is not None:
             if self.head_map != "full":
                 raise InputError(f"row {self.name}: {self.eviction} evicts from full attention: use head_map full")
-            if self.kv == "int4":
+            if self.kv == "int4" or self.simulates is not None:
                 raise InputError(f"row {self.name}: evicting caches hold exact tokens: use kv bf16")
+
+    @property
+    def simulates(self) -> SimulatedFormat | None:
+        """The simulated format asked for; InputError where it is unknown."""
+        if not is_simulated(self.kv):
+            return None
+        try:
+            return simulated_format(self.kv)
+        except InputError as error:
+            raise InputError(f"row {self.name}: {error}") from error
+
+    @property
+    def stored_kv(self) -> str:
+        """The page format that `longrun.load` takes: simulated formats are held in bf16 pages."""
+        return "bf16" if is_simulated(self.kv) else self.kv
 
     @property
     def evicts(self) -> Eviction | None:

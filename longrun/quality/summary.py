@@ -40,7 +40,11 @@ class TextSummary:
 
 @dataclass(frozen=True)
 class RowSummary:
-    """One row (or several of one method and size, as seeds are) at one length, or at all lengths (None)."""
+    """One row (or several of one method and size, as seeds are) at one length, or at all lengths (None).
+
+    `kv_used` and `kv_peak` are measured bytes; `kv_computed`, of a simulated format alone, is what that would have in
+    use by its spec.
+    """
 
     name: str
     method: str
@@ -52,6 +56,7 @@ class RowSummary:
     text: TextSummary | None
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
+    kv_computed: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; depths as strings."""
@@ -86,12 +91,14 @@ def summarize(results: QualityResults, names: Iterable[str], label: str, length:
             tasks[task] = _task(own, reference if compared else None, repeated=len(names) > 1)
     text = [item for item in items if "task" not in item]
     bytes_used = [r["kv"]["used"] for r in records]
+    computed = [r["kv"]["computed"] for r in records if "computed" in r["kv"]]
     return RowSummary(
         label, described["method"], described["retrieval_ratio"], length,
         None if length is None else sum(bytes_used) / len(bytes_used),
         None if length is None else max(r["kv"]["peak"] for r in records),
         tasks, _text(text, reference if compared else None) if text else None,
         _mean(records, "prefill_tokens_per_s"), _mean(records, "decode_tokens_per_s"),
+        sum(computed) / len(computed) if computed and length is not None else None,
     )  # fmt: skip
 
 
