@@ -11,6 +11,9 @@ cache by the group; here the weights of a group's query heads are averaged, so t
 softmax weight from the newest query, averaged over the layer's query heads, are dropped. The paper drops one token a
 step; a chunk of prefill is worked on whole and then cut to the budget by its last query, so that small chunks come
 close to the paper and one chunk of the whole text is full attention with one cut at the end.
+
+Nothing here waits for a GPU: what is kept is chosen and moved by index tensors that stay on the device, and heads are
+worked on together (in SnapKV's one compression a KV head at a time, whose scores are the largest tensor).
 """
 
 from __future__ import annotations
@@ -90,7 +93,7 @@ class EvictionAttention:
             if layer.length > settings.keep + len(queries):
                 kept = snapkv_kept(queries, layer.held[0], settings.keep, settings.kernel, self.softmax_scale)
                 cache.keep(layer_idx, kept)
-            cache.queries[layer_idx] = None
+        cache.forget_queries()
         cache.compressed = True
 
     def _attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -98,8 +101,7 @@ class EvictionAttention:
         tokens, num_qo_heads, dim = q.shape
         heads, group = k.shape[0], num_qo_heads // k.shape[0]
         grouped = q.transpose(0, 1).contiguous()  # [num_qo_heads, T, dim]
-        repeated = (x.repeat_interleave(group, dim=0) for x in (k, v))
-        out, lse = attention_with_lse(grouped, *repeated, True, self.softmax_scale)
+        out, lse = attention_with_lse(grouped, k, v, True, self.softmax_scale)
         layer = self.cache.layers[layer_idx]
         if layer.length:
             past = (x.to(q.dtype) for x in layer.held)

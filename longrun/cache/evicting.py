@@ -6,6 +6,7 @@ is gone, and its memory with it. It serves comparisons; nothing is paged, quanti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +126,6 @@ class EvictingCache:
         seq_len: tokens seen, so the position of the next one; `layers[i].length` is what is kept.
         queries: per layer, the newest queries [n, num_qo_heads, head_dim] where the method needs them, else None.
         compressed: the prompt's end was declared and its tokens were dropped (SnapKV).
-        peak_bytes: the most bytes that were ever held, while tensors were copied included.
     """
 
     def __init__(self, spec: EvictingSpec, device: torch.device) -> None:
@@ -133,8 +133,9 @@ class EvictingCache:
         self.layers = [EvictingLayer(spec, device) for _ in range(spec.num_layers)]
         self.queries: list[Tensor | None] = [None] * spec.num_layers
         self.compressed = False
-        self.peak_bytes = self.total_bytes
-        assert self.peak_bytes == spec.initial_bytes()
+        self._layer_bytes = sum(layer.nbytes for layer in self.layers)
+        self._peak_bytes = self._layer_bytes
+        assert self._peak_bytes == spec.initial_bytes()
 
     def append(self, layer_idx: int, k: Tensor, v: Tensor, start: int) -> None:
         """Append tokens [start, start + T) to one layer: k, v [num_kv_heads, T, head_dim] after RoPE."""
@@ -145,12 +146,15 @@ class EvictingCache:
         """Drop all of a layer's tokens but `indices`, int64 [num_kv_heads, n], ascending, into the held ones."""
         self._watch(layer_idx, lambda layer: layer.keep(indices))
 
-    def _watch(self, layer_idx: int, change) -> None:
+    def _watch(self, layer_idx: int, change: Callable[[EvictingLayer], None]) -> None:
+        """Change a layer. The bytes are added up again only where it got new tensors: this runs once a layer and step,
+        and counting all layers each time would take longer than the step on a GPU."""
         layer = self.layers[layer_idx]
-        before, old = self.total_bytes, layer.k
+        old, own = layer.k, layer.nbytes
         change(layer)
-        moved = layer.nbytes if layer.k is not old else 0
-        self.peak_bytes = max(self.peak_bytes, before + moved)
+        if layer.k is not old:
+            self._peak_bytes = max(self._peak_bytes, self.total_bytes + layer.nbytes)
+            self._layer_bytes += layer.nbytes - own
 
     def advance(self, num_tokens: int) -> None:
         """Every layer has appended `num_tokens`: they now count."""
@@ -159,7 +163,17 @@ class EvictingCache:
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors held, kept queries included."""
-        return sum(layer.nbytes for layer in self.layers) + sum(q.nbytes for q in self.queries if q is not None)
+        return self._layer_bytes + sum(q.nbytes for q in self.queries if q is not None)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that were ever held, while tensors were copied included."""
+        return max(self._peak_bytes, self.total_bytes)
+
+    def forget_queries(self) -> None:
+        """Drop all layers' queries: the prompt has ended."""
+        self._peak_bytes = self.peak_bytes
+        self.queries = [None] * self.spec.num_layers
 
     @property
     def used_bytes(self) -> int:
@@ -184,4 +198,5 @@ class EvictingCache:
             else:
                 layer.k, layer.v, layer.positions = k, v, positions
             layer.length = length
+        self._layer_bytes = sum(layer.nbytes for layer in self.layers)
         self.queries, self.seq_len, self.compressed = list(mark.queries), mark.seq_len, mark.compressed
