@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,16 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from compare_runtimes import Runtimes, comparison_budget
 
 from longrun.cli import run
 from longrun.errors import InputError
 from longrun.needles import Haystack
-from longrun.quality.measures import ReferenceLogits, measure_retrieval, measure_text
+from longrun.quality.measures import SPARE_TOKENS, ReferenceLogits, measure_retrieval, measure_text
 from longrun.quality.report import write_report
 from longrun.quality.results import QualityResults
 from longrun.quality.settings import REFERENCE, REFERENCE_ROW, Row, read_rows
 from longrun.quality.summary import sentences
-from longrun.quality.tasks import held_out_text, leading_ids, retrieval_documents, text_documents
+from longrun.quality.tasks import TaskDocument, held_out_text, leading_ids, retrieval_documents, text_documents
 from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
 
@@ -59,6 +63,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--logits", type=Path, metavar="DIR", help="reference's distributions, large (default: in --out)"
+    )
     parser.add_argument("--force", action="store_true", help="start over where --out holds another comparison")
     return parser.parse_args(argv)
 
@@ -112,11 +119,17 @@ class Comparison:
         self, arguments: argparse.Namespace, settings: dict[str, Any], results: QualityResults, console: Console
     ) -> None:
         self._arguments, self._settings, self._results, self._console = arguments, settings, results, console
-        self._reference = ReferenceLogits(arguments.out / REFERENCE)
+        self._reference = ReferenceLogits(logits_folder(arguments, settings))
         self._haystack = (
             Haystack.from_files(arguments.haystack) if arguments.haystack else Haystack.generated(arguments.seed)
         )
+        budget = comparison_budget(arguments.budget, arguments.device, settings["chunk_size"])
+        self._runtimes = Runtimes(
+            arguments.model, arguments.adapter, budget, arguments.device, ctx=max(settings["lengths"]) + SPARE_TOKENS
+        )
         self._loaded: tuple[Any, Runtime] | None = None
+        self._told: set[str] = set()
+        self._documents: dict[tuple[int, str], list[TaskDocument]] = {}
         self._texts: list[int] | None = None
 
     def run_row(self, row: Row) -> None:
@@ -148,10 +161,7 @@ class Comparison:
                 on_document,
             )  # fmt: skip
         else:
-            documents = retrieval_documents(
-                runtime.tokenizer, self._haystack, group, length, settings["depths"], settings["items"],
-                settings["seed"],
-            )  # fmt: skip
+            documents = self._retrieval_documents(runtime, length, group)
             found = measure_retrieval(runtime, row, length, documents, on_document)
         seconds = round(time.perf_counter() - start, 2)
         record = {"row": row.name, "length": length, "group": group, "seconds": seconds}
@@ -160,36 +170,51 @@ class Comparison:
 
     def _runtime(self, row: Row) -> Runtime:
         """The row's model; kept while the next row needs the same weights in the same order."""
-        import longrun
-        from longrun.config import ModelConfig
-
-        arguments = self._arguments
         key = (row.head_map, row.retrieval_ratio, row.stored_kv, row.weights, row.sink_size, row.recent_size)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
             release_memory()
-            config = ModelConfig.from_dir(arguments.model)
-            adapter = {} if arguments.adapter is None else {"adapter": arguments.adapter}
-            runtime = longrun.load(
-                arguments.model, arguments.budget, row.make_map(config.num_layers, config.num_kv_heads), row.stored_kv,
-                row.weights, arguments.device, ctx=max(self._settings["lengths"]) + 64,
-                retrieval_ratio=row.retrieval_ratio, chunk_size=self._settings["chunk_size"], **adapter,
-            )  # fmt: skip
+            runtime = self._runtimes.get(row)
             if runtime.tokenizer is None:
-                raise InputError(f"model folder {arguments.model} has no tokenizer: questions are text, add its files")
+                raise InputError(
+                    f"model folder {self._arguments.model} has no tokenizer: questions are text, add its files"
+                )
             for notice in runtime.notices:
-                self._console.print(f"note: {notice}")
+                if notice not in self._told:
+                    self._told.add(notice)
+                    self._console.print(f"note: {notice}")
             self._loaded = (key, runtime)
         elif self._loaded[1].plan.device_type == "cuda":
             release_memory()
         self._results.head["described"][row.name] = describe(row, self._loaded[1])
         return self._loaded[1]
 
+    def _retrieval_documents(self, runtime: Runtime, length: int, group: str) -> list[TaskDocument]:
+        """The same for every row, so they are made once: a tokenizer takes about a second for 128K tokens."""
+        settings, key = self._settings, (length, group)
+        if key not in self._documents:
+            self._documents[key] = list(
+                retrieval_documents(
+                    runtime.tokenizer, self._haystack, group, length, settings["depths"], settings["items"],
+                    settings["seed"],
+                )
+            )  # fmt: skip
+        return self._documents[key]
+
     def _text_ids(self, runtime: Runtime) -> list[int]:
         if self._texts is None:
             text = held_out_text([path.read_text(encoding="utf-8") for path in self._arguments.text or []])
             self._texts = runtime.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return self._texts
+
+
+def logits_folder(arguments: argparse.Namespace, settings: dict[str, Any]) -> Path:
+    """Where the reference's distributions stand: in --out, or below --logits in a folder that no other comparison (of
+    another model, other texts or lengths) has."""
+    if arguments.logits is None:
+        return arguments.out / REFERENCE
+    key = json.dumps([settings, REFERENCE_ROW.to_dict()], sort_keys=True)
+    return arguments.logits / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def release_memory() -> None:

@@ -139,14 +139,15 @@ def measure_text(
         rows, start = [], time.perf_counter()
         for first in range(split, len(token_ids), PIECE):
             logits = session.score(token_ids[first : first + PIECE])
-            rows.append(torch.log_softmax(logits.float(), dim=-1).cpu())
-        clock.note("score", score_tokens, time.perf_counter() - start)
+            rows.append(torch.log_softmax(logits, dim=-1))
         own = torch.cat(rows)
+        float(own[-1, 0])  # waits for a GPU
+        clock.note("score", score_tokens, time.perf_counter() - start)
         if is_reference:
             reference.save(length, number, own)
         items += [
             {"document": f"text/{number}", **block}
-            for block in compare_blocks(own, reference.load(length, number), token_ids[split:])
+            for block in compare_blocks(own, reference.load(length, number, own.device), token_ids[split:])
         ]
         on_document(f"text/{number}")
     return {"items": items, "kv": kv, **clock.speeds()}
@@ -156,13 +157,13 @@ def compare_blocks(own: Tensor, reference: Tensor, token_ids: Sequence[int]) -> 
     """Means over blocks of 32 positions.
 
     Args:
-        own, reference: float32 [n, vocab_size], log-probabilities that predict token_ids[i].
+        own, reference: float32 [n, vocab_size] on one device, log-probabilities that predict token_ids[i].
     """
     blocks = []
     for first in range(0, len(token_ids), BLOCK):
         part = slice(first, first + BLOCK)
         q, p = own[part].double(), reference[part].double()
-        targets = torch.tensor(token_ids[part])
+        targets = torch.tensor(token_ids[part], device=q.device)
         divergence = (p.exp() * (p - q)).sum(dim=-1)
         blocks.append(
             {
@@ -195,11 +196,11 @@ class ReferenceLogits:
     def save(self, length: int, number: int, values: Tensor) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".{length}-{number}.npy"
-        np.save(partial, values.numpy())
+        np.save(partial, values.cpu().numpy())
         partial.replace(self._path(length, number))
 
-    def load(self, length: int, number: int) -> Tensor:
-        return torch.from_numpy(np.load(self._path(length, number)))
+    def load(self, length: int, number: int, device: torch.device) -> Tensor:
+        return torch.from_numpy(np.load(self._path(length, number))).to(device)
 
 
 class _Clock:

@@ -1,0 +1,114 @@
+"""Runtimes that rows share weights through are those that loading gives; budgets decide memory, not heads."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+import longrun
+from longrun.budget import Budget
+from longrun.errors import InputError
+from longrun.quality.settings import REFERENCE_ROW, Row
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+RATIO = 0.4
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("compare_runtimes", SCRIPTS / "compare_runtimes.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickles look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])  # qwen2 has biases on q, k and v
+def folder(request, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp(request.param)
+    save_tiny(path, request.param)
+    return path
+
+
+@pytest.fixture
+def runtimes(script, folder):
+    budget = script.comparison_budget(None, "cpu", 50)
+    return script.Runtimes(folder, None, budget, "cpu", ctx=300)
+
+
+@pytest.mark.parametrize("row", [Row("a", "random:3", RATIO), Row("b", "streaming", sink_size=3, recent_size=20)])
+def test_a_shared_runtime_is_the_loaded_one(runtimes, folder, row):
+    reference = runtimes.get(REFERENCE_ROW)
+    ids = torch.randint(0, 97, (150,), generator=torch.Generator().manual_seed(0)).tolist()
+    before = reference.new_session().prefill(ids).clone()
+    own = runtimes.get(row)
+    loaded = longrun.load(
+        folder, "cpu", row.make_map(3, 3), row.kv, device="cpu", ctx=300, chunk_size=50,
+        retrieval_ratio=row.retrieval_ratio,
+    )  # fmt: skip
+    assert own.split == loaded.split and not own.split.is_full
+    assert any(list(order) != sorted(order) for order in own._parts.decoder.permutation) == (row.name == "a")
+    assert own._identity == loaded._identity
+    assert own.plan.items == loaded.plan.items and own.plan.ctx == 300
+    for mine, theirs in zip(own._parts.decoder._layers, loaded._parts.decoder._layers, strict=True):
+        pairs = list(zip(mine.tensors(), theirs.tensors(), strict=True))
+        assert all(torch.equal(one, other) and one.is_contiguous() for one, other in pairs)
+    sessions = own.new_session(), loaded.new_session()
+    first, second = (session.prefill(ids) for session in sessions)
+    assert torch.equal(first, second)
+    assert sessions[0].cache.spec == sessions[1].cache.spec
+    assert not torch.equal(first, before)
+    assert torch.equal(reference.new_session().prefill(ids), before)  # the weights it shares were not touched
+
+
+def test_weights_are_read_once_unless_they_are_quantized(script, runtimes, monkeypatch):
+    reads, load = [], longrun.load
+
+    def counting(*given, **named):
+        reads.append(given[4])
+        return load(*given, **named)
+
+    monkeypatch.setattr(longrun, "load", counting)
+    reference = runtimes.get(REFERENCE_ROW)
+    rows = [Row("a", "random:3", RATIO), Row("b"), Row("c", "random:3", RATIO, weights="fp32")]
+    found = [runtimes.get(row) for row in rows]
+    assert reads == [None]
+    layer = reference._parts.decoder._layers[0]
+    assert all(one._parts.decoder._layers[0].down is layer.down for one in found)
+    eight = runtimes.get(Row("d", "random:3", RATIO, weights="int8"))
+    assert reads == [None, "int8"]
+    assert eight.plan.weight_format == "int8" and eight.split == found[0].split
+
+
+def test_a_budget_chooses_no_heads_and_an_unnamed_one_no_weights(script, folder, tmp_path, monkeypatch):
+    text = """
+[memory]
+gpu = "8 GB"
+[weights]
+format = "int8"
+[kv]
+retrieval_ratio = 0.5
+sink_size = 8
+recent_size = 9
+"""
+    path = tmp_path / "budget.toml"
+    path.write_text(text)
+    named = script.comparison_budget(str(path), "cpu", None)
+    assert (named.weight_format, named.retrieval_ratio) == ("int8", None)
+    assert (named.sink_size, named.recent_size) == (None, None)
+    assert named.gpu_bytes == 8 * 10**9
+    monkeypatch.setattr(script.gpu_checks, "default_budget", lambda device: str(path))
+    unnamed = script.comparison_budget(None, "cpu", 33)
+    assert unnamed.weight_format is None and unnamed.chunk_size == 33
+    # with the file's ratio, half of the heads of this map would keep all tokens
+    found = script.Runtimes(folder, None, unnamed, "cpu", ctx=300).get(Row("all streaming", "streaming"))
+    assert found.split.total_retrieval == 0 and found.split.recent_size == 256
+    loaded = longrun.load(folder, Budget.load(path), Row("s", "streaming").make_map(3, 3), device="cpu", ctx=300)
+    assert loaded.split.total_retrieval > 0
+    with pytest.raises(InputError, match="neither a file nor a shipped budget"):
+        script.comparison_budget("no-such-budget", "cpu", None)
