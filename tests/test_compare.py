@@ -389,7 +389,7 @@ def test_seeds_are_taken_together_a_question_at_a_time(tmp_path):
         ("[[row]]\nname = 'a'\nhead_map = 'random:1'", "needs a retrieval_ratio"),
         ("[[row]]\nname = 'a'\nhead_map = 'inverted'", "names no map"),
         ("[[row]]\nname = 'a'\nretrieval_ratio = 0.5", "nothing to choose"),
-        ("[[row]]\nname = 'a'\nhead_map = 'x'\nsink_size = 4", "belong to streaming"),
+        ("[[row]]\nname = 'a'\nsink_size = 4", "full has no streaming heads"),
         ("[[row]]\nname = 'a'\neviction = 'h2o:5'\nkv = 'bf16'", "eviction 'h2o:5' is unknown"),
         ("[[row]]\nname = 'a'\neviction = 'tova:5@document'\nkv = 'bf16'", "is unknown"),
         ("[[row]]\nname = 'a'\neviction = 'tova:2.5'\nkv = 'bf16'", "no whole number"),
@@ -421,6 +421,12 @@ def test_maps_of_rows(planted):
     made = Row("a", "random:3", 0.5, sink_size=5, recent_size=70).make_map(2, 4)
     assert (made.sink_size, made.recent_size) == (5, 70)
     assert Row("a").make_map(2, 4) == "full"
+    other = Row("a", str(planted.head_map), sink_size=5, recent_size=70)
+    assert other.make_map(2, 4) == own.with_window(5, 70) != own
+    assert Row("a", f"inverted:{planted.head_map}", recent_size=70).make_map(2, 4).sink_size == own.sink_size
+    assert (Row("a", "x", 0.5).method, Row("a", "x", 0.5, sink_size=5).method) == (
+        "map x, int4", "map x, int4, varied window"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ class Row:
         kv: page format, or a simulated one (`longrun.quality.formats`); weights: weight format, None for the budget's.
         eviction: "none", "snapkv:KEEP" or "tova:KEEP", KEEP in tokens or with % of the prompt's length; SnapKV also
             "snapkv:KEEP@document".
-        sink_size, recent_size: window of streaming and random maps; a folder's map brings its own.
+        sink_size, recent_size: window of the streaming heads, None for a folder's own (64 and 256 where the map comes
+            from no folder).
 
     Raises:
         InputError: a value that is none of these, or two that exclude each other.
@@ -89,8 +90,8 @@ class Row:
             raise InputError(f"row {self.name}: {self.head_map!r} names no map: write inverted:FOLDER")
         if kind in ("full", "streaming") and self.retrieval_ratio is not None:
             raise InputError(f"row {self.name}: head_map {kind} leaves nothing to choose: leave retrieval_ratio out")
-        if (self.sink_size, self.recent_size) != (None, None) and kind not in ("streaming", "random"):
-            raise InputError(f"row {self.name}: sink_size and recent_size belong to streaming and random maps alone")
+        if self._has_window and kind == "full":
+            raise InputError(f"row {self.name}: head_map full has no streaming heads: leave sink_size, recent_size out")
         if self.evicts is not None:
             if self.head_map != "full":
                 raise InputError(f"row {self.name}: {self.eviction} evicts from full attention: use head_map full")
@@ -136,13 +137,18 @@ class Row:
         what = {"full": "full", "streaming": "all streaming", "random": "random map"}.get(kind)
         if what is None:
             what = f"inverted {Path(rest).name}" if kind == "inverted" else f"map {Path(self.head_map).name}"
-        return f"{what}, {self.kv}" + (f", {self.weights} weights" if self.weights else "")
+        weights = f", {self.weights} weights" if self.weights else ""
+        return f"{what}, {self.kv}{weights}" + (", varied window" if self._has_window else "")
+
+    @property
+    def _has_window(self) -> bool:
+        return (self.sink_size, self.recent_size) != (None, None)
 
     def make_map(self, num_layers: int, num_kv_heads: int) -> HeadMap | str:
         """What `longrun.load` takes as head_map.
 
         Raises:
-            HeadMapError: the folder holds none.
+            HeadMapError: the folder holds none, or an impossible window.
         """
         kind, _, rest = self.head_map.partition(":")
         window = (
@@ -156,8 +162,8 @@ class Row:
         if kind == "random":
             return random_map(num_layers, num_kv_heads, int(rest), *window)
         if kind == "inverted":
-            return inverted_map(HeadMap.load(rest))
-        return HeadMap.load(self.head_map)
+            return inverted_map(HeadMap.load(rest)).with_window(self.sink_size, self.recent_size)
+        return HeadMap.load(self.head_map).with_window(self.sink_size, self.recent_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Its fields, JSON-able; of a map's folder the path as given."""
