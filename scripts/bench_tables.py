@@ -118,10 +118,12 @@ def kernels(results: Sequence[Row]) -> list[list[str]]:
         moves = "" if row.get("bytes") is None else format_bytes(row["bytes"])
         if not moves and row.get("flops") is not None:
             moves = f"{row['flops'] / 1e9:,.1f} GFLOP"
-        table.append([
-            row["kernel"], row["shape"], number(row["microseconds"]), moves, share(row["fraction_of_ceiling"]),
-            row.get("ceiling") or "",
-        ])  # fmt: skip
+        settings = row.get("details", {}).get("settings")
+        programs = settings.get("num_programs") if isinstance(settings, dict) else None
+        shape = row["shape"] if programs is None else f"{row['shape']}, {programs} programs"
+        fraction = share(row["fraction_of_ceiling"]) if row.get("bytes") or row.get("flops") else ""
+        ceiling = (row.get("ceiling") or "").replace("_", " ")
+        table.append([row["kernel"], shape, number(row["microseconds"]), moves, fraction, ceiling])
     return table
 
 
