@@ -5,6 +5,7 @@
     python scripts/bench.py decode --model DIR --lengths 128K,1M           milliseconds a token, beside the bytes' floor
     python scripts/bench.py prefill --model DIR --lengths 128K [--needles 3]    reading, beside the compute ceilings
     python scripts/bench.py offload --model DIR --gpu-budget "20 GiB"      decode with most pages in host memory
+    python scripts/bench.py formats --model DIR --length 64K               reading, by weight format, in turns
     python scripts/bench.py kernels                                        every kernel alone, in one table
 
 `--synthetic-cache` fills the cache with random content instead of reading a text: rows then say "synthetic": true and
@@ -82,6 +83,17 @@ def add_offload(sub: argparse.ArgumentParser) -> None:
     sub.set_defaults(run=run)
 
 
+def add_formats(sub: argparse.ArgumentParser) -> None:
+    from bench_common import add_model_options
+    from bench_formats import run
+
+    add_model_options(sub)
+    sub.add_argument("--length", default="64K", help="tokens read")
+    sub.add_argument("--weight-formats", default="nf4,int8", help="formats beside bf16; --weight-format is not used")
+    sub.add_argument("--repeats", type=int, default=5, help="turns of every format, after one that is not counted")
+    sub.set_defaults(run=run)
+
+
 def add_kernels(sub: argparse.ArgumentParser) -> None:
     from bench_common import add_json_option
     from bench_kernel_table import run
@@ -96,6 +108,7 @@ COMMANDS = {
     "decode": (add_decode, "milliseconds a token at long contexts"),
     "prefill": (add_prefill, "reading long texts"),
     "offload": (add_offload, "decode with pages in host memory"),
+    "formats": (add_formats, "reading in several weight formats, by turns"),
     "kernels": (add_kernels, "every kernel alone"),
 }
 

@@ -4,7 +4,7 @@
     python scripts/bench_tables.py            rewrite what stands between markers
     python scripts/bench_tables.py --check    status 1 where the document is not what the files give
 
-A table stands between two comments; the first names its kind (decode, prefill, offload or kernels) and its files,
+A table stands between two comments; the first names its kind (decode, prefill, offload, formats or kernels) and its files,
 relative to the document:
 
     <!-- table: decode results/h100-decode.json -->
@@ -112,6 +112,17 @@ def offload(results: Sequence[Row]) -> list[list[str]]:
     return table
 
 
+def formats(results: Sequence[Row]) -> list[list[str]]:
+    table = [["weights", "tokens", "seconds, median of turns", "time beside bf16"]]
+    for result in results:
+        for row in result["rows"]:
+            table.append([
+                row["weight_format"], format_tokens(result["length"]), number(row["median_seconds"], 3),
+                share(row["over_bf16"]),
+            ])  # fmt: skip
+    return table
+
+
 def kernels(results: Sequence[Row]) -> list[list[str]]:
     table = [["kernel", "shape", "us", "moves", "of ceiling", "ceiling"]]
     for row in (row for result in results for row in result["rows"]):
@@ -128,7 +139,7 @@ def kernels(results: Sequence[Row]) -> list[list[str]]:
 
 
 KINDS: dict[str, Callable[[Sequence[Row]], list[list[str]]]] = {
-    "decode": decode, "prefill": prefill, "offload": offload, "kernels": kernels,
+    "decode": decode, "prefill": prefill, "offload": offload, "formats": formats, "kernels": kernels,
 }  # fmt: skip
 
 

@@ -175,6 +175,17 @@ def test_an_offloaded_session_is_compared_with_a_resident_one(model, capsys, tmp
         bench.main(["offload", "--model", str(model), "--device", "cpu", "--length", "1K", "--gpu-budget", "2 GB"])
 
 
+def test_weight_formats_take_turns(model, capsys, tmp_path, quick):
+    argv = ("--device", "cpu", "--length", "200", "--weight-formats", "int8,fp32", "--repeats", "2")
+    result = run(capsys, tmp_path, "formats", "--model", model, *argv)
+    assert [row["weight_format"] for row in result["rows"]] == ["bf16", "int8", "fp32"]
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in result["rows"])
+    assert result["rows"][0]["over_bf16"] == 1
+    for formats in ("bf16", "int8,int8", ""):
+        with pytest.raises(InputError, match="--weight-formats"):
+            bench.main(["formats", "--model", str(model), *argv[:4], "--weight-formats", formats])
+
+
 def test_comparing_finds_a_difference():
     logits = torch.tensor([1.0, 2.0])
     found = bench_offload.compare([1, 2, 3, 4], [1, 2, 5, 4], logits, logits + 0.5)
@@ -208,7 +219,9 @@ def test_a_peer_without_memory_is_a_row(model, capsys, tmp_path, quick, monkeypa
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("command", [["decode"], ["prefill"], ["offload", "--gpu-budget", "20 GiB"], ["kernels"]])
+@pytest.mark.parametrize(
+    "command", [["decode"], ["prefill"], ["offload", "--gpu-budget", "20 GiB"], ["formats"], ["kernels"]]
+)
 def test_without_a_gpu_one_sentence_says_so(command, model):
     argv = command if command == ["kernels"] else [*command, "--model", str(model)]
     with pytest.raises(InputError, match="no GPU") as caught:

@@ -1,0 +1,93 @@
+"""Prefill in several weight formats, taking turns in one process: a GPU's clock drifts from run to run."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from bench_common import check_device, describe, figure, finish, load_runtime, parse_lengths, percent, release, save
+from rich.console import Console
+from rich.table import Table
+
+from longrun.errors import InputError
+from longrun.runtime import Runtime
+from longrun.session import Session
+
+BASE = "bf16"
+
+
+def parse_formats(text: str) -> list[str]:
+    """The formats, `BASE` first.
+
+    Raises:
+        InputError: fewer than one beside it, or one twice.
+    """
+    formats = [name.strip() for name in text.split(",") if name.strip()]
+    if len(set(formats)) != len(formats) or not set(formats) - {BASE}:
+        raise InputError(f"--weight-formats {text} names none beside {BASE}, or one twice: give nf4,int8")
+    return [BASE, *(name for name in formats if name != BASE)]
+
+
+def read_seconds(session: Session, token_ids: torch.Tensor) -> float:
+    """Seconds of reading the text into the session, which is left empty again."""
+    empty = session.mark()
+    if session.cache.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    session.prefill(token_ids)
+    if session.cache.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    session.rewind(empty)
+    return seconds
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command `formats`. All models are held at once, and read the text by turns, in changing order."""
+    device = check_device(args.device)
+    lengths = parse_lengths(args.length)
+    if len(lengths) != 1 or args.repeats < 1:
+        raise InputError("formats needs one length and at least one repeat: give --length 64K --repeats 3")
+    formats, length = parse_formats(args.weight_formats), lengths[0]
+    runtimes: dict[str, Runtime] = {}
+    for name in formats:
+        args.weight_format = name
+        runtimes[name] = load_runtime(args, length)
+    sessions = {name: runtime.new_session(length) for name, runtime in runtimes.items()}
+    generator = torch.Generator().manual_seed(args.seed)
+    token_ids = torch.randint(0, runtimes[BASE].config.vocab_size, (length,), generator=generator)
+    seconds: dict[str, list[float]] = {name: [] for name in formats}
+    rows: list[dict[str, Any]] = []
+    result = {
+        "benchmark": "formats", "settings": describe(runtimes[BASE], args), "length": length, "repeats": args.repeats,
+        "rows": rows,
+    }  # fmt: skip
+    result["settings"]["weight_format"] = ", ".join(formats)
+    for turn in range(args.repeats + 1):
+        for name in formats if turn % 2 else reversed(formats):
+            taken = read_seconds(sessions[name], token_ids)
+            if turn:  # the first compiles, and builds what libraries build for new shapes
+                seconds[name].append(taken)
+    for name in formats:
+        ratios = [own / base for own, base in zip(seconds[name], seconds[BASE], strict=True)]
+        rows.append({
+            "weight_format": name, "seconds": seconds[name], "median_seconds": statistics.median(seconds[name]),
+            "over_bf16": statistics.median(ratios),
+        })  # fmt: skip
+        save(result, args)
+    del sessions, runtimes
+    release(device)
+    Console(width=120).print(table(rows, length))
+    return finish(result, args)
+
+
+def table(rows: list[dict[str, Any]], length: int) -> Table:
+    """The rows as a person reads them."""
+    found = Table("weights", "seconds", "tokens/s", "time beside bf16")
+    for row in rows:
+        median = row["median_seconds"]
+        found.add_row(row["weight_format"], figure(median, 3), figure(length / median, 0), percent(row["over_bf16"]))
+    return found
