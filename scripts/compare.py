@@ -1,8 +1,8 @@
 """Quality of head maps, KV formats and evicting caches, each beside full bf16 attention of the same model.
 
 Every row reads the same documents and answers the same questions; the reference (full attention, bf16 pages) goes
-first. Writes results.json after every row, length and task (a stopped run goes on where it was), report.md and two
-pictures.
+first. Writes results.json after every row, length and task (a stopped run goes on where it was), report.md and
+pictures. Several processes may share the lengths out, each with an --out of its own: compare_merge.py joins them.
 Example: python scripts/compare.py --model DIR --settings scripts/compare_settings.toml --lengths 4K,8K --out DIR
 """
 
@@ -131,6 +131,10 @@ class Comparison:
         self._told: set[str] = set()
         self._documents: dict[tuple[int, str], list[TaskDocument]] = {}
         self._texts: list[int] | None = None
+
+    def check_rows(self, rows: Sequence[Row]) -> None:
+        """Raise HeadMapError for a row whose map is missing or of another model."""
+        self._runtimes.check(rows)
 
     def run_row(self, row: Row) -> None:
         """Measure the row at every length, in every group of tasks that is missing."""
@@ -279,6 +283,7 @@ def main(argv: Sequence[str] | None = None, load_rows: Callable[[Path], tuple[Ro
     if results.records:
         console.print(f"{len(results.records)} records are there already: going on after them")
     comparison = Comparison(arguments, settings, results, console)
+    comparison.check_rows(rows)
     for row in rows:
         comparison.run_row(row)
     files = write_report(results)

@@ -77,6 +77,16 @@ class Runtimes:
         self._bases: dict[str, Runtime] = {}  # by weight format
         self._kernels: GpuKernels | None = None
 
+    def check(self, rows: Sequence[Row]) -> None:
+        """Every row's head map is there and fits the model: said before hours of other rows.
+
+        Raises:
+            HeadMapError: one is not, or does not.
+        """
+        for row in rows:
+            head_map = row.make_map(self._config.num_layers, self._config.num_kv_heads)
+            choose_split(self._config, self._budget, head_map, row.retrieval_ratio)
+
     def get(self, row: Row) -> Runtime:
         """A runtime with the row's head split, page format and weights.
 

@@ -12,7 +12,7 @@ from tiny_models import save_tiny
 
 import longrun
 from longrun.budget import Budget
-from longrun.errors import InputError
+from longrun.errors import HeadMapError, InputError
 from longrun.quality.settings import REFERENCE_ROW, Row
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -112,3 +112,10 @@ recent_size = 9
     assert loaded.split.total_retrieval > 0
     with pytest.raises(InputError, match="neither a file nor a shipped budget"):
         script.comparison_budget("no-such-budget", "cpu", None)
+
+
+def test_a_missing_map_is_heard_of_before_anything_is_measured(runtimes, tmp_path, monkeypatch):
+    runtimes.check([REFERENCE_ROW, Row("a", "random:3", RATIO)])
+    monkeypatch.setattr(longrun, "load", None)
+    with pytest.raises(HeadMapError, match="no-such-map"):
+        runtimes.check([REFERENCE_ROW, Row("a", str(tmp_path / "no-such-map"), RATIO)])

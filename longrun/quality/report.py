@@ -1,4 +1,4 @@
-"""How a comparison is shown: markdown tables and two pictures, quality against KV bytes and against retrieval ratio."""
+"""How a comparison is shown: markdown tables and pictures, quality against KV bytes, retrieval ratio and window."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from longrun.quality.settings import REFERENCE
 from longrun.quality.statistics import Estimate
 from longrun.quality.summary import ALL_TASKS, RowSummary, percent, points, sentences, summarize
 from longrun.quality.tasks import RETRIEVAL_TASKS
+from longrun.quality.window_picture import draw_windows
 from longrun.units import format_bytes, format_tokens
 
 if TYPE_CHECKING:
@@ -39,10 +40,12 @@ def write_report(results: QualityResults) -> list[Path]:
     report.write_text("\n".join(_report(results, by_length)) + "\n", encoding="utf-8")
     heads = "share of KV heads that keep all tokens"
     label = "KV bytes in use (of simulated formats: computed)"
+    windows = draw_windows(results, by_length)
     return [
         report,
         _draw(results, by_length, BYTES_PICTURE, label, _format_bytes_in_use, logarithmic=True),
         _draw(results, by_length, RATIO_PICTURE, heads, lambda row: row.retrieval_ratio),
+        *([] if windows is None else [windows]),
     ]
 
 
@@ -56,26 +59,51 @@ def _rows(results: QualityResults, length: int) -> list[RowSummary]:
 
 
 def _report(results: QualityResults, by_length: dict[int, list[RowSummary]]) -> list[str]:
-    head, settings = results.head, results.head["settings"]
+    head = results.head
+    commits = ", ".join(sorted({str(record["commit"]) for record in results.records}))
     lines = [f"# Quality of {head['model']} beside its own full attention", ""]
     lines += [f"**{note}**\n" for note in head["notes"]]
     lines += [
-        f"{settings['items']} question(s) of each task at each of {len(settings['depths'])} depths a length, "
-        f"{settings['texts']} text(s) a length with the last {settings['score_tokens']} tokens predicted, seed "
-        f"{settings['seed']}; commit {head['environment']['commit']}, {head['environment']['device']}. All rows read "
-        "the same documents. In brackets 95% intervals: Wilson for shares, bootstrap for means, paired bootstrap for "
-        "differences to the reference (where all items are equal, 3 / n to either side).",
+        f"{' '.join(_asked(results))} Seed {head['settings']['seed']}; commit {commits}, "
+        f"{head['environment']['device']}. All rows read the same documents. In brackets 95% intervals: Wilson for "
+        "shares, bootstrap for means, paired bootstrap for differences to the reference (where all items are equal, "
+        "3 / n to either side).",
         "",
         *(f"- {line}" for line in sentences(results)),
     ]
     for length, rows in by_length.items():
         if rows:
-            lines += ["", f"## {format_tokens(length)} tokens", "", *_overview(rows)]
+            lines += ["", f"## {format_tokens(length)} tokens", "", _counted(rows), "", *_overview(rows)]
             if any(row.kv_computed is not None for row in rows):
                 lines += ["", SIMULATED_NOTE]
             lines += ["", "Difference to the reference on the same items, exact match in points:", ""]
             lines += [*_differences(rows), "", "Exact match by depth (0 is the beginning):", "", *_depths(rows)]
     return lines
+
+
+def _asked(results: QualityResults) -> list[str]:
+    """What was asked, a sentence for all lengths that were asked the same."""
+    same: dict[str, list[str]] = {}
+    for length in results.head["settings"]["lengths"]:
+        own = results.settings_at(length)
+        text = (
+            f"{own['items']} question(s) of each task at each of {len(own['depths'])} depths a length, {own['texts']} "
+            f"text(s) a length with the last {own['score_tokens']} tokens predicted"
+        )
+        same.setdefault(text, []).append(format_tokens(length))
+    if len(same) == 1:
+        return [f"{next(iter(same))}."]
+    return [f"{', '.join(lengths)}: {text}." for text, lengths in same.items()]
+
+
+def _counted(rows: list[RowSummary]) -> str:
+    """How many items a row has at this length: the most that any has, as rows may be unfinished."""
+    counts = [
+        (max((row.tasks[task].exact.count for row in rows if task in row.tasks), default=0), title)
+        for task, title in _TITLES.items()
+    ]
+    counts.append((max((row.text.kl.count for row in rows if row.text is not None), default=0), "text (blocks)"))
+    return "Items of a row: " + ", ".join(f"{count} {title}" for count, title in counts if count) + "."
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -155,7 +183,8 @@ def _draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * len(by_length) + 1.5, 7.5), layout="constrained")
+    width = max(3.4, min(5.2, 24 / len(by_length)))  # of a column
+    figure = Figure(figsize=(width * len(by_length) + 1.5, 7.5), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(by_length), squeeze=False)
     for column, (length, rows) in enumerate(by_length.items()):
@@ -197,9 +226,11 @@ def _lines(
             methods.setdefault(row.method, []).append((where, found))
     for number, (method, points_) in enumerate(methods.items()):
         points_.sort(key=lambda point: point[0])
+        whole = methods.get(f"full, {method.partition(', ')[2]}", []) if method.startswith("map ") else []
         x, y = [where for where, _ in points_], [one.value for _, one in points_]
         spread: Any = [[one.value - one.low for _, one in points_], [one.high - one.value for _, one in points_]]
         middle = {where: [b for a, b in zip(x, y, strict=True) if a == where] for where in x}  # seeds share a place
+        middle |= {where: [one.value] for where, one in whole}  # a map that keeps all heads: the curve's end
         panel.errorbar(
             x,
             y,

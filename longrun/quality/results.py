@@ -46,17 +46,10 @@ class QualityResults:
         head: dict[str, Any] = {"format": FORMAT, "settings": settings, "rows": rows}
         if force or not path.exists():
             return cls(folder, head, [])
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            records, earlier = found["records"], found["settings"]
-            earlier_rows = {row["name"]: row for row in found["rows"]}
-            keys = [(record["row"], record["length"], record["group"]) for record in records]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{path} cannot be read as a comparison's results: use another --out, or --force to start over"
-            ) from error
+        earlier_results = cls.read(folder)
+        earlier = earlier_results.head["settings"]
         now = {f"row {row['name']}": row for row in rows}
-        then = {f"row {name}": row for name, row in earlier_rows.items()}
+        then = {f"row {row['name']}": row for row in earlier_results.head["rows"]}
         pairs = [(key, earlier.get(key), settings.get(key)) for key in sorted({*settings, *earlier})]
         pairs += [(name, row, now.get(name)) for name, row in then.items()]
         for key, old, new in pairs:
@@ -65,9 +58,36 @@ class QualityResults:
                     f"{path} was run with {key} = {json.dumps(old)}, now it is {json.dumps(new)}: use another --out, "
                     f"or --force to start over"
                 )
-        assert len(keys) == len(set(keys))
-        found.pop("records")
-        return cls(folder, {**found, **head}, records)
+        return cls(folder, {**earlier_results.head, **head}, earlier_results.records)
+
+    @classmethod
+    def read(cls, folder: Path) -> QualityResults:
+        """What `folder` holds, as it is.
+
+        Raises:
+            InputError: no results there, or a damaged file.
+        """
+        path = folder / RESULTS_FILE
+        try:
+            head = json.loads(path.read_text(encoding="utf-8"))
+            records = head.pop("records")
+            keys = [(record["row"], record["length"], record["group"]) for record in records]
+            known = {row["name"] for row in head["rows"]}
+            sound = head["format"] == FORMAT and isinstance(head["settings"], dict)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path} cannot be read as a comparison's results: name another folder, or start over with --force"
+            ) from error
+        if not sound or len(keys) != len(set(keys)) or not {row for row, _, _ in keys} <= known:
+            raise InputError(
+                f"{path} is damaged or of another version: name another folder, or start over with --force"
+            )
+        return cls(folder, head, records)
+
+    def settings_at(self, length: int) -> dict[str, Any]:
+        """What was asked at one length: a joint result of several runs may differ there (`by_length`)."""
+        settings = self.head["settings"]
+        return {**settings, **settings.get("by_length", {}).get(str(length), {})}
 
     def get(self, row: str, length: int, group: str) -> dict[str, Any] | None:
         """The record, or None."""

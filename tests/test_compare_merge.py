@@ -1,0 +1,199 @@
+"""Comparisons of different lengths become one, or are refused with what does not fit; the window's picture."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from longrun.errors import InputError
+from longrun.quality.report import BYTES_PICTURE, RATIO_PICTURE, _lines, write_report
+from longrun.quality.results import QualityResults
+from longrun.quality.settings import REFERENCE_ROW, Row
+from longrun.quality.summary import summarize
+from longrun.quality.window_picture import WINDOW_PICTURE, windows
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = (REFERENCE_ROW, Row("full int4"), Row("half", "maps/gates", 0.5))
+ENVIRONMENT = {"commit": "c0ffee", "device": "a GPU", "command": "python compare.py"}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("compare_merge", ROOT / "scripts" / "compare_merge.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def described(row: Row, chunk_size: int) -> dict:
+    full = row.head_map == "full"
+    return {
+        "method": row.method,
+        "split_hash": row.head_map,
+        "retrieval_ratio": 1.0 if full else row.retrieval_ratio or 0.0,
+        "retrieval_heads": 90 if full else 45,
+        "kv_heads": 90,
+        "sink_size": row.sink_size or 64,
+        "recent_size": row.recent_size or 256,
+        "chunk_size": chunk_size,
+    }
+
+
+def record(row: Row, length: int, group: str, items: int, right: int) -> dict:
+    if group == "text":
+        found = [
+            {"document": "text/0", "block": i, "tokens": 32, "nll": 2.0, "kl": 0.1, "top1": 0.9} for i in range(items)
+        ]
+    else:
+        found = [
+            {"task": group, "document": f"{group}/{i}", "depth": 0.5, "expected": str(i), "exact": i < right,
+             "token_accuracy": float(i < right)} for i in range(items)
+        ]  # fmt: skip
+    kv = {"used": length * (50 if row.kv == "bf16" else 15), "peak": length * 60}
+    return {"row": row.name, "length": length, "group": group, "items": found, "kv": kv, "commit": "c0ffee"}
+
+
+def comparison(folder: Path, lengths, items: int, rows=ROWS, chunk_size: int = 1000, **changes) -> Path:
+    settings = {
+        "lengths": list(lengths), "depths": [0.5], "items": items, "texts": 1, "score_tokens": 64,
+        "tasks": ["several", "text"], "text": "docs", "haystack": "generated", "seed": 0, "model_fingerprint": "m",
+    }  # fmt: skip
+    results = QualityResults.open(folder, settings | changes, [row.to_dict() for row in rows])
+    results.head |= {"model": "tiny", "environment": ENVIRONMENT, "notes": []}
+    results.head["described"] = {row.name: described(row, chunk_size) for row in rows}
+    for row in rows:
+        for length in lengths:
+            results.add(record(row, length, "several", items, items if row.kv == "bf16" else items - 1))
+            results.add(record(row, length, "text", 2, 0))
+    write_report(results)
+    return folder
+
+
+def test_runs_of_different_lengths_become_one(script, tmp_path, capsys):
+    short = comparison(tmp_path / "short", (4000, 8000), 6)
+    long = comparison(tmp_path / "long", (64000,), 3, (*ROWS, Row("new", "streaming")), chunk_size=2000, texts=2)
+    out = tmp_path / "all"
+    assert script.main([str(long), str(short), "--out", str(out)]) == 0
+    told = capsys.readouterr().out.replace("\n", "")
+    assert "new was not measured at 4K (several), 4K (text), 8K (several), 8K (text)" in told
+    found, parts = QualityResults.read(out), [QualityResults.read(folder) for folder in (short, long)]
+    assert found.records == [*sorted(parts[0].records, key=lambda one: one["length"]), *parts[1].records]
+    assert len(found.records) == 2 * 2 * 3 + 2 * 4
+    assert found.head["settings"]["lengths"] == [4000, 8000, 64000]
+    assert (found.settings_at(8000)["items"], found.settings_at(64000)["items"]) == (6, 3)
+    assert found.settings_at(64000)["texts"] == 2 and found.head["settings"]["seed"] == 0
+    assert [row["name"] for row in found.head["rows"]] == ["reference", "full int4", "half", "new"]
+    assert found.head["described"]["half"] == described(ROWS[2], 2000)
+    assert [part["folder"] for part in found.head["merged"]] == ["long", "short"]
+    for length in (4000, 64000):  # every number is that of the single run
+        part = parts[length == 64000]
+        assert summarize(found, ["half"], "half", length) == summarize(part, ["half"], "half", length)
+    report = (out / "report.md").read_text()
+    assert "4K, 8K: 6 question(s)" in report and "64K: 3 question(s)" in report and "2 text(s)" in report
+    assert "Items of a row: 6 several needles, 2 text (blocks)." in report
+    assert "Items of a row: 3 several needles, 2 text (blocks)." in report
+    for name in (BYTES_PICTURE, RATIO_PICTURE):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert not (out / WINDOW_PICTURE).exists()
+    again = comparison(tmp_path / "longer", (128000,), 2)
+    assert script.main([str(out), str(again), "--out", str(out)]) == 0  # a joint result grows
+    grown = QualityResults.read(out)
+    assert grown.head["settings"]["lengths"] == [4000, 8000, 64000, 128000]
+    assert grown.settings_at(4000)["items"] == 6 and grown.settings_at(128000)["items"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lengths": (4000, 16000)}, r"short and .*other both hold 4K tokens"),
+        ({"seed": 1}, r'other was run with seed = 1 and .*short with 0'),
+        ({"model_fingerprint": "n"}, r'model_fingerprint = "n"'),
+        ({"chunk_size_setting": 5}, r"chunk_size_setting = 5 and .* null"),
+        ({"rows": (*ROWS[:2], Row("half", "maps/gates", 0.25))}, r"row half = .*0.25"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_together_is_named(script, tmp_path, change, said):
+    short = comparison(tmp_path / "short", (4000,), 3)
+    other = comparison(tmp_path / "other", **({"lengths": (8000,), "items": 3} | change))
+    with pytest.raises(InputError, match=said):
+        script.main([str(short), str(other), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_map_in_the_same_folder_is_seen(script, tmp_path):
+    short, long = comparison(tmp_path / "short", (4000,), 3), comparison(tmp_path / "long", (8000,), 3)
+    found = json.loads((long / "results.json").read_text())
+    found["described"]["half"]["split_hash"] = "other"
+    (long / "results.json").write_text(json.dumps(found))
+    with pytest.raises(InputError, match=r'row half with split_hash = "other"'):
+        script.main([str(short), str(long), "--out", str(tmp_path / "out")])
+
+
+def test_folders_without_results_or_with_their_own_are_refused(script, tmp_path):
+    short, long = comparison(tmp_path / "short", (4000,), 3), comparison(tmp_path / "long", (8000,), 3)
+    with pytest.raises(InputError, match=r"nowhere.results.json cannot be read"):
+        script.main([str(short), str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
+    before = (long / "results.json").read_text()
+    with pytest.raises(InputError, match="is a comparison of its own"):
+        script.main([str(short), str(long), "--out", str(long)])
+    assert (long / "results.json").read_text() == before
+    damaged = json.loads(before)
+    damaged["records"].append(damaged["records"][0])
+    (long / "results.json").write_text(json.dumps(damaged))
+    with pytest.raises(InputError, match="damaged or of another version"):
+        script.main([str(short), str(long), "--out", str(tmp_path / "out")])
+
+
+def test_rows_that_differ_by_their_window_are_drawn_together(tmp_path):
+    rows = [Row(f"{s}+{r}", "maps/gates", 0.5, sink_size=s, recent_size=r) for s in (16, 64) for r in (64, 512)]
+    others = [Row("all streaming", "streaming"), Row("quarter", "maps/gates", 0.25)]
+    folder = comparison(tmp_path / "own", (4000,), 3, (REFERENCE_ROW, *rows, *others))
+    results = QualityResults.read(folder)
+    assert windows(results) == {row.name: ("gates 50%", row.sink_size, row.recent_size) for row in rows}
+    assert (folder / WINDOW_PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert any(path.name == WINDOW_PICTURE for path in write_report(results))
+
+
+def test_the_curve_of_a_map_ends_at_full_attention(tmp_path):
+    folder = comparison(
+        tmp_path / "own", (4000,), 4, (*ROWS, Row("less", "maps/gates", 0.15), Row("r", "random:0", 0.5))
+    )
+    results = QualityResults.read(folder)
+    rows = [summarize(results, [row["name"]], row["name"], 4000) for row in results.head["rows"]]
+
+    class Panel:
+        def __init__(self):
+            self.curves, self.label = {}, ""
+
+        def errorbar(self, x, y, label, **_):
+            self.label = label
+
+        def plot(self, x, y, **_):
+            self.curves[self.label] = list(x)
+
+    panel = Panel()
+    _lines(panel, rows, lambda row: row.retrieval_ratio, lambda row: row.tasks["all"].exact)
+    assert panel.curves["map gates, int4"] == [0.15, 0.5, 1.0]
+    assert panel.curves["random map, int4"] == [0.5]
+    assert asdict(rows[0])["retrieval_ratio"] == 1.0
+
+
+def test_the_shipped_tables_are_those_of_the_pages():
+    from longrun.quality.settings import read_rows
+
+    split = {row.name: row for row in read_rows(ROOT / "scripts" / "compare_split.toml")}
+    for name in ("gates", "reconstruction"):
+        ratios = [row.retrieval_ratio for row in split.values() if row.method == f"map {name}, int4"]
+        assert ratios == [0.75, 0.5, 0.35, 0.25, 0.15]
+        assert split[f"inverted {name} 50%"].head_map.startswith("inverted:")
+    assert sum(row.method == "random map, int4" for row in split.values()) == 3
+    assert [row.evicts.keep for row in split.values() if row.evicts] == [50, 25, 50, 25]
+    window = [row for row in read_rows(ROOT / "scripts" / "compare_window.toml") if row.sink_size is not None]
+    assert {(row.sink_size, row.recent_size) for row in window} == {
+        (sinks, recent) for sinks in (16, 32, 64, 128) for recent in (64, 128, 256, 512)
+    }
+    assert len({row.head_map for row in window}) == len({row.retrieval_ratio for row in window}) == 1
