@@ -1,4 +1,5 @@
-"""`--head-map auto`: a head map measured once a model, without training, and kept in the user's cache folder.
+"""`--head-map auto`: a head map measured once a model (or model and adapter), without training, and kept in the user's
+cache folder.
 
 The map stands in `cache_dir()/head_maps/<model's name>-<fingerprint>/`, in the format of every other map, and appears
 there complete or not at all. The method is "reconstruction" of `longrun.patterns.identify`; what an interrupted
@@ -21,6 +22,7 @@ import torch
 from longrun.cache.host_memory import available_bytes
 from longrun.config import ModelConfig
 from longrun.errors import HeadMapError, InputError, PlanError
+from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import model_fingerprint
 from longrun.paths import cache_dir
 from longrun.patterns.head_map import HeadMap
@@ -60,7 +62,10 @@ class AutoHeadMap:
 
 
 def auto_head_map(
-    model_dir: str | Path, device_type: str, on_progress: Callable[[AutoHeadMap], None] | None = None
+    model_dir: str | Path,
+    device_type: str,
+    on_progress: Callable[[AutoHeadMap], None] | None = None,
+    adapter: Adapter | None = None,
 ) -> Path:
     """Folder of the model's own head map, measured where there is none yet.
 
@@ -70,6 +75,7 @@ def auto_head_map(
         model_dir: checkpoint folder with a tokenizer.
         device_type: "cpu" or "cuda", where to measure.
         on_progress: told once of a kept map; otherwise at the start and after every forward pass.
+        adapter: what the model runs with: it is measured with it, and has another map than without.
 
     Raises:
         HeadMapError: the kept map is damaged.
@@ -79,12 +85,14 @@ def auto_head_map(
     """
     tell = on_progress or (lambda _: None)
     model_dir = Path(model_dir)
-    folder = kept_folder(model_dir)
+    folder = kept_folder(model_dir, adapter)
+    config = ModelConfig.from_dir(model_dir)
+    if adapter is not None:
+        config = adapter.adapted_config(config)
     if folder.exists():
-        _check_kept(folder, ModelConfig.from_dir(model_dir), model_fingerprint(model_dir))
+        _check_kept(folder, config, model_fingerprint(model_dir, adapter))
         tell(AutoHeadMap(folder, kept=True))
         return folder
-    config = ModelConfig.from_dir(model_dir)
     if not any((model_dir / name).exists() for name in _TOKENIZER_FILES):
         raise InputError(
             f"head map auto reads a text, and {model_dir} has no tokenizer: add its files, or give a head map folder"
@@ -92,32 +100,36 @@ def auto_head_map(
     context = _context(config, device_type)
     _check_memory(config, context, device_type)
     tell(AutoHeadMap(folder, kept=False))
-    _measure(model_dir, folder, context, device_type, tell)
+    _measure(model_dir, adapter, folder, context, device_type, tell)
     return folder
 
 
-def kept_folder(model_dir: str | Path) -> Path:
-    """Where the map of this very model is kept, whether it is there or not: another model has another folder.
+def kept_folder(model_dir: str | Path, adapter: Adapter | None = None) -> Path:
+    """Where the map of this very model is kept, whether it is there or not: another model has another folder, and so
+    has the same one with an adapter.
 
     Raises:
         CheckpointError, ConfigError: the model cannot be read.
     """
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_dir).resolve().name).strip(".-")[:80] or "model"
-    return cache_dir() / "head_maps" / f"{name}-{model_fingerprint(model_dir)[:12]}"
+    return cache_dir() / "head_maps" / f"{name}-{model_fingerprint(model_dir, adapter)[:12]}"
 
 
 def _measure(
-    model_dir: Path, folder: Path, context: int, device_type: str, tell: Callable[[AutoHeadMap], None]
-) -> None:
+    model_dir: Path, adapter: Adapter | None, folder: Path, context: int, device_type: str,
+    tell: Callable[[AutoHeadMap], None],
+) -> None:  # fmt: skip
     from longrun.patterns.identify import identify
     from longrun.patterns.identify_settings import IdentifySettings
 
     def on_pass(progress: IdentifyProgress) -> None:
         tell(AutoHeadMap(folder, False, progress.step, progress.num_steps))
 
+    # `force` drops what another version of this program or of a library has half done.
     settings = IdentifySettings(
-        str(model_dir), str(folder), "reconstruction", context=context, steps=1, device=device_type, force=True
-    )  # `force` drops what another version of this program or of a library has half done
+        str(model_dir), str(folder), "reconstruction", context=context, steps=1, device=device_type, force=True,
+        adapter=None if adapter is None else str(adapter.folder),
+    )  # fmt: skip
     identify(settings, on_pass)
     gc.collect()  # the model is gone before another one is loaded
     if device_type == "cuda":
@@ -140,9 +152,9 @@ def _context(config: ModelConfig, device_type: str) -> int:
 
 def _check_memory(config: ModelConfig, context: int, device_type: str) -> None:
     """Weights, keys and values, and activations fit into what is free now, by arithmetic."""
-    from longrun.patterns.reconstruction_scores import ReconstructionSettings
+    from longrun.patterns.reconstruction import default_method
 
-    method = ReconstructionSettings()
+    method = default_method(device_type)
     itemsize = 4 if device_type == "cpu" else 2
     weights = itemsize * sum(math.prod(spec.shape) for spec in config.weights())
     tokens = context + min(context, method.part_size) + 128

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from longrun.answer import AnswerOptions
     from longrun.auto_head_map import AutoHeadMap
     from longrun.chat_runner import ChatRunner
+    from longrun.model.choice import ModelChoice
     from longrun.plan import Plan
     from longrun.runtime import Runtime
 
@@ -91,6 +92,7 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
 def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) -> ChatRunner:
     """Print the plan, load the model, then the session; say what else a person should know."""
     from longrun.chat_runner import ChatRunner
+    from longrun.model.choice import choose_model
     from longrun.plan_report import print_plan
     from longrun.progress import HeadMapProgress, PinProgress
     from longrun.store import SessionStore
@@ -100,7 +102,12 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
     if folder is not None:
         SessionStore(folder)  # refuses a folder that is no session before minutes of loading
     started = time.perf_counter()
-    runtime = _load(args, ctx, lambda plan: print_plan(plan, console), PinProgress(console), HeadMapProgress(console))
+    choice = choose_model(args.model, args.adapter)
+    if choice.notice is not None:
+        console.print(f"note: {choice.notice}", highlight=False, markup=False, soft_wrap=True)
+    runtime = _load(
+        args, choice, ctx, lambda plan: print_plan(plan, console), PinProgress(console), HeadMapProgress(console)
+    )
     promised = runtime.plan
     runner = ChatRunner(runtime, options, console, args.system, folder, ctx)
     runner.load_seconds = time.perf_counter() - started
@@ -115,23 +122,26 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
 
 def _load(
     args: argparse.Namespace,
+    choice: ModelChoice,
     ctx: int | None,
     on_plan: Callable[[Plan], None],
     on_pin: Callable[[int, int], None],
     on_head_map: Callable[[AutoHeadMap], None],
 ) -> Runtime:
-    from longrun.model.demo import demo_model_dir
+    from longrun.model.choice import DEMO_CONTEXT
     from longrun.runtime import load
 
+    if ctx is None and choice.notice is not None:
+        ctx = DEMO_CONTEXT
     return load(
-        demo_model_dir() if args.model is None else args.model,
+        choice.model_dir,
         args.budget,
         args.head_map,
         args.kv,
         args.weights,
         args.device,
         ctx=ctx,
-        adapter=args.adapter,
+        adapter=choice.adapter,
         retrieval_ratio=args.retrieval_ratio,
         chunk_size=args.chunk_size,
         on_plan=on_plan,
@@ -232,8 +242,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     model = parser.add_argument_group("model and memory")
     model.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint folder (default: a demo model of 135M)")
-    model.add_argument("--adapter", metavar="DIR", help="LoRA adapter folder, added to the weights (default: none)")
-    model.add_argument("--ctx", metavar="TOKENS", help="capacity, like 128K or 3.3M (default: the trained window)")
+    model.add_argument(
+        "--adapter",
+        metavar="DIR|none",
+        help="LoRA adapter folder, added to the weights (default: for the demo model the one that comes with it)",
+    )
+    model.add_argument(
+        "--ctx",
+        metavar="TOKENS",
+        help="capacity, like 128K or 3.3M (default: the trained window; 32K for the demo model with its adapter)",
+    )
     model.add_argument("--budget", metavar="NAME_OR_FILE", help="memory budget (default: cpu, or h100-80g on a GPU)")
     model.add_argument(
         "--head-map",

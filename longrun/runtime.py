@@ -64,11 +64,13 @@ def load(
         budget: name of a shipped budget, TOML file or `Budget`; default: `cpu` on the CPU, on a GPU the largest
             shipped one that the card's memory holds.
         head_map: folder in DuoAttention's format, `HeadMap`, "full" (also None): every head keeps every token, or
-            "auto": the model's own map, measured on the first call and kept (see `longrun.auto_head_map`).
+            "auto": the map of this model with this adapter, measured on the first call and kept (see
+            `longrun.auto_head_map`).
         kv_format: "int4", "bf16" or "fp32"; default: the budget's (int4 where it says nothing).
         weight_format: "fp32", "bf16", "int8" or "nf4"; default: the budget's.
         device: "cpu" or "cuda"; default: cuda where there is one.
-        ctx: capacity to plan for, tokens; default: the model's trained window, or what fits of it.
+        ctx: capacity to plan for, tokens; default: the model's trained window (the adapter's, where it names one), or
+            what fits of it.
         adapter: folder of a LoRA adapter in peft's format, added to the weights while they are loaded.
         retrieval_ratio: share of the heads of `head_map` to keep; default: the budget's, else scores of at least 0.5
             (with "auto" a ratio of 0.5).
@@ -116,13 +118,11 @@ def load(
     if isinstance(head_map, str) and head_map == "auto":
         if retrieval_ratio is None:
             retrieval_ratio = DEFAULT_RATIO if limits.retrieval_ratio is None else limits.retrieval_ratio
-        if not kept_folder(folder).exists():  # what does not fit is refused before the map is measured
+        if not kept_folder(folder, lora).exists():  # what does not fit is refused before the map is measured
             plan_for(choose_split(config, limits, None, retrieval_ratio, assume=True))
-        head_map = auto_head_map(folder, device_type, on_head_map)
+        head_map = auto_head_map(folder, device_type, on_head_map, lora)
         if on_head_map is None:
             auto_notices.append(f"head map auto was measured on this model and is kept in {head_map}")
-        if lora is not None:
-            auto_notices.append("head map auto was measured on the model without its adapter")
     chosen = choose_split(config, limits, head_map, retrieval_ratio)
     plan = plan_for(chosen)
     if on_plan is not None:

@@ -1,7 +1,7 @@
 """`python -m longrun.patterns`: measure head maps, look at them, compare them.
 
 python -m longrun.patterns show DIR [--retrieval-ratio R | --threshold T] [--png FILE] [--json]
-python -m longrun.patterns identify --model DIR --out DIR [--method gates|reconstruction] [--context N] [--steps N] ...
+python -m longrun.patterns identify --model DIR --out DIR [--adapter DIR] [--method gates|reconstruction] ...
 python -m longrun.patterns compare A B [--retrieval-ratio R ...] [--png FILE] [--json]
 """
 
@@ -96,6 +96,7 @@ def identify_command(options: argparse.Namespace) -> int:
         num_keys=options.num_keys,
         save_every=options.save_every,
         force=options.force,
+        adapter=options.adapter,
     )
     with ProgressLine(Console(stderr=True)) as progress:
         head_map = identify(settings, progress)
@@ -180,6 +181,7 @@ def _add_show(command: argparse.ArgumentParser) -> None:
 def _add_identify(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--model", required=True, metavar="DIR", help="checkpoint folder with its tokenizer")
+    add("--adapter", metavar="DIR", help="LoRA adapter folder: the model is measured with it (default: none)")
     add(
         "--out", required=True, metavar="DIR", help="folder for the map; DIR.partial keeps an unfinished run's progress"
     )

@@ -6,7 +6,8 @@
     ATTN_IMPLEMENTATION: str
         what the model is loaded with: "sdpa", or a name registered with `transformers.AttentionInterface` at import
     identify_METHOD(model, tokenizer, text_ids, settings, checkpoint, on_progress) -> MethodResult
-        model: AutoModelForCausalLM in `settings.dtype` on `settings.device`, eval(), no parameter requires a gradient
+        model: AutoModelForCausalLM in `settings.dtype` on `settings.device`, eval(), no parameter requires a gradient;
+            an adapter is merged, its RoPE base and trained positions are the model's
         tokenizer: the model's own
         text_ids: int64 [num_tokens] on the CPU, without special tokens, num_tokens >= settings.context
         settings: IdentifySettings, resolved (nothing is None)
@@ -32,11 +33,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from longrun.config import ModelConfig
 from longrun.documents import read_document
 from longrun.errors import CheckpointError, HeadMapError, InputError
+from longrun.model.adapter import Adapter
+from longrun.model.adapter_merge import load_merged
 from longrun.model.checkpoint import model_fingerprint
 from longrun.needles import generate_sentences
 from longrun.patterns.head_map import HeadMap
@@ -70,7 +73,7 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
 
     Raises:
         InputError: settings out of range, a text shorter than the context, progress of other settings.
-        CheckpointError, ConfigError: model or tokenizer cannot be loaded.
+        CheckpointError, ConfigError: model, adapter or tokenizer cannot be loaded.
         HeadMapError: `settings.out` holds another map (or something else) and `settings.force` is false.
     """
     began = time.perf_counter()
@@ -84,11 +87,13 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
     ):
         raise HeadMapError(f"{out} is not a head map: give a new folder with --out")
     config = ModelConfig.from_dir(settings.model_dir)
+    adapter = _open_adapter(settings)
     tokenizer = load_tokenizer(settings.model_dir)
     text_ids, text_facts = read_text(tokenizer, settings)
     deciding = {
         **settings.deciding(),
-        "model_fingerprint": model_fingerprint(settings.model_dir),
+        "model_fingerprint": model_fingerprint(settings.model_dir, adapter),
+        **({} if adapter is None else {"adapter_sha256": adapter.digest()}),
         "text": text_facts,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
@@ -109,6 +114,7 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
     facts = {
         **deciding,
         "model": Path(settings.model_dir).resolve().name,
+        **({} if adapter is None else {"adapter": adapter.folder.resolve().name}),
         "text_files": [Path(name).name for name in settings.text_files],
         "seconds": round(time.perf_counter() - began, 1),
         **result.facts,
@@ -139,24 +145,31 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(settings: IdentifySettings, attn_implementation: str) -> PreTrainedModel:
-    """The model in `settings.dtype` on `settings.device`, frozen and in eval mode.
+    """The model, its adapter merged, in `settings.dtype` on `settings.device`, frozen and in eval mode.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load it; the adapter cannot be read or belongs to another checkpoint.
     """
+    adapter = _open_adapter(settings)
     try:
         with _quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(
-                str(settings.model_dir),
+            model = load_merged(
+                settings.model_dir,
+                adapter,
                 dtype=getattr(torch, settings.dtype),
                 attn_implementation=attn_implementation,
-                local_files_only=True,
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise CheckpointError(
             f"transformers cannot load {settings.model_dir} ({' '.join(str(error).split())[:200]}): check the folder"
         ) from error
     return model.to(settings.device).eval().requires_grad_(False)
+
+
+def _open_adapter(settings: IdentifySettings) -> Adapter | None:
+    if settings.adapter is None:
+        return None
+    return Adapter.open(settings.adapter, ModelConfig.from_dir(settings.model_dir))
 
 
 def read_text(tokenizer: PreTrainedTokenizerBase, settings: IdentifySettings) -> tuple[Tensor, dict[str, Any]]:

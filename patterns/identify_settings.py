@@ -34,6 +34,7 @@ class IdentifySettings:
 
     Attributes:
         model_dir: checkpoint folder (config.json, safetensors, tokenizer).
+        adapter: folder of a LoRA adapter that is merged into the checkpoint first: model and adapter are measured.
         out: folder for the map; `out` + ".partial" holds the progress of an unfinished run.
         method: "gates" (trained, patterns/gates.py) or "reconstruction" (scored, patterns/reconstruction.py).
         sink_size, recent_size: the window of a streaming head: positions < sink_size and the last recent_size tokens,
@@ -70,6 +71,7 @@ class IdentifySettings:
     num_keys: int = 10
     save_every: int = 5
     force: bool = False
+    adapter: str | None = None
 
     def resolved(self, cuda_available: bool) -> IdentifySettings:
         """The same settings with every None filled in.
@@ -115,10 +117,10 @@ class IdentifySettings:
     def deciding(self) -> dict[str, Any]:
         """What decides the result, as JSON types: all but where it is written and when it is saved.
 
-        The model's folder and the text's files are left out: their fingerprints stand for them.
+        The folders of model and adapter and the text's files are left out: their fingerprints stand for them.
         """
         data = asdict(self)
-        for name in ("model_dir", "out", "text_files", "save_every", "force"):
+        for name in ("model_dir", "adapter", "out", "text_files", "save_every", "force"):
             del data[name]
         return data
 

@@ -39,7 +39,12 @@ SPARE_TOKENS = 4  # generated beyond the key, to see that the number ends where 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Needle x depth x length grid, scored by exact match.")
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="LoRA adapter folder (default: none)")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR|none",
+        help="LoRA adapter folder (default: the demo model's, for that alone)",
+    )
     parser.add_argument("--lengths", required=True, metavar="1K,4K,...", help="prompt lengths in the model's tokens")
     parser.add_argument("--depths", type=int, default=5, metavar="N", help="evenly spaced depths from 0 to 1")
     parser.add_argument("--needles", type=int, default=3, metavar="N", help="needles a cell")
@@ -333,14 +338,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from longrun.config import ModelConfig
     from longrun.model.adapter import Adapter
     from longrun.model.checkpoint import model_fingerprint
+    from longrun.model.choice import choose_model
     from longrun.planted import NOTE, is_planted
 
     arguments = parse_arguments(argv)
     settings = collect_settings(arguments)
-    if arguments.model is None:
-        from longrun.model.demo import demo_model_dir
-
-        arguments.model = demo_model_dir()
+    choice = choose_model(arguments.model, arguments.adapter)
+    arguments.model, arguments.adapter = choice.model_dir, choice.adapter
     adapter = None
     if arguments.adapter is not None:
         adapter = Adapter.open(arguments.adapter, ModelConfig.from_dir(arguments.model))
@@ -355,8 +359,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings["one_document"]:
         results.head["notes"].append("cells of one length and setting share one document, which was read once")
     console = Console(highlight=False)
-    if note:
-        console.print(note)
+    for line in (note, choice.notice):
+        if line:
+            console.print(line)
     if results.cells:
         total = len(settings["lengths"]) * len(settings["depths"]) * (2 if arguments.control else 1)
         console.print(f"{len(results.cells)} of {total} cells are there already: going on after them")

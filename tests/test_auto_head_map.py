@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from test_adapter import write_adapter
 
 import longrun
 from longrun import auto_head_map as auto
 from longrun.auto_head_map import AutoHeadMap, auto_head_map, kept_folder
 from longrun.chat import chat_command
+from longrun.config import ModelConfig
 from longrun.errors import HeadMapError, InputError, PlanError
+from longrun.model.adapter import Adapter
 from longrun.paths import cache_dir
 from longrun.patterns.head_map import HeadMap
 from longrun.planted import PlantedModel, make_planted_model
@@ -119,6 +122,26 @@ def test_another_model_gets_another_map(cache: Path, planted: PlantedModel, tmp_
     assert folder != kept_folder(planted.path)
     assert not told[0].kept
     assert len(list((cache / "head_maps").iterdir())) == 2
+
+
+def test_an_adapter_has_a_map_of_its_own(cache: Path, planted: PlantedModel, tmp_path: Path) -> None:
+    lora = write_adapter(tmp_path / "lora", planted.path, own={"max_position_embeddings": 2**21}, lora_alpha=1e-3)
+    options = {"kv_format": "fp32", "device": "cpu", "ctx": 600, "head_map": "auto", "adapter": lora}
+    told: list[AutoHeadMap] = []
+    runtime = longrun.load(planted.path, on_head_map=told.append, **options)
+    opened = Adapter.open(lora, ModelConfig.from_dir(planted.path))
+    folder = kept_folder(planted.path, opened)
+    assert folder != kept_folder(planted.path) and {one.folder for one in told} == {folder}
+    assert not told[0].kept
+    made = json.loads((folder / "config.json").read_text())["identification"]
+    assert (made["adapter"], made["adapter_sha256"]) == ("lora", opened.digest())
+    assert runtime.split == HeadMap.load(folder).split(0.5)
+    told.clear()
+    longrun.load(planted.path, on_head_map=told.append, **options)
+    assert told == [AutoHeadMap(folder, kept=True)]
+    shutil.copytree(kept_folder(planted.path), folder, dirs_exist_ok=True)
+    with pytest.raises(HeadMapError, match="it names another model"):
+        longrun.load(planted.path, **options)
 
 
 class Stop(Exception):

@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib import image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from readable_model import save_readable
+from test_adapter import write_adapter
 
+from longrun.config import ModelConfig
 from longrun.errors import CheckpointError, HeadMapError, InputError
+from longrun.model.adapter import Adapter
+from longrun.model.checkpoint import model_fingerprint
 from longrun.needles import generate_sentences
 from longrun.patterns import __main__ as command
 from longrun.patterns.compare_maps import compare_maps, spearman
@@ -25,7 +28,6 @@ from longrun.patterns.identify import identify, read_text
 from longrun.patterns.identify_checkpoint import Checkpoint
 from longrun.patterns.identify_progress import describe
 from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings
-from tests.tiny_models import save_tiny
 
 STEPS = 6
 
@@ -33,13 +35,7 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory) -> Path:
     """A tiny random Llama with a tokenizer of one token a character: 3 layers of 3 KV heads."""
-    folder = tmp_path_factory.mktemp("identify") / "tiny"
-    save_tiny(folder, "llama", max_position_embeddings=2048)
-    characters = [*map(chr, range(32, 127)), "\n"]
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(["?unk", *characters])}, unk_token="?unk"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?unk").save_pretrained(folder)
-    return folder
+    return save_readable(tmp_path_factory.mktemp("identify") / "tiny", max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +122,53 @@ def test_force_with_the_same_settings_still_goes_on(settings: IdentifySettings) 
     seen: list[IdentifyProgress] = []
     identify(replace(settings, force=True, save_every=1), seen.append)
     assert seen[0].step == 3
+
+
+@pytest.fixture
+def adapter(model_dir: Path, tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "long", model_dir, own={"rope_theta": 9000.0, "max_position_embeddings": 4096})
+
+
+@pytest.mark.parametrize("method", ["gates", "reconstruction"])
+def test_an_adapter_is_measured_with_its_model_and_stands_in_the_map(
+    settings: IdentifySettings, adapter: Path, model_dir: Path, tmp_path: Path, method: str
+) -> None:
+    settings = replace(settings, method=method, steps=2, learning_rate=0.05)
+    base = identify(replace(settings, out=str(tmp_path / "base")))
+    merged = identify(replace(settings, adapter=str(adapter)))
+    assert merged.scores != base.scores
+    facts = json.loads((tmp_path / "map" / "config.json").read_text())["identification"]
+    opened = Adapter.open(adapter, ModelConfig.from_dir(model_dir))
+    assert (facts["model"], facts["adapter"]) == ("tiny", "long")
+    assert facts["adapter_sha256"] == opened.digest()
+    assert facts["model_fingerprint"] == model_fingerprint(model_dir, opened) != model_fingerprint(model_dir)
+    assert identify(replace(settings, adapter=str(adapter))) == merged  # already there
+    with pytest.raises(HeadMapError, match="holds another head map"):
+        identify(settings)
+
+
+def test_the_progress_of_the_model_alone_is_not_gone_on_with(settings: IdentifySettings, adapter: Path) -> None:
+    with pytest.raises(Stop):
+        identify(settings, stop_after(2))
+    with pytest.raises(InputError, match="adapter_sha256 None there"):
+        identify(replace(settings, adapter=str(adapter)))
+
+
+def test_the_adapters_positions_are_the_models(settings: IdentifySettings, adapter: Path) -> None:
+    longer = replace(settings, method="reconstruction", context=1200, steps=1)
+    with pytest.raises(InputError, match="more than the 2,048 positions"):
+        identify(longer)
+    identify(replace(longer, adapter=str(adapter)))
+
+
+def test_a_wrong_adapter_is_refused(settings: IdentifySettings, model_dir: Path, tmp_path: Path) -> None:
+    other = write_adapter(tmp_path / "other", model_dir, own={"base_weights": "0" * 64})
+    for folder, message in (
+        (tmp_path / "none", "holds no adapter_config.json"),
+        (other, "made for another checkpoint"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            identify(replace(settings, adapter=str(folder)))
 
 
 def test_damaged_progress_is_refused(settings: IdentifySettings) -> None:

@@ -77,6 +77,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, copy / name)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    adapter = copy / "longrun" / "model" / "adapters" / "made-up"  # packaged like one that ships
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_text("{}")
     return copy
 
 
@@ -140,6 +144,7 @@ def test_wheel_holds_every_file_and_no_other_top_level_name(source: Path, wheel:
     info = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     expected = packaged_files(source)
     assert {"longrun/budgets/a100-80g.toml", "longrun/kernels/cpu_int4.cpp", "longrun/quant/page_codec.py"} <= expected
+    assert "longrun/model/adapters/made-up/adapter_model.safetensors" in expected
     assert names - info == expected
     assert any(name.endswith("licenses/LICENSE") for name in info)
 

@@ -63,7 +63,7 @@ def load_decoder(
     dtype = torch.float32 if compute_itemsize(weight_format, device.type) == 4 else torch.bfloat16
     tensors = find_tensors(model_dir, config)
     if adapter is not None:
-        _check_base(adapter, tensors, config, model_dir)
+        check_base(adapter, tensors, config, model_dir)
     loader = _Loader(tensors, config, weight_format, dtype, device, adapter)
     embedding = loader.tensor("model.embed_tokens.weight")
     layers = [loader.layer(layer_idx, order) for layer_idx, order in enumerate(permutation)]
@@ -144,7 +144,8 @@ def _weights_digest(tensors: dict[str, StoredTensor], config: ModelConfig) -> st
     return digest.hexdigest()
 
 
-def _check_base(adapter: Adapter, tensors: dict[str, StoredTensor], config: ModelConfig, model_dir: str | Path) -> None:
+def check_base(adapter: Adapter, tensors: dict[str, StoredTensor], config: ModelConfig, model_dir: str | Path) -> None:
+    """Raise CheckpointError where the adapter names another base than the checkpoint's tensors (`find_tensors`)."""
     if adapter.base_weights is not None and adapter.base_weights != _weights_digest(tensors, config):
         raise CheckpointError(
             f"adapter {adapter.folder} was made for another checkpoint than {model_dir} (the weights' fingerprints "

