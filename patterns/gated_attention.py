@@ -11,6 +11,8 @@ the runtime (kernels/banded_attention.py) and at any length. Gradients reach the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +24,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from longrun.kernels.banded_attention import BandPlan, plan_band
+from longrun.kernels.banded_attention import BandPlan, BandTile, plan_band
 
 ATTN_IMPLEMENTATION = "longrun_gated"
+BATCH_BYTES = 2**28
+"""The most memory for one matrix of attention scores, float32, of tiles computed at once (one tile at least)."""
+
+# The fused kernels whose backward pass can be deterministic; cuDNN's cannot, and newer versions of torch prefer it.
+_REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,8 @@ class Gates:
     Attributes:
         values: [num_layers, num_kv_heads], float32; 1 is full attention, 0 streaming.
         band: tiles and masks of the streaming attention over the whole text, in the model's dtype.
-        repeatable: streaming tiles run as plain products and softmax, and once more in the backward pass: on a GPU the
-            fused kernel that takes a mask adds its gradients in another order each time.
+        repeatable: streaming tiles run as plain products and softmax, several at once, and once more in the backward
+            pass: on a GPU the fused kernel that takes a mask adds its gradients in another order each time.
     """
 
     values: Tensor
@@ -64,6 +71,10 @@ def streaming_attention(
         [num_kv_heads, group, T, head_dim]; differentiable (no in-place writes, unlike the runtime's).
     """
     heads, group, _, dim = q.shape
+    if repeatable:
+        most = BATCH_BYTES // (4 * heads * group)
+        batches = [_streaming_batch(q, k, v, band, tiles, softmax_scale) for tiles in _alike(band.tiles, most)]
+        return torch.cat(batches, dim=2)
     found = []
     for tile in band.tiles:
         window = slice(band.window_start + tile.key_first, band.window_start + tile.key_stop)
@@ -72,22 +83,48 @@ def streaming_attention(
         count = tile.stop - tile.first
         packed = q[:, :, tile.first : tile.stop].reshape(1, heads, group * count, dim)
         mask = tile.mask.repeat(group, 1)
-        tile_inputs = (packed, tile_k[None], tile_v[None], mask, softmax_scale)
-        if repeatable:
-            out = checkpoint(_plain_attention, *tile_inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out = _attention(*tile_inputs)
+        out = scaled_dot_product_attention(packed, tile_k[None], tile_v[None], attn_mask=mask, scale=softmax_scale)
         found.append(out.view(heads, group, count, dim))
     return torch.cat(found, dim=2)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softmax_scale: float) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
+def _alike(tiles: tuple[BandTile, ...], most: int) -> Iterator[list[BandTile]]:
+    """Runs of tiles that follow one another under the same mask, of at most `most` mask entries together."""
+    run: list[BandTile] = []
+    for tile in tiles:
+        if run and (tile.mask is not run[0].mask or (len(run) + 1) * tile.mask.numel() > most):
+            yield run
+            run = []
+        run.append(tile)
+    yield run
+
+
+def _streaming_batch(
+    q: Tensor, k: Tensor, v: Tensor, band: BandPlan, tiles: list[BandTile], softmax_scale: float
+) -> Tensor:
+    """Tiles of `_alike`, as `streaming_attention` has them: [num_kv_heads, group, tokens of the tiles, head_dim]."""
+    heads, group, _, dim = q.shape
+    first, last, number = tiles[0], tiles[-1], len(tiles)
+    count, width = first.stop - first.first, first.key_stop - first.key_first
+    start, stop = band.window_start + first.key_first, band.window_start + last.key_stop
+
+    def keys_of(x: Tensor) -> Tensor:
+        sinks = x[:, : band.num_sinks].expand(number, -1, -1, -1)
+        if not width:
+            return sinks
+        windows = x[:, start:stop].unfold(1, width, count)  # [heads, number, dim, width], a view
+        return torch.cat((sinks, windows.permute(1, 0, 3, 2)), dim=2)
+
+    packed = q[:, :, first.first : last.stop].unflatten(2, (number, count)).permute(2, 0, 1, 3, 4)
+    packed = packed.reshape(number, heads, group * count, dim)
+    inputs = (packed, keys_of(k), keys_of(v), first.mask.repeat(group, 1), softmax_scale)
+    out = checkpoint(_plain_attention, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return out.view(number, heads, group, count, dim).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softmax_scale: float) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
-        return _attention(q, k, v, mask, softmax_scale)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
 
 
 def gated_attention_forward(
@@ -111,7 +148,8 @@ def gated_attention_forward(
     Returns:
         ([1, T, num_qo_heads, head_dim], None).
     """
-    full, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    with sdpa_kernel(_REPEATABLE) if query.is_cuda else nullcontext():
+        full, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     if longrun_gates is None:
         return full, None
     assert attention_mask is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]

@@ -17,6 +17,7 @@ from longrun.errors import InputError
 from longrun.patterns.identify import MethodResult
 from longrun.patterns.identify_checkpoint import Checkpoint
 from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, OnProgress
+from longrun.patterns.reconstruction_attention import GPU_TILE_BYTES, TILE_BYTES
 from longrun.patterns.reconstruction_scores import (
     FIRST_PROMPT,
     NEXT_PROMPT,
@@ -45,7 +46,7 @@ def identify_reconstruction(
 
     Args:
         model, tokenizer, text_ids, settings, checkpoint, on_progress: as `longrun.patterns.identify` says.
-        method: how to score; its window is replaced by that of `settings`.
+        method: how to score (default: `default_method`); its window is replaced by that of `settings`.
 
     Returns:
         The scores; facts: `raw_scores` ([num_layers][num_kv_heads], 6 digits, what the ranks are made of) and how.
@@ -53,7 +54,8 @@ def identify_reconstruction(
     Raises:
         InputError: the context is too short for the window, or with its repeat too long for the model.
     """
-    method = replace(method or ReconstructionSettings(), sink_size=settings.sink_size, recent_size=settings.recent_size)
+    method = method or default_method(model.device.type)
+    method = replace(method, sink_size=settings.sink_size, recent_size=settings.recent_size)
     tensors, facts = checkpoint.load() or ({}, {"steps": 0, "parts": 0})
     raw = list(tensors["raw"]) if facts["steps"] else []
     passes = 0
@@ -87,6 +89,11 @@ def identify_reconstruction(
         "quantile": method.quantile,
     }
     return MethodResult(rank_scores(rounded), how)
+
+
+def default_method(device_type: str) -> ReconstructionSettings:
+    """How heads are scored on "cpu" or "cuda": the same, in larger tiles on a GPU."""
+    return ReconstructionSettings(tile_bytes=GPU_TILE_BYTES if device_type == "cuda" else TILE_BYTES)
 
 
 def longest_context(max_positions: int, method: ReconstructionSettings | None = None) -> int:

@@ -10,16 +10,22 @@ queries at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 IMPLEMENTATION = "longrun_reconstruction"
 TILE_BYTES = 32 * 2**20
+GPU_TILE_BYTES = 2**28
+"""Of a long context a small tile holds a few queries only: a GPU would mostly wait to be told what to do next."""
+
+# Without cuDNN's, which newer versions of torch prefer and which is built anew for every length of keys.
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class ReconstructionAttention:
@@ -82,14 +88,15 @@ class ReconstructionAttention:
         if self.length:
             positions = torch.arange(keys.shape[1], device=keys.device)
             mask = positions <= positions[self.length :, None]
-        return scaled_dot_product_attention(
-            query,
-            keys[:, None].expand(-1, group, -1, -1),
-            values[:, None].expand(-1, group, -1, -1),
-            mask,
-            is_causal=mask is None and num_tokens > 1,
-            scale=scale,
-        )
+        with sdpa_kernel(_BACKENDS) if query.is_cuda else nullcontext():
+            return scaled_dot_product_attention(
+                query,
+                keys[:, None].expand(-1, group, -1, -1),
+                values[:, None].expand(-1, group, -1, -1),
+                mask,
+                is_causal=mask is None and num_tokens > 1,
+                scale=scale,
+            )
 
     def _attend_and_score(self, layer_idx: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """As `_attend`, in tiles of queries with their probabilities in float32."""

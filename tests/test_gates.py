@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import longrun
 from longrun.errors import InputError
+from longrun.kernels.banded_attention import plan_band
 from longrun.needles import generate_sentences
 from longrun.patterns.baseline_maps import streaming_map
 from longrun.patterns.gate_texts import GateText, GateTexts
-from longrun.patterns.gated_attention import ATTN_IMPLEMENTATION, Gates
+from longrun.patterns.gated_attention import ATTN_IMPLEMENTATION, Gates, _alike, streaming_attention
 from longrun.patterns.gates import (
     GateTrainer,
     allow_recomputed_layers,
@@ -226,3 +227,37 @@ def test_a_context_too_short_for_a_key_is_refused(planted: PlantedModel, text_id
         texts.text(0)
     with pytest.raises(InputError, match="num_keys 1000 is above"):
         GateTexts(tokenizer, text_ids, settings(planted.path, num_keys=1000))
+
+
+@pytest.mark.parametrize(("length", "sinks", "recent"), [(1400, 4, 12), (1400, 0, 300), (700, 300, 20), (100, 64, 256)])
+@pytest.mark.parametrize("most", [1, 2**28])
+def test_tiles_computed_at_once_give_the_answer_and_gradients_of_single_ones(
+    length: int, sinks: int, recent: int, most: int, monkeypatch
+) -> None:
+    """Against one mask over all queries and keys: sinks wider than a tile, none, and texts inside of one tile."""
+    monkeypatch.setattr("longrun.patterns.gated_attention.BATCH_BYTES", most)
+    generator = torch.Generator().manual_seed(5)
+    inputs = [torch.randn(2, *shape, generator=generator) for shape in ((3, length, 8), (length, 8), (length, 8))]
+    weight = torch.randn(2, 3, length, 8, generator=generator)
+    positions = torch.arange(length)
+    near = (positions[:, None] - positions < recent) | (positions < sinks)
+    seen = near & (positions <= positions[:, None])
+    band = plan_band(0, length, sinks, recent, torch.float32, torch.device("cpu"))
+    found = []
+    for repeatable in (True, None):
+        q, k, v = leaves = [x.clone().requires_grad_() for x in inputs]
+        if repeatable:
+            out = streaming_attention(q, k, v, band, 0.5, repeatable=True)
+        else:
+            scores = (0.5 * q @ k[:, None].transpose(2, 3)).masked_fill(~seen, float("-inf"))
+            out = scores.softmax(dim=-1) @ v[:, None]
+        (out * weight).sum().backward()
+        found.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
+
+
+def test_interior_tiles_are_computed_at_once() -> None:
+    """One call of the attention for all tiles but the first and the last: what makes long texts quick on a GPU."""
+    band = plan_band(0, 256 * 8 + 10, SINKS, RECENT, torch.float32, torch.device("cpu"))
+    assert [len(run) for run in _alike(band.tiles, 10**9)] == [1, 7, 1]
+    assert [len(run) for run in _alike(band.tiles, 3 * band.tiles[1].mask.numel())] == [1, 3, 3, 1, 1]
