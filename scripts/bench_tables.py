@@ -4,8 +4,8 @@
     python scripts/bench_tables.py            rewrite what stands between markers
     python scripts/bench_tables.py --check    status 1 where the document is not what the files give
 
-A table stands between two comments; the first names its kind (decode, prefill, offload, formats or kernels) and its files,
-relative to the document:
+A table stands between two comments; the first names its kind (decode, prefill, offload, formats or kernels) and its
+files, relative to the document:
 
     <!-- table: decode results/h100-decode.json -->
     <!-- /table -->
