@@ -235,7 +235,7 @@ def _lines(
             x,
             y,
             yerr=spread,
-            fmt="so^vDP*X<>"[number % 10],
+            fmt="so^vDP*X<>"[(number + number // 10) % 10],  # colours come round after ten, never with their sign
             color=f"C{number % 10}",
             capsize=2,
             alpha=0.8,
