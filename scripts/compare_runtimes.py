@@ -73,6 +73,9 @@ class Runtimes:
     def __init__(self, folder: Path, adapter: Path | None, budget: Budget, device: str | None, ctx: int) -> None:
         self._folder, self._adapter, self._budget, self._ctx = folder, adapter, budget, ctx
         self._device = device or default_device()
+        if self._device == "cuda":
+            # cuDNN plans for tenths of a second for every pair of lengths it has not seen, and hundreds come up here.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self._config = ModelConfig.from_dir(folder)
         self._bases: dict[str, Runtime] = {}  # by weight format
         self._kernels: GpuKernels | None = None
