@@ -30,6 +30,7 @@ import longrun
 from longrun.cli import run
 from longrun.long_tasks import Corpus, TaskWriter
 from longrun.model.adapter import CONFIG_FILE
+from longrun.placement import DEFAULT_WEIGHT_FORMAT
 from longrun.units import format_tokens, parse_tokens
 
 WINDOW = 4096
@@ -123,6 +124,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--per-depth", type=int, default=6, metavar="N", help="facts at every depth of a text")
     parser.add_argument("--trials", type=int, default=2, metavar="N", help="texts a length")
     parser.add_argument("--kv", default="bf16", choices=["int4", "bf16", "fp32"])
+    parser.add_argument(
+        "--weights", choices=["fp32", "bf16", "int8", "nf4"], help="default: fp32 on a CPU, bf16 on a GPU"
+    )
     parser.add_argument("--budget", metavar="NAME_OR_FILE")
     parser.add_argument("--windows", type=int, default=32, metavar="N", help="of the perplexity; 0 leaves it out")
     parser.add_argument("--chat-tokens", type=int, default=80, metavar="N", help="0 leaves the answers out")
@@ -140,18 +144,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         arguments.model = demo_model_dir()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    arguments.weights = arguments.weights or DEFAULT_WEIGHT_FORMAT[device.type]
     corpus = Corpus.read(arguments.data, "held_out")
     lengths = [parse_tokens(text, "--lengths") for text in arguments.lengths.split(",")]
     results: dict[str, Any] = {
         "model": arguments.model.name,
         "adapter": None if arguments.adapter is None else arguments.adapter.name,
-        "settings": {key: getattr(arguments, key) for key in ("kv", "depths", "per_depth", "trials", "seed")},
+        "settings": {
+            key: getattr(arguments, key) for key in ("kv", "weights", "depths", "per_depth", "trials", "seed")
+        },
     }
     if arguments.adapter is not None and (arguments.windows or arguments.chat_tokens):
         results |= short_texts(arguments, corpus, device)
+    if device.type == "cuda":
+        # cuDNN plans for tenths of a second for every pair of lengths it has not seen: every question is one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     runtime = longrun.load(
-        arguments.model, adapter=arguments.adapter, kv_format=arguments.kv, budget=arguments.budget,
-        device=device.type, ctx=max(lengths) + SPARE,
+        arguments.model, adapter=arguments.adapter, kv_format=arguments.kv, weight_format=arguments.weights,
+        budget=arguments.budget, device=device.type, ctx=max(lengths) + SPARE,
     )  # fmt: skip
     results["recall"] = recall(
         runtime, corpus, lengths, arguments.depths, arguments.per_depth, arguments.trials, arguments.seed
