@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_CUDNN_ROWS = 1024
+
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention by the platform's fused kernel.
@@ -17,9 +19,9 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_sc
     Returns:
         out: [num_heads, q_len, head_dim], dtype of q; lse: float32 [num_heads, q_len], natural log-sum-exp.
 
-    On the CPU this is torch's FlashAttention. On a GPU, for 16-bit types, it is cuDNN's from Hopper on (578 TFLOP/s on
-    an H100, causal, where torch's FlashAttention reached 350: docs/results/h100-prefill.json) and torch's before; for
-    float32 it is torch's memory-efficient attention, the one that takes float32.
+    On the CPU this is torch's FlashAttention. On a GPU, for 16-bit types, it is cuDNN's for long chunks from Hopper on
+    (578 TFLOP/s on an H100, causal, where torch's FlashAttention reached 350: docs/results/h100-prefill.json) and
+    torch's else; for float32 it is torch's memory-efficient attention, the one that takes float32.
     """
     assert not causal or q.shape[1] == k.shape[1]
     assert q.shape[0] % k.shape[0] == 0
@@ -32,13 +34,22 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_sc
     elif q.dtype == torch.float32:
         found = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=softmax_scale)
         out, lse = found[0], found[1][..., : q.shape[2]]  # rows are padded to a multiple of 32
-    elif torch.cuda.get_device_properties(q.device).major >= 9 and torch.backends.cudnn.is_available():
+    elif _cudnn_pays(q):
         found = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=softmax_scale)
         out, lse = found[0], found[1][..., 0]
     else:
         found = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=softmax_scale)
         out, lse = found[0], found[1]
     return out[0], lse[0].float()
+
+
+def _cudnn_pays(q: Tensor) -> bool:
+    """Whether cuDNN serves q [num_heads, q_len, head_dim]. It plans anew, for tenths of a second, for every pair of
+    lengths it has not seen (https://github.com/modelscope/FunASR/issues/3704, torch 2.11): worth it for a long chunk,
+    never for a question or a token. `torch.backends.cuda.enable_cudnn_sdp(False)` turns it off altogether."""
+    if q.shape[1] < _CUDNN_ROWS or not torch.backends.cuda.cudnn_sdp_enabled():
+        return False
+    return torch.cuda.get_device_properties(q.device).major >= 9 and torch.backends.cudnn.is_available()
 
 
 def reference_attention_with_lse(

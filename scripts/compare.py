@@ -25,6 +25,7 @@ from compare_runtimes import Runtimes, comparison_budget
 
 from longrun.cli import run
 from longrun.errors import InputError
+from longrun.model.choice import choose_model
 from longrun.needles import Haystack
 from longrun.quality.measures import SPARE_TOKENS, ReferenceLogits, measure_retrieval, measure_text
 from longrun.quality.report import write_report
@@ -46,7 +47,7 @@ GROUPS = ("single", "several", "keyvalue", "text")
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="LoRA adapter, for the reference and every row")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="LoRA adapter of every row, or none")
     parser.add_argument("--settings", required=True, type=Path, metavar="FILE", help="TOML file with [[row]] tables")
     parser.add_argument("--lengths", required=True, metavar="4K,8K,...", help="prompt lengths in the model's tokens")
     parser.add_argument("--depths", type=int, default=5, metavar="N", help="evenly spaced depths from 0 to 1")
@@ -269,10 +270,8 @@ def main(argv: Sequence[str] | None = None, load_rows: Callable[[Path], tuple[Ro
     arguments = parse_arguments(argv)
     settings = collect_settings(arguments)
     rows = (REFERENCE_ROW, *load_rows(arguments.settings))
-    if arguments.model is None:
-        from longrun.model.demo import demo_model_dir
-
-        arguments.model = demo_model_dir()
+    choice = choose_model(arguments.model, arguments.adapter)
+    arguments.model, arguments.adapter = choice.model_dir, choice.adapter
     settings["model_fingerprint"] = model_fingerprint(arguments.model)
     settings["adapter"] = None if arguments.adapter is None else _folder_checksum(arguments.adapter)
     results = QualityResults.open(arguments.out, settings, [row.to_dict() for row in rows], arguments.force)
@@ -280,6 +279,8 @@ def main(argv: Sequence[str] | None = None, load_rows: Callable[[Path], tuple[Ro
     results.head["notes"] = [NOTE] if is_planted(arguments.model) else []
     results.head.setdefault("described", {})
     console = Console(highlight=False, width=160)
+    if choice.notice:
+        console.print(choice.notice)
     if results.records:
         console.print(f"{len(results.records)} records are there already: going on after them")
     comparison = Comparison(arguments, settings, results, console)

@@ -30,6 +30,7 @@ import longrun
 from longrun.cli import run
 from longrun.long_tasks import Corpus, TaskWriter
 from longrun.model.adapter import CONFIG_FILE
+from longrun.model.choice import choose_model
 from longrun.placement import DEFAULT_WEIGHT_FORMAT
 from longrun.units import format_tokens, parse_tokens
 
@@ -117,7 +118,7 @@ def chat_answers(lora: LoraModel, tokenizer: Any, count: int, original: bool) ->
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Held-out recall by length and depth; short-text ability.")
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="default: none, the original model's recall alone")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="or none: the original model's recall alone")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="what make_long_data.py wrote")
     parser.add_argument("--lengths", default="8K,32K,64K,128K", metavar="8K,...")
     parser.add_argument("--depths", type=int, default=5, metavar="N")
@@ -139,10 +140,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; status 0. Raises `LongrunError` on bad input."""
     arguments = parse_arguments(argv)
-    if arguments.model is None:
-        from longrun.model.demo import demo_model_dir
-
-        arguments.model = demo_model_dir()
+    choice = choose_model(arguments.model, arguments.adapter)
+    arguments.model, arguments.adapter = choice.model_dir, choice.adapter
+    if choice.notice:
+        print(choice.notice, flush=True)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     arguments.weights = arguments.weights or DEFAULT_WEIGHT_FORMAT[device.type]
     corpus = Corpus.read(arguments.data, "held_out")

@@ -107,7 +107,6 @@ class RotaryTable:
             tables.append(table)
         return tables[0], tables[1]
 
-
     def cos_sin_of(self, position: int, rope_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """`cos_sin` of a single position: float32 [head_dim] numpy arrays, from a table in host memory."""
         angles = position * self._frequencies_at(rope_seq_len).numpy()
