@@ -84,12 +84,12 @@ def prefill(results: Sequence[Row]) -> list[list[str]]:
     table = [["runner", "tokens", "seconds", "tokens/s", "TFLOP/s", "of a matrix product", "of product and attention",
               "needles right", "memory", "of plan"]]  # fmt: skip
     formats = {result["settings"]["weight_format"] for result in results}
-    for result, row in ((result, row) for result in results for row in result["rows"]):
+    for row, weights in ((row, result["settings"]["weight_format"]) for result in results for row in result["rows"]):
         if "error" in row:
             table.append([row["runner"], context(row), row["error"], *[""] * 7])
             continue
         own = len(formats) > 1 and row["runner"] == "longrun"
-        runner = f"longrun, {result['settings']['weight_format']} weights" if own else row["runner"]
+        runner = f"longrun, {weights} weights" if own else row["runner"]
         needles = f"{row['exact']} of {len(row['needles'])}" if "needles" in row else ""
         table.append([
             runner, context(row), number(row["seconds"]), number(row["tokens_per_s"], 0),
