@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICES = ("cpu", "cuda")
 # Three query heads a KV head, as the demo model has: neither a power of two nor one.
 SHAPE = {"head_dim": 64, "hidden_size": 288, "intermediate_size": 320, "num_attention_heads": 9}
+SERVED = {**SHAPE, "hidden_size": 576}  # the fused kernels for one token take multiples of 64 channels
 LENGTH = 700
 
 ROWS = """
@@ -101,6 +102,13 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("served")
+    save_tiny(path, "llama", **SERVED)
+    return path
+
+
 def load(folder: Path, device: str, kv: str, weights: str):
     budget = "cpu" if device == "cpu" else "rtx4090-24g"
     return longrun.load(folder, budget, "full", kv, weights, device, ctx=900, chunk_size=150)
@@ -110,10 +118,26 @@ def text(count: int, seed: int) -> list[int]:
     return torch.randint(0, 97, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def kept_positions(session) -> list[torch.Tensor]:
+    """A copy of each layer's kept positions: TOVA's next step overwrites them, and on a CPU `cpu()` copies nothing."""
+    return [layer.positions[:, : layer.length].clone().cpu() for layer in session.cache.layers]
+
+
+def shares_kept(one: list[torch.Tensor], other: list[torch.Tensor]) -> list[float]:
+    """Of each layer: the share of kept positions that are the same."""
+    return [
+        sum(len({*a} & {*b}) / len(a) for a, b in zip(x.tolist(), y.tolist(), strict=True)) / len(x)
+        for x, y in zip(one, other, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("method", ["snapkv", "tova"])
 def test_evicting_sessions_keep_and_say_what_the_cpus_do(folder, method):
-    """In float32: the same tokens kept but for rounding, the same logits, the same after a rewind."""
-    rows, kept, chosen = {}, {}, {}
+    """In float32: the same tokens kept but for rounding, the same logits, the same after a rewind.
+
+    Hardly any two scores of this model are within a thousandth where the line is drawn: rounding moves a token at most.
+    """
+    rows, kept, later, chosen = {}, {}, {}, {}
     for device in DEVICES:
         session = make_session(load(folder, device, "fp32", "fp32"), method, 120, 800)
         session.prefill(text(500, 1))
@@ -122,17 +146,16 @@ def test_evicting_sessions_keep_and_say_what_the_cpus_do(folder, method):
             session.rewind(mark)
             session.prefill(text(25, seed))
             end_prompt(session)
-        layers = session.cache.layers
-        kept[device] = [layer.positions[:, : layer.length].cpu() for layer in layers]
+        layers, kept[device] = session.cache.layers, kept_positions(session)
         assert {layer.length for layer in layers} == {120 if method == "tova" else 120 + 32}
         rows[device] = session.score(text(60, 4)).cpu()
+        later[device] = kept_positions(session)
         chosen[device] = list(session.generate(8, eos=False))
         assert session.cache.used_bytes == sum(layer.length for layer in layers) * 3 * (2 * 64 * 4 + 4)
-    for one, other in zip(kept["cpu"], kept["cuda"], strict=True):
-        same = sum(
-            len(set(a) & set(b)) / len(a) for a, b in zip(one.tolist(), other.tolist(), strict=True)
-        ) / len(one)  # fmt: skip
-        assert same > 0.98, same
+    for found in (kept, later):
+        assert min(shares_kept(found["cpu"], found["cuda"])) > 0.98
+    if method == "tova":  # the failing side: tokens read in between change what is kept
+        assert max(shares_kept(kept["cpu"], later["cuda"])) < 0.9
     assert rms_ratio(rows["cuda"], rows["cpu"]) < 2e-2
     assert (rows["cuda"].argmax(-1) == rows["cpu"].argmax(-1)).float().mean() > 0.95
     assert len(chosen["cuda"]) == len(chosen["cpu"]) == 8
@@ -156,15 +179,15 @@ def test_with_room_for_all_tokens_it_is_full_attention_in_bf16(folder, method):
     assert rms_ratio(cut.score(text(60, 3)), found[0][20:]) > 0.2  # the failing side
 
 
-def test_a_runtime_over_shared_weights_is_the_loaded_one(folder):
+def test_a_runtime_over_shared_weights_is_the_loaded_one(served):
     runtimes = script("compare_runtimes")
     budget = runtimes.comparison_budget("rtx4090-24g", "cuda", 150)
-    shared = runtimes.Runtimes(folder, None, budget, "cuda", ctx=900)
+    shared = runtimes.Runtimes(served, None, budget, "cuda", ctx=900)
     reference = shared.get(REFERENCE_ROW)
     row = Row("a", "random:3", 0.4)
     own = shared.get(row)
     loaded = longrun.load(
-        folder, budget, row.make_map(3, 3), "int4", None, "cuda", ctx=900, retrieval_ratio=row.retrieval_ratio
+        served, budget, row.make_map(3, 3), "int4", None, "cuda", ctx=900, retrieval_ratio=row.retrieval_ratio
     )  # fmt: skip
     assert own._parts.decoder._layers[0].down is reference._parts.decoder._layers[0].down
     found = []
@@ -180,10 +203,10 @@ def test_a_runtime_over_shared_weights_is_the_loaded_one(folder):
     assert rms_ratio(apart, found[1]) > 1e-2  # the map drops something
 
 
-def test_an_unnamed_budget_is_of_the_gpu_with_exact_weights(folder):
+def test_an_unnamed_budget_is_of_the_gpu_with_exact_weights(served):
     runtimes = script("compare_runtimes")
     budget = runtimes.comparison_budget(None, "cuda", None)
-    found = runtimes.Runtimes(folder, None, budget, None, ctx=900).get(Row("s", "streaming"))
+    found = runtimes.Runtimes(served, None, budget, None, ctx=900).get(Row("s", "streaming"))
     assert found.plan.device_type == "cuda" and found.plan.weight_format == "bf16"
     assert found.split.total_retrieval == 0
     session = found.new_session()
