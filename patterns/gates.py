@@ -12,7 +12,6 @@ goes through transformers' attention interface; the same seed gives the same map
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,6 +24,7 @@ from longrun.patterns.gated_attention import ATTN_IMPLEMENTATION, Gates
 from longrun.patterns.identify import MethodResult
 from longrun.patterns.identify_checkpoint import Checkpoint
 from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, OnProgress
+from longrun.patterns.repeatable import deterministic_algorithms
 
 __all__ = ["ATTN_IMPLEMENTATION", "identify_gates"]
 
@@ -49,12 +49,14 @@ def identify_gates(
         untouched model itself predicts: where that is low, the text asks more than the model can do.
 
     Raises:
-        InputError: a context too short for one pass key, or a damaged checkpoint.
+        InputError: a context too short for one pass key, a damaged checkpoint, or a GPU process whose cuBLAS cannot be
+            set to repeat any more.
+        ConfigError: the model needs an operation that has no deterministic kernel.
     """
     texts = GateTexts(tokenizer, text_ids, settings)
     trainer = GateTrainer(model, settings)
     trainer.resume(checkpoint)
-    with deterministic_algorithms():
+    with deterministic_algorithms(trainer.gates.device):
         for step in range(trainer.step, settings.steps):
             text = texts.text(step)
             loss = trainer.train(text)
@@ -189,21 +191,3 @@ def recomputed_layers(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
         yield
     finally:
         model.eval()
-
-
-@contextmanager
-def deterministic_algorithms() -> Iterator[None]:
-    """Within the block torch takes deterministic kernels where it has them, and warns where it has none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from longrun.patterns.identify import identify
 from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings
 
 pytestmark = pytest.mark.gpu
+
+# As a process of identify's own has it: other GPU tests in this process may use cuBLAS first, which reads it once.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 DEVICE = "cuda"
 METHODS = ("gates", "reconstruction")
