@@ -1,4 +1,8 @@
-"""One decoded token on a GPU as one CUDA graph, captured once before the first token and replayed ever after."""
+"""One decoded token on a GPU as one CUDA graph, captured once before the first token and replayed ever after.
+
+The graph ends by choosing the likeliest next token and writing it to where the next step reads its own. Greedy decoding
+can therefore launch a step before the host has seen its token ("ahead"), and the GPU never waits for the host.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,8 @@ class DecodeGraph:
     """The decoder's step for a single token; positions and lengths are read from device memory.
 
     Captured when it is made, on the empty cache: what the two trial runs write there is overwritten by the first
-    tokens.
+    tokens. In the same way a step launched ahead whose token is not the one that comes writes only where the next
+    token will: its slot in the tails and in the rings (there over a token that has just left every window).
 
     Args:
         decoder: with fused kernels.
@@ -30,13 +35,19 @@ class DecodeGraph:
     def __init__(self, decoder: Decoder, rotary: RotaryTable, attention: CudaAttention, capture: bool) -> None:
         assert attention.cache.seq_len == 0 and rotary.device.type == "cpu"
         self._decoder, self._rotary, self._attention = decoder, rotary, attention
+        device = attention.cache.device
+        self._best = torch.zeros(2, dtype=torch.float64, device=device)  # token id and logit; float64 holds any id
+        self._told = torch.zeros(2, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self._telling = torch.cuda.Event() if device.type == "cuda" else None
+        self._has_choice = False
+        self._ahead_at: int | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         if capture:
             self._capture()
 
     def _capture(self) -> None:
-        self._describe(0, 1)
+        self._describe(0, 0, 1)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # kernels are compiled and libraries set up before the capture
@@ -48,30 +59,67 @@ class DecodeGraph:
         with torch.cuda.graph(self._graph):
             self._logits = self._forward()
 
-    def _describe(self, token_id: int, rope_seq_len: int) -> None:
-        cos, sin = self._rotary.cos_sin_of(self._attention.cache.seq_len, rope_seq_len)
-        self._attention.begin_decode(token_id, cos, sin)
+    def _describe(self, token_id: int | None, start: int, rope_seq_len: int) -> None:
+        cos, sin = self._rotary.cos_sin_of(start, rope_seq_len)
+        self._attention.begin_decode(token_id, start, cos, sin)
 
     def _forward(self) -> Tensor:
         token_id = self._attention.state.token_id
-        return self._attention.decode_pass(lambda decode: self._decoder.forward_one(token_id, decode))
+        logits = self._attention.decode_pass(lambda decode: self._decoder.forward_one(token_id, decode))
+        best = logits.view(-1).argmax().view(1)
+        self._best[:1].copy_(best)
+        self._best[1:].copy_(logits.view(-1).index_select(0, best))
+        token_id.copy_(best)
+        return logits
 
     @torch.inference_mode()
-    def run(self, token_id: int, rope_seq_len: int) -> Tensor:
+    def run(self, token_id: int, rope_seq_len: int, ahead: bool = False) -> Tensor:
         """Append one token; the caller advances the cache.
 
         Args:
             rope_seq_len: see `RotaryTable.cos_sin`.
+            ahead: the next token will be the likeliest one, so launch its step as well, unless a page must be flushed
+                before it or the cache ends. Where another comes after all, its step is thrown away.
 
         Returns:
             float32 [1, vocab_size].
         """
-        self._describe(token_id, rope_seq_len)
-        if self._graph is None:
-            return self._forward()
-        self.replay()
+        start = self._attention.cache.seq_len
+        if self._ahead_at != start or self.choice() != token_id:
+            self._describe(token_id, start, rope_seq_len)
+            self._launch()
+        self._ahead_at = None
         assert self._logits is not None
-        return self._logits.clone()
+        logits = self._logits.clone()
+        self._told.copy_(self._best, non_blocking=True)
+        if self._telling is not None:
+            self._telling.record()
+        self._has_choice = True
+        if ahead and self._attention.cache.takes_in_place(start + 1):
+            self._describe(None, start + 1, rope_seq_len + 1)
+            self._launch()
+            self._ahead_at = start + 1
+        return logits
+
+    def choice(self) -> int | None:
+        """The likeliest token after the last `run`, as soon as that step has ended; None after `forget`."""
+        if not self._has_choice:
+            return None
+        if self._telling is not None:
+            self._telling.synchronize()
+        token_id, logit = self._told.tolist()
+        assert logit == logit, "the model produced NaN logits"
+        return int(token_id)
+
+    def forget(self) -> None:
+        """The cache changed otherwise: a step launched ahead is void, and so is the choice."""
+        self._ahead_at, self._has_choice = None, False
+
+    def _launch(self) -> None:
+        if self._graph is None:
+            self._logits = self._forward()
+        else:
+            self._graph.replay()
 
     def replay(self) -> None:
         """The GPU's part of a step alone, without telling it about a new token: for timing."""

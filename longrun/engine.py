@@ -41,8 +41,9 @@ class Engine:
         self._broken: str | None = None
 
     def run(
-        self, token_ids: Tensor, all_positions: bool = False, on_chunk: Callable[[int, Tensor], None] | None = None
-    ) -> Tensor:
+        self, token_ids: Tensor, all_positions: bool = False, on_chunk: Callable[[int, Tensor], None] | None = None,
+        ahead: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Append tokens to the sequence, chunk by chunk.
 
         SIGINT and SIGTERM wait until the chunk in hand is finished and `on_chunk` has heard of it.
@@ -51,6 +52,7 @@ class Engine:
             token_ids: int64 [n] in host memory, n >= 1; the caller has checked the capacity.
             all_positions: logits of every position (they all stand in memory) instead of the last one.
             on_chunk: called after each chunk with its number of tokens and its logits.
+            ahead: see `DecodeGraph.run`; without a graph it has no effect.
 
         Returns:
             float32 [n, vocab_size] with all_positions, else [1, vocab_size] of the last position.
@@ -66,18 +68,19 @@ class Engine:
         rows = []
         for chunk in token_ids.split(self.chunk_size):
             with deferred_signals():
-                logits = self._step(chunk, rope_seq_len, all_positions)
+                logits = self._step(chunk, rope_seq_len, all_positions, ahead)
                 if on_chunk is not None:
                     on_chunk(len(chunk), logits)
             rows = [*rows, logits] if all_positions else [logits]
         return torch.cat(rows)
 
     @torch.inference_mode()
-    def _step(self, chunk: Tensor, rope_seq_len: int, all_positions: bool) -> Tensor:
+    def _step(self, chunk: Tensor, rope_seq_len: int, all_positions: bool, ahead: bool) -> Tensor:
         try:
             if self.decode_graph is not None and len(chunk) == 1:
-                logits = self.decode_graph.run(int(chunk), rope_seq_len)
+                logits = self.decode_graph.run(int(chunk), rope_seq_len, ahead)
             else:
+                self._forget()
                 logits = self._forward(chunk, rope_seq_len, all_positions)
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
@@ -92,6 +95,15 @@ class Engine:
         hidden = self.decoder.forward(chunk.to(self.decoder.device), step, self.attention, all_positions=all_positions)
         return self.decoder.logits(hidden.view(-1, hidden.shape[-1]))
 
+    def choice(self) -> int | None:
+        """The likeliest token after the last one, where a decode graph took that and chose already."""
+        return None if self.decode_graph is None else self.decode_graph.choice()
+
     def rewound(self) -> None:
         """The cache was brought back to an earlier, whole state: a broken step no longer matters."""
         self._broken = None
+        self._forget()
+
+    def _forget(self) -> None:
+        if self.decode_graph is not None:
+            self.decode_graph.forget()

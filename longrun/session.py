@@ -181,12 +181,14 @@ class Session:
 
     def _generate(self, max_new_tokens: int, params: SamplingParams, eos: bool) -> Iterator[int]:
         seen: Tensor | tuple[()] = ()
-        for _ in range(max_new_tokens):
-            logits = self.logits
+        greedy = params.temperature == 0 and params.repetition_penalty == 1
+        for left in range(max_new_tokens, 0, -1):
+            self._catch_up(ahead=greedy and left > 1)
+            logits, choice = self._logits, self._engine.choice() if greedy else None
             assert logits is not None
             if params.repetition_penalty != 1 and isinstance(seen, tuple):
                 seen = seen_tokens(self._id_tensor(), logits.shape[0], logits.device)
-            token_id = sample(logits, params, self._generator, seen)
+            token_id = sample(logits, params, self._generator, seen) if choice is None else choice
             self._ids.append(token_id)
             if isinstance(seen, Tensor):
                 seen[token_id] = True
@@ -194,12 +196,12 @@ class Session:
             if eos and token_id in self._eos:
                 return
 
-    def _catch_up(self) -> None:
-        """Take the sampled token that waits into the cache."""
+    def _catch_up(self, ahead: bool = False) -> None:
+        """Take the sampled token that waits into the cache. With `ahead` the likeliest token is taken next."""
         if self.num_tokens > self.seq_len:
             waiting = torch.tensor(self._ids[self.seq_len :], dtype=torch.int64)
             self._check_room(len(waiting))
-            self._logits = self._engine.run(waiting)[-1]
+            self._logits = self._engine.run(waiting, ahead=ahead)[-1]
 
     def _note_chunk(self, new: Tensor) -> Callable[[int, Tensor], None]:
         done = 0

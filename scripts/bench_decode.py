@@ -79,14 +79,18 @@ def fill(session: Session, length: int, synthetic: bool, seed: int) -> float:
 
 
 def time_tokens(session: Session, tokens: Iterator[int], count: int) -> tuple[list[int], list[float]]:
-    """Take `count` tokens: their ids, and the wall milliseconds of each."""
+    """Take `count` tokens: their ids, and the wall milliseconds from each token to the next, as a reader sees them.
+
+    A token is known to the host when it is returned; the GPU may be at work on the next one by then.
+    """
     ids, wall = [], []
     synchronize(session.cache.device)
+    start = time.perf_counter()
     for _ in range(count):
-        start = time.perf_counter()
         ids.append(next(tokens))
-        synchronize(session.cache.device)
-        wall.append(1e3 * (time.perf_counter() - start))
+        end = time.perf_counter()
+        wall.append(1e3 * (end - start))
+        start = end
     return ids, wall
 
 

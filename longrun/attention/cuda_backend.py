@@ -141,16 +141,20 @@ class CudaAttention:
         yield pages.device_run()
         yield pages.tail_run(seq_len)
 
-    def begin_decode(self, token_id: int, cos: np.ndarray, sin: np.ndarray) -> None:
+    def begin_decode(self, token_id: int | None, start: int, cos: np.ndarray, sin: np.ndarray) -> None:
         """Make room for one token and describe it to the device.
 
         Args:
+            token_id: None where the device already knows it.
+            start: the token's position: the cache's length, or one beyond it where `takes_in_place` allows that.
             cos, sin: float32 [head_dim], of the token's position.
         """
         cache, spec = self.cache, self.cache.spec
-        cache.make_room()
-        start, fmt = cache.seq_len, spec.page_format
-        seq_len = start + 1
+        if start == cache.seq_len:
+            cache.make_room()
+        else:
+            assert start == cache.seq_len + 1 and cache.takes_in_place(start), (start, cache.seq_len)
+        fmt, seq_len = spec.page_format, start + 1
         closed = fmt.closed_pages(seq_len)
         tail = seq_len - closed * fmt.page_size
         on_host = 0 if self._first_pages is None else self._first_pages.num_on_host

@@ -45,24 +45,26 @@ class DecodeState:
         return self._device.nbytes
 
     def fill(
-        self, token_id: int, slots: tuple[int, int], lengths: tuple[int, int, int, int], ring_len: int, host_pages: int,
-        round_lengths: np.ndarray | None, cos: np.ndarray, sin: np.ndarray,
+        self, token_id: int | None, slots: tuple[int, int], lengths: tuple[int, int, int, int], ring_len: int,
+        host_pages: int, round_lengths: np.ndarray | None, cos: np.ndarray, sin: np.ndarray,
     ) -> None:  # fmt: skip
         """Describe the next token, on the current stream. Everything comes as numpy arrays or numbers: a handful of
         torch operations would take a tenth of a millisecond a token.
 
         Args:
+            token_id: None leaves the one that stands there.
             round_lengths: int32 [num_rounds, 4], or None without rounds.
             cos, sin: float32 [head_dim].
         """
         if self._copied is not None:
             self._copied.synchronize()  # the previous copy still reads the host buffer
         words, ints, rounds, angles = self._host_parts
-        words[:3] = token_id, *slots
+        words[:3] = token_id or 0, *slots
         ints[:6] = *lengths, ring_len, host_pages
         if round_lengths is not None:
             rounds[:] = round_lengths.reshape(-1)
         angles[: len(cos)], angles[len(cos) :] = cos, sin
-        self._device.copy_(self._host, non_blocking=True)
+        kept = 8 if token_id is None else 0  # the token id comes first
+        self._device[kept:].copy_(self._host[kept:], non_blocking=True)
         if self._copied is not None:
             self._copied.record()

@@ -88,6 +88,11 @@ class DualCache:
             if pages is not None:
                 pages.make_room(self.seq_len)
 
+    def takes_in_place(self, start: int) -> bool:
+        """Whether a token at `start` has room and can be written without flushing full tails before it."""
+        fmt = self.spec.page_format
+        return start < self.spec.capacity and start - fmt.closed_pages(start) * fmt.page_size < fmt.page_size
+
     def advance(self, num_tokens: int) -> None:
         """Every layer has appended `num_tokens`: they now count."""
         self.seq_len += num_tokens
