@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,7 @@ class Comparison:
         self._runtimes = Runtimes(
             arguments.model, arguments.adapter, budget, arguments.device, ctx=max(settings["lengths"]) + SPARE_TOKENS
         )
-        self._loaded: tuple[Any, Runtime] | None = None
+        self._loaded: tuple[Row, Runtime] | None = None
         self._told: set[str] = set()
         self._documents: dict[tuple[int, str], list[TaskDocument]] = {}
         self._texts: list[int] | None = None
@@ -175,7 +176,7 @@ class Comparison:
 
     def _runtime(self, row: Row) -> Runtime:
         """The row's model; kept while the next row needs the same weights in the same order."""
-        key = (row.head_map, row.retrieval_ratio, row.stored_kv, row.weights, row.sink_size, row.recent_size)
+        key = replace(row, name="", kv=row.stored_kv, eviction="none")  # what a runtime is made from
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
             release_memory()

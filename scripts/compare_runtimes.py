@@ -61,7 +61,7 @@ def default_device() -> str:
 
 
 class Runtimes:
-    """Makes the runtime of a row.
+    """Makes the runtime of a row, whose page format, weights and chunk size win over the budget's.
 
     Args:
         folder: the model; adapter: LoRA adapter for all rows, or None.
@@ -102,13 +102,13 @@ class Runtimes:
         if weights not in _EXACT:
             return self._load(row, head_map, row.retrieval_ratio)
         if weights not in self._bases:
-            self._bases[weights] = self._load(row, _FULL, None)
+            self._bases[weights] = self._load(replace(row, chunk_size=None), _FULL, None)
         return self._derived(self._bases[weights], head_map, row)
 
     def _load(self, row: Row, head_map: HeadMap | str, ratio: float | None) -> Runtime:
         return longrun.load(
-            self._folder, self._budget, head_map, row.stored_kv, row.weights, self._device, ctx=self._ctx,
-            adapter=self._adapter, retrieval_ratio=ratio,
+            self._folder, self._budget.override(chunk_size=row.chunk_size), head_map, row.stored_kv, row.weights,
+            self._device, ctx=self._ctx, adapter=self._adapter, retrieval_ratio=ratio,
         )  # fmt: skip
 
     def _derived(self, base: Runtime, head_map: HeadMap | str, row: Row) -> Runtime:
@@ -116,7 +116,7 @@ class Runtimes:
 
         Free memory is not asked for again: `base` was loaded for full attention at the same context.
         """
-        budget = base._budget.override(kv_format=row.stored_kv)
+        budget = base._budget.override(kv_format=row.stored_kv, chunk_size=row.chunk_size)
         chosen = choose_split(base.config, budget, head_map, row.retrieval_ratio)
         if self._device == "cuda":
             gpu_checks.check_kernel_shapes(base.config, budget)

@@ -16,7 +16,14 @@ from longrun.errors import InputError
 from longrun.needles import Haystack
 from longrun.patterns.head_map import HeadMap
 from longrun.planted import NOTE, make_planted_model
-from longrun.quality.measures import SPARE_TOKENS, cache_bytes, compare_blocks, measure_retrieval, open_session
+from longrun.quality.measures import (
+    SPARE_TOKENS,
+    cache_bytes,
+    compare_blocks,
+    greedy_choices,
+    measure_retrieval,
+    open_session,
+)
 from longrun.quality.report import BYTES_PICTURE, RATIO_PICTURE
 from longrun.quality.results import QualityResults
 from longrun.quality.settings import REFERENCE_ROW, Row, read_rows
@@ -61,6 +68,11 @@ eviction = "snapkv:100%"
 name = "TOVA 10%"
 kv = "bf16"
 eviction = "tova:10%"
+
+[[row]]
+name = "again"
+kv = "bf16"
+chunk_size = 100
 """
 
 
@@ -163,7 +175,11 @@ def test_text_is_compared_with_the_reference_distribution(whole):
     for row, measured in blocks.items():
         assert [block["tokens"] for block in measured] == [32, 16], row
     assert all(block["kl"] == 0 and block["top1"] == 1 for block in blocks["reference"])
-    assert all(block["kl"] < 1e-5 and block["top1"] == 1 for block in blocks["SnapKV all"])
+    for row in ("SnapKV all", "again"):
+        assert all(block["kl"] < 1e-5 and block["top1"] == 1 for block in blocks[row])
+    described = found["described"]
+    assert described["again"]["chunk_size"] == 100 < described["reference"]["chunk_size"]
+    assert described["again"]["method"] == "full, bf16, chunks of 100"
     assert max(block["kl"] for block in blocks["TOVA 10%"]) > 1e-3
     assert (whole / "reference" / f"{LENGTH}-0.npy").stat().st_size == 48 * 4096 * 4 + 128
 
@@ -247,6 +263,32 @@ def test_exact_match_is_what_greedy_generation_gives(planted, misses):
     assert [item["exact"] for item in measured] == exact
     assert set(exact) == {True, False}
     assert all(item["token_accuracy"] < 1 for item in measured if not item["exact"])
+
+
+def test_choices_in_one_chunk_are_those_along_one_token_after_another(runtime):
+    """Also where the answer ends one page and begins the next, and after a rewind."""
+    document = next(iter(retrieval_documents(runtime.tokenizer, Haystack.generated(3), "several", 600, [0.9], 1, 3)))
+    question = document.prompt.questions[0]
+    session = open_session(runtime, Row("map", "unused"), 700)
+    session.prefill(document.prompt.document_ids)
+    found = []
+    for filled in (0, 60 - (session.seq_len + len(question.token_ids)) % 64):
+        if filled > 0:
+            session.prefill(document.prompt.document_ids[-filled:])
+        mark = session.mark()
+        session.prefill(question.token_ids)
+        one_by_one = [int(session.logits.argmax())]
+        one_by_one += [int(session.prefill([token]).argmax()) for token in question.expected_ids]
+        session.rewind(mark)
+        session.prefill(question.token_ids)
+        at_once, after = greedy_choices(session, question.expected_ids)
+        assert [*at_once, after] == one_by_one
+        found.append(at_once == list(question.expected_ids))
+    assert session.seq_len % 64 < 60 and found == [True, True]
+    wrong = [(token + 1) % 90 for token in question.expected_ids]
+    session.rewind(mark)
+    session.prefill(question.token_ids)
+    assert greedy_choices(session, wrong)[0] != wrong  # the failing side
 
 
 def test_documents_hold_their_facts_once_and_fit(runtime):
@@ -390,6 +432,8 @@ def test_seeds_are_taken_together_a_question_at_a_time(tmp_path):
         ("[[row]]\nname = 'a'\nhead_map = 'inverted'", "names no map"),
         ("[[row]]\nname = 'a'\nretrieval_ratio = 0.5", "nothing to choose"),
         ("[[row]]\nname = 'a'\nsink_size = 4", "full has no streaming heads"),
+        ("[[row]]\nname = 'a'\nchunk_size = 0", "chunk_size 0 must be at least 1"),
+        ("[[row]]\nname = 'a'\nchunk_size = '1K'", "wrong type"),
         ("[[row]]\nname = 'a'\neviction = 'h2o:5'\nkv = 'bf16'", "eviction 'h2o:5' is unknown"),
         ("[[row]]\nname = 'a'\neviction = 'tova:5@document'\nkv = 'bf16'", "is unknown"),
         ("[[row]]\nname = 'a'\neviction = 'tova:2.5'\nkv = 'bf16'", "no whole number"),
@@ -407,7 +451,7 @@ def test_bad_settings_are_named(tmp_path, text, said):
 def test_the_shipped_settings_can_be_read():
     rows = read_rows(ROOT / "scripts" / "compare_settings.toml")
     assert {"full int4", "all streaming", "SnapKV 25%", "TOVA 50%"} <= {row.name for row in rows}
-    assert rows[0] == Row("full int4")
+    assert rows[:2] == (Row("reference again", kv="bf16", chunk_size=1000), Row("full int4"))
     evicts = {row.name: row.evicts for row in rows}["SnapKV 25%"]
     assert evicts.keep_tokens(4096) == 1024 and not evicts.at_document
     assert Row("a", kv="bf16", eviction="snapkv:7@document").evicts.keep_tokens(9999) == 7

@@ -85,6 +85,21 @@ def test_weights_are_read_once_unless_they_are_quantized(script, runtimes, monke
     assert eight.plan.weight_format == "int8" and eight.split == found[0].split
 
 
+def test_a_row_may_have_chunks_of_its_own(runtimes):
+    ids = torch.randint(0, 97, (150,), generator=torch.Generator().manual_seed(0)).tolist()
+    reference, again = runtimes.get(REFERENCE_ROW), runtimes.get(Row("again", kv="bf16", chunk_size=30))
+    assert (reference.plan.chunk_size, again.plan.chunk_size) == (50, 30)
+    chunks = []
+    session = again.new_session()
+    found = session.prefill(ids, progress=lambda done, total: chunks.append(done))
+    assert chunks == [30, 60, 90, 120, 150]
+    torch.testing.assert_close(found, reference.new_session().prefill(ids), rtol=1e-3, atol=1e-3)
+    assert again._parts.decoder._layers[0].down is reference._parts.decoder._layers[0].down
+    assert runtimes.get(REFERENCE_ROW).plan.chunk_size == 50
+    eight = runtimes.get(Row("d", kv="bf16", weights="int8", chunk_size=30))
+    assert eight.plan.chunk_size == 30
+
+
 def test_a_budget_chooses_no_heads_and_an_unnamed_one_no_weights(script, folder, tmp_path, monkeypatch):
     text = """
 [memory]

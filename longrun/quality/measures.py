@@ -1,8 +1,9 @@
 """One row of a comparison at one length: documents read, questions answered, texts predicted, bytes counted.
 
-A document is read once; every question starts from a rewind to its end. An answer is decoded token by token along the
-right answer: as long as every greedy choice is right that is what greedy generation does, so one pass gives both exact
-match (all choices right, and no digit after them) and the share of tokens that are right under teacher forcing.
+A document is read once; every question starts from a rewind to its end. Then the right answer is read in one chunk and
+every token of it compared with the greedy choice before it (teacher forcing): as long as every choice is right, that is
+what greedy generation gives, so one chunk tells both exact match (all choices right, and no digit after them) and the
+share of tokens that are right.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def measure_retrieval(
             session.prefill(question.token_ids)
             end_prompt(session)
             kv = kv or cache_bytes(session.cache, row.simulates)
-            chosen, after = _answer(session, question.expected_ids, clock)
+            chosen, after = greedy_choices(session, question.expected_ids)
             right = [one == other for one, other in zip(chosen, question.expected_ids, strict=True)]
             decoded = runtime.tokenizer.decode([after], skip_special_tokens=True)
             items.append(
@@ -228,12 +229,13 @@ def _read(session: Session, token_ids: Sequence[int], clock: _Clock) -> None:
     clock.note("prefill", len(token_ids), time.perf_counter() - start)
 
 
-def _answer(session: Session, expected: Sequence[int], clock: _Clock) -> tuple[list[int], int]:
-    """Greedy choices along the right answer, and the one after it."""
-    logits = session.logits
-    assert logits is not None
-    chosen, start = [int(logits.argmax())], time.perf_counter()
-    for token_id in expected:
-        chosen.append(int(session.prefill([token_id]).argmax()))
-    clock.note("decode", len(expected), time.perf_counter() - start)
+def greedy_choices(session: Session, expected: Sequence[int]) -> tuple[list[int], int]:
+    """Read the right answer; the greedy choices along it, and the one after it.
+
+    Raises:
+        As `Session.score`.
+    """
+    rows = session.score(expected)
+    assert session.logits is not None
+    chosen = torch.cat((rows, session.logits[None])).argmax(dim=-1).tolist()
     return chosen[:-1], chosen[-1]

@@ -113,7 +113,7 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 def _overview(rows: list[RowSummary]) -> list[str]:
     full = next((row.kv_used for row in rows if row.name == REFERENCE), None)
     header = ["row", "heads", "KV in use", "of reference", "KV peak", *_TITLES.values(), "perplexity", "KL (nats)"]
-    header += ["top-1", "prefill tok/s", "decode tok/s"]
+    header += ["top-1", "prefill tok/s"]
     if simulated := any(row.kv_computed is not None for row in rows):
         header[5:5] = ["format's KV, computed", "of reference"]
     body = []
@@ -130,8 +130,7 @@ def _overview(rows: list[RowSummary]) -> list[str]:
         cells.append("-" if text is None else _number(text.perplexity))
         own = text is None or row.name == REFERENCE  # nothing to compare
         cells += ["-", "-"] if own else [_number(text.kl, 4), percent(text.top1)]
-        speeds = (row.prefill_tokens_per_s, row.decode_tokens_per_s)
-        cells += ["-" if speed is None else f"{speed:,.1f}" for speed in speeds]
+        cells.append("-" if row.prefill_tokens_per_s is None else f"{row.prefill_tokens_per_s:,.0f}")
         body.append(cells)
     return _table(header, body)
 

@@ -54,6 +54,8 @@ class Row:
             "snapkv:KEEP@document".
         sink_size, recent_size: window of the streaming heads, None for a folder's own (64 and 256 where the map comes
             from no folder).
+        chunk_size: tokens of a prefill step, None for the comparison's. It changes rounding alone, so the reference's
+            settings with another one show what numbers of this size mean.
 
     Raises:
         InputError: a value that is none of these, or two that exclude each other.
@@ -67,6 +69,7 @@ class Row:
     eviction: str = "none"
     sink_size: int | None = None
     recent_size: int | None = None
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -92,6 +95,8 @@ class Row:
             raise InputError(f"row {self.name}: head_map {kind} leaves nothing to choose: leave retrieval_ratio out")
         if self._has_window and kind == "full":
             raise InputError(f"row {self.name}: head_map full has no streaming heads: leave sink_size, recent_size out")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise InputError(f"row {self.name}: chunk_size {self.chunk_size} must be at least 1")
         if self.evicts is not None:
             if self.head_map != "full":
                 raise InputError(f"row {self.name}: {self.eviction} evicts from full attention: use head_map full")
@@ -132,13 +137,18 @@ class Row:
     def method(self) -> str:
         """What the row is one point of: its line in a plot."""
         if self.evicts is not None:
-            return self.evicts.method + (" before the question" if self.evicts.at_document else "")
+            return self.evicts.method + (" before the question" if self.evicts.at_document else "") + self._chunks
         kind, _, rest = self.head_map.partition(":")
         what = {"full": "full", "streaming": "all streaming", "random": "random map"}.get(kind)
         if what is None:
             what = f"inverted {Path(rest).name}" if kind == "inverted" else f"map {Path(self.head_map).name}"
         weights = f", {self.weights} weights" if self.weights else ""
-        return f"{what}, {self.kv}{weights}" + (", varied window" if self._has_window else "")
+        varied = ", varied window" if self._has_window else ""
+        return f"{what}, {self.kv}{weights}{varied}{self._chunks}"
+
+    @property
+    def _chunks(self) -> str:
+        return "" if self.chunk_size is None else f", chunks of {self.chunk_size:,}"
 
     @property
     def _has_window(self) -> bool:
@@ -210,6 +220,7 @@ _TYPES = {
     "eviction": str,
     "sink_size": int,
     "recent_size": int,
+    "chunk_size": int,
 }
 
 

@@ -55,7 +55,6 @@ class RowSummary:
     tasks: dict[str, TaskSummary]
     text: TextSummary | None
     prefill_tokens_per_s: float | None
-    decode_tokens_per_s: float | None
     kv_computed: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,7 +96,7 @@ def summarize(results: QualityResults, names: Iterable[str], label: str, length:
         None if length is None else sum(bytes_used) / len(bytes_used),
         None if length is None else max(r["kv"]["peak"] for r in records),
         tasks, _text(text, reference if compared else None) if text else None,
-        _mean(records, "prefill_tokens_per_s"), _mean(records, "decode_tokens_per_s"),
+        _mean(records, "prefill_tokens_per_s"),
         sum(computed) / len(computed) if computed and length is not None else None,
     )  # fmt: skip
 
