@@ -1,8 +1,8 @@
-"""Samples that teach and test reading long texts: real text with facts hidden in it, asked back at the end.
+"""Held-out tests of reading long texts: real text with facts hidden in it, asked back at the end.
 
-Everything is drawn from `random.Random(seed and index)`, so that a sample is the same in every process. Filler stays
-in token ids, as the corpus stores it; facts are put between lines or sentences of it. Questions and answers follow in
-the turns of the model's chat template.
+Everything is drawn from `random.Random(seed)`, so that a test is the same everywhere. Filler stays in token ids, as the
+corpus stores it; facts are put between lines or sentences of it. Questions and answers follow in the turns of the
+model's chat template. The training samples of scripts/long_samples.py are written with the same parts.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 _MARKS = ("<<first>>", "<<second>>", "<<third>>")
 _SEARCH = 96  # tokens looked through for the end of a line or sentence
-_MAX_SHARE = 0.4  # of a sample's tokens that facts, questions and answers may take together
-_MAKER_WEIGHTS = (50, 30, 8, 6, 6)  # any form, a number, a list, a last value, an order
-_NUMBER_FORMS = ("pass key", "secret number", "key and value", "constant in code")
 _KIND_WEIGHTS = {"prose": 50, "docs": 32, "code": 18}
 _HOP = 0.3  # how often the filler goes on at another place of the corpus when a document ends
 
@@ -110,21 +107,6 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A training sample.
-
-    Attributes:
-        token_ids: all of it, at most the length asked for.
-        answer_mask: 1 where a token belongs to an answer (or ends one) and is learned.
-        forms: names of the forms asked, in the order of the questions.
-    """
-
-    token_ids: list[int]
-    answer_mask: list[int]
-    forms: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class TestQuestion:
     """`document + token_ids + value_ids` is what a right answer reads like; `token_ids` ends before the value."""
 
@@ -145,7 +127,7 @@ class TestDocument:
 
 
 @dataclass
-class _Fact:
+class Fact:
     """Statements to hide (in this order of the text) and one question with its answer, split before the value."""
 
     form: str
@@ -158,10 +140,10 @@ class _Fact:
 
 
 class TaskWriter:
-    """Writes samples for one tokenizer."""
+    """Writes test documents for one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         roles = ("user", "assistant", "user")
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
         if getattr(tokenizer, "chat_template", None):
@@ -172,27 +154,25 @@ class TaskWriter:
         self.ask, rest = rest.split(_MARKS[1])
         self.next, self.last = rest.split(_MARKS[2])
         assert self.last == self.ask or not self.ask
-        # An answer ends with the first token of what follows it; with a template that is the end-of-turn token.
-        self._closing = self.encode(self.next)[:1]
         self._ends: dict[int, bool] = {}
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _ends_line(self, token: int) -> bool:
+    def ends_line(self, token: int) -> bool:
         if token not in self._ends:
-            text = self._tokenizer.decode([token])
+            text = self.tokenizer.decode([token])
             self._ends[token] = text.endswith(("\n", ".", "!", "?")) or "\n" in text
         return self._ends[token]
 
-    def _boundary(self, filler: Sequence[int], near: int) -> int:
+    def boundary(self, filler: Sequence[int], near: int) -> int:
         """The nearest place at or after `near` where a line or sentence ends, if there is one close by."""
         for place in range(max(1, near), min(len(filler), near + _SEARCH)):
-            if self._ends_line(filler[place - 1]):
+            if self.ends_line(filler[place - 1]):
                 return place
         return min(near, len(filler))
 
-    def _weave(self, filler: list[int], inserts: list[tuple[int, list[int]]]) -> list[int]:
+    def weave(self, filler: list[int], inserts: list[tuple[int, list[int]]]) -> list[int]:
         """`filler` with each (place, ids) put in, in the order of the places."""
         ids: list[int] = []
         done = 0
@@ -201,85 +181,9 @@ class TaskWriter:
             done = place
         return ids + filler[done:]
 
-    def _statement_ids(self, statement: str, filler: Sequence[int], place: int) -> list[int]:
-        line_end = place > 0 and "\n" in self._tokenizer.decode([filler[place - 1]])
+    def statement_ids(self, statement: str, filler: Sequence[int], place: int) -> list[int]:
+        line_end = place > 0 and "\n" in self.tokenizer.decode([filler[place - 1]])
         return self.encode(f"{statement}\n" if line_end else f" {statement}")
-
-    def training_sample(self, corpus: Corpus, seed: int | str, index: int, length: int) -> Sample:
-        """Sample `index` of `seed`: at most `length` tokens, and as near to it as whole answers allow.
-
-        Raises:
-            InputError: the length is too short for a single fact.
-        """
-        rng = random.Random(f"long task/{seed}/{index}/{length}")
-        drawn = _Draw(rng, words.TRAIN_NAMES)
-        head = self.encode(self.head + rng.choice(words.INTRODUCTIONS))
-        makers = (drawn.plain, drawn.number, drawn.listed, drawn.assigned, drawn.ordered)
-        facts: list[_Fact] = []
-        used = len(head) + 8
-        limit = max(int(_MAX_SHARE * length), min(length, 200))
-        for _ in range(rng.randint(4, 24)):
-            fact = rng.choices(makers, _MAKER_WEIGHTS)[0]()
-            cost = sum(len(self.encode(text)) + 2 for text in fact.statements) + len(self._turn(rng, fact)[0]) + 4
-            if used + cost > limit:
-                break
-            facts.append(fact)
-            used += cost
-        quotes = rng.choice((0, 1, 2, 2)) if length >= 1024 else 0
-        room = length - used - quotes * 120
-        if not facts or room < 16:
-            raise InputError(f"samples of {length} tokens are too short for a fact: ask for at least 256")
-        filler = corpus.stretch(rng, room)
-        inserts = []
-        for fact in facts:
-            places = sorted(self._boundary(filler, rng.randrange(len(filler))) for _ in fact.statements)
-            inserts += [
-                (place, self._statement_ids(text, filler, place))
-                for place, text in zip(places, fact.statements, strict=True)
-            ]
-        ids = head + self._weave(filler, inserts)
-        mask = [0] * len(ids)
-        turns: list[tuple[str, list[int], list[int]]] = []
-        for fact in facts:
-            turn_ids, turn_mask = self._turn(rng, fact)
-            turns.append((fact.form, turn_ids, turn_mask))
-        for _ in range(quotes):
-            turn = self._quote(rng, filler, [place for place, _ in inserts])
-            if turn is not None:
-                turns.append(("quote", *turn))
-        rng.shuffle(turns)
-        asked = []
-        for number, (form, turn_ids, turn_mask) in enumerate(turns):
-            lead = self.encode("\n\n") if number == 0 else self.encode(self.next)[1:]
-            if len(ids) + len(lead) + len(turn_ids) > length:
-                continue
-            ids += lead + turn_ids
-            mask += [0] * len(lead) + turn_mask
-            asked.append(form)
-        return Sample(ids, mask, tuple(asked))
-
-    def _turn(self, rng: random.Random, fact: _Fact) -> tuple[list[int], list[int]]:
-        """Question, answer and the end of the answer: ids, and 1 where they are learned."""
-        asked = self.encode(rng.choice(words.QUESTION_LEADS) + fact.question + self.ask)
-        answer = self.encode(fact.before + fact.value + fact.after) + self._closing
-        return asked + answer, [0] * len(asked) + [1] * len(answer)
-
-    def _quote(
-        self, rng: random.Random, filler: list[int], inserts: Sequence[int]
-    ) -> tuple[list[int], list[int]] | None:
-        """Ask for a passage by its beginning; None where it could not be told from another or does not read back."""
-        start = self._boundary(filler, rng.randrange(max(1, len(filler) - 100)))
-        passage = filler[start : start + rng.randint(24, 60)]
-        if any(start < place < start + len(passage) for place in inserts):
-            return None
-        beginning = self._tokenizer.decode(passage[:8]).strip()
-        if len(passage) < 24 or '"' in beginning or "\n" in beginning or len(beginning) < 12:
-            return None
-        if sum(filler[i : i + 8] == passage[:8] for i in range(len(filler)) if filler[i] == passage[0]) != 1:
-            return None
-        asked = self.encode(rng.choice(words.QUOTE_QUESTIONS).format(start=beginning) + self.ask)
-        answer = self.encode(self._tokenizer.decode(passage).strip()) + self._closing
-        return asked + answer, [0] * len(asked) + [1] * len(answer)
 
     def test_document(
         self, corpus: Corpus, seed: int | str, length: int, depths: Sequence[float], per_depth: int = 1,
@@ -293,7 +197,7 @@ class TaskWriter:
             InputError: the length is too short for so many facts.
         """
         rng = random.Random(f"long test/{seed}/{length}")
-        drawn = _Draw(rng, words.TEST_NAMES)
+        drawn = Draw(rng, words.TEST_NAMES)
         head = self.encode(self.head + words.TEST_INTRODUCTION)
         facts = [
             (depth, drawn.of_form(forms[(number * len(depths) + at) % len(forms)]))
@@ -310,9 +214,9 @@ class TaskWriter:
         inserts = []
         for depth, fact in facts:
             near = int(depth * (room - 1)) + (rng.randint(-room // 100, room // 100) if 0 < depth < 1 else 0)
-            place = 0 if depth == 0 else room if depth == 1 else self._boundary(filler, max(0, min(near, room - 1)))
-            inserts.append((place, self._statement_ids(fact.statements[0], filler, place)))
-        ids = head + self._weave(filler, inserts) + self.encode("\n\n")
+            place = 0 if depth == 0 else room if depth == 1 else self.boundary(filler, max(0, min(near, room - 1)))
+            inserts.append((place, self.statement_ids(fact.statements[0], filler, place)))
+        ids = head + self.weave(filler, inserts) + self.encode("\n\n")
         return TestDocument(
             ids,
             tuple(
@@ -321,7 +225,7 @@ class TaskWriter:
             ),
         )
 
-    def _split_turn(self, fact: _Fact) -> tuple[list[int], list[int]]:
+    def _split_turn(self, fact: Fact) -> tuple[list[int], list[int]]:
         """Ids up to the value of the answer, and the value's; an answer's space before the value goes with it."""
         before = fact.before.rstrip(" ")
         asked = self.encode(fact.question + self.ask + before)
@@ -331,7 +235,7 @@ class TaskWriter:
         return asked, told[len(asked) :]
 
 
-class _Draw:
+class Draw:
     """Draws subjects and values, no subject and no number twice in a sample."""
 
     def __init__(self, rng: random.Random, names: Sequence[str]) -> None:
@@ -339,51 +243,16 @@ class _Draw:
         self._names = names
         self._taken: set[str] = set()
 
-    def plain(self) -> _Fact:
-        return self.of_form(self._rng.choice(words.TRAIN_FORMS))
-
-    def number(self) -> _Fact:
-        """One of the forms whose value is a plain number: the hardest to copy exactly."""
-        return self.of_form(self._rng.choice([form for form in words.TRAIN_FORMS if form.name in _NUMBER_FORMS]))
-
-    def of_form(self, form: words.Form) -> _Fact:
+    def of_form(self, form: words.Form) -> Fact:
         rng = self._rng
         subject, fields = self._subject(form.subject)
         value = self._value(form.value)
         statement, question, answer = rng.choice(form.statements), rng.choice(form.questions), rng.choice(form.answers)
         before, _, after = answer.partition("{value}")
-        return _Fact(
+        return Fact(
             form.name, [statement.format(value=value, **fields)], question.format(**fields),
             before.format(**fields), value, after.format(**fields), subject,
         )  # fmt: skip
-
-    def listed(self) -> _Fact:
-        """Two to four things that one person bought, at different places of the text, all in one answer."""
-        rng = self._rng
-        subject = self._person()
-        things = rng.sample(words.THINGS, rng.randint(2, 4))
-        statements = [rng.choice(words.LIST_STATEMENTS).format(subject=subject, value=thing) for thing in things]
-        answer = ", ".join(things[:-1]) + f" and {things[-1]}"
-        return _Fact("list", statements, rng.choice(words.LIST_QUESTIONS).format(subject=subject), "", answer, ".")
-
-    def assigned(self) -> _Fact:
-        """A variable that is set two or three times: the last value counts."""
-        rng = self._rng
-        subject = self._new(self._identifier)
-        values = [self._value("digits") for _ in range(rng.randint(2, 3))]
-        pattern = rng.choice(words.ASSIGN_STATEMENTS)
-        statements = [pattern.format(subject=subject, value=value) for value in values]
-        question = rng.choice(words.ASSIGN_QUESTIONS).format(subject=subject)
-        return _Fact("last value", statements, question, rng.choice(("", "The last value is ")), values[-1])
-
-    def ordered(self) -> _Fact:
-        """Which of two people comes first in the text."""
-        rng = self._rng
-        first, second = self._person(), self._person()
-        city = rng.choice(words.CITIES)
-        statements = [f"{first} sent greetings from {city}.", f"{second} sent greetings as well."]
-        a, b = rng.sample((first, second), 2)
-        return _Fact("which first", statements, rng.choice(words.ORDER_QUESTIONS).format(a=a, b=b), "", first)
 
     def _new(self, make: Callable[[], str]) -> str:
         while True:

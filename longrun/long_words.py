@@ -130,10 +130,10 @@ TRAIN_FORMS: tuple[Form, ...] = (
         ),
         (
             'Which code does the JSON record with id "{subject}" hold?',
-            "What is the code of {subject} in the JSON data?",
+            "What code does {subject} have in the JSON data?",
             "Find the record {subject} and give its code.",
         ),
-        ("The code of {subject} is {value}", "{value}", "{subject}: {value}"),
+        ("The record {subject} holds the code {value}", "{value}", "{subject}: {value}"),
     ),
     Form(
         "key and value", "slug", "digits",
@@ -160,7 +160,7 @@ TRAIN_FORMS: tuple[Form, ...] = (
         ("{subject_0} hid the {subject_1} {value}.", "The {subject_1} is {value}.", "It is {value}."),
     ),
     Form(
-        "who hid it", "thing", "person",
+        "who hid it", "colour and thing", "person",
         (
             "The {subject} was hidden by {value}.",
             "{value} was the one who hid the {subject}.",

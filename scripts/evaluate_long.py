@@ -1,8 +1,9 @@
 """How well a model with a long-text adapter reads: held-out facts by length and depth, perplexity, a few answers.
 
-Texts, names and forms are those training never saw. Facts are asked with the answer begun, and count only where every
-token of the value is the likeliest one; the text of a trial is read once, by longrun with full attention. Perplexity
-at 4K tokens of held-out prose and the chat answers are the trained model's beside the original's, by transformers.
+Texts, names and forms are those training never saw. Facts are asked with the answer begun, and count as exact only
+where every token of the value is the likeliest one; first tokens are counted as well. Texts with 30 facts (five of
+every form compete) and with five are apart. A text is read once, by longrun with full attention. Perplexity at 4K
+tokens of held-out prose and the chat answers are the trained model's beside the original's, by transformers.
 Example: python scripts/evaluate_long.py --adapter out/long-train/adapter --data out/long-data --lengths 8K,64K
 """
 
@@ -14,7 +15,7 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from long_lora import LoraModel
 
 import longrun
 from longrun.cli import run
-from longrun.long_tasks import Corpus, TaskWriter
+from longrun.errors import InputError
+from longrun.long_tasks import Corpus, TaskWriter, TestDocument, TestQuestion
 from longrun.model.adapter import CONFIG_FILE
 from longrun.model.choice import choose_model
 from longrun.placement import DEFAULT_WEIGHT_FORMAT
@@ -38,37 +40,89 @@ WINDOW = 4096
 SPARE = 96  # tokens of a question and its answer beyond the document
 
 
-def recall(runtime: longrun.Runtime, corpus: Corpus, lengths: Sequence[int], depths: int, per_depth: int, trials: int,
-           seed: int) -> list[dict[str, Any]]:  # fmt: skip
-    """One record a length: counts of exact values in all, by depth and by form, and what was wrong."""
+def recall(
+    runtime: longrun.Runtime, corpus: Corpus, lengths: Sequence[int], depths: int, densities: Sequence[tuple[int, int]],
+    seed: int,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """One record a length and density, as soon as it is done: counts of exact values and what was wrong.
+
+    Args:
+        densities: (facts at every depth of a text, texts) each.
+
+    Yields:
+        `exact` and `first`: [right, asked] in all, by depth and by form, of values whose tokens are all the likeliest
+        ones, and of those whose first token that is not a space is (and a space before it): the fact was found.
+    """
     writer = TaskWriter(runtime.tokenizer)
     places = [number / (depths - 1) for number in range(depths)] if depths > 1 else [0.5]
-    records = []
     for length in lengths:
-        right: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-        wrong = []
-        started = time.perf_counter()
-        for trial in range(trials):
-            document = writer.test_document(corpus, f"{seed}/{trial}", length, places, per_depth)
-            session = runtime.new_session(length + SPARE)
-            session.prefill(document.token_ids)
-            end = session.mark()
-            for question in document.questions:
-                session.rewind(end)
-                session.prefill(question.token_ids)
-                told = session.score(question.value_ids).argmax(dim=-1).tolist()
-                exact = told == list(question.value_ids)
-                for key in ("all", f"depth {question.depth:g}", f"form {question.form}"):
-                    right[key][0] += exact
-                    right[key][1] += 1
-                if not exact:
-                    wrong.append([question.form, question.depth, question.value, runtime.tokenizer.decode(told)])
-            del session
-            gc.collect()
-        seconds = round(time.perf_counter() - started, 1)
-        records.append({"length": length, "exact": dict(right), "wrong": wrong[:20], "seconds": seconds})
-        print(f"{format_tokens(length)}: " + ", ".join(f"{k} {a}/{b}" for k, (a, b) in right.items()), flush=True)
-    return records
+        for per_depth, trials in densities:
+            started = time.perf_counter()
+            exact: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+            first: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+            wrong = []
+            for trial in range(trials):
+                document = writer.test_document(corpus, f"{seed}/{trial}", length, places, per_depth)
+                for question, told in answer(runtime, document, length):
+                    same = [a == b for a, b in zip(told, question.value_ids, strict=True)]
+                    begun = first_token(runtime.tokenizer, question.value_ids) + 1
+                    for key in ("all", f"depth {question.depth:g}", f"form {question.form}"):
+                        for counts, right in ((exact, all(same)), (first, all(same[:begun]))):
+                            counts[key][0] += right
+                            counts[key][1] += 1
+                    if not all(same):
+                        wrong.append([question.form, question.depth, question.value, runtime.tokenizer.decode(told)])
+                print(f"  text {trial + 1} of {trials}, {time.perf_counter() - started:.1f} s", flush=True)
+            seconds = round(time.perf_counter() - started, 1)
+            yield {
+                "length": length, "facts": per_depth * depths, "texts": trials, "exact": dict(exact),
+                "first": dict(first), "wrong": wrong[:20], "seconds": seconds,
+            }  # fmt: skip
+
+
+def answer(
+    runtime: longrun.Runtime, document: TestDocument, length: int
+) -> Iterator[tuple[TestQuestion, Sequence[int]]]:
+    """Each question with the likeliest token at every place of its value; the document is read once."""
+    session = runtime.new_session(length + SPARE)
+    session.prefill(document.token_ids)
+    end = session.mark()
+    for question in document.questions:
+        session.rewind(end)
+        session.prefill(question.token_ids)
+        yield question, session.score(question.value_ids).argmax(dim=-1).tolist()
+    del session
+    gc.collect()
+
+
+def first_token(tokenizer: Any, value_ids: Sequence[int]) -> int:
+    """The place of the first token of a value that is not a space."""
+    return next(number for number, token in enumerate(value_ids) if tokenizer.decode([token]).strip())
+
+
+def show(record: dict[str, Any]) -> None:
+    """A line of what was found right, and one by depth and form."""
+    (exact, asked), (found, _) = record["exact"]["all"], record["first"]["all"]
+    parts = ", ".join(f"{key} {right}/{count}" for key, (right, count) in record["exact"].items() if key != "all")
+    print(
+        f"{format_tokens(record['length'])}, {record['facts']} facts a text: {exact}/{asked} exact, "
+        f"{found}/{asked} first tokens, {record['seconds']} s\n  {parts}",
+        flush=True,
+    )
+
+
+def read_densities(per_depth: str, trials: str) -> list[tuple[int, int]]:
+    """(facts at every depth, texts) from the lists of --per-depth and --trials. Raises `InputError` on bad lists."""
+    try:
+        facts, texts = ([int(part) for part in text.split(",")] for text in (per_depth, trials))
+    except ValueError:
+        raise InputError(f"--per-depth {per_depth} and --trials {trials}: give whole numbers, as in 6,1") from None
+    if len(facts) != len(texts) or min(facts + texts) < 1:
+        raise InputError(
+            f"--per-depth {per_depth} has {len(facts)} and --trials {trials} has {len(texts)} numbers: give as many of "
+            "both, each of at least 1"
+        )
+    return list(zip(facts, texts, strict=True))
 
 
 def perplexity(lora: LoraModel, corpus: Corpus, windows: int, original: bool) -> float:
@@ -122,8 +176,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="what make_long_data.py wrote")
     parser.add_argument("--lengths", default="8K,32K,64K,128K", metavar="8K,...")
     parser.add_argument("--depths", type=int, default=5, metavar="N")
-    parser.add_argument("--per-depth", type=int, default=6, metavar="N", help="facts at every depth of a text")
-    parser.add_argument("--trials", type=int, default=2, metavar="N", help="texts a length")
+    parser.add_argument(
+        "--per-depth",
+        default="6,1",
+        metavar="N,...",
+        help="facts at every depth of a text: dense texts and sparse ones",
+    )
+    parser.add_argument("--trials", default="2,6", metavar="N,...", help="texts a length, for each of --per-depth")
     parser.add_argument("--kv", default="bf16", choices=["int4", "bf16", "fp32"])
     parser.add_argument(
         "--weights", choices=["fp32", "bf16", "int8", "nf4"], help="default: fp32 on a CPU, bf16 on a GPU"
@@ -146,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(choice.notice, flush=True)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     arguments.weights = arguments.weights or DEFAULT_WEIGHT_FORMAT[device.type]
+    densities = read_densities(arguments.per_depth, arguments.trials)
     corpus = Corpus.read(arguments.data, "held_out")
     lengths = [parse_tokens(text, "--lengths") for text in arguments.lengths.split(",")]
     results: dict[str, Any] = {
@@ -164,12 +224,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.model, adapter=arguments.adapter, kv_format=arguments.kv, weight_format=arguments.weights,
         budget=arguments.budget, device=device.type, ctx=max(lengths) + SPARE,
     )  # fmt: skip
-    results["recall"] = recall(
-        runtime, corpus, lengths, arguments.depths, arguments.per_depth, arguments.trials, arguments.seed
-    )
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results["recall"] = []
+    for record in recall(runtime, corpus, lengths, arguments.depths, densities, arguments.seed):
+        show(record)
+        results["recall"].append(record)
+        if arguments.out is not None:  # after every length: the longest may not be reached
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

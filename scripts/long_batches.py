@@ -16,9 +16,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from long_positions import stretched
 from long_recipe import Recipe
+from long_samples import Sample, SampleWriter
 
-from longrun.long_tasks import Corpus, Sample, TaskWriter
+from longrun.long_tasks import Corpus
 
 TOGETHER = 65_536
 """As many samples run side by side as have at most so many tokens, and at least one."""
@@ -27,51 +29,81 @@ _PATIENCE = 120.0  # seconds; a step's samples take less than one
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples side by side, filled up at the end: int64 [batch, T] ids; bool [batch, T] answers and drawn text.
+    """Samples side by side, filled up at the end to the length of their stage.
 
     A position is marked where its own token is learned; it is predicted from the one before it.
+
+    Attributes:
+        token_ids: int64 [batch, T].
+        weights: float32 [batch, T], what a token of an answer weighs in the loss, 0 elsewhere.
+        text: bool [batch, T], the drawn places of the text.
+        values: int64 [values, 3], (start, first, stop) of every value asked (`Sample.values`) in the flattened batch.
+        positions: int64 [batch, T], of RoPE; None where every sample is numbered from 0.
+        forms: names of the forms asked, sample after sample.
     """
 
     token_ids: np.ndarray
-    answers: np.ndarray
+    weights: np.ndarray
     text: np.ndarray
+    values: np.ndarray
+    positions: np.ndarray | None
     forms: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    sample: Sample
+    text: list[int]
+    positions: np.ndarray | None
+
+
 def make_share(
-    writer: TaskWriter, corpus: Corpus, recipe: Recipe, pad_id: int, rank: int, world: int, step: int
+    writer: SampleWriter, corpus: Corpus, recipe: Recipe, pad_id: int, rank: int, world: int, step: int
 ) -> list[Batch]:
     """What process `rank` of `world` learns from at a step: every `world`-th sample, in batches of `TOGETHER` tokens.
 
-    A sample and the places drawn of its text depend on the seed and its number alone.
+    A sample, the places drawn of its text and its positions depend on the seed and its number alone.
     """
-    _, length, batch, first = recipe.at(step)
-    seed, positions = recipe.numbers["seed"], recipe.numbers["text_positions"]
+    stage, _, first = recipe.at(step)
+    seed, places = recipe.numbers["seed"], recipe.numbers["text_positions"]
     share = []
-    for number in range(rank, batch, world):
-        sample = writer.training_sample(corpus, seed, first + number, length)
-        drawn = positions // batch + (number < positions % batch)
-        share.append((sample, _draw_text(sample, random.Random(f"text/{seed}/{first + number}"), drawn)))
-    together = max(1, TOGETHER // length)
-    return [_side_by_side(share[start : start + together], pad_id) for start in range(0, len(share), together)]
+    for number in range(rank, stage.batch, world):
+        sample = writer.training_sample(corpus, seed, first + number, stage.length)
+        rng = random.Random(f"text/{seed}/{first + number}")
+        text = _draw_text(sample, rng, places // stage.batch + (number < places % stage.batch))
+        jumps = rng.random() < stage.stretched
+        positions = stretched(rng, len(sample.token_ids), sample.joints, recipe.window) if jumps else None
+        share.append(_Drawn(sample, text, positions))
+    together = max(1, TOGETHER // stage.length)
+    parts = [share[start : start + together] for start in range(0, len(share), together)]
+    return [_side_by_side(part, stage.length, pad_id) for part in parts]
 
 
 def _draw_text(sample: Sample, rng: random.Random, count: int) -> list[int]:
     """`count` places of the text, or all where it has fewer; never the first, which nothing comes before."""
-    text = [place for place in range(1, len(sample.token_ids)) if not sample.answer_mask[place]]
+    text = [place for place in range(1, len(sample.token_ids)) if not sample.weights[place]]
     return rng.sample(text, min(count, len(text)))
 
 
-def _side_by_side(share: list[tuple[Sample, list[int]]], pad_id: int) -> Batch:
-    shape = len(share), max(len(sample.token_ids) for sample, _ in share)
+def _side_by_side(share: list[_Drawn], length: int, pad_id: int) -> Batch:
+    shape = len(share), length
     ids = np.full(shape, pad_id, dtype=np.int64)
-    answers, text = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-    for row, (sample, drawn) in enumerate(share):
-        count = len(sample.token_ids)
-        ids[row, :count] = sample.token_ids
-        answers[row, :count] = sample.answer_mask
-        text[row, drawn] = True
-    return Batch(ids, answers, text, tuple(form for sample, _ in share for form in sample.forms))
+    weights, text = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=bool)
+    positions = np.tile(np.arange(length, dtype=np.int64), (len(share), 1))
+    values = []
+    for row, one in enumerate(share):
+        count = len(one.sample.token_ids)
+        ids[row, :count] = one.sample.token_ids
+        weights[row, :count] = one.sample.weights
+        text[row, one.text] = True
+        values += [[row * length + place for place in value] for value in one.sample.values]
+        if one.positions is not None:
+            positions[row, :count] = one.positions
+    return Batch(
+        ids, weights, text, np.asarray(values, dtype=np.int64).reshape(-1, 3),
+        positions if any(one.positions is not None for one in share) else None,
+        tuple(form for one in share for form in one.sample.forms),
+    )  # fmt: skip
 
 
 class BatchMaker:

@@ -65,6 +65,8 @@ class LoraModel:
         self._frequencies = rotary.inv_freq
         self._original_frequencies = type(rotary)(original).inv_freq.to(device)
         assert self._frequencies.dtype == torch.float32
+        self._positions: Tensor | None = None
+        rotary.register_forward_pre_hook(self._place, with_kwargs=True)
         self.layers: dict[str, LoraLinear] = {}
         generator = torch.Generator().manual_seed(settings.get("seed", 0))
         for name, module in list(self.model.named_modules()):
@@ -89,6 +91,27 @@ class LoraModel:
         finally:
             self._switch(True)
             rotary.inv_freq = self._frequencies
+
+    @contextmanager
+    def at_positions(self, positions: Tensor | None) -> Iterator[None]:
+        """Within it RoPE turns by these positions, int64 [batch, T]; with None by 0, 1, 2 ... as always.
+
+        They are given to the rotary embedding alone: as `position_ids` of the model, positions that jump would be taken
+        for several packed texts, and a mask of T x T be made of them. Angles are computed in float32.
+        """
+        self._positions = positions
+        try:
+            yield
+        finally:
+            self._positions = None
+
+    def _place(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if self._positions is None:
+            return None
+        x = args[0] if args else kwargs["x"]
+        if self._positions.shape != x.shape[:2]:
+            raise ValueError(f"positions are {tuple(self._positions.shape)}, and the batch is {tuple(x.shape[:2])}")
+        return (x,), {"position_ids": self._positions}
 
     def _switch(self, enabled: bool) -> None:
         for layer in self.layers.values():

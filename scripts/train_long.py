@@ -1,11 +1,12 @@
 """Teach the demo model to read long texts: LoRA on all linears, a larger RoPE base, stages of growing length.
 
-The loss of a step is the cross entropy of the answers, plus `text_weight` times that of the next token at random
-places of the text, plus `keep_weight` times the divergence from the original model on short text and on its own chat
-answers. Everything random is drawn from the seed and the number of the step, sample or chat, so that a run that was
-stopped (SIGTERM, --stop-after) goes on as if it had not been, and torchrun's processes, each with its share of every
-step, take the steps that one process would take. Writes to --out: log.jsonl, state.pt (to go on from) and adapter/
-(what ships).
+The loss of a step is the weighted cross entropy of the answers, plus `text_weight` times that of the next token at
+random places of the text, plus `keep_weight` times the divergence from the original model on short text and on its own
+chat answers. What to watch in the log is `exact`: the share of the values asked of which every token was the likeliest
+one, given those before it; `first` is that of their first tokens alone, where a fact has to be found. Everything random
+is drawn from the seed and the number of the step, sample or chat, so that a run that was stopped (SIGTERM,
+--stop-after) goes on as if it had not been, and torchrun's processes, each with its share of every step, take the steps
+that one process would take. Writes to --out: log.jsonl, state.pt (to go on from) and adapter/ (what ships).
 Example: python scripts/train_long.py --data out/long-data --out out/long-train --stop-after 540
 """
 
@@ -16,12 +17,10 @@ import hashlib
 import json
 import math
 import os
-import random
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,20 +31,21 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import long_recompute
+from long_attention import KERNELS, Attention
 from long_batches import Batch, BatchMaker, make_share
-from long_chat import chat_prompts
+from long_keep import Keeper, own_answers
 from long_lora import LoraModel
 from long_ranks import Ranks, world_size
 from long_recipe import DEFAULT_RECIPE, Recipe
+from long_samples import AnswerWeights, SampleWriter
 
 from longrun.cli import run
 from longrun.errors import InputError
-from longrun.long_tasks import Corpus, TaskWriter
+from longrun.long_tasks import Corpus
 from longrun.model.checkpoint import weights_fingerprint
 
 STOPPED = 3  # exit status: stopped before the end, the same command goes on
-_CHATS_TOGETHER = 48
-_KEPT_TOKENS = 16_384  # side by side on a GPU, up to which activations stay (about 20 GB) instead of being recomputed
 
 
 class Trainer:
@@ -63,16 +63,18 @@ class Trainer:
         from transformers import AutoTokenizer
 
         recipe.check_world(ranks.world)
-        self.out, self.recipe, self.ranks, self.device, self.attention = out, recipe, ranks, ranks.device, attention
+        self.out, self.recipe, self.ranks, self.device = out, recipe, ranks, ranks.device
+        self.attention = Attention(attention, ranks, dtype)
         numbers = recipe.numbers
         self.identity = {
-            "recipe": json.loads(json.dumps([numbers, recipe.stages])),
+            "recipe": recipe.identity(),
             "base_weights": weights_fingerprint(model_dir),
             "data": hashlib.sha256((data / "train.tokens.xz").read_bytes()).hexdigest(),
             "start_from": None if start_from is None else start_from.name,
         }
         self.tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
-        self.writer = TaskWriter(self.tokenizer)
+        weights = AnswerWeights(*(numbers[f"{key}_weight"] for key in ("first", "rest", "around", "first_turn")))
+        self.writer = SampleWriter(self.tokenizer, weights)
         self.corpus = Corpus.read(data, "train")
         pad = self.tokenizer.pad_token_id
         self.pad_id = 0 if pad is None else pad
@@ -92,7 +94,10 @@ class Trainer:
         if ranks.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
         if not self._resume():
-            self.chats = self._own_answers()
+            self.chats = own_answers(self.lora, self.tokenizer, self.writer, ranks, numbers)
+        self.keeper = Keeper(self.lora, self.corpus, self.chats, numbers, self.pad_id, self._hidden)
+        per_token = long_recompute.activation_bytes(self.lora.model.config, numbers["rank"], dtype.itemsize)
+        self._kept_tokens = long_recompute.most_kept_tokens(self.device, per_token)
 
     # What is written
 
@@ -103,7 +108,13 @@ class Trainer:
             return False
         state = torch.load(file, map_location="cpu", weights_only=True)
         for key, value in self.identity.items():
-            if state["identity"][key] != value:
+            earlier = state["identity"][key]
+            if key == "recipe" and not self.recipe.goes_on_from(earlier, state["step"]):
+                raise InputError(
+                    f"{file} was written with another recipe, and stands at step {state['step']}: give the same up to "
+                    "there, or another --out"
+                )
+            if key != "recipe" and earlier != value:
                 raise InputError(f"{file} was written with another {key}: give the same, or another --out")
         self.lora.load_state(state["lora"], str(file))
         self.optimizer.load_state_dict(state["optimizer"])
@@ -145,24 +156,29 @@ class Trainer:
         earlier = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
         model = self.lora.model
         model.train()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        long_recompute.enable(model)
         self.log({
             "event": "started", "step": self.step, "of": self.recipe.steps, "identity": self.identity,
             "torch": torch.__version__, "device": self._device_name(), "processes": self.ranks.world,
+            "kept_tokens": self._kept_tokens,
         })  # fmt: skip
         first, slowest = self.step, 0.0
         try:
-            with self._only_attention():
-                while self.step < self.recipe.steps and self.step - first != most_steps:
-                    now = time.monotonic()
-                    if self.ranks.any(bool(stop) or now - started + slowest > stop_after):
-                        break
-                    batches = self._maker.take(self.step, order_next=self.step + 1 < self.recipe.steps)
+            while self.step < self.recipe.steps and self.step - first != most_steps:
+                now = time.monotonic()
+                if self.ranks.any(bool(stop) or now - started + slowest > stop_after):
+                    break
+                batches = self._maker.take(self.step, order_next=self.step + 1 < self.recipe.steps)
+                measured = self.attention.choose(self.lora.model.config, *batches[0].token_ids.shape)
+                if measured is not None:
+                    self.log(measured)
+                with self.attention.using():
                     self._step(batches, started)
-                    # Steps of the next stage are longer: a stage's first may take several times the last one's.
-                    slowest = (time.monotonic() - now) * (4 if self._stage_ends() else 1.5)
-                    if self.step % save_every == 0:
-                        self.save()
+                # Steps of the next stage are longer: a stage's first may take several times the last one's.
+                ends = self.recipe.ends_stage(self.step)
+                slowest = (time.monotonic() - now) * (4 if ends else 1.5)
+                if ends or self.step % save_every == 0:
+                    self.save()
             finished = self.step == self.recipe.steps
             self.save()
             self.log({"event": "finished" if finished else "stopped", "step": self.step,
@@ -172,17 +188,6 @@ class Trainer:
             signal.signal(signal.SIGTERM, earlier)
         return finished
 
-    def _only_attention(self) -> AbstractContextManager[None]:
-        """On a GPU with bf16 the one kernel asked for: what it cannot run is an error then, and no T x T matrix."""
-        if self.device.type != "cuda" or self.lora.model.lm_head.weight.dtype != torch.bfloat16:
-            return nullcontext()
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        return sdpa_kernel({"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[self.attention])
-
-    def _stage_ends(self) -> bool:
-        return self.step < self.recipe.steps and self.recipe.at(self.step)[0] != self.recipe.at(self.step - 1)[0]
-
     def _step(self, batches: list[Batch], started: float) -> None:
         """One step of the optimizer with the gradient of all processes' batches."""
         began = time.monotonic()
@@ -191,37 +196,43 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         counts = self._counts(batches)
-        sums = torch.zeros(3, device=self.device)
+        sums = torch.zeros(5, device=self.device)  # answers, text, to keep, values found, values exact
         for batch in batches:
-            losses = torch.stack(self._losses(batch)) / counts[:2]
+            losses, right = self._losses(batch)
+            losses = losses / counts[:2]
             (losses[0] + numbers["text_weight"] * losses[1]).backward()
             sums[:2] += losses.detach()
-        if numbers["keep_weight"] and (own := range(self.ranks.rank, numbers["keep_batch"], self.ranks.world)):
-            keep = self._keep_loss(own) / numbers["keep_batch"]
-            (numbers["keep_weight"] * keep).backward()
-            sums[2] += keep.detach()
+            sums[3:] += right / counts[2]
+        if numbers["keep_weight"]:
+            own = range(self.ranks.rank, numbers["keep_batch"], self.ranks.world)
+            for keep in self.keeper.losses(self.step, own):
+                (numbers["keep_weight"] * keep / numbers["keep_batch"]).backward()
+                sums[2] += keep.detach() / numbers["keep_batch"]
         sums = self._add_up(sums)
         norm = torch.nn.utils.clip_grad_norm_(self.lora.parameters(), numbers["clip"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        answer, text, keep_loss, gradient, tokens = torch.cat([sums, norm[None], counts[2:]]).tolist()
-        stage, length, _, _ = self.recipe.at(self.step)
+        answer, text, keep_loss, first, exact, gradient, values, tokens = torch.cat(
+            [sums, norm[None], counts[2:]]
+        ).tolist()
+        stage, number, _ = self.recipe.at(self.step)
         self.step += 1
         seconds = time.monotonic() - began
         self.log({
-            "step": self.step, "stage": stage, "length": length, "answer": round(answer, 5), "text": round(text, 5),
-            **({"keep": round(keep_loss, 5)} if numbers["keep_weight"] else {}), "rate": round(rate, 7),
+            "step": self.step, "stage": number, "length": stage.length, "answer": round(answer, 5),
+            "text": round(text, 5), **({"keep": round(keep_loss, 5)} if numbers["keep_weight"] else {}),
+            "first": round(first, 4), "exact": round(exact, 4), "values": round(values), "rate": round(rate, 7),
             "gradient": round(gradient, 4), "seconds": round(seconds, 3), "tokens_per_s": round(tokens / seconds),
             "elapsed": round(time.monotonic() - started, 1), **self._memory(),
         })  # fmt: skip
         if not math.isfinite(answer) or not math.isfinite(gradient):
-            raise InputError(f"the loss of step {self.step} is not finite: lower peak_rate")
+            raise InputError(f"the loss of step {self.step} is not finite: lower the rate of its stage")
 
     def _counts(self, batches: list[Batch]) -> Tensor:
-        """float32 [3] of all processes: answers and places of text that are learned, and tokens read."""
-        own = [(batch.answers.sum(), batch.text.sum(), batch.token_ids.size) for batch in batches]
+        """float32 [4] of all processes: weight of answers and places of text learned, values asked, tokens read."""
+        own = [(b.weights.sum(), b.text.sum(), len(b.values), b.token_ids.size) for b in batches]
         counts = self.ranks.sum(torch.tensor([float(sum(part)) for part in zip(*own, strict=True)], device=self.device))
-        return counts.clamp(min=1.0)
+        return torch.where(counts > 0, counts, 1.0)
 
     def _add_up(self, sums: Tensor) -> Tensor:
         """Make every gradient the sum over the processes, in one exchange; returns that of `sums`, float32 [n]."""
@@ -239,85 +250,40 @@ class Trainer:
 
         No mask is given, and none is made of it: attention is causal, and nothing attends to what comes after it.
         """
-        model = self.lora.model.model
-        recompute = self.device.type != "cuda" or ids.numel() > _KEPT_TOKENS
-        for layer in model.layers:
-            layer.gradient_checkpointing = recompute
-        return model(input_ids=ids, use_cache=False).last_hidden_state
+        model = self.lora.model
+        long_recompute.recompute(model, ids.numel() > self._kept_tokens)
+        return model.model(input_ids=ids, use_cache=False).last_hidden_state
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sums of the cross entropy of the answers and of the drawn places of the text; logits only of these."""
+        """Logits only of what is learned.
+
+        Returns:
+            Sums of the weighted cross entropy of the answers and of that of the drawn text, float32 [2]; how many
+            values' first tokens were the likeliest ones, and how many values all of whose tokens were, float32 [2].
+        """
         ids = torch.from_numpy(batch.token_ids).to(self.device)
-        hidden = self._hidden(ids).flatten(0, 1)
-        found = []
-        for marked in (batch.answers, batch.text):
-            # Place p is predicted from the hidden state before it; no sample begins with a learned token.
-            places = torch.from_numpy(marked.ravel().nonzero()[0]).to(self.device)
-            logits = self.lora.model.lm_head(hidden[places - 1]).float()
-            found.append(F.cross_entropy(logits, ids.flatten()[places], reduction="sum"))
-        return found[0], found[1]
+        positions = None if batch.positions is None else torch.from_numpy(batch.positions).to(self.device)
+        with self.lora.at_positions(positions):
+            hidden = self._hidden(ids).flatten(0, 1)
+        weights = torch.from_numpy(batch.weights.ravel())
+        places = weights.nonzero()[:, 0]
+        each, right = self._cross_entropy(hidden, ids, places.to(self.device))
+        answers = (each * weights[places].to(self.device)).sum()
+        text, _ = self._cross_entropy(hidden, ids, torch.from_numpy(batch.text.ravel()).nonzero()[:, 0].to(self.device))
+        wrong_before = torch.zeros(len(weights) + 1, device=self.device)
+        wrong_before[places.to(self.device) + 1] = (~right).float()
+        wrong_before = wrong_before.cumsum(dim=0)
+        start, first, stop = torch.from_numpy(batch.values).to(self.device).unbind(dim=1)
+        found = wrong_before[first + 1] == wrong_before[start]
+        exact = wrong_before[stop] == wrong_before[start]
+        return torch.stack([answers, text.sum()]), torch.stack([found.sum(), exact.sum()]).float()
 
-    def _keep_loss(self, own: Sequence[int]) -> Tensor:
-        """Divergence (nats a token) of the model from the original, summed over the step's texts of these numbers.
-
-        A text is a short one of the corpus or, every other time, some of the original's own answers.
-        """
-        numbers = self.recipe.numbers
-        length = numbers["keep_tokens"]
-        rows, places = [], []
-        for number in own:
-            rng = random.Random(f"keep/{numbers['seed']}/{self.step}/{number}")
-            if self.chats and (self.step + number) % 2:
-                ids: list[int] = []
-                while len(ids) < length:
-                    ids += rng.choice(self.chats)
-                ids = ids[:length]
-            else:
-                ids = self.corpus.stretch(rng, length)
-            drawn = sorted(rng.sample(range(length), min(length, numbers["keep_positions"])))
-            places += [len(rows) * length + place for place in drawn]
-            rows.append(ids)
-        batch, chosen = torch.tensor(rows, device=self.device), torch.tensor(places, device=self.device)
-        head = self.lora.model.lm_head
-        with torch.no_grad(), self.lora.as_original():
-            wanted = F.log_softmax(head(self._hidden(batch).flatten(0, 1)[chosen]).float(), dim=-1)
-        got = F.log_softmax(head(self._hidden(batch).flatten(0, 1)[chosen]).float(), dim=-1)
-        return F.kl_div(got, wanted, log_target=True, reduction="sum") * len(rows) / len(places)
-
-    def _own_answers(self) -> list[list[int]]:
-        """What the original model answers to short questions, drawn at temperature 1: chats as token ids.
-
-        Drawn in parts of a fixed size, each with a seed of its own, whichever process draws it.
-        """
-        numbers = self.recipe.numbers
-        prompts = chat_prompts(numbers["chat_answers"])
-        parts = [prompts[start : start + _CHATS_TOGETHER] for start in range(0, len(prompts), _CHATS_TOGETHER)]
-        own: dict[int, list[list[int]]] = {}
-        self.lora.model.eval()
-        for number in range(self.ranks.rank, len(parts), self.ranks.world):
-            torch.manual_seed(numbers["seed"] * 1000 + number)
-            rows = [self.writer.encode(self.writer.head + text + self.writer.ask) for text in parts[number]]
-            answers = self.generate(rows, numbers["chat_tokens"], sample=True, original=True)
-            own[number] = [row + answer for row, answer in zip(rows, answers, strict=True)]
-        found = {number: chats for part in self.ranks.gather(own) for number, chats in part.items()}
-        return [chat for number in range(len(parts)) for chat in found[number]]
-
-    def generate(self, rows: list[list[int]], count: int, sample: bool, original: bool) -> list[list[int]]:
-        """At most `count` new ids a row, up to and with the end token; of the original or of the trained model."""
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([[self.pad_id] * (longest - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        end = self.tokenizer.eos_token_id
-        with torch.no_grad(), self.lora.as_original() if original else nullcontext():
-            made = self.lora.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=count, do_sample=sample, top_k=0, temperature=1.0,
-                pad_token_id=self.pad_id, eos_token_id=end, use_cache=True,
-            ) if sample else self.lora.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=count, do_sample=False,
-                pad_token_id=self.pad_id, eos_token_id=end, use_cache=True,
-            )  # fmt: skip
-        answers = made[:, longest:].tolist()
-        return [row[: row.index(end) + 1] if end in row else row for row in answers]
+    def _cross_entropy(self, hidden: Tensor, ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each place (predicted from the hidden state before it; no sample begins with a learned token), float32
+        [places], and whether its token was the likeliest one."""
+        wanted = ids.flatten()[places]
+        logits = self.lora.model.lm_head(hidden[places - 1]).float()
+        return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(dim=-1) == wanted
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
@@ -339,7 +305,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the frozen weights (default: bf16 on cuda)")
-    parser.add_argument("--attention", choices=["flash", "cudnn"], default="flash", help="kernel on cuda with bf16")
+    parser.add_argument(
+        "--attention",
+        choices=[*KERNELS, "auto"],
+        default="flash",
+        help="kernel on cuda with bf16; auto: the faster, measured at the first stage of 32K or more",
+    )
     return parser.parse_args(argv)
 
 

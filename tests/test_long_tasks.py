@@ -1,18 +1,21 @@
-"""Long tasks: what a sample holds, that it is the same everywhere, and that tests and training share nothing."""
+"""Held-out tests of reading long texts: what a document holds, and the texts it is made of."""
 
 from __future__ import annotations
 
 import random
-import re
 
 import numpy as np
 import pytest
 from long_text import save_corpus, texts, tokenizer
 
 from longrun import long_words as words
-from longrun import needle_words
 from longrun.errors import InputError
 from longrun.long_tasks import Corpus, TaskWriter
+
+PINNED = [
+    ("Lakshmi Mendoza", "63572"), ("indigo_perfume_count", "CY18054"), ("blue-ibis-46", "5776733"),
+    ("Crimson Badger", "Lagos"), ("Nasrin Duarte", "12 May 2026"), ("Anselm", "indigo chessboard"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -23,71 +26,6 @@ def corpus() -> Corpus:
 @pytest.fixture(scope="module")
 def writer() -> TaskWriter:
     return TaskWriter(tokenizer())
-
-
-def answers_of(sample) -> list[str]:
-    """The learned runs of a sample, decoded, each without its end token."""
-    found, run = [], []
-    for token, learned in zip([*sample.token_ids, 0], [*sample.answer_mask, 0], strict=True):
-        if learned:
-            run.append(token)
-        if run and (not learned or token == tokenizer().eos_token_id):
-            assert run[-1] == tokenizer().eos_token_id
-            found.append(tokenizer().decode(run[:-1]))
-            run = []
-    return found
-
-
-def test_samples_depend_on_seed_and_index_alone(corpus, writer):
-    first = writer.training_sample(corpus, 1, 5, 1500)
-    again = TaskWriter(tokenizer()).training_sample(corpus, 1, 5, 1500)
-    assert first == again
-    assert first.token_ids != writer.training_sample(corpus, 1, 6, 1500).token_ids
-    assert first.token_ids != writer.training_sample(corpus, 2, 5, 1500).token_ids
-
-
-@pytest.mark.parametrize("length", [400, 1500, 6000])
-def test_a_sample_fills_its_length_and_asks_what_it_tells(corpus, writer, length):
-    forms = set()
-    for index in range(20):
-        sample = writer.training_sample(corpus, 0, index, length)
-        assert 0.85 * length < len(sample.token_ids) <= length
-        assert len(sample.answer_mask) == len(sample.token_ids)
-        forms |= set(sample.forms)
-        answers = answers_of(sample)
-        assert len(answers) == len(sample.forms) >= 1
-        text = tokenizer().decode(sample.token_ids)
-        document = text[: text.index("</s>")]
-        for form, answer in zip(sample.forms, answers, strict=True):
-            digits = [run for run in re.findall(r"\d{4,}", answer) if run not in document]
-            assert not digits, (form, answer)
-            if form == "quote":
-                assert answer in document
-    assert len(forms) >= (4 if length == 400 else 12)
-    assert ("quote" in forms) == (length > 1000)
-
-
-def test_harder_forms_have_the_answer_that_the_text_gives(corpus, writer):
-    seen = set()
-    for index in range(120):
-        sample = writer.training_sample(corpus, 3, index, 1500)
-        text = tokenizer().decode(sample.token_ids)
-        document, questions = text.split("</s>")[0], re.findall(r"user\n(.*?)</s>", text, flags=re.S)
-        questions[0] = document.rsplit("\n\n", 1)[1]
-        document = document.rsplit("\n\n", 1)[0]
-        for form, question, answer in zip(sample.forms, questions, answers_of(sample), strict=True):
-            if form == "which first":
-                a, b = re.search(r".*(?:text,|text:) (.*?) or (.*?)\?", question).groups()
-                assert answer == min((a, b), key=document.index)
-            elif form == "last value":
-                name = max(re.findall(r"\w+", question), key=lambda word: document.count(word) if "_" in word else 0)
-                values = re.findall(rf"\b{name} :?= (\d+)", document)
-                assert answer.endswith(values[-1]) and len(values) >= 2
-            elif form == "list":
-                things = re.split(r", | and ", answer.rstrip("."))
-                assert [document.index(thing) >= 0 for thing in things]
-            seen.add(form)
-    assert {"which first", "last value", "list"} <= seen
 
 
 def test_test_documents_stand_at_their_depths(corpus, writer):
@@ -108,22 +46,14 @@ def test_test_documents_stand_at_their_depths(corpus, writer):
     assert {question.form for question in document.questions} == {form.name for form in words.TEST_FORMS}
 
 
-def test_training_and_tests_share_no_name_form_or_phrasing():
-    train, test = set(words.TRAIN_NAMES), set(words.TEST_NAMES)
-    assert not train & test and not (train | test) & set(needle_words.NAMES)
-    assert len(train) == len(words.TRAIN_NAMES) and len(test) == len(words.TEST_NAMES)
-
-    def phrases(forms) -> set[str]:
-        return {text for form in forms for text in (*form.statements, *form.questions, *form.answers)} - {"{value}"}
-
-    assert not phrases(words.TRAIN_FORMS) & phrases(words.TEST_FORMS)
-    assert "magic" not in " ".join(phrases(words.TRAIN_FORMS)).lower()
-    assert words.TEST_INTRODUCTION not in words.INTRODUCTIONS
+def test_a_test_stays_the_same(corpus, writer):
+    """Results of different versions are compared: the same seed must ask the same."""
+    found = [(q.subject, q.value) for q in writer.test_document(corpus, "0/0", 8000, [0.0, 0.5, 1.0], 2).questions]
+    assert found == PINNED
+    assert found != [(q.subject, q.value) for q in writer.test_document(corpus, "0/1", 8000, [0.0, 1.0], 3).questions]
 
 
 def test_too_short(corpus, writer):
-    with pytest.raises(InputError, match="too short"):
-        writer.training_sample(corpus, 0, 0, 60)
     with pytest.raises(InputError, match="too short"):
         writer.test_document(corpus, 0, 200, [0.0, 0.5, 1.0], per_depth=5)
 
