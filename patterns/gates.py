@@ -12,6 +12,7 @@ goes through transformers' attention interface; the same seed gives the same map
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longrun.errors import ConfigError, InputError
 from longrun.patterns.gate_texts import GateText, GateTexts
 from longrun.patterns.gated_attention import ATTN_IMPLEMENTATION, Gates
 from longrun.patterns.identify import MethodResult
 from longrun.patterns.identify_checkpoint import Checkpoint
 from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, OnProgress
-from longrun.patterns.repeatable import deterministic_algorithms
 
 __all__ = ["ATTN_IMPLEMENTATION", "identify_gates"]
 
@@ -32,6 +33,9 @@ WARM_UP = DECAY = 0.2
 LOWEST_RATE = 0.1
 CHECKPOINT_BYTES = 2 * 2**30
 """Activations above this are computed again in the backward pass, layer by layer, rather than kept."""
+CUBLAS_SETTING = "CUBLAS_WORKSPACE_CONFIG"
+CUBLAS_VALUES = (":4096:8", ":16:8")
+"""Those with which torch takes cuBLAS to repeat (aten/src/ATen/Context.cpp)."""
 
 
 def identify_gates(
@@ -191,3 +195,70 @@ def recomputed_layers(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
         yield
     finally:
         model.eval()
+
+
+@contextmanager
+def deterministic_algorithms(device: torch.device) -> Iterator[None]:
+    """Within the block torch takes deterministic kernels and refuses what has none; afterwards all is as before, but
+    for the environment variable that cuBLAS reads once a process.
+
+    The mode has to be strict: asked to warn only, torch's FlashAttention takes the backward pass that adds its
+    gradients in whatever order they come (aten/src/ATen/native/transformers/cuda/attention_backward.cu). Strictly it
+    adds them into a buffer for each group of blocks and sums those in order, at about (number of multiprocessors /
+    query heads) times the memory of the queries' gradient in float32.
+
+    Args:
+        device: where the block computes.
+
+    Raises:
+        InputError: on a GPU, where cuBLAS is set otherwise, or was used before it could be set.
+        ConfigError: the block came to an operation that has no deterministic kernel.
+    """
+    if device.type == "cuda":
+        set_cublas()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        if device.type == "cuda":
+            _try_cublas(device)
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise ConfigError(
+            f"this model's training does not repeat to the bit ({' '.join(str(error).split())[:300]}): measure it with "
+            f"--method reconstruction, or on a CPU"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def set_cublas() -> None:
+    """Ask for cuBLAS's repeatable workspaces, in this process's environment: read when cuBLAS is first used.
+
+    Raises:
+        InputError: the environment says another value.
+    """
+    value = os.environ.setdefault(CUBLAS_SETTING, CUBLAS_VALUES[0])
+    if value not in CUBLAS_VALUES:
+        raise InputError(
+            f"{CUBLAS_SETTING} is {value!r}, and gates repeat to the bit with {' or '.join(CUBLAS_VALUES)} only: "
+            f"unset it"
+        )
+
+
+def _try_cublas(device: torch.device) -> None:
+    """One product, which torch refuses where cuBLAS was first used without the setting."""
+    ones = torch.ones(8, 8, device=device)
+    try:
+        torch.mm(ones, ones)
+    except RuntimeError as error:
+        if CUBLAS_SETTING not in str(error):
+            raise
+        raise InputError(
+            f"cuBLAS was used in this process before {CUBLAS_SETTING} was set, so that gates would not repeat to the "
+            f"bit: measure the map in a process of its own, or start this one with {CUBLAS_SETTING}={CUBLAS_VALUES[0]}"
+        ) from error

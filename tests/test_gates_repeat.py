@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longrun.errors import ConfigError, InputError
-from longrun.patterns.repeatable import CUBLAS_SETTING, _try_cublas, deterministic_algorithms, set_cublas
+from longrun.patterns.gates import CUBLAS_SETTING, _try_cublas, deterministic_algorithms, set_cublas
 
 CPU = torch.device("cpu")
 
