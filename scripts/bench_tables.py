@@ -192,13 +192,13 @@ def render(kind: str, names: Sequence[str], folder: Path) -> str:
     return "\n".join(["", *said, "", *(f"| {' | '.join(line)} |" for line in lines), "", ""])
 
 
-def rendered(text: str, folder: Path) -> str:
-    """The document with all its tables made anew. Raises InputError as `render`, and for an unclosed marker."""
+def rendered(text: str, folder: Path, make: Callable[[str, Sequence[str], Path], str] = render) -> str:
+    """The document with all its tables made anew by `make`. Raises InputError as that, and for an unclosed marker."""
     blocks = list(_blocks(text))
     if len(blocks) != len(_OPENING.findall(text)):
         raise InputError("a table marker is not closed: end each with <!-- /table --> on a line of its own")
     for block in reversed(blocks):
-        made = render(block.group(1), block.group(2).split(), folder)
+        made = make(block.group(1), block.group(2).split(), folder)
         text = text[: block.start(3)] + made + text[block.end(3) :]
     return text
 

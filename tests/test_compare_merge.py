@@ -167,19 +167,24 @@ def test_the_curve_of_a_map_ends_at_full_attention(tmp_path):
 
     class Panel:
         def __init__(self):
-            self.curves, self.label = {}, ""
+            self.curves, self.colours, self.label = {}, {}, ""
 
-        def errorbar(self, x, y, label, **_):
-            self.label = label
+        def errorbar(self, x, y, label, color, **_):
+            self.label, self.colours[label] = label, color
 
         def plot(self, x, y, **_):
             self.curves[self.label] = list(x)
 
     panel = Panel()
-    _lines(panel, rows, lambda row: row.retrieval_ratio, lambda row: row.tasks["all"].exact)
+    methods = list(dict.fromkeys(row.method for row in rows))
+    _lines(panel, rows, methods, lambda row: row.retrieval_ratio, lambda row: row.tasks["all"].exact)
     assert panel.curves["map gates, int4"] == [0.15, 0.5, 1.0]
     assert panel.curves["random map, int4"] == [0.5]
     assert asdict(rows[0])["retrieval_ratio"] == 1.0
+    other = Panel()  # a length at which some rows are missing
+    _lines(other, rows[-1:], methods, lambda row: row.retrieval_ratio, lambda row: row.tasks["all"].exact)
+    assert other.colours == {"random map, int4": panel.colours["random map, int4"]}
+    assert len(set(panel.colours.values())) == len(methods) > 3
 
 
 def test_the_shipped_tables_are_those_of_the_pages():

@@ -64,7 +64,7 @@ def _report(results: QualityResults, by_length: dict[int, list[RowSummary]]) -> 
     lines = [f"# Quality of {head['model']} beside its own full attention", ""]
     lines += [f"**{note}**\n" for note in head["notes"]]
     lines += [
-        f"{' '.join(_asked(results))} Seed {head['settings']['seed']}; commit {commits}, "
+        f"{' '.join(asked(results))} Seed {head['settings']['seed']}; commit {commits}, "
         f"{head['environment']['device']}. All rows read the same documents. In brackets 95% intervals: Wilson for "
         "shares, bootstrap for means, paired bootstrap for differences to the reference (where all items are equal, "
         "3 / n to either side).",
@@ -81,7 +81,7 @@ def _report(results: QualityResults, by_length: dict[int, list[RowSummary]]) -> 
     return lines
 
 
-def _asked(results: QualityResults) -> list[str]:
+def asked(results: QualityResults) -> list[str]:
     """What was asked, a sentence for all lengths that were asked the same."""
     same: dict[str, list[str]] = {}
     for length in results.head["settings"]["lengths"]:
@@ -136,7 +136,7 @@ def _overview(rows: list[RowSummary]) -> list[str]:
 
 
 def _differences(rows: list[RowSummary]) -> list[str]:
-    header = ["row", *_TITLES.values(), "all four", "all four, tokens right", "perplexity, ratio"]
+    header = ["row", *_TITLES.values(), "all tasks", "all tasks, tokens right", "perplexity, ratio"]
     body = []
     for row in rows:
         if row.name == REFERENCE:
@@ -178,31 +178,38 @@ def _draw(
     place: Callable[[RowSummary], float | None],
     logarithmic: bool = False,
 ) -> Path:
-    """A column of panels a length: exact match over the four retrieval tasks above, KL divergence below."""
+    """A column of panels a length: exact match over the retrieval tasks asked above, KL divergence below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     width = max(3.4, min(5.2, 24 / len(by_length)))  # of a column
     figure = Figure(figsize=(width * len(by_length) + 1.5, 7.5), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(by_length), squeeze=False)
+    methods = list(dict.fromkeys(row.method for rows in by_length.values() for row in rows if place(row) is not None))
     for column, (length, rows) in enumerate(by_length.items()):
         exact, divergence = panels[0][column], panels[1][column]
-        _lines(exact, rows, place, lambda row: row.tasks[ALL_TASKS].exact if ALL_TASKS in row.tasks else None)
-        _lines(divergence, rows, place, lambda row: None if row.text is None else row.text.kl)
+        _lines(exact, rows, methods, place, lambda row: row.tasks[ALL_TASKS].exact if ALL_TASKS in row.tasks else None)
+        _lines(divergence, rows, methods, place, lambda row: None if row.text is None else row.text.kl)
         exact.set_title(f"{format_tokens(length)} tokens", fontsize=10)
         exact.set_ylim(-0.03, 1.03)
-        exact.set_ylabel("exact match, four tasks")
+        exact.set_ylabel("exact match, all tasks")
         divergence.set_ylabel("KL(reference || row), nats")
         for panel in (exact, divergence):
             panel.set_xlabel(label)
             panel.grid(alpha=0.3)
             if logarithmic and any(place(row) for row in rows):
                 panel.set_xscale("log")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    if not handles:
-        handles, labels = panels[1][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+                panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                panel.xaxis.set_major_formatter(lambda value, _: format_bytes(round(value)))
+                panel.xaxis.set_minor_formatter(NullFormatter())
+                panel.tick_params(axis="x", labelsize=8)
+    shown = {
+        name: handle for panel in panels.flat for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    named = [name for name in methods if name in shown]  # a method may be missing at some lengths
+    figure.legend([shown[name] for name in named], named, loc="outside lower center", ncols=3, fontsize=8)
     notes = results.head["notes"]
     figure.suptitle(" - ".join([results.head["model"], *notes]), fontsize=9)
     path = results.folder / name
@@ -215,15 +222,18 @@ def _draw(
 def _lines(
     panel: Axes,
     rows: list[RowSummary],
+    order: list[str],
     place: Callable[[RowSummary], float | None],
     value: Callable[[RowSummary], Estimate | None],
 ) -> None:
+    """One line a method; its place in `order` decides sign and colour, the same in all panels."""
     methods: dict[str, list[tuple[float, Estimate]]] = {}
     for row in rows:
         where, found = place(row), value(row)
         if where is not None and found is not None:
             methods.setdefault(row.method, []).append((where, found))
-    for number, (method, points_) in enumerate(methods.items()):
+    for method, points_ in methods.items():
+        number = order.index(method)
         points_.sort(key=lambda point: point[0])
         whole = methods.get(f"full, {method.partition(', ')[2]}", []) if method.startswith("map ") else []
         x, y = [where for where, _ in points_], [one.value for _, one in points_]

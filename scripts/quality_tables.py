@@ -1,0 +1,238 @@
+#!/usr/bin/env python
+"""Render the tables of docs/quality.md from comparisons that scripts/compare.py or compare_merge.py wrote.
+
+    python scripts/quality_tables.py                        rewrite what stands between markers
+    python scripts/quality_tables.py --check                status 1 where the document is not what the files give
+    python scripts/quality_tables.py --publish DIR NAME     take over DIR's results and pictures as NAME, then rewrite
+
+A table stands between two comments; the first names its kind and its file, relative to the document. Where the file is
+not there yet, the table says that it has not been measured.
+
+    <!-- table: exact results/quality-split.json -->
+    <!-- /table -->
+
+Kinds: provenance, verdicts (a line a row), pictures; and tables of a row by length: exact (all tasks), passkey, needle,
+several, keyvalue, difference (exact match less the reference's, all tasks), kl, top1, perplexity, bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from bench_tables import rendered
+
+from longrun import cli
+from longrun.errors import InputError
+from longrun.quality.report import BYTES_PICTURE, RATIO_PICTURE, asked
+from longrun.quality.results import QualityResults
+from longrun.quality.settings import REFERENCE
+from longrun.quality.statistics import Estimate
+from longrun.quality.summary import ALL_TASKS, percent, points, sentences
+from longrun.quality.tasks import RETRIEVAL_TASKS
+from longrun.quality.window_picture import WINDOW_PICTURE
+from longrun.units import format_bytes, format_tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+_PREFIX = "quality-"
+_PICTURES = {
+    BYTES_PICTURE: "quality by KV bytes",
+    RATIO_PICTURE: "quality by share of heads",
+    WINDOW_PICTURE: "windows",
+}
+Found = dict[str, Any]
+
+
+def _of_task(task: str, key: str, show: Callable[[Estimate], str]) -> Callable[[Found, Found | None], str]:
+    def cell(row: Found, _: Found | None) -> str:
+        found = row["tasks"].get(task, {}).get(key)
+        return "" if found is None else show(Estimate(**found))
+
+    return cell
+
+
+def _of_text(key: str, show: Callable[[Estimate], str]) -> Callable[[Found, Found | None], str]:
+    def cell(row: Found, _: Found | None) -> str:
+        found = (row["text"] or {}).get(key)
+        return "" if found is None or row["name"] == REFERENCE else show(Estimate(**found))
+
+    return cell
+
+
+def _bytes(row: Found, reference: Found | None) -> str:
+    """What the cache has in use, of a simulated format what that would have, and its share of the reference's."""
+    used = row["kv_used"] if row["kv_computed"] is None else row["kv_computed"]
+    share = "" if reference is None else f" ({used / reference['kv_used']:.0%})"
+    return f"{format_bytes(round(used))}{share}" + ("" if row["kv_computed"] is None else ", computed")
+
+
+def _number(digits: int) -> Callable[[Estimate], str]:
+    return lambda found: f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def _top1(found: Estimate) -> str:
+    return f"{found.value:.1%} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+
+
+CELLS: dict[str, Callable[[Found, Found | None], str]] = {
+    "exact": _of_task(ALL_TASKS, "exact", percent),
+    **{task: _of_task(task, "exact", percent) for task in RETRIEVAL_TASKS},
+    "difference": _of_task(ALL_TASKS, "exact_minus_reference", points),
+    "kl": _of_text("kl", _number(4)),
+    "top1": _of_text("top1", _top1),
+    "perplexity": _of_text("perplexity_ratio", _number(3)),
+    "bytes": _bytes,
+}
+
+
+def by_length(found: Found, cell: Callable[[Found, Found | None], str]) -> list[str]:
+    """A markdown table: a line a row, a column a length; rows and lengths that say nothing are left out."""
+    rows: dict[str, dict[int, Found]] = {row["name"]: {} for row in found["rows"]}
+    for row in found["summary"]:
+        rows[row["name"]][row["length"]] = row
+    lengths = found["settings"]["lengths"]
+    lines = []
+    for name, there in rows.items():
+        cells = [
+            cell(there[length], rows[REFERENCE].get(length)) if length in there else "" for length in lengths
+        ]  # fmt: skip
+        if any(cells):
+            ratio = next(iter(there.values()))["retrieval_ratio"]
+            lines.append([name.replace("|", "\\|"), "" if ratio is None else f"{ratio:.0%}", *cells])
+    used = [i for i in range(len(lengths)) if any(line[2 + i] for line in lines)]
+    table = [["row", "heads", *(format_tokens(length) for length in lengths)], *lines]
+    kept = [[line[0], line[1], *(line[2 + i] for i in used)] for line in table]
+    kept.insert(1, ["---"] * len(kept[0]))
+    return [f"| {' | '.join(line)} |" for line in kept]
+
+
+def provenance(found: Found, name: str) -> list[str]:
+    """Where a file's rows come from: model, adapter, devices, versions, commits, and what was asked."""
+    parts = found.get("merged") or [found["environment"]]
+    commits = sorted({record["commit"] for record in found["records"]})
+    settings = found["settings"]
+    adapter = "no adapter" if settings.get("adapter") is None else f"adapter {settings['adapter'][:12]}"
+    devices = ", ".join(sorted({part["device"] for part in parts}))
+    torch = ", ".join(sorted({part["torch"] for part in parts}))
+    said = [f"{found['model']} with {adapter}", devices, f"torch {torch}", f"commit {', '.join(commits)}"]
+    said += [f"seed {settings['seed']}", *found["notes"]]
+    return [
+        f"From [{Path(name).name}]({name}): {'; '.join(said)}. {' '.join(asked(QualityResults(Path(), found, [])))}"
+    ]
+
+
+def pictures(name: str, folder: Path) -> list[str]:
+    """Links to the pictures that were published with the file."""
+    lines = []
+    for picture, title in _PICTURES.items():
+        path = _picture(Path(name).stem, picture)
+        if (folder / path).is_file():
+            lines += [f"![{title}]({path})", ""]
+    return lines[:-1]
+
+
+def _picture(stem: str, picture: str) -> str:
+    """quality-split and quality_bytes.png give pictures/quality-split-bytes.png."""
+    return f"pictures/{stem}-{picture.removeprefix('quality_')}"
+
+
+def render(kind: str, names: Sequence[str], folder: Path) -> str:
+    """The lines between the markers.
+
+    Raises:
+        InputError: an unknown kind, not one file, or a file that is no comparison's with its summary.
+    """
+    known = ("provenance", "verdicts", "pictures", *CELLS)
+    if kind not in known or len(names) != 1:
+        raise InputError(f"table {kind!r} cannot be made: name one of {', '.join(known)} and one result file")
+    path = folder / names[0]
+    if not path.exists():
+        return f"\n*Not measured yet: {names[0]} is not there.*\n\n"
+    found = read(path)
+    if kind == "provenance":
+        lines = provenance(found, names[0])
+    elif kind == "verdicts":
+        lines = [f"- {line}" for line in found["verdicts"]]
+    elif kind == "pictures":
+        lines = pictures(names[0], folder)
+    else:
+        lines = by_length(found, CELLS[kind])
+    return "\n".join(["", *lines, "", ""])
+
+
+def read(path: Path) -> Found:
+    """A published comparison. Raises InputError where it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known = {row["name"] for row in found["rows"]}
+        sound = bool(found["summary"]) and {row["name"] for row in found["summary"]} <= known and "verdicts" in found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read as a published comparison ({error}): use --publish") from error
+    if not sound:
+        raise InputError(f"{path} holds no summary of its rows: take it over with --publish")
+    return found
+
+
+def publish(source: Path, name: str, folder: Path) -> list[Path]:
+    """Take over a finished comparison: results (a record a line), with a line said about every row, and pictures.
+
+    Args:
+        source: --out of a comparison; name: letters, digits and dashes; folder: where the document stands.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: an impossible name, or a folder without a finished comparison.
+    """
+    if not name.replace("-", "").isalnum():
+        raise InputError(f"name {name!r} must be of letters, digits and dashes")
+    results = QualityResults.read(source)
+    if not results.head.get("summary"):
+        raise InputError(f"{source} has no report yet: let the comparison finish, or merge it with compare_merge.py")
+    head = {**results.head, "verdicts": sentences(results)}
+    records = ",\n".join(json.dumps(record) for record in results.records)
+    written = [folder / "results" / f"{_PREFIX}{name}.json"]
+    for path in (written[0].parent, folder / "pictures"):
+        path.mkdir(parents=True, exist_ok=True)
+    written[0].write_text(f'{json.dumps(head)[:-1]}, "records": [\n{records}\n]}}\n', encoding="utf-8")
+    for picture in _PICTURES:
+        if (source / picture).is_file():
+            written.append(folder / _picture(f"{_PREFIX}{name}", picture))
+            shutil.copyfile(source / picture, written[-1])
+    return written
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Publish, rewrite or check. Status 1 where --check finds the document not current."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, only compare")
+    parser.add_argument("--publish", nargs=2, metavar=("DIR", "NAME"), help="--out of a comparison, and its name here")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "quality.md")
+    args = parser.parse_args(argv)
+    folder = args.document.parent
+    if args.publish and args.check:
+        raise InputError("--check changes nothing: leave --publish out")
+    if args.publish:
+        for path in publish(Path(args.publish[0]), args.publish[1], folder):
+            print(f"wrote {path}")
+    text = args.document.read_text(encoding="utf-8")
+    wanted = rendered(text, folder, render)
+    if args.check and wanted != text:
+        print(f"{args.document.name} is not what its result files give: run python scripts/quality_tables.py")
+        return 1
+    if wanted != text:
+        args.document.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

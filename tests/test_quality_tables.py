@@ -1,0 +1,136 @@
+"""The quality page's tables: what a published comparison gives, what is missing, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_compare_merge import ROWS, comparison
+
+from longrun.errors import InputError
+from longrun.quality.settings import Row
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = "results/quality-split.json"
+KINDS = ("provenance", "verdicts", "exact", "several", "difference", "kl", "top1", "perplexity", "bytes", "pictures")
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    spec = importlib.util.spec_from_file_location("quality_tables", ROOT / "scripts" / "quality_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def document(tmp_path) -> Path:
+    path = tmp_path / "docs" / "page.md"
+    path.parent.mkdir()
+    path.write_text("# Page\n\n" + "\nBetween.\n".join(f"<!-- table: {k} {FILE} -->\n<!-- /table -->" for k in KINDS))
+    return path
+
+
+@pytest.fixture
+def finished(tmp_path) -> Path:
+    """Two lengths, six questions each: all are right with bf16 pages, five with others."""
+    folder = comparison(tmp_path / "run", (4000, 64000), 6, ROWS, adapter="0123456789abcdef")
+    path = folder / "results.json"
+    found = json.loads(path.read_text())
+    found["environment"]["torch"] = "2.11.0"
+    path.write_text(json.dumps(found))
+    return folder
+
+
+def test_a_published_comparison_fills_the_page(script, document, finished, capsys):
+    def tables(*more: str) -> int:
+        return script.main(["--document", str(document), *more])
+
+    assert tables() == 0  # nothing is measured
+    assert document.read_text().count(f"*Not measured yet: {FILE} is not there.*") == len(KINDS)
+    assert tables("--check") == 0
+    assert tables("--publish", str(finished), "split") == 0
+    text = document.read_text()
+    assert "Not measured yet" not in text and text.count("Between.") == len(KINDS) - 1
+    lines = text.splitlines()
+    assert "| row | heads | 4K | 64K |" in lines
+    assert "| reference | 100% | 100% [61, 100] | 100% [61, 100] |" in lines  # Wilson, 6 of 6
+    assert "| half | 50% | 83% [44, 97] | 83% [44, 97] |" in lines  # 5 of 6
+    assert "| half | 50% | 60.0 KB (30%) | 960 KB (30%) |" in lines
+    assert "| full int4 | 100% | 0.1000 [0.1000, 0.1000] | 0.1000 [0.1000, 0.1000] |" in lines
+    assert not [line for line in lines if line.startswith("| reference") and "0.0" in line]  # beside itself
+    assert any(line.startswith("- half: exact 83%") for line in lines)
+    (said,) = (line for line in lines if line.startswith("From "))
+    assert "tiny with adapter 0123456789ab; a GPU; torch 2.11.0; commit c0ffee; seed 0. 6 question(s)" in said
+    for name in ("bytes", "ratio"):
+        picture = document.parent / "pictures" / f"quality-split-{name}.png"
+        assert f"](pictures/{picture.name})" in text and picture.read_bytes().startswith(b"\x89PNG")
+    assert "quality-split-window.png" not in text  # no two rows differ by their window
+    assert tables("--check") == 0
+    source, published = (json.loads(path.read_text()) for path in (finished / "results.json", document.parent / FILE))
+    assert published.pop("verdicts") and published == source
+    document.write_text(text.replace("83% [44, 97]", "84% [44, 97]", 1))  # a figure that no file gives
+    capsys.readouterr()
+    assert tables("--check") == 1
+    assert "python scripts/quality_tables.py" in capsys.readouterr().out
+
+
+def test_what_cannot_be_published_or_made(script, document, finished, tmp_path):
+    def tables(*more: str) -> int:
+        return script.main(["--document", str(document), *more])
+
+    for more, message in (
+        (["--publish", str(tmp_path / "nowhere"), "split"], "cannot be read"),
+        (["--publish", str(finished), "a/b"], "'a/b' must be of letters"),
+        (["--publish", str(finished), "split", "--check"], "leave --publish out"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tables(*more)
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    found = json.loads((finished / "results.json").read_text())
+    del found["summary"]
+    (unfinished / "results.json").write_text(json.dumps(found))
+    with pytest.raises(InputError, match="has no report yet"):
+        tables("--publish", str(unfinished), "split")
+    assert not (document.parent / FILE).exists()
+    tables("--publish", str(finished), "split")
+    text = document.read_text()
+    for old, new, message in (
+        ("table: exact", "table: dances", "'dances' cannot be made"),
+        (f"exact {FILE}", f"exact {FILE} {FILE}", "one result file"),
+        ("-->\n\n| row", "--\n\n| row", "not closed"),
+    ):
+        assert old in text
+        document.write_text(text.replace(old, new, 1))
+        with pytest.raises(InputError, match=message):
+            tables()
+    document.write_text(text)
+    (document.parent / FILE).write_text(json.dumps(found))
+    with pytest.raises(InputError, match="use --publish"):
+        tables()
+
+
+def test_a_row_of_some_lengths_leaves_the_others_empty_and_bars_do_not_break_the_table(script):
+    rows = [row.to_dict() for row in (*ROWS, Row("new | row", "streaming"))]
+    summary = [
+        {"name": name, "length": length, "retrieval_ratio": 0.5, "kv_used": used, "kv_computed": computed}
+        for name, length, used, computed in (
+            ("reference", 4000, 200, None), ("reference", 8000, 400, None), ("new | row", 8000, 100, 50),
+        )
+    ]  # fmt: skip
+    found = {"rows": rows, "summary": summary, "settings": {"lengths": [4000, 8000, 16000]}}
+    assert script.by_length(found, script.CELLS["bytes"]) == [
+        "| row | heads | 4K | 8K |",
+        "| --- | --- | --- | --- |",
+        "| reference | 50% | 200 B (100%) | 400 B (100%) |",
+        "| new \\| row | 50% |  | 50 B (12%), computed |",
+    ]
+
+
+def test_the_projects_page_is_current(script):
+    assert script.main(["--check"]) == 0
