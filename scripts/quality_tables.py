@@ -12,7 +12,8 @@ not there yet, the table says that it has not been measured.
     <!-- /table -->
 
 Kinds: provenance, verdicts (a line a row), pictures; and tables of a row by length: exact (all tasks), passkey, needle,
-several, keyvalue, difference (exact match less the reference's, all tasks), kl, top1, perplexity, bytes.
+several, keyvalue, difference (exact match less the reference's, all tasks), beside_int4 (less that of full attention
+with INT4 pages), kl, top1, perplexity, bytes.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from longrun import cli
 from longrun.errors import InputError
 from longrun.quality.report import BYTES_PICTURE, RATIO_PICTURE, asked
 from longrun.quality.results import QualityResults
-from longrun.quality.settings import REFERENCE
+from longrun.quality.settings import REFERENCE, Row
 from longrun.quality.statistics import Estimate
-from longrun.quality.summary import ALL_TASKS, percent, points, sentences
+from longrun.quality.summary import ALL_TASKS, beside, percent, points, sentences
 from longrun.quality.tasks import RETRIEVAL_TASKS
 from longrun.quality.window_picture import WINDOW_PICTURE
 from longrun.units import format_bytes, format_tokens
@@ -67,6 +68,10 @@ def _of_text(key: str, show: Callable[[Estimate], str]) -> Callable[[Found, Foun
     return cell
 
 
+def _beside_int4(row: Found, _: Found | None) -> str:
+    return "" if row["beside_int4"] is None else points(Estimate(**row["beside_int4"]))
+
+
 def _bytes(row: Found, reference: Found | None) -> str:
     """What the cache has in use, of a simulated format what that would have, and its share of the reference's."""
     used = row["kv_used"] if row["kv_computed"] is None else row["kv_computed"]
@@ -86,6 +91,7 @@ CELLS: dict[str, Callable[[Found, Found | None], str]] = {
     "exact": _of_task(ALL_TASKS, "exact", percent),
     **{task: _of_task(task, "exact", percent) for task in RETRIEVAL_TASKS},
     "difference": _of_task(ALL_TASKS, "exact_minus_reference", points),
+    "beside_int4": _beside_int4,
     "kl": _of_text("kl", _number(4)),
     "top1": _of_text("top1", _top1),
     "perplexity": _of_text("perplexity_ratio", _number(3)),
@@ -174,6 +180,9 @@ def read(path: Path) -> Found:
         found = json.loads(path.read_text(encoding="utf-8"))
         known = {row["name"] for row in found["rows"]}
         sound = bool(found["summary"]) and {row["name"] for row in found["summary"]} <= known and "verdicts" in found
+        differences = {(one["row"], one["length"]): one["exact"] for one in found.get("beside_int4", ())}
+        for row in found["summary"]:
+            row["beside_int4"] = differences.get((row["name"], row["length"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read as a published comparison ({error}): use --publish") from error
     if not sound:
@@ -198,7 +207,7 @@ def publish(source: Path, name: str, folder: Path) -> list[Path]:
     results = QualityResults.read(source)
     if not results.head.get("summary"):
         raise InputError(f"{source} has no report yet: let the comparison finish, or merge it with compare_merge.py")
-    head = {**results.head, "verdicts": sentences(results)}
+    head = {**results.head, "verdicts": sentences(results), "beside_int4": _differences_to_int4(results)}
     records = ",\n".join(json.dumps(record) for record in results.records)
     written = [folder / "results" / f"{_PREFIX}{name}.json"]
     for path in (written[0].parent, folder / "pictures"):
@@ -209,6 +218,14 @@ def publish(source: Path, name: str, folder: Path) -> list[Path]:
             written.append(folder / _picture(f"{_PREFIX}{name}", picture))
             shutil.copyfile(source / picture, written[-1])
     return written
+
+
+def _differences_to_int4(results: QualityResults) -> list[Found]:
+    """Of all rows to full attention with INT4 pages, where that is a row."""
+    described = results.head["described"]
+    full = Row("full int4").method
+    base = next((name for name, found in described.items() if found["method"] == full), None)
+    return [] if base is None else beside(results, base)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

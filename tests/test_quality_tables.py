@@ -15,7 +15,19 @@ from longrun.quality.settings import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = "results/quality-split.json"
-KINDS = ("provenance", "verdicts", "exact", "several", "difference", "kl", "top1", "perplexity", "bytes", "pictures")
+KINDS = (
+    "provenance",
+    "verdicts",
+    "exact",
+    "several",
+    "difference",
+    "beside_int4",
+    "kl",
+    "top1",
+    "perplexity",
+    "bytes",
+    "pictures",
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +74,8 @@ def test_a_published_comparison_fills_the_page(script, document, finished, capsy
     assert "| half | 50% | 83% [44, 97] | 83% [44, 97] |" in lines  # 5 of 6
     assert "| half | 50% | 60.0 KB (30%) | 960 KB (30%) |" in lines
     assert "| full int4 | 100% | 0.1000 [0.1000, 0.1000] | 0.1000 [0.1000, 0.1000] |" in lines
-    assert not [line for line in lines if line.startswith("| reference") and "0.0" in line]  # beside itself
+    for kind in ("difference", "kl", "top1", "perplexity"):  # beside itself it says nothing
+        assert "| reference" not in text[text.index(f"table: {kind} ") :].partition("<!-- /table -->")[0]
     assert any(line.startswith("- half: exact 83%") for line in lines)
     (said,) = (line for line in lines if line.startswith("From "))
     assert "tiny with adapter 0123456789ab; a GPU; torch 2.11.0; commit c0ffee; seed 0. 6 question(s)" in said
@@ -72,7 +85,11 @@ def test_a_published_comparison_fills_the_page(script, document, finished, capsy
     assert "quality-split-window.png" not in text  # no two rows differ by their window
     assert tables("--check") == 0
     source, published = (json.loads(path.read_text()) for path in (finished / "results.json", document.parent / FILE))
-    assert published.pop("verdicts") and published == source
+    assert published.pop("verdicts") and len(published.pop("beside_int4")) == 2 * 2
+    assert published == source
+    section = text[text.index("table: beside_int4") :].partition("<!-- /table -->")[0]
+    assert "| half | 50% | +0.0 [-50.0, +50.0] | +0.0 [-50.0, +50.0] |" in section  # 3 of 6 to either side
+    assert "| reference | 100% | +16.7 [" in section and "| full int4" not in section
     document.write_text(text.replace("83% [44, 97]", "84% [44, 97]", 1))  # a figure that no file gives
     capsys.readouterr()
     assert tables("--check") == 1
@@ -118,7 +135,8 @@ def test_what_cannot_be_published_or_made(script, document, finished, tmp_path):
 def test_a_row_of_some_lengths_leaves_the_others_empty_and_bars_do_not_break_the_table(script):
     rows = [row.to_dict() for row in (*ROWS, Row("new | row", "streaming"))]
     summary = [
-        {"name": name, "length": length, "retrieval_ratio": 0.5, "kv_used": used, "kv_computed": computed}
+        {"name": name, "length": length, "retrieval_ratio": 0.5, "kv_used": used, "kv_computed": computed,
+         "beside_int4": None}
         for name, length, used, computed in (
             ("reference", 4000, 200, None), ("reference", 8000, 400, None), ("new | row", 8000, 100, 50),
         )

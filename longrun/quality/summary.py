@@ -193,6 +193,34 @@ def families(results: QualityResults) -> dict[str, list[str]]:
     return labels
 
 
+def beside(results: QualityResults, base: str) -> list[dict[str, Any]]:
+    """Each row's exact match less that of the row `base` on the same questions, over all retrieval tasks.
+
+    What a head split costs beside its page format, for instance, is its difference to full attention in that format.
+
+    Returns:
+        JSON-able: row, length, and `exact`, an `Estimate`'s fields; for each row and length that has answers of both.
+    """
+    answers = {
+        (record["row"], *_identity(item, record["length"])): (item, f"{record['length']}/{item['document']}")
+        for record in results.records
+        for item in record["items"]
+        if "task" in item
+    }
+    found = []
+    for row in (row["name"] for row in results.head["rows"] if row["name"] != base):
+        for length in results.head["settings"]["lengths"]:
+            pairs = [
+                (float(item["exact"]), float(answers[base, *key[1:]][0]["exact"]), group)
+                for key, (item, group) in answers.items()
+                if key[:2] == (row, length) and (base, *key[1:]) in answers
+            ]
+            if pairs:
+                exact = paired_difference(*map(list, zip(*pairs, strict=True)), bounds=(-1.0, 1.0))
+                found.append({"row": row, "length": length, "exact": exact.to_dict()})
+    return found
+
+
 def verdict(difference: Estimate) -> str:
     """What the interval of a difference to the reference says."""
     if difference.high < 0:
