@@ -78,6 +78,11 @@ eviction = "tova:100%"
 name = "TOVA 10%"
 kv = "bf16"
 eviction = "tova:10%"
+
+[[row]]
+name = "reference again"
+kv = "bf16"
+chunk_size = 100
 """
 
 
@@ -245,7 +250,7 @@ def found(planted, tmp_path_factory) -> dict[str, dict]:
 
 def test_compare_answers_on_the_gpu_as_on_the_cpu(found):
     records = {device: {(r["row"], r["length"], r["group"]): r for r in found[device]["records"]} for device in DEVICES}
-    assert records["cpu"].keys() == records["cuda"].keys() and len(records["cpu"]) == 12 * 2 * 4
+    assert records["cpu"].keys() == records["cuda"].keys() and len(records["cpu"]) == 13 * 2 * 4
     for key, cpu in records["cpu"].items():
         cuda = records["cuda"][key]
         assert cuda["kv"]["used"] == cpu["kv"]["used"], key
@@ -270,7 +275,7 @@ def test_compare_predicts_text_on_the_gpu_as_on_the_cpu(found):
     }
     for length in (500, LENGTH):
         assert all(block["kl"] == 0 for block in blocks["cuda"]["reference", length])
-        for row in ("SnapKV 100%", "TOVA 100%"):
+        for row in ("SnapKV 100%", "TOVA 100%", "reference again"):
             assert all(block["kl"] < 1e-2 for block in blocks["cuda"][row, length]), row
     nll = {
         device: sum(block["nll"] for block in blocks[device]["reference", LENGTH]) / 2 for device in DEVICES
