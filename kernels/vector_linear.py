@@ -1,7 +1,7 @@
 """A linear layer for one token, straight from the stored weight, with what stands around it: RMS norm before; bias,
 SwiGLU gate and residual after. One launch, one reading of the weight.
 
-`vector_linear_packed` multiplies int8 and nf4 weights by 16-bit or bfloat16 activations, `vector_linear_dense`
+`vector_linear_packed` multiplies int8, nf4 and int4 weights by 16-bit or bfloat16 activations, `vector_linear_dense`
 everything else. Every output is made by one program that sums along in_features in float32 in a fixed order: results
 do not change from call to call, nor with the number of rows.
 """
@@ -24,7 +24,7 @@ from longrun.quant.linear import QuantLinear
 
 MULTIPLE = 64
 MAX_IN_FEATURES = 65536
-_CHUNK = {"int8": 16, "nf4": 32}  # weights of 16 bytes
+_CHUNK = {"int8": 16, "nf4": 32, "int4": 32}  # weights of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def default_tuning(
         block_rows = (2 if gated else 4) if weight_format in ("bf16", "int8") else 2
         return Tuning(block_rows, 2048 if weight_format == "bf16" else 1024, 4, 1)
     block_rows = 8 if num_outputs >= 2048 else 4 if num_outputs >= 1024 else 2
-    if weight_format == "nf4":
+    if weight_format in ("nf4", "int4"):
         return Tuning(block_rows, 2048 if overlap and in_features > 4096 else 4096, 4, 1)
     return Tuning(block_rows, 1024 if overlap and gated else 2048, 4, 1)
 
@@ -74,7 +74,7 @@ def vector_linear(
             instead of x.
         gated: the weight's rows are gate rows, then as many up rows; the result is `silu(gate) * up`.
         accumulate: add to `out`, in float32.
-        packed: integer products for int8 and nf4 with 16-bit x (needs a GPU); otherwise, and without it, float32.
+        packed: integer products for int8, nf4 and int4 with 16-bit x (needs a GPU); otherwise, and without it, float32.
         tuning: None for `default_tuning`.
         overlap: begin while the kernel before this one ends, where the GPU can (see `overlap.overlaps`).
 
@@ -94,7 +94,7 @@ def vector_linear(
         out = x.new_empty(1, num_outputs)
     norm = x if norm_weight is None else norm_weight
     bias = x if linear.bias is None else linear.bias
-    scale = linear.row_scale if weight_format == "int8" else linear.absmax if weight_format == "nf4" else x
+    scale = {"int8": linear.row_scale, "nf4": linear.absmax, "int4": linear.group_scale}.get(weight_format, x)
     wide = triton.next_power_of_2(in_features)
     block_k = min(tuning.block_k, wide)
     options = {
@@ -104,12 +104,11 @@ def vector_linear(
     }  # fmt: skip
     grid = (-(-num_outputs // tuning.block_rows),)
     if packed:
-        nf4 = weight_format == "nf4"
         words = linear.data.view(-1).view(torch.int32)
-        table = _code_planes(linear.code) if nf4 else words
+        table = _code_planes(linear.code) if weight_format == "nf4" else words
         chunks = block_k // _CHUNK[weight_format]
         packed_kernel[grid](
-            x, norm, words, scale, table, bias, out, num_outputs, eps, CHUNKS=chunks, NF4=nf4, **options
+            x, norm, words, scale, table, bias, out, num_outputs, eps, CHUNKS=chunks, FORMAT=weight_format, **options
         )
     else:
         code = linear.code if weight_format == "nf4" else x

@@ -1,7 +1,7 @@
 """`vector_linear` in float32 arithmetic and portable Triton: every weight format, every dtype, and the interpreter.
 
-The kernel of bf16 and fp32 weights, and of int8 and nf4 where activations are float32. Also what both kernels share:
-the norm before and everything after the product.
+The kernel of bf16 and fp32 weights, and of int8, nf4 and int4 where activations are float32. Also what both kernels
+share: the norm before and everything after the product.
 """
 
 from __future__ import annotations
@@ -65,11 +65,12 @@ def dense_kernel(
     NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program p makes outputs p * BLOCK_ROWS and on, of `rows`. VECTOR: stored items of a 16-byte load. `scale_ptr`:
-    float32 row scales of int8, absmax of nf4, whose `w_ptr` is of bytes."""
+    float32 row scales of int8, absmax of nf4, bfloat16 steps of int4; `w_ptr` of the last two is of bytes."""
     NF4: tl.constexpr = FORMAT == "nf4"
+    NIBBLES: tl.constexpr = NF4 or FORMAT == "int4"
     TILE: tl.constexpr = 2 * BLOCK_ROWS if GATED else BLOCK_ROWS
-    ITEMS: tl.constexpr = K // 2 if NF4 else K  # stored, a row
-    BLOCK: tl.constexpr = BLOCK_K // 2 if NF4 else BLOCK_K
+    ITEMS: tl.constexpr = K // 2 if NIBBLES else K  # stored, a row
+    BLOCK: tl.constexpr = BLOCK_K // 2 if NIBBLES else BLOCK_K
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -88,6 +89,12 @@ def dense_kernel(
             first = tl.load(code_ptr + (w >> 4).to(tl.int32)) * load_x(x_ptr, norm_ptr, rms, 2 * at, valid, NORM)
             second = tl.load(code_ptr + (w & 15).to(tl.int32)) * load_x(x_ptr, norm_ptr, rms, 2 * at + 1, valid, NORM)
             terms = (first + second) * absmax
+        elif NIBBLES:
+            step = tl.load(scale_ptr + row[:, None] * (K // 32) + at // 16, mask=mask, other=0.0).to(tl.float32)
+            low = at // 4 * 8 + at % 4
+            first = ((w & 15).to(tl.float32) - 8.0) * load_x(x_ptr, norm_ptr, rms, low, valid, NORM)
+            second = ((w >> 4).to(tl.float32) - 8.0) * load_x(x_ptr, norm_ptr, rms, low + 4, valid, NORM)
+            terms = (first + second) * step
         else:
             terms = w.to(tl.float32) * load_x(x_ptr, norm_ptr, rms, at, valid, NORM)
         acc += tl.sum(tl.reshape(terms, (TILE, BLOCK // VECTOR, VECTOR)), 2)

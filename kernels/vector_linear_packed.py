@@ -1,8 +1,8 @@
-"""`vector_linear` over int8 and NF4 weights: exact integer products of packed weights, in Triton with a little PTX.
+"""`vector_linear` over int8, NF4 and INT4 weights: exact integer products of packed weights, in Triton with some PTX.
 
-**Activations** become 16-bit fixed point once a program: a chunk of x (16 values for int8, 32 for nf4, the weights of
-one 16-byte load) is `top / 32639 * (256 a + b)`, `top` its largest magnitude and a, b signed bytes, four to a register.
-The rounding is 2^-16 of the chunk's largest value.
+**Activations** become 16-bit fixed point once a program: a chunk of x (16 values for int8, 32 for nf4 and int4, the
+weights of one 16-byte load) is `top / 32639 * (256 a + b)`, `top` its largest magnitude and a, b signed bytes, four to
+a register. The rounding is 2^-16 of the chunk's largest value.
 
 **int8**: `dp4a` multiplies four weights with four a or b and adds up, exactly: half an instruction a weight.
 
@@ -11,6 +11,10 @@ The rounding is 2^-16 of the chunk's largest value.
 bit, 0 in every entry, where the fourth bit is set: the lookup of the other half is 0 by itself, and the two are or-ed.
 Of the four products h*a, h*b, l*a and l*b the last is below 2^-16 of the largest and is left out. 21 instructions for
 eight weights.
+
+**int4**: the low nibbles of a word are four weights in order, and so are the high ones, which are left where they are,
+as 16 times their value; sums of the low ones are multiplied by 16 on the way. That nibbles stand 8 too high is taken
+off the sums' start, once a program. 2 `and`, 4 `dp4a` for eight weights, and 2 instructions a chunk.
 
 Sums over a chunk stay below 2^22, so an accumulator that starts at the bits of the float 1.5 * 2^23 can be read as that
 float plus the sum: no conversion from integer. Chunks are added up in float32.
@@ -31,6 +35,7 @@ _MAGIC_BITS = tl.constexpr(0x4B400000)
 _TOP = tl.constexpr(32639.0)  # 127 * 256 + 127
 _NF4_STEP = tl.constexpr(128.0 / 8127.0 / 32639.0)
 _INT8_STEP = tl.constexpr(1.0 / 32639.0)
+_INT4_STEP = tl.constexpr(1.0 / 16.0 / 32639.0)
 
 # $0, $1: bytes a and b of four integers, from their low 16 bits plus 128
 PACK_PTX = tl.constexpr(
@@ -44,6 +49,8 @@ KEEP_PTX = tl.constexpr(
 )
 # $0: $2 - 64 * the sum of the four signed bytes of $1
 OFFSET_PTX = tl.constexpr("{.reg .b32 m; mov.b32 m, 0xc0c0c0c0; dp4a.s32.s32 $0, $1, m, $2;}")
+# $0: $2 - 128 * the sum of the four signed bytes of $1
+INT4_OFFSET_PTX = tl.constexpr("{.reg .b32 m; mov.b32 m, 0x80808080; dp4a.s32.s32 $0, $1, m, $2;}")
 # $0, $1: $5, $6 plus the products of the four int8 weights $2 with bytes a $3 and bytes b $4
 INT8_PTX = tl.constexpr("dp4a.s32.s32 $0, $2, $3, $5; dp4a.s32.s32 $1, $2, $4, $6;")
 # $0, $1, $2: $8, $9, $10 plus h*a, h*b and l*a of the eight nibbles $3; a in $4, $5, b in $6, $7; tables $11 to $18
@@ -57,6 +64,20 @@ NF4_PTX = tl.constexpr(
     prmt.b32 h, $11, $12, u; prmt.b32 m, $13, $14, f; or.b32 h, h, m;
     prmt.b32 l, $15, $16, u; prmt.b32 m, $17, $18, f; or.b32 l, l, m;
     dp4a.u32.s32 $0, h, $5, $0; dp4a.u32.s32 $1, h, $7, $1; dp4a.u32.s32 $2, l, $5, $2;}"""
+)
+
+# $0, $1: $22, $23 plus 16 times the products of the 32 nibbles of $2 to $5 with a in $6 to $13 and b in $14 to $21
+INT4_PTX = tl.constexpr(
+    """{.reg .b32 n, p, q;
+    and.b32 n, $2, 0x0f0f0f0f; dp4a.u32.s32 p, n, $6, 0; dp4a.u32.s32 q, n, $14, 0;
+    and.b32 n, $3, 0x0f0f0f0f; dp4a.u32.s32 p, n, $8, p; dp4a.u32.s32 q, n, $16, q;
+    and.b32 n, $4, 0x0f0f0f0f; dp4a.u32.s32 p, n, $10, p; dp4a.u32.s32 q, n, $18, q;
+    and.b32 n, $5, 0x0f0f0f0f; dp4a.u32.s32 p, n, $12, p; dp4a.u32.s32 q, n, $20, q;
+    mad.lo.s32 p, p, 16, $22; mad.lo.s32 q, q, 16, $23;
+    and.b32 n, $2, 0xf0f0f0f0; dp4a.u32.s32 p, n, $7, p; dp4a.u32.s32 q, n, $15, q;
+    and.b32 n, $3, 0xf0f0f0f0; dp4a.u32.s32 p, n, $9, p; dp4a.u32.s32 q, n, $17, q;
+    and.b32 n, $4, 0xf0f0f0f0; dp4a.u32.s32 p, n, $11, p; dp4a.u32.s32 q, n, $19, q;
+    and.b32 n, $5, 0xf0f0f0f0; dp4a.u32.s32 $0, n, $13, p; dp4a.u32.s32 $1, n, $21, q;}"""
 )
 
 
@@ -95,13 +116,13 @@ def _table(table_ptr, i: tl.constexpr):
 
 
 @triton.jit
-def _offset(word, start):
-    return tl.inline_asm_elementwise(OFFSET_PTX, "=r,r,r", [word, start], dtype=tl.int32, is_pure=True, pack=1)
+def _offset(word, start, PTX: tl.constexpr):
+    return tl.inline_asm_elementwise(PTX, "=r,r,r", [word, start], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _offset4(w0, w1, w2, w3, start):
-    return _offset(w3, _offset(w2, _offset(w1, _offset(w0, start))))
+def _offset4(w0, w1, w2, w3, start, PTX: tl.constexpr):
+    return _offset(w3, _offset(w2, _offset(w1, _offset(w0, start, PTX), PTX), PTX), PTX)
 
 
 @triton.jit
@@ -121,30 +142,51 @@ def _nf4_word(w, a0, a1, b0, b1, s0, s1, s2, t0, t1, t2, t3, t4, t5, t6, t7):
 
 
 @triton.jit
+def _int4_chunk(w0, w1, w2, w3, a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7, s0, s1):
+    return tl.inline_asm_elementwise(
+        INT4_PTX, "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+        [w0, w1, w2, w3, a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7, s0, s1],
+        dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _split8(x, CHUNKS: tl.constexpr):
+    """[CHUNKS, 8] as eight [1, CHUNKS]."""
+    low, high = tl.split(tl.reshape(x, (CHUNKS, 4, 2)))
+    x0, x2, x4, x6 = _split4(low, 1, CHUNKS)
+    x1, x3, x5, x7 = _split4(high, 1, CHUNKS)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
 def _float(total):
     return total.to(tl.float32, bitcast=True) - _MAGIC
 
 
 @triton.jit
-def _load_words(w_ptr, row, inside, chunk, K: tl.constexpr, NF4: tl.constexpr, CHUNKS: tl.constexpr):
-    """int32 [rows, 4 * CHUNKS]: 16 bytes a chunk."""
-    SIZE: tl.constexpr = 32 if NF4 else 16
+def _load_words(w_ptr, row, inside, chunk, K: tl.constexpr, SIZE: tl.constexpr, CHUNKS: tl.constexpr):
+    """int32 [rows, 4 * CHUNKS]: 16 bytes a chunk of SIZE weights."""
     word = chunk * 4 + tl.arange(0, CHUNKS * 4)
     valid = inside[:, None] & (word < K // SIZE * 4)[None, :]
     return tl.load(w_ptr + row[:, None] * (K // SIZE * 4) + word[None, :], mask=valid, other=0)
 
 
 @triton.jit
-def _load_absmax(scale_ptr, row, inside, chunk, K: tl.constexpr, CHUNKS: tl.constexpr):
+def _load_scales(scale_ptr, row, inside, chunk, K: tl.constexpr, SHARED: tl.constexpr, CHUNKS: tl.constexpr):
+    """[rows, CHUNKS] of 4-bit weights: one scale for SHARED chunks."""
     at = chunk + tl.arange(0, CHUNKS)
     valid = inside[:, None] & (at < K // 32)[None, :]
-    return tl.load(scale_ptr + row[:, None] * (K // 64) + (at // 2)[None, :], mask=valid, other=0.0)
+    return tl.load(scale_ptr + row[:, None] * (K // 32 // SHARED) + (at // SHARED)[None, :], mask=valid, other=0.0)
 
 
 @triton.jit
-def _planes(x_ptr, norm_ptr, rms, chunk, K: tl.constexpr, NF4: tl.constexpr, NORM: tl.constexpr, CHUNKS: tl.constexpr):
-    """a, b: int32 [CHUNKS, words] of the chunks' fixed point; top: float32 [CHUNKS]."""
-    SIZE: tl.constexpr = 32 if NF4 else 16
+def _planes(
+    x_ptr, norm_ptr, rms, chunk,
+    K: tl.constexpr, SIZE: tl.constexpr, SWAP: tl.constexpr, NORM: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """a, b: int32 [CHUNKS, words] of the chunks' fixed point; top: float32 [CHUNKS]. SWAP: the bytes of
+    each two values change places."""
     at = chunk + tl.arange(0, CHUNKS)
     where = at[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     valid = (at < K // SIZE)[:, None]
@@ -154,7 +196,7 @@ def _planes(x_ptr, norm_ptr, rms, chunk, K: tl.constexpr, NF4: tl.constexpr, NOR
     # The bits of the sum end in the rounded integer plus 128.
     fixed = (x * (1.0 / top * _TOP)[:, None] + (_MAGIC + 128.0)).to(tl.int32, bitcast=True)
     v0, v1, v2, v3 = _split4(fixed, CHUNKS, SIZE // 4)
-    if NF4:  # the first of two values is in the high nibble
+    if SWAP:
         a, b = _pack(v1, v0, v3, v2)
     else:
         a, b = _pack(v0, v1, v2, v3)
@@ -165,12 +207,15 @@ def _planes(x_ptr, norm_ptr, rms, chunk, K: tl.constexpr, NF4: tl.constexpr, NOR
 def packed_kernel(
     x_ptr, norm_ptr, w_ptr, scale_ptr, table_ptr, bias_ptr, out_ptr, rows, eps,
     K: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
-    NF4: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    FORMAT: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Program p makes outputs p * BLOCK_ROWS and on; `rows` outputs in all. `w_ptr` is int32, `scale_ptr` the absmax
-    of nf4 or the row scales of int8, `table_ptr` the `code_planes` of nf4."""
-    SIZE: tl.constexpr = 32 if NF4 else 16
+    of nf4, the bfloat16 steps of int4 or the row scales of int8, `table_ptr` the `code_planes` of nf4."""
+    NF4: tl.constexpr = FORMAT == "nf4"
+    GROUPED: tl.constexpr = FORMAT != "int8"
+    SIZE: tl.constexpr = 32 if GROUPED else 16
+    SHARED: tl.constexpr = 2 if NF4 else 1
     TILE: tl.constexpr = 2 * BLOCK_ROWS if GATED else BLOCK_ROWS
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -179,9 +224,9 @@ def packed_kernel(
     # point of x are made while they are under way.
     ONE_STEP: tl.constexpr = CHUNKS * SIZE >= K
     if ONE_STEP or PDL:
-        words = _load_words(w_ptr, row, inside, 0, K, NF4, CHUNKS)
-        if NF4:
-            absmax = _load_absmax(scale_ptr, row, inside, 0, K, CHUNKS)
+        words = _load_words(w_ptr, row, inside, 0, K, SIZE, CHUNKS)
+        if GROUPED:
+            scales = _load_scales(scale_ptr, row, inside, 0, K, SHARED, CHUNKS)
     if PDL:
         tl.extra.cuda.gdc_wait()  # from here on x, and out, which earlier kernels may still be reading or writing
     rms = 0.0
@@ -194,30 +239,33 @@ def packed_kernel(
     start = tl.full((1, CHUNKS), _MAGIC_BITS, tl.int32)
     for chunk in tl.range(0, K // SIZE, CHUNKS, num_stages=STAGES):
         if not ONE_STEP and not PDL:
-            words = _load_words(w_ptr, row, inside, chunk, K, NF4, CHUNKS)
-            if NF4:
-                absmax = _load_absmax(scale_ptr, row, inside, chunk, K, CHUNKS)
+            words = _load_words(w_ptr, row, inside, chunk, K, SIZE, CHUNKS)
+            if GROUPED:
+                scales = _load_scales(scale_ptr, row, inside, chunk, K, SHARED, CHUNKS)
         if not ONE_STEP and PDL:
-            next_words = _load_words(w_ptr, row, inside, chunk + CHUNKS, K, NF4, CHUNKS)
-            if NF4:
-                next_absmax = _load_absmax(scale_ptr, row, inside, chunk + CHUNKS, K, CHUNKS)
-        a, b, top = _planes(x_ptr, norm_ptr, rms, chunk, K, NF4, NORM, CHUNKS)
+            next_words = _load_words(w_ptr, row, inside, chunk + CHUNKS, K, SIZE, CHUNKS)
+            if GROUPED:
+                next_scales = _load_scales(scale_ptr, row, inside, chunk + CHUNKS, K, SHARED, CHUNKS)
+        a, b, top = _planes(x_ptr, norm_ptr, rms, chunk, K, SIZE, NF4, NORM, CHUNKS)
         w0, w1, w2, w3 = _split4(words, TILE, CHUNKS)
+        if GROUPED:
+            a0, a1, a2, a3, a4, a5, a6, a7 = _split8(a, CHUNKS)
+            b0, b1, b2, b3, b4, b5, b6, b7 = _split8(b, CHUNKS)
+            PTX: tl.constexpr = OFFSET_PTX if NF4 else INT4_OFFSET_PTX
+            less_a = _offset4(a1, a3, a5, a7, _offset4(a0, a2, a4, a6, start, PTX), PTX)
+            less_b = _offset4(b1, b3, b5, b7, _offset4(b0, b2, b4, b6, start, PTX), PTX)
         if NF4:
-            a_low, a_high = tl.split(tl.reshape(a, (CHUNKS, 4, 2)))
-            b_low, b_high = tl.split(tl.reshape(b, (CHUNKS, 4, 2)))
-            a0, a2, a4, a6 = _split4(a_low, 1, CHUNKS)
-            a1, a3, a5, a7 = _split4(a_high, 1, CHUNKS)
-            b0, b2, b4, b6 = _split4(b_low, 1, CHUNKS)
-            b1, b3, b5, b7 = _split4(b_high, 1, CHUNKS)
-            less_a = _offset4(a1, a3, a5, a7, _offset4(a0, a2, a4, a6, start))
-            less_b = _offset4(b1, b3, b5, b7, _offset4(b0, b2, b4, b6, start))
             s0, s1, s2 = _nf4_word(w0, a0, a1, b0, b1, less_a, less_b, less_a, t0, t1, t2, t3, t4, t5, t6, t7)
             s0, s1, s2 = _nf4_word(w1, a2, a3, b2, b3, s0, s1, s2, t0, t1, t2, t3, t4, t5, t6, t7)
             s0, s1, s2 = _nf4_word(w2, a4, a5, b4, b5, s0, s1, s2, t0, t1, t2, t3, t4, t5, t6, t7)
             s0, s1, s2 = _nf4_word(w3, a6, a7, b6, b7, s0, s1, s2, t0, t1, t2, t3, t4, t5, t6, t7)
             total = _float(s0) * 256.0 + (_float(s1) + _float(s2) * 2.0)
-            acc += total * (absmax * top[None, :])
+            acc += total * (scales * top[None, :])
+        elif GROUPED:
+            s0, s1 = _int4_chunk(
+                w0, w1, w2, w3, a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7, less_a, less_b
+            )
+            acc += (_float(s0) * 256.0 + _float(s1)) * (scales.to(tl.float32) * top[None, :])
         else:
             a0, a1, a2, a3 = _split4(a, 1, CHUNKS)
             b0, b1, b2, b3 = _split4(b, 1, CHUNKS)
@@ -228,11 +276,13 @@ def packed_kernel(
             acc += (_float(s0) * 256.0 + _float(s1)) * top[None, :]
         if not ONE_STEP and PDL:
             words = next_words
-            if NF4:
-                absmax = next_absmax
+            if GROUPED:
+                scales = next_scales
     product = tl.sum(acc, 1)
     if NF4:
         product *= _NF4_STEP
+    elif GROUPED:
+        product *= _INT4_STEP
     else:
         product *= _INT8_STEP * tl.load(scale_ptr + row, mask=inside, other=0.0)
     finish(out_ptr, bias_ptr, row, inside, product, rows, BLOCK_ROWS, GATED, BIAS, ADD)

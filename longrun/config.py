@@ -296,7 +296,7 @@ def _refuse_unsupported(values: _Values, model_type: str) -> None:
     if data.get("quantization_config") is not None:
         raise ConfigError(
             f"{source}: quantization_config means weights that are already quantized, which is not supported: use the "
-            f"original checkpoint and ask for weight_format int8 or nf4"
+            f"original checkpoint and ask for weight_format int8, nf4 or int4"
         )
     if model_type in ("qwen2", "qwen3") and values.flag("use_sliding_window"):
         raise ConfigError(f"{source}: use_sliding_window true is not supported: only full attention models are")

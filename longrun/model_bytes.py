@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longrun.config import ModelConfig
-from longrun.quant.weight_format import compute_itemsize, linear_bytes
+from longrun.quant.weight_format import compute_itemsize, is_quantized, linear_bytes
 
 __all__ = ["TOKEN_SLICE", "TOKEN_SLICES", "activation_bytes", "compute_itemsize", "model_weight_bytes"]
 
@@ -78,7 +78,7 @@ def activation_bytes(
     mlp = part * 2 * config.intermediate_size * itemsize + norm
     logits = config.vocab_size * (4 if itemsize == 4 else 6)
     dense = 0
-    if weight_format in ("int8", "nf4"):
+    if is_quantized(weight_format):
         qkv, out, gate_up, down = (rows * cols for rows, cols, _ in _linears(config))
         dense = max(qkv, out, gate_up + down) * itemsize
     return whole + rotary + dense + max(projecting, attended + mlp, logits)

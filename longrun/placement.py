@@ -16,6 +16,7 @@ from longrun.config import ModelConfig
 from longrun.model_bytes import TOKEN_SLICES, activation_bytes, compute_itemsize, model_weight_bytes
 from longrun.patterns.head_map import HeadSplit
 from longrun.quant.kv_format import PageFormat
+from longrun.quant.weight_format import is_quantized
 
 DEFAULT_WEIGHT_FORMAT = {"cpu": "fp32", "cuda": "bf16"}
 
@@ -104,7 +105,7 @@ class PlanSettings:
         largest_tensor = max(_numel(weight.shape) for weight in config.weights())
         # A piece stands as read (in two bytes an element, mostly), converted, and reordered.
         passing = min(_LOADING_PIECE_BYTES, 2 * largest_tensor) * (1 + self.itemsize)
-        if self.weight_format in ("int8", "nf4"):
+        if is_quantized(self.weight_format):
             widest = max(2 * config.intermediate_size, config.q_size + 2 * config.kv_size)
             passing += widest * config.hidden_size * self.itemsize
         return self.weight_bytes + self.base_bytes + self.reserved_bytes + passing

@@ -67,7 +67,7 @@ def load(
             "auto": the map of this model with this adapter, measured on the first call and kept (see
             `longrun.auto_head_map`).
         kv_format: "int4", "bf16" or "fp32"; default: the budget's (int4 where it says nothing).
-        weight_format: "fp32", "bf16", "int8" or "nf4"; default: the budget's.
+        weight_format: "fp32", "bf16", "int8", "nf4" or "int4"; default: the budget's.
         device: "cpu" or "cuda"; default: cuda where there is one.
         ctx: capacity to plan for, tokens; default: the model's trained window (the adapter's, where it names one), or
             what fits of it.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longrun.errors import ConfigError
+from longrun.quant.int4_weight import dequantize_int4, quantize_int4
 from longrun.quant.weight_format import NF4_GROUP, check_weight_format
 
 # Rows of x up to which a CUDA nf4 product reads the packed weight directly; beyond, one dequantized temporary and a
@@ -26,7 +27,7 @@ class QuantLinear:
 
     Attributes:
         out_features, in_features: shape of the weight.
-        weight_format: `fp32`, `bf16`, `int8` or `nf4`; see `longrun.quant.weight_format`.
+        weight_format: one of `WEIGHT_FORMATS`; see `longrun.quant.weight_format`.
         compute_dtype: dtype of inputs, outputs and bias.
         bias: [out_features] compute dtype, or None.
     """
@@ -44,7 +45,7 @@ class QuantLinear:
         """Hold `weight` [out_features, in_features] (floating point) in `weight_format` on `device`.
 
         A weight that already has the dtype and device is taken over without a copy. int8 rounds to the nearest of
-        -127..127 of each row's largest magnitude; nf4 is bitsandbytes' own quantization.
+        -127..127 of each row's largest magnitude; nf4 is bitsandbytes' own quantization, int4 `quantize_int4`.
 
         Args:
             bias: [out_features], any floating dtype.
@@ -66,6 +67,8 @@ class QuantLinear:
         self._state: Any = None
         if weight_format == "int8":
             self._data, self._scale = _quantize_int8(weight, device)
+        elif weight_format == "int4":
+            self._data, self._scale = quantize_int4(weight, device)
         elif weight_format == "nf4":
             self._data, self._state = _quantize_nf4(weight.to(device, self.compute_dtype), self.compute_dtype)
         else:
@@ -74,13 +77,19 @@ class QuantLinear:
     @property
     def data(self) -> Tensor:
         """What is stored: [out_features, in_features] in the dtype of the format; for nf4 bitsandbytes' uint8
-        [ceil(out_features * in_features / 2), 1], row-major, the first value of a byte in its high nibble."""
+        [ceil(out_features * in_features / 2), 1], row-major, the first value of a byte in its high nibble; for int4
+        uint8 [out_features, 4 * ceil(in_features / 8)], see `longrun.quant.int4_weight`."""
         return self._data
 
     @property
     def row_scale(self) -> Tensor | None:
         """int8: float32 [out_features, 1], what each row's integers are multiplied with. None otherwise."""
-        return self._scale
+        return self._scale if self.weight_format == "int8" else None
+
+    @property
+    def group_scale(self) -> Tensor | None:
+        """int4: bfloat16 [out_features, ceil(in_features / 32)], the step of 32 consecutive inputs. None otherwise."""
+        return self._scale if self.weight_format == "int4" else None
 
     @property
     def absmax(self) -> Tensor | None:
@@ -105,8 +114,12 @@ class QuantLinear:
     def dense(self) -> Tensor:
         """The weight [out_features, in_features] in the compute dtype: itself for fp32 and bf16, else a temporary."""
         if self.weight_format == "int8":
-            weight = torch.empty_like(self._data, dtype=self.compute_dtype)
-            return torch.mul(self._data, self._scale, out=weight)
+            if self._data.is_cuda:
+                return _kernels().dequantize_int8(self._data, self._scale, self.compute_dtype)
+            return torch.mul(self._data, self._scale, out=torch.empty_like(self._data, dtype=self.compute_dtype))
+        if self.weight_format == "int4":
+            unpack = _kernels().dequantize_int4 if self._data.is_cuda else dequantize_int4
+            return unpack(self._data, self._scale, self.in_features, self.compute_dtype)
         if self.weight_format == "nf4":
             return _bitsandbytes().functional.dequantize_4bit(self._data, self._state)
         return self._data
@@ -169,6 +182,14 @@ def _nf4_code(device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=1)
+def _kernels() -> Any:
+    """The GPU's kernels, imported where there is a GPU: torch's CUDA builds bring Triton, others need not."""
+    from longrun.kernels import weight_dequantize
+
+    return weight_dequantize
+
+
+@lru_cache(maxsize=1)
 def _bitsandbytes() -> Any:
     """bitsandbytes, imported only where nf4 is used: the import takes a second or two."""
     try:
@@ -176,6 +197,6 @@ def _bitsandbytes() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"weight format nf4 needs the package bitsandbytes, which cannot be imported ({error}): "
-            f"install it, or use weight format fp32, bf16 or int8"
+            f"install it, or use weight format fp32, bf16, int8 or int4"
         ) from error
     return bitsandbytes

@@ -4,6 +4,8 @@
 * `int8`: weight-only, symmetric, one float32 scale an output row (`weight = scale / 127 * int8`).
 * `nf4`: 4-bit NormalFloat of QLoRA (arXiv 2305.14314), two values a byte, one float32 maximum for every 64 values in
   row-major order, as bitsandbytes stores it.
+* `int4`: 4-bit, symmetric, one bfloat16 step for every 32 inputs of a row; a row is filled up to whole words of 8
+  weights. See `longrun.quant.int4_weight`. Nothing but the number of bits in common with the page format of that name.
 
 Biases stay in the compute dtype.
 """
@@ -12,15 +14,24 @@ from __future__ import annotations
 
 from longrun.errors import ConfigError
 
-WEIGHT_FORMATS = ("fp32", "bf16", "int8", "nf4")
+WEIGHT_FORMATS = ("fp32", "bf16", "int8", "nf4", "int4")
 NF4_GROUP = 64
+INT4_GROUP = 32
+INT4_WORD = 8  # weights of 4 bytes
 _SCALE_ITEMSIZE = 4
+_INT4_SCALE_ITEMSIZE = 2
 
 
 def check_weight_format(weight_format: str) -> None:
     """Raise `ConfigError` for a name outside `WEIGHT_FORMATS`."""
     if weight_format not in WEIGHT_FORMATS:
         raise ConfigError(f"weight format {weight_format!r} is unknown: use one of {', '.join(WEIGHT_FORMATS)}")
+
+
+def is_quantized(weight_format: str) -> bool:
+    """Whether a product of many rows works on a dequantized copy of the weight."""
+    check_weight_format(weight_format)
+    return weight_format not in ("fp32", "bf16")
 
 
 def compute_itemsize(weight_format: str, device_type: str) -> int:
@@ -54,6 +65,9 @@ def linear_bytes(out_features: int, in_features: int, weight_format: str, comput
         weight = count + _SCALE_ITEMSIZE * out_features
     elif weight_format == "nf4":
         weight = -(-count // 2) + _SCALE_ITEMSIZE * -(-count // NF4_GROUP)
+    elif weight_format == "int4":
+        row = 4 * -(-in_features // INT4_WORD) + _INT4_SCALE_ITEMSIZE * -(-in_features // INT4_GROUP)
+        weight = out_features * row
     else:
         weight = count * (4 if weight_format == "fp32" else 2)
     return weight + (compute_itemsize * out_features if bias else 0)

@@ -89,7 +89,9 @@ def add_formats(sub: argparse.ArgumentParser) -> None:
 
     add_model_options(sub)
     sub.add_argument("--length", default="64K", help="tokens read")
-    sub.add_argument("--weight-formats", default="nf4,int8", help="formats beside bf16; --weight-format is not used")
+    sub.add_argument(
+        "--weight-formats", default="nf4,int4,int8", help="formats beside bf16; --weight-format is not used"
+    )
     sub.add_argument("--repeats", type=int, default=5, help="turns of every format, after one that is not counted")
     sub.set_defaults(run=run)
 

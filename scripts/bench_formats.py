@@ -27,7 +27,7 @@ def parse_formats(text: str) -> list[str]:
     """
     formats = [name.strip() for name in text.split(",") if name.strip()]
     if len(set(formats)) != len(formats) or not set(formats) - {BASE}:
-        raise InputError(f"--weight-formats {text} names none beside {BASE}, or one twice: give nf4,int8")
+        raise InputError(f"--weight-formats {text} names none beside {BASE}, or one twice: give nf4,int4,int8")
     return [BASE, *(name for name in formats if name != BASE)]
 
 

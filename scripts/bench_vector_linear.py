@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """Time the one-token linear kernels on a GPU: the four matrices of Llama-3-8B and all 32 layers; JSON is the last line.
 
-    python scripts/bench_vector_linear.py [--formats nf4,int8,bf16] [--no-sweep] [--json FILE]
+    python scripts/bench_vector_linear.py [--formats nf4,int4,int8,bf16] [--no-sweep] [--json FILE]
 
 Every time is of a CUDA graph over 32 distinct weights, so that L2 serves none of them. Bytes are those of the stored
 weight with its scales, each once; the ceiling is the faster of two large device-to-device copies in the same run, its
 bytes read and written. qkv and gate_up include RMS norm, gate_up the gate, o and down the residual; the products of
-torch and bitsandbytes beside them include nothing. Weights are random bytes, and results are compared with a float32
-product of what the bytes mean.
+torch and bitsandbytes beside them include nothing. *dense* is what prefill does before a product of many rows: the
+whole weight in bf16, read and written. Weights are random bytes, and results are compared with a float32 product of
+what the bytes mean.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from torch import Tensor
 from longrun import cli
 from longrun.errors import InputError
 from longrun.kernels.vector_linear import Tuning, default_tuning, vector_linear
+from longrun.kernels.weight_dequantize import dequantize_int8_reference
+from longrun.quant.int4_weight import dequantize_int4
 from longrun.quant.linear import QuantLinear
-from longrun.quant.weight_format import linear_bytes
+from longrun.quant.weight_format import is_quantized, linear_bytes
 from longrun.report_env import environment
 
 LAYERS = 32
@@ -57,9 +60,11 @@ NF4_CODE = (
 # block_rows (halved with a gate), block_k, num_warps, num_stages
 SWEEP = {
     "nf4": ((8, 2048, 4, 1), (8, 4096, 4, 1), (4, 4096, 4, 1), (8, 2048, 2, 1), (8, 2048, 2, 2), (8, 4096, 8, 1)),
+    "int4": ((8, 2048, 4, 1), (8, 4096, 4, 1), (4, 4096, 4, 1), (16, 4096, 4, 1), (16, 2048, 4, 1), (16, 2048, 2, 1),
+             (8, 2048, 2, 1), (8, 2048, 2, 2), (8, 4096, 8, 1)),
     "int8": ((8, 1024, 4, 1), (8, 2048, 4, 1), (4, 2048, 4, 1), (8, 1024, 2, 1), (8, 2048, 4, 2), (8, 4096, 8, 1)),
     "bf16": ((8, 2048, 4, 1), (4, 2048, 4, 1), (2, 2048, 4, 1), (4, 1024, 2, 1), (4, 2048, 4, 2), (4, 4096, 8, 1)),
-}
+}  # fmt: skip
 
 
 def tunings(weight_format: str, matrix: str, sweep: bool) -> list[Tuning]:
@@ -81,6 +86,9 @@ def random_layer(weight_format: str, rows: int, width: int) -> QuantLinear:
     if weight_format == "int8":
         linear._data = torch.randint(-127, 128, (rows, width), dtype=torch.int8, device="cuda")
         linear._scale = torch.rand(rows, 1, device="cuda").add_(0.5).mul_(width**-0.5 / 73)
+    elif weight_format == "int4":
+        linear._data = torch.randint(0, 256, (rows, width // 2), dtype=torch.uint8, device="cuda")
+        linear._scale = torch.rand(rows, width // 32, device="cuda").add_(0.5).mul_(width**-0.5 / 4.6).bfloat16()
     else:
         linear._data = torch.randint(0, 256, (rows * width // 2, 1), dtype=torch.uint8, device="cuda")
         absmax = torch.rand(rows * width // 64, device="cuda").add_(0.5).mul_(2 * width**-0.5)
@@ -117,6 +125,8 @@ def exact_rows(linear: QuantLinear, count: int) -> Tensor:
         return linear.data[:count].float()
     if linear.weight_format == "int8":
         return linear.data[:count].float() * linear.row_scale[:count]
+    if linear.weight_format == "int4":
+        return dequantize_int4(linear.data[:count], linear.group_scale[:count], linear.in_features, torch.float32)
     data = linear.data.view(linear.out_features, -1)[:count]
     nibbles = torch.stack((data >> 4, data & 15), dim=-1).view(-1, 64).long()
     absmax = linear.absmax.view(linear.out_features, -1)[:count].reshape(-1, 1)
@@ -176,7 +186,10 @@ def timed(label: str, weight_format: str, name: str, moved: int, ceiling: float,
 
 
 def measure(
-    ceiling: float, weight_formats: Sequence[str] = ("nf4", "int8", "bf16"), layers: int = LAYERS, sweep: bool = False
+    ceiling: float,
+    weight_formats: Sequence[str] = ("nf4", "int4", "int8", "bf16"),
+    layers: int = LAYERS,
+    sweep: bool = False,
 ) -> list[dict[str, Any]]:
     """Times by format and matrix, of `layers` layers' matrices in a row (microseconds are of one), and of all four in
     all layers, as decoding reads them (matrix `all`: microseconds of all layers).
@@ -218,7 +231,29 @@ def measure(
                 for m in matrices:
                     each = lambda m=m, way=way: [way(m, layer) for layer in range(layers)]  # noqa: E731
                     found.append(timed(label, weight_format, m.name, m.bytes, ceiling, each, layers))
+        found += time_dense(ceiling, weight_format, matrices, layers)
         del matrices, ways, m
+    return found
+
+
+def time_dense(ceiling: float, weight_format: str, matrices: Sequence[Matrix], layers: int) -> list[dict[str, Any]]:
+    """Times of dequantizing all matrices of all layers to bf16, as prefill does once a chunk: stored bytes read, dense
+    ones written."""
+    if not is_quantized(weight_format):
+        return []
+    ways: dict[str, Callable[[QuantLinear], Tensor]] = {"dense": QuantLinear.dense}
+    if weight_format == "int8":
+        ways["dense, torch"] = lambda linear: dequantize_int8_reference(linear.data, linear.row_scale, torch.bfloat16)
+    moved = sum(m.bytes + 2 * m.rows * m.width for m in matrices) * layers
+    found = []
+    for label, way in ways.items():
+
+        def work(way=way) -> None:
+            for m in matrices:
+                for linear in m.linears:
+                    way(linear)
+
+        found.append(timed(label, weight_format, "all", moved, ceiling, work, 1))
     return found
 
 
@@ -241,7 +276,7 @@ def compile_all(weight_formats: Sequence[str], sweep: bool, share: str | None) -
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--formats", default="nf4,int8,bf16")
+    parser.add_argument("--formats", default="nf4,int4,int8,bf16")
     parser.add_argument("--no-sweep", action="store_true")
     parser.add_argument("--compile-share", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)

@@ -127,7 +127,7 @@ def test_an_adapter_of_ours_loads_in_peft(model, adapter):
         assert (logits(model, adapter) - theirs(IDS[None]).logits[0]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("weight_format", ["fp32", "bf16", "int8", "nf4"])
+@pytest.mark.parametrize("weight_format", ["fp32", "bf16", "int8", "nf4", "int4"])
 def test_every_format_holds_the_merged_weight(model, adapter, weight_format, tmp_path):
     """The same as a checkpoint of merged weights, quantized: permuted rows and columns, fused linears."""
     merged = Path(shutil.copytree(model, tmp_path / "merged"))
@@ -140,7 +140,7 @@ def test_every_format_holds_the_merged_weight(model, adapter, weight_format, tmp
             assert isinstance(a, QuantLinear) and a.weight_format == weight_format
             # Sums in another order differ by a rounding, which may move a few quantized values by one step.
             apart = (a.dense().float() - b.dense().float()).abs()
-            step = {"fp32": 1e-6, "bf16": 2**-7, "int8": 0.02, "nf4": 0.2}[weight_format]
+            step = {"fp32": 1e-6, "bf16": 2**-7, "int8": 0.02, "nf4": 0.2, "int4": 0.2}[weight_format]
             assert apart.max() <= step
             assert (apart > 1e-6).float().mean() < 0.005
     if weight_format == "fp32":

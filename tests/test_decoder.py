@@ -156,7 +156,7 @@ def test_last_position_and_token_slices_change_nothing(tmp_path):
     last = decoder.forward(ids, step, ReferenceAttention(3))
     assert last.shape == (1, 96)
     assert ratio(last, every[-1:]) <= 1e-6
-    for weight_format in ("fp32", "int8", "nf4"):
+    for weight_format in ("fp32", "int8", "nf4", "int4"):
         decoder, _ = load(tmp_path, weight_format)
         whole = decoder.forward(ids, step, ReferenceAttention(3), all_positions=True)
         decoder.token_slice = 16
@@ -192,6 +192,7 @@ class _Copy:
         ({"num_key_value_heads": 8, "intermediate_size": 96}, 900, "bf16"),
         ({"hidden_size": 512, "intermediate_size": 2048}, 1500, "int8"),
         ({"hidden_size": 512, "intermediate_size": 2048}, 1500, "nf4"),
+        ({"hidden_size": 512, "intermediate_size": 2048}, 1500, "int4"),
         ({"vocab_size": 60000}, 1, "fp32"),
     ],
 )

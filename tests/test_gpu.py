@@ -79,7 +79,7 @@ def test_runtime_on_the_gpu_agrees_with_the_cpu(tmp_path, kv, family, device_sha
     assert (rows["cuda"].argmax(-1) == rows["cpu"].argmax(-1)).float().mean() > 0.97
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("weights", ["bf16", "int8", "nf4", "int4"])
 def test_weight_formats_decode_as_they_prefill(tmp_path, weights):
     """One path reads packed weights, the other dequantizes them. How far bf16 rounding alone puts decode and prefill
     apart on a tiny, peaked model, plain torch shows: the kernels may not be worse."""

@@ -48,7 +48,8 @@ ROOMS = (
         light=True,
     ),
     Room("formats", ("longrun.quant.*_format",), light=True),
-    Room("quant", ("longrun.quant.*",), ("formats",), ("torch", "bitsandbytes")),
+    Room("weight kernels", ("longrun.kernels.weight_dequantize",), ("formats",), ("torch", "triton")),
+    Room("quant", ("longrun.quant.*",), ("weight kernels", "formats"), ("torch", "bitsandbytes")),
     Room("kernels", ("longrun.kernels.*",), ("quant", "formats"), ("torch", "triton")),
     Room(
         "head maps",

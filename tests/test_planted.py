@@ -59,7 +59,7 @@ def test_transformers_finds_every_needle(planted, tokenizer, dtype, attention):
             assert found.min() > 0.99, (length, depth, question.needle, found)
 
 
-@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4", "int4"])
 def test_every_weight_format_holds_the_construction(planted, tokenizer, weight_format):
     runtime = longrun.load(
         planted.path, head_map=planted.head_map, weight_format=weight_format, kv_format="int4", device="cpu", ctx=1000

@@ -119,14 +119,14 @@ def test_int4_chunks_differ_by_the_quantization_only(saved):
         assert 1e-4 < rms_ratio(session.score(token_ids()[140:]), expected) < 0.2
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("weights", ["bf16", "int8", "nf4", "int4"])
 def test_weight_formats_run_and_stay_near(saved, weights):
     folder, _ = saved("llama")
     reference = load(folder).new_session().prefill(token_ids())
     runtime = load(folder, weight_format=weights)
     assert (
         rms_ratio(runtime.new_session().prefill(token_ids()), reference)
-        < {"bf16": 0.1, "int8": 0.1, "nf4": 0.6}[weights]
+        < {"bf16": 0.1, "int8": 0.1, "nf4": 0.6, "int4": 0.6}[weights]
     )
 
 

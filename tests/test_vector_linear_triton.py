@@ -132,6 +132,7 @@ def run_ptx(text, inputs, outputs):
             "mov": lambda a: a,
             "xor": lambda a, b: a ^ b,
             "and": lambda a, b: a & b,
+            "mad": lambda a, b, c: a * b + c,
             "or": lambda a, b: a | b,
             "shr": lambda a, b: a >> b,
             "prmt": prmt,
@@ -180,7 +181,7 @@ if INTERPRETED:
         return check(linear, x, norm if case.get("norm") else None, **flags, **options)
 
     @pytest.mark.parametrize("case", CASES)
-    @pytest.mark.parametrize("weight_format", ["fp32", "bf16", "int8", "nf4"])
+    @pytest.mark.parametrize("weight_format", ["fp32", "bf16", "int8", "nf4", "int4"])
     def test_interpreted_dense(weight_format, case):
         """float32 activations; bf16 weights take bfloat16 ones, which the interpreter cuts off where GPUs round."""
         tolerance = 2e-2 if weight_format == "bf16" else None
@@ -189,12 +190,12 @@ if INTERPRETED:
             run(weight_format, rows, width, torch.float32, case, packed=False, tuning=tuning, tolerance=tolerance)
 
     @pytest.mark.parametrize("case", CASES)
-    @pytest.mark.parametrize("weight_format", ["int8", "nf4"])
+    @pytest.mark.parametrize("weight_format", ["int8", "nf4", "int4"])
     def test_interpreted_packed(weight_format, case, ptx_in_the_interpreter):
         for rows, width in SHAPES[CASES.index(case) % 2 :: 2]:
             run(weight_format, rows, width, torch.float16, case, tuning=Tuning(64, 256, 4, 1))
 
-    @pytest.mark.parametrize("weight_format", ["int8", "nf4"])
+    @pytest.mark.parametrize("weight_format", ["int8", "nf4", "int4"])
     def test_interpreted_packed_keeps_what_is_not_finite(weight_format, ptx_in_the_interpreter):
         linear, x, _ = make(weight_format, 64, 128, torch.float16)
         for bad in (float("nan"), float("inf")):
@@ -202,25 +203,26 @@ if INTERPRETED:
             assert not torch.isfinite(vector_linear(x, linear, tuning=Tuning(64, 128, 4, 1))).any()
         assert (vector_linear(torch.zeros_like(x), linear, tuning=Tuning(64, 128, 4, 1)) == 0).all()
 
-    @pytest.mark.parametrize("weight_format", ["int8", "nf4"])
+    @pytest.mark.parametrize("weight_format", ["int8", "nf4", "int4"])
     def test_interpreted_packed_is_near_exact(weight_format, ptx_in_the_interpreter):
         """Against float64 products of what is stored, before any rounding to 16 bits: a result in float32."""
-        linear, x, _ = make(weight_format, 128, 448, torch.float16)
-        if weight_format == "int8":
-            weight = linear.data.double() * linear.row_scale.double()
-        else:
+        linear, x, _ = make(weight_format, 128, 448, torch.float32)
+        x = x.half()
+        if weight_format == "nf4":
             nibbles = torch.stack((linear.data >> 4, linear.data & 15), dim=-1).view(-1, 64).long()
             weight = (linear.code.double()[nibbles] * linear.absmax.double()[:, None]).view(128, 448)
+        else:
+            weight = linear.dense().double()  # of a float32 layer: exact, but for int8's one rounding
         out = torch.full((1, 128), float("nan"))
         wide = triton.next_power_of_2(448)
-        scale = linear.row_scale if weight_format == "int8" else linear.absmax
+        scale = {"int8": linear.row_scale, "nf4": linear.absmax, "int4": linear.group_scale}[weight_format]
         data = linear.data.view(-1).view(torch.int32)
         table = code_planes(linear.code) if weight_format == "nf4" else data
         packed_kernel[(2,)](
             x, x, data, scale, table, x, out, 128, 0.0, K=448, WIDE=wide, BLOCK_ROWS=64, CHUNKS=8, STAGES=1,
-            NF4=weight_format == "nf4", NORM=False, GATED=False, BIAS=False, ADD=False,
+            FORMAT=weight_format, NORM=False, GATED=False, BIAS=False, ADD=False,
         )  # fmt: skip
-        assert error(out.double(), x.double() @ weight.T) <= (4e-5 if weight_format == "int8" else 2e-4)
+        assert error(out.double(), x.double() @ weight.T) <= {"int8": 4e-5, "nf4": 2e-4, "int4": 6e-5}[weight_format]
 
 
 @not_interpreted
@@ -263,6 +265,33 @@ def test_ptx_of_a_word_decodes_every_nibble():
 
 
 @not_interpreted
+def test_ptx_of_an_int4_chunk_multiplies_every_nibble():
+    """Random words and activations, and those of the largest sums, beside the products of the weights by hand."""
+    g = np.random.default_rng(1)
+    words = g.integers(0, 2**32, (4, 200), dtype=np.uint32)
+    planes = g.integers(-128, 128, (2, 32, 200))
+    words[:, 0], planes[:, :, 0] = 0, -128  # all weights are -8
+    words[:, 1], planes[:, :, 1] = 0xFFFFFFFF, 127
+    packed = [
+        [sum((plane[4 * j + i].astype(np.uint32) & 255) << np.uint32(8 * i) for i in range(4)) for j in range(8)]
+        for plane in planes
+    ]
+    start = np.full(200, 0x4B400000, dtype=np.uint32)
+    starts = []
+    for plane in packed:
+        total = start
+        for word in plane:
+            (total,) = run_ptx(vector_linear_packed.INT4_OFFSET_PTX.value, [word, total], 1)
+        starts.append(total)
+    found = run_ptx(vector_linear_packed.INT4_PTX.value, [*words, *packed[0], *packed[1], *starts], 2)
+    bytes_of = words[:, None] >> (8 * np.arange(4, dtype=np.uint32))[:, None] & 255  # [word, byte, 200]
+    weights = np.stack((bytes_of & 15, bytes_of >> 4), axis=1).reshape(32, 200).astype(np.int64) - 8
+    for total, plane in zip(found, planes, strict=True):
+        value = total.view(np.float32).astype(np.float64) - 12582912  # the kernel reads the bits as a float
+        assert np.array_equal(value, 16 * (weights * plane).sum(0))
+
+
+@not_interpreted
 def test_ptx_packs_bytes_in_order():
     numbers = [-32639, -129, 1000, 32639]
     bits = [int(np.float32(12582912 + 128 + v).view(np.uint32)) for v in numbers]
@@ -296,11 +325,12 @@ def build(packed, weight_format, item, width, outputs, capability, **flags):
     block_k = min(tuning.block_k, wide)
     constants = {"K": width, "WIDE": wide, "BLOCK_ROWS": tuning.block_rows, "STAGES": tuning.num_stages}
     constants |= {"NORM": False, "GATED": False, "BIAS": False, "ADD": False, "PDL": False} | flags
-    stored = {"bf16": "bf16", "fp32": "fp32", "int8": "i8", "nf4": "u8"}[weight_format]
-    types = {"scale_ptr": "*fp32", "code_ptr": "*fp32", "table_ptr": "*i32", "rows": "i32", "eps": "fp32"}
+    stored = {"bf16": "bf16", "fp32": "fp32", "int8": "i8", "nf4": "u8", "int4": "u8"}[weight_format]
+    scale = "*bf16" if weight_format == "int4" else "*fp32"
+    types = {"scale_ptr": scale, "code_ptr": "*fp32", "table_ptr": "*i32", "rows": "i32", "eps": "fp32"}
     if packed:
         kernel, types["w_ptr"] = packed_kernel, "*i32"
-        constants |= {"CHUNKS": block_k // (32 if weight_format == "nf4" else 16), "NF4": weight_format == "nf4"}
+        constants |= {"CHUNKS": block_k // (16 if weight_format == "int8" else 32), "FORMAT": weight_format}
     else:
         kernel, types["w_ptr"] = dense_kernel, f"*{stored}"
         vector = {"fp32": 4, "bf16": 8}.get(weight_format, 16)
@@ -314,7 +344,7 @@ def build(packed, weight_format, item, width, outputs, capability, **flags):
 
 
 @not_interpreted
-@pytest.mark.parametrize(("packed", "weight_format"), [(True, "nf4"), (True, "int8"), (False, "bf16")])
+@pytest.mark.parametrize(("packed", "weight_format"), [(True, "nf4"), (True, "int4"), (True, "int8"), (False, "bf16")])
 def test_weights_are_under_way_before_the_kernel_waits_for_the_one_before(packed, weight_format):
     """On sm_90 every program lets the next kernel begin, and waits before it reads x; packed weights of one step, which
     depend on nothing, are asked for before that."""
@@ -332,7 +362,8 @@ def test_weights_are_under_way_before_the_kernel_waits_for_the_one_before(packed
 @pytest.mark.parametrize(
     ("packed", "weight_format", "item"),
     [(True, "nf4", "bf16"), (True, "int8", "bf16"), (False, "bf16", "bf16"), (False, "fp32", "fp32"),
-     (False, "nf4", "fp32"), (False, "int8", "fp32"), (True, "nf4", "fp16")],
+     (False, "nf4", "fp32"), (False, "int8", "fp32"), (True, "nf4", "fp16"), (True, "int4", "bf16"),
+     (True, "int4", "fp16"), (False, "int4", "fp32")],
 )  # fmt: skip
 def test_compiles_without_a_gpu(packed, weight_format, item, capability):
     """Llama-3-8B's gate/up with norm and its down projection; a model of width 576."""
@@ -343,7 +374,7 @@ def test_compiles_without_a_gpu(packed, weight_format, item, capability):
     ):
         ptx = build(packed, weight_format, item, width, outputs, capability, **flags)
         assert ptx.asm["cubin"] and f".target sm_{capability}" in ptx.asm["ptx"]
-        if width > 576 and (packed or weight_format != "nf4"):
+        if width > 576 and (packed or weight_format not in ("nf4", "int4")):
             assert re.search(r"ld\.global[.\w]*\.v4", ptx.asm["ptx"])  # 16 bytes an access
         assert ".local" not in ptx.asm["ptx"]
         if packed:
@@ -361,7 +392,7 @@ SMOLLM = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
 @pytest.mark.gpu
 @not_interpreted
 @pytest.mark.parametrize("model", [LLAMA_8B, LLAMA_1B, SMOLLM])
-@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4", "int4"])
 def test_model_shapes_on_the_gpu(weight_format, model):
     for i, ((rows, width), case) in enumerate(
         zip(model, ["norm", "accumulate", "norm gated", "accumulate"], strict=True)
@@ -400,7 +431,7 @@ def test_nf4_bytes_on_the_gpu(rows, width):
 @pytest.mark.gpu
 @not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("weight_format", ["fp32", "int8", "nf4"])
+@pytest.mark.parametrize("weight_format", ["fp32", "int8", "nf4", "int4"])
 def test_odd_shapes_on_the_gpu(weight_format, dtype):
     for rows, width in ((9, 64), (123, 192), (122, 448), (2050, 576), (77, 65536)):
         linear, x, norm = make(weight_format, rows, width, dtype, bias=True, device="cuda")
@@ -415,7 +446,7 @@ def test_odd_shapes_on_the_gpu(weight_format, dtype):
 @pytest.mark.gpu
 @not_interpreted
 def test_every_tuning_gives_the_same_result():
-    for weight_format in ("bf16", "int8", "nf4"):
+    for weight_format in ("bf16", "int8", "nf4", "int4"):
         linear, x, norm = make(weight_format, 512, 4096, torch.bfloat16, device="cuda")
         for shape in ((2, 1024, 1, 1), (4, 2048, 2, 2), (8, 4096, 4, 1), (4, 4096, 8, 3), (16, 1024, 4, 1)):
             check(linear, x, norm, gated=True, tuning=Tuning(*shape))
@@ -423,9 +454,9 @@ def test_every_tuning_gives_the_same_result():
 
 @pytest.mark.gpu
 @not_interpreted
-@pytest.mark.parametrize("weight_format", ["int8", "nf4"])
+@pytest.mark.parametrize("weight_format", ["int8", "nf4", "int4"])
 def test_offsets_beyond_two_gib(weight_format):
-    """More than 2^31 stored bytes of int8, and nf4 of more than 2^32 weights: the last rows are as the first."""
+    """More than 2^31 stored bytes of int8, and 4-bit ones of more than 2^32 weights: the last rows are as the first."""
     need_bitsandbytes(weight_format)
     width = 16384
     rows = (2**31 if weight_format == "int8" else 2**32) // width + 256
@@ -434,8 +465,8 @@ def test_offsets_beyond_two_gib(weight_format):
     many.out_features, many.in_features, many.weight_format = rows, width, weight_format
     many.compute_dtype, many.bias, many._state, many._scale = torch.bfloat16, None, None, None
     repeat = rows // 256
-    if weight_format == "int8":
-        many._data, many._scale = few.data.repeat(repeat, 1), few.row_scale.repeat(repeat, 1)
+    if weight_format != "nf4":
+        many._data, many._scale = few.data.repeat(repeat, 1), few._scale.repeat(repeat, 1)
     else:
         many._data = few.data.repeat(repeat, 1)
         many._state = SimpleNamespace(absmax=few.absmax.repeat(repeat), code=few.code)
@@ -451,7 +482,7 @@ def test_offsets_beyond_two_gib(weight_format):
 
 @pytest.mark.gpu
 @not_interpreted
-@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4", "int4"])
 def test_a_captured_call_reads_x_again_and_allocates_nothing(weight_format):
     linear, x, norm = make(weight_format, 4096, 4096, torch.bfloat16, device="cuda")
     out = torch.empty(1, 4096, dtype=torch.bfloat16, device="cuda")

@@ -14,9 +14,10 @@ from longrun.config import ModelConfig
 from longrun.errors import ConfigError
 from longrun.model.checkpoint import load_decoder
 from longrun.model_bytes import model_weight_bytes
+from longrun.quant import int4_weight
 from longrun.quant import linear as linear_module
 from longrun.quant.linear import QuantLinear
-from longrun.quant.weight_format import WEIGHT_FORMATS, compute_itemsize, linear_bytes
+from longrun.quant.weight_format import WEIGHT_FORMATS, compute_itemsize, is_quantized, linear_bytes
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -60,8 +61,12 @@ def test_bytes_by_hand():
     assert linear_bytes(10, 64, "int8", 4, False) == 640 + 40
     assert linear_bytes(10, 64, "nf4", 4, False) == 320 + 40
     assert linear_bytes(3, 43, "nf4", 2, False) == 65 + 3 * 4
-    assert [compute_itemsize(f, "cpu") for f in WEIGHT_FORMATS] == [4, 2, 4, 4]
-    assert [compute_itemsize(f, "cuda") for f in WEIGHT_FORMATS] == [4, 2, 2, 2]
+    assert linear_bytes(10, 64, "int4", 4, False) == 320 + 2 * 20
+    assert linear_bytes(3, 43, "int4", 2, True) == 3 * (6 * 4 + 2 * 2) + 6
+    assert linear_bytes(4096, 14336, "int4", 2, False) == linear_bytes(4096, 14336, "nf4", 2, False)
+    assert [compute_itemsize(f, "cpu") for f in WEIGHT_FORMATS] == [4, 2, 4, 4, 4]
+    assert [compute_itemsize(f, "cuda") for f in WEIGHT_FORMATS] == [4, 2, 2, 2, 2]
+    assert [is_quantized(f) for f in WEIGHT_FORMATS] == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
@@ -106,6 +111,63 @@ def test_nf4_is_that_of_bitsandbytes():
     assert 0.02 < relative(want, weight) < 0.15
 
 
+def test_int4_bytes_by_hand():
+    """Row 1 of width 43: five words of 8 weights and one of 3, two steps; nibbles by arithmetic on the bytes."""
+    layer = QuantLinear(random(3, 43), "int4")
+    assert layer.data.shape == (3, 24) and layer.group_scale.shape == (3, 2) and layer.row_scale is None
+    want = []
+    for i in range(43):
+        byte = int(layer.data[1, i // 8 * 4 + i % 4])
+        nibble = byte % 16 if i % 8 < 4 else byte // 16
+        want.append((nibble - 8) * float(layer.group_scale[1, i // 32]))
+    assert layer.dense()[1].tolist() == want
+    rest = layer.data[:, -4:]
+    assert (rest[:, 3] == 0x88).all() and (rest[:, :3] >> 4 == 8).all()  # filled up with weights of 0
+
+
+def test_int4_takes_the_nearest_multiple_of_each_step():
+    weight = random(40, 96)
+    weight[3] = 0
+    weight[4] *= 1e-20
+    weight[5] *= 1e20
+    layer = QuantLinear(weight, "int4")
+    step = layer.group_scale.float().abs().repeat_interleave(32, dim=1)
+    inside = (weight / step).abs() < 7
+    assert inside.float().mean() > 0.9
+    assert ((layer.dense() - weight).abs() <= step * 0.5001)[inside].all()
+    assert torch.equal(layer.dense()[3], torch.zeros(96))
+    assert relative(layer.dense()[4] * 1e20, weight[4] * 1e20) < 0.12
+    assert relative(layer.dense()[5] / 1e20, weight[5] / 1e20) < 0.12
+
+
+def test_int4_step_is_better_than_the_largest_weight_and_than_nf4():
+    weight = random(64, 2048)
+    grouped = weight.view(-1, 32)
+    largest = grouped.gather(1, grouped.abs().argmax(1, keepdim=True)) / -8
+    plain = ((grouped / largest).round().clamp(-8, 7) * largest).view_as(weight)
+    error = relative(QuantLinear(weight, "int4").dense(), weight)
+    assert error < 0.96 * relative(plain, weight)
+    assert error < 0.92 * relative(QuantLinear(weight, "nf4").dense(), weight)
+
+
+def test_int4_holds_a_lonely_weight_exactly_and_shows_what_is_not_finite():
+    weight = torch.zeros(3, 64)
+    weight[0, 5], weight[0, 40] = 0.8125, -3.25
+    assert torch.equal(QuantLinear(weight, "int4").dense(), weight)
+    weight[1, 7], weight[2, 9] = float("nan"), float("-inf")
+    dense = QuantLinear(weight, "int4").dense()
+    assert torch.equal(dense[0], weight[0]) and not dense[1:, :32].isfinite().any()
+    assert torch.equal(dense[1:, 32:], weight[1:, 32:])
+
+
+def test_int4_in_pieces_is_as_in_one(monkeypatch):
+    weight = random(50, 100)
+    whole = QuantLinear(weight, "int4")
+    monkeypatch.setitem(int4_weight._PIECE, "cpu", 700)
+    parts = QuantLinear(weight, "int4")
+    assert torch.equal(whole.data, parts.data) and torch.equal(whole.group_scale, parts.group_scale)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
@@ -132,8 +194,8 @@ def test_dense_formats_take_the_weight_over_without_a_copy():
 
 
 def test_errors(monkeypatch):
-    with pytest.raises(ConfigError, match=r"int4.*fp32, bf16, int8, nf4"):
-        QuantLinear(random(4, 4), "int4")
+    with pytest.raises(ConfigError, match=r"weight format 'int5'.*fp32, bf16, int8, nf4, int4"):
+        QuantLinear(random(4, 4), "int5")
     with pytest.raises(ConfigError, match="device type 'mps'"):
         compute_itemsize("bf16", "mps")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -142,6 +204,7 @@ def test_errors(monkeypatch):
         with pytest.raises(ConfigError, match="nf4 needs the package bitsandbytes"):
             QuantLinear(random(4, 64), "nf4")
         QuantLinear(random(4, 64), "int8")
+        QuantLinear(random(4, 64), "int4")
     finally:
         linear_module._bitsandbytes.cache_clear()
 
@@ -149,9 +212,9 @@ def test_errors(monkeypatch):
 def test_bitsandbytes_is_imported_for_nf4_only():
     code = (
         "import sys, torch; from longrun.quant.linear import QuantLinear\n"
-        "for name in ('fp32', 'int8', 'nf4'):\n"
+        "for name in ('fp32', 'int8', 'int4', 'nf4'):\n"
         "    QuantLinear(torch.ones(4, 64), name)(torch.ones(1, 64)); print('bitsandbytes' in sys.modules)"
     )
     root = Path(__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert result.stdout.split() == ["False", "False", "True"]
+    assert result.stdout.split() == ["False", "False", "False", "True"]
