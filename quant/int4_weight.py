@@ -35,7 +35,7 @@ def quantize_int4(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]
     groups = -(-columns // INT4_GROUP)
     data = torch.empty(rows, 4 * -(-columns // INT4_WORD), dtype=torch.uint8, device=device)
     scale = torch.empty(rows, groups, dtype=torch.bfloat16, device=device)
-    count = max(1, _PIECE.get(device.type, 2**18) // columns)
+    count = max(1, _PIECE.get(device.type, _PIECE["cpu"]) // columns)
     for start in range(0, rows, count):
         part = weight[start : start + count].to(device, torch.float32)
         grouped = F.pad(part, (0, groups * INT4_GROUP - columns)).view(-1, INT4_GROUP)
@@ -68,10 +68,16 @@ def _best_step(grouped: Tensor) -> Tensor:
 def dequantize_int4(data: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """[out_features, in_features] `dtype` from what `quantize_int4` returned; each value rounded once, from its exact
     product."""
-    rows = data.shape[0]
-    words = data.view(rows, -1, 4)
-    steps = torch.empty(rows, scale.shape[1] * INT4_GROUP // INT4_WORD, 2, 4, device=data.device)
-    steps[:, : words.shape[1], 0] = words & 15
-    steps[:, : words.shape[1], 1] = words >> 4
-    weight = steps.view(rows, -1, INT4_GROUP).sub_(8).mul_(scale.float()[:, :, None]).view(rows, -1)
-    return weight[:, :in_features].to(dtype).contiguous()
+    rows, groups = scale.shape
+    weight = torch.empty(rows, in_features, dtype=dtype, device=data.device)
+    words = data.view(torch.int32)
+    count = max(1, _PIECE.get(data.device.type, _PIECE["cpu"]) // in_features)
+    for start in range(0, rows, count):
+        part = words[start : start + count]
+        nibbles = part.new_empty(len(part), groups * INT4_GROUP // INT4_WORD, 2)  # beyond a row's words: cut off below
+        torch.bitwise_and(part, 0x0F0F0F0F, out=nibbles[:, : part.shape[1], 0])
+        torch.bitwise_and(part >> 4, 0x0F0F0F0F, out=nibbles[:, : part.shape[1], 1])
+        codes = nibbles.view(len(part), -1).view(torch.int8).sub_(8).view(len(part), groups, INT4_GROUP)
+        product = codes * scale[start : start + count, :, None].float()
+        weight[start : start + count] = product.view(len(part), -1)[:, :in_features]
+    return weight
