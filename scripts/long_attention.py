@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -19,6 +20,8 @@ from long_ranks import Ranks
 KERNELS = ("flash", "cudnn")
 MEASURED_FROM = 32_768
 """Tokens of a sample from which `auto` measures: below, attention is a small part of a step."""
+SAME = 0.02
+"""How far results of two kernels may be apart, as a share of their norm: several times what bf16 rounds away."""
 
 
 class Attention:
@@ -42,13 +45,15 @@ class Attention:
         return sdpa_kernel({"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[self.kernel])
 
     def choose(
-        self, config: Any, rows: int, length: int, measure: Callable[[str], float] | None = None
+        self, config: Any, rows: int, length: int, measure: Callable[[str], tuple[float, list[Tensor]]] | None = None
     ) -> dict[str, Any] | None:
         """With `auto`, at the first long stage: measure both and keep the faster, the same in every process.
 
+        cuDNN is kept only where its results are those of flash, up to rounding.
+
         Args:
             rows, length: samples side by side, and tokens of each.
-            measure: seconds of one layer's attention, forward and backward, with a kernel.
+            measure: seconds of one layer's attention, forward and backward, with a kernel, and its results.
 
         Returns:
             What to log, or None where nothing was measured.
@@ -56,38 +61,60 @@ class Attention:
         if not self._measure or length < MEASURED_FROM or not (self.fixed or measure):
             return None
         self._measure = False
-        measure = measure or (lambda kernel: self._seconds(kernel, config, rows, length))
+        measure = measure or (lambda kernel: self._run(kernel, config, rows, length))
         entry: dict[str, Any] = {"event": "attention", "length": length}
-        found: dict[str, float] = {"flash": measure("flash")}
-        failed = False
+        flash, expected = measure("flash")
+        faster = failed = False
         try:
-            found["cudnn"] = measure("cudnn")
+            cudnn, results = measure("cudnn")
+            entry |= {"flash_ms": round(1000 * flash, 3), "cudnn_ms": round(1000 * cudnn, 3)}
+            entry["difference"] = round(_difference(results, expected), 6)
+            faster, failed = cudnn < flash, not entry["difference"] < SAME
         except (RuntimeError, ValueError) as error:  # what is not to be had is a result of the measurement
             failed, entry["cudnn_error"] = True, str(error)[:300]
         failed = self._ranks.any(failed)
-        faster = self._ranks.any(self._ranks.rank == 0 and not failed and found["cudnn"] < found["flash"])
-        self.kernel = "cudnn" if faster else "flash"
-        entry |= {f"{kernel}_ms": round(1000 * seconds, 3) for kernel, seconds in found.items()}
+        self.kernel = "cudnn" if self._ranks.any(self._ranks.rank == 0 and faster) and not failed else "flash"
         return {**entry, "kernel": self.kernel}
 
-    def _seconds(self, kernel: str, config: Any, rows: int, length: int) -> float:
-        """Of one layer's attention, forward and backward, at the second time."""
-        heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
-        shapes = [(rows, length, number, config.head_dim) for number in heads]
-        plain, self.kernel = self.kernel, kernel
+    def _run(self, kernel: str, config: Any, rows: int, length: int) -> tuple[float, list[Tensor]]:
+        """Seconds of one layer's attention, forward and backward, at the second time; its output and gradients."""
+        device = self._ranks.device
+        heads = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.num_key_value_heads,
+            config.num_attention_heads,
+        )
+        generator = torch.Generator(device).manual_seed(0)
+        *tensors, above = (
+            torch.randn(
+                (rows, length, number, config.head_dim), device=device, dtype=torch.bfloat16, generator=generator
+            )
+            .transpose(1, 2)
+            .requires_grad_()
+            for number in heads
+        )
+        before, self.kernel = self.kernel, kernel
         try:
-            tensors = [
-                torch.randn(shape, device=self._ranks.device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
-                for shape in shapes
-            ]
             for _ in range(2):
-                torch.cuda.synchronize(self._ranks.device)
+                _wait(device)
                 began = time.perf_counter()
                 with self.using():
                     out = F.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)
-                torch.autograd.grad(out, tensors, torch.ones_like(out))
-                torch.cuda.synchronize(self._ranks.device)
+                gradients = torch.autograd.grad(out, tensors, above.detach())
+                _wait(device)
                 seconds = time.perf_counter() - began
-            return seconds
+            return seconds, [out.detach(), *gradients]
         finally:
-            self.kernel = plain
+            self.kernel = before
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _difference(results: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest share of its norm that a result is off by; nan where one is not finite."""
+    apart = [(a.float() - b.float()).norm() / b.float().norm() for a, b in zip(results, expected, strict=True)]
+    return torch.stack(apart).max().item()

@@ -38,6 +38,7 @@ class Batch:
         weights: float32 [batch, T], what a token of an answer weighs in the loss, 0 elsewhere.
         text: bool [batch, T], the drawn places of the text.
         values: int64 [values, 3], (start, first, stop) of every value asked (`Sample.values`) in the flattened batch.
+        groups: bool [values, 2], whether a value is its sample's first answer, and whether its sample is stretched.
         positions: int64 [batch, T], of RoPE; None where every sample is numbered from 0.
         forms: names of the forms asked, sample after sample.
     """
@@ -46,6 +47,7 @@ class Batch:
     weights: np.ndarray
     text: np.ndarray
     values: np.ndarray
+    groups: np.ndarray
     positions: np.ndarray | None
     forms: tuple[str, ...]
 
@@ -90,17 +92,21 @@ def _side_by_side(share: list[_Drawn], length: int, pad_id: int) -> Batch:
     ids = np.full(shape, pad_id, dtype=np.int64)
     weights, text = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=bool)
     positions = np.tile(np.arange(length, dtype=np.int64), (len(share), 1))
-    values = []
+    values, groups = [], []
     for row, one in enumerate(share):
         count = len(one.sample.token_ids)
         ids[row, :count] = one.sample.token_ids
         weights[row, :count] = one.sample.weights
         text[row, one.text] = True
         values += [[row * length + place for place in value] for value in one.sample.values]
+        learned = weights[row].nonzero()[0]
+        first_end = learned[0] + np.append(np.diff(learned) > 1, True).argmax() + 1
+        groups += [(bool(stop <= first_end), one.positions is not None) for _, _, stop in one.sample.values]
         if one.positions is not None:
             positions[row, :count] = one.positions
     return Batch(
         ids, weights, text, np.asarray(values, dtype=np.int64).reshape(-1, 3),
+        np.asarray(groups, dtype=bool).reshape(-1, 2),
         positions if any(one.positions is not None for one in share) else None,
         tuple(form for one in share for form in one.sample.forms),
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Training samples: real text with many competing facts or long lists in it, and questions about them at the end.
 
-Everything is drawn from `random.Random(seed and index)`, so that a sample is the same in every process. A third of the
-samples or so have one to eight facts, a quarter lists of rows, the others as many facts of a few forms as the length
-takes, of which only some are asked.
+Everything is drawn from `random.Random(seed and index)`, so that a sample is the same in every process. Some samples
+have one to eight facts, some lists of rows, most as many facts of a few forms as the length takes; of many facts or
+rows only some are asked.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from longrun.errors import InputError
 from longrun.long_tasks import Corpus, Fact, TaskWriter
 
 _MAX_SHARE = 0.55  # of a sample's tokens that facts, questions and answers may take together
-_KINDS, _KIND_WEIGHTS = ("sparse", "dense", "rows"), (20, 55, 25)
+_KINDS = ("sparse", "dense", "rows")
+_KIND_WEIGHTS, _LONG_KIND_WEIGHTS = (20, 55, 25), (8, 62, 30)
 _TOKENS_A_FACT, _MOST_FACTS = 90, 320  # stated in a dense sample: at most so many
 _TOKENS_A_QUESTION, _MOST_QUESTIONS = 170, 240
 _MOST_ROWS = 1500
-_FEW_ASKED = 0.25  # dense samples and lists of which one to four facts are asked
+_FEW_ASKED, _LONG_FEW_ASKED = 0.25, 0.1  # dense samples and lists of which one to four facts are asked
+_LONG = 32_768  # tokens of a sample from which reading it is dear, and asking little a waste
 _LINE_JOINTS = 8  # places in a list where positions may jump
 
 
@@ -91,7 +93,11 @@ class SampleWriter(TaskWriter):
         rng = random.Random(f"long task/{seed}/{index}/{length}")
         head = self.encode(self.head + rng.choice(words.INTRODUCTIONS))
         limit = max(int(_MAX_SHARE * length), min(length, 200)) - len(head) - 8
-        kind = rng.choices(_KINDS, _KIND_WEIGHTS)[0] if length >= 1024 else "dense"
+        kind = (
+            rng.choices(_KINDS, _LONG_KIND_WEIGHTS if length >= _LONG else _KIND_WEIGHTS)[0]
+            if length >= 1024
+            else "dense"
+        )
         lists: list[FactList] = []
         facts: list[Fact] = []
         if kind == "rows":
@@ -155,7 +161,7 @@ class SampleWriter(TaskWriter):
         most = max(4, min(_MOST_FACTS, length // _TOKENS_A_FACT))
         count = rng.randint(1, 8) if sparse else max(2, int(most * rng.uniform(0.35, 1.0)))
         to_ask = min(count, max(4, min(_MOST_QUESTIONS, length // _TOKENS_A_QUESTION)))
-        if not sparse and rng.random() < _FEW_ASKED:
+        if not sparse and _asks_few(rng, length):
             to_ask = rng.randint(1, min(4, to_ask))
         drawn = TrainDraw(rng, count)
         facts: list[Fact] = []
@@ -175,7 +181,9 @@ class SampleWriter(TaskWriter):
 
     def _lists(self, rng: random.Random, length: int, limit: int) -> tuple[list[FactList], list[list[int]], list[Fact]]:
         """One to three lists, their token ids, and what is asked of them."""
-        to_ask = rng.randint(1, 4) if rng.random() < _FEW_ASKED else max(4, min(_MOST_QUESTIONS, length // 170))
+        to_ask = (
+            rng.randint(1, 4) if _asks_few(rng, length) else max(4, min(_MOST_QUESTIONS, length // _TOKENS_A_QUESTION))
+        )
         share = 0.95 * length - 200 - to_ask * 50 - 260  # tokens that may be lists: less questions, quotes, filler
         number = rng.choice((1, 1, 2, 3))
         drawn = TrainDraw(rng, min(_MOST_ROWS, length // 14))
@@ -244,3 +252,7 @@ class SampleWriter(TaskWriter):
         known = min(8, len(answer))  # stands in the question
         weights = [own.around] * known + [own.rest] * (len(answer) - known) + [own.around] * len(self._closing)
         return _Turn("quote", asked + answer + self._closing, [0.0] * len(asked) + weights, None)
+
+
+def _asks_few(rng: random.Random, length: int) -> bool:
+    return rng.random() < (_LONG_FEW_ASKED if length >= _LONG else _FEW_ASKED)

@@ -3,10 +3,11 @@
 The loss of a step is the weighted cross entropy of the answers, plus `text_weight` times that of the next token at
 random places of the text, plus `keep_weight` times the divergence from the original model on short text and on its own
 chat answers. What to watch in the log is `exact`: the share of the values asked of which every token was the likeliest
-one, given those before it; `first` is that of their first tokens alone, where a fact has to be found. Everything random
-is drawn from the seed and the number of the step, sample or chat, so that a run that was stopped (SIGTERM,
---stop-after) goes on as if it had not been, and torchrun's processes, each with its share of every step, take the steps
-that one process would take. Writes to --out: log.jsonl, state.pt (to go on from) and adapter/ (what ships).
+one, given those before it; `first` is that of their first tokens alone, where a fact has to be found, `first_answers`
+and `stretched` are `exact` of the first answers alone and of samples with stretched positions. Everything random is
+drawn from the seed and the number of the step, sample or chat, so that a run that was stopped (SIGTERM, --stop-after)
+goes on as if it had not been, and torchrun's processes, each with its share of every step, take the steps that one
+process would take. Writes to --out: log.jsonl, state.pt (to go on from) and adapter/ (what ships).
 Example: python scripts/train_long.py --data out/long-data --out out/long-train --stop-after 540
 """
 
@@ -195,14 +196,17 @@ class Trainer:
         rate = self.recipe.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        counts = self._counts(batches)
-        sums = torch.zeros(5, device=self.device)  # answers, text, to keep, values found, values exact
+        found = self._counts(batches)
+        counts = torch.where(found > 0, found, 1.0)
+        sums = torch.zeros(
+            7, device=self.device
+        )  # answers, text, to keep, and shares of values as `_losses` counts them
         for batch in batches:
             losses, right = self._losses(batch)
             losses = losses / counts[:2]
             (losses[0] + numbers["text_weight"] * losses[1]).backward()
             sums[:2] += losses.detach()
-            sums[3:] += right / counts[2]
+            sums[3:] += right / counts[[2, 2, 3, 4]]
         if numbers["keep_weight"]:
             own = range(self.ranks.rank, numbers["keep_batch"], self.ranks.world)
             for keep in self.keeper.losses(self.step, own):
@@ -212,16 +216,17 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.lora.parameters(), numbers["clip"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        answer, text, keep_loss, first, exact, gradient, values, tokens = torch.cat(
-            [sums, norm[None], counts[2:]]
-        ).tolist()
+        answer, text, keep_loss, first, *exact, gradient = torch.cat([sums, norm[None]]).tolist()
+        *asked, tokens = found[2:].tolist()
+        shares = zip(("exact", "first_answers", "stretched"), exact, asked, strict=True)
+        groups = {name: round(share, 4) for name, share, count in shares if count}
         stage, number, _ = self.recipe.at(self.step)
         self.step += 1
         seconds = time.monotonic() - began
         self.log({
             "step": self.step, "stage": number, "length": stage.length, "answer": round(answer, 5),
             "text": round(text, 5), **({"keep": round(keep_loss, 5)} if numbers["keep_weight"] else {}),
-            "first": round(first, 4), "exact": round(exact, 4), "values": round(values), "rate": round(rate, 7),
+            "first": round(first, 4), **groups, "values": round(asked[0]), "rate": round(rate, 7),
             "gradient": round(gradient, 4), "seconds": round(seconds, 3), "tokens_per_s": round(tokens / seconds),
             "elapsed": round(time.monotonic() - started, 1), **self._memory(),
         })  # fmt: skip
@@ -229,10 +234,10 @@ class Trainer:
             raise InputError(f"the loss of step {self.step} is not finite: lower the rate of its stage")
 
     def _counts(self, batches: list[Batch]) -> Tensor:
-        """float32 [4] of all processes: weight of answers and places of text learned, values asked, tokens read."""
-        own = [(b.weights.sum(), b.text.sum(), len(b.values), b.token_ids.size) for b in batches]
-        counts = self.ranks.sum(torch.tensor([float(sum(part)) for part in zip(*own, strict=True)], device=self.device))
-        return torch.where(counts > 0, counts, 1.0)
+        """float32 [6] of all processes: weight of answers and places of text that are learned; values asked, those that
+        are first answers, those of stretched samples; tokens read."""
+        own = [(b.weights.sum(), b.text.sum(), len(b.values), *b.groups.sum(axis=0), b.token_ids.size) for b in batches]
+        return self.ranks.sum(torch.tensor([float(sum(part)) for part in zip(*own, strict=True)], device=self.device))
 
     def _add_up(self, sums: Tensor) -> Tensor:
         """Make every gradient the sum over the processes, in one exchange; returns that of `sums`, float32 [n]."""
@@ -258,8 +263,9 @@ class Trainer:
         """Logits only of what is learned.
 
         Returns:
-            Sums of the weighted cross entropy of the answers and of that of the drawn text, float32 [2]; how many
-            values' first tokens were the likeliest ones, and how many values all of whose tokens were, float32 [2].
+            Sums of the weighted cross entropy of the answers and of that of the drawn text, float32 [2]; and float32
+            [4]: how many values' first tokens were the likeliest ones, how many values all of whose tokens were, of
+            these the first answers of their samples, and those of stretched samples.
         """
         ids = torch.from_numpy(batch.token_ids).to(self.device)
         positions = None if batch.positions is None else torch.from_numpy(batch.positions).to(self.device)
@@ -276,7 +282,9 @@ class Trainer:
         start, first, stop = torch.from_numpy(batch.values).to(self.device).unbind(dim=1)
         found = wrong_before[first + 1] == wrong_before[start]
         exact = wrong_before[stop] == wrong_before[start]
-        return torch.stack([answers, text.sum()]), torch.stack([found.sum(), exact.sum()]).float()
+        groups = torch.from_numpy(batch.groups).to(self.device)
+        right = torch.cat([found.sum()[None], exact.sum()[None], (exact[:, None] & groups).sum(dim=0)])
+        return torch.stack([answers, text.sum()]), right.float()
 
     def _cross_entropy(self, hidden: Tensor, ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Of each place (predicted from the hidden state before it; no sample begins with a learned token), float32

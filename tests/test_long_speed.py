@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections import Counter
@@ -191,24 +192,40 @@ def test_memory_of_a_gpu_decides_what_is_computed_again(monkeypatch):
     assert long_recompute.most_kept_tokens(torch.device("cpu"), per_token) == 0
 
 
-@pytest.mark.parametrize(("cudnn", "kernel"), [(0.5, "cudnn"), (2.0, "flash")])
-def test_auto_keeps_the_faster_kernel(cudnn, kernel):
+def measured(flash: float, cudnn: float, error: float = 0.0):
+    """Seconds and results of two kernels, `error` of the results apart."""
+    results = torch.tensor([3.0, 4.0])
+    found = {"flash": (flash, [results, results]), "cudnn": (cudnn, [results, results * (1 + error)])}
+    return found.__getitem__
+
+
+@pytest.mark.parametrize(
+    ("cudnn", "error", "kernel"), [(0.5, 0.0, "cudnn"), (0.5, 0.01, "cudnn"), (2.0, 0.0, "flash"), (0.5, 0.1, "flash")]
+)
+def test_auto_keeps_the_faster_kernel_whose_results_are_right(cudnn, error, kernel):
     attention = Attention("auto", ALONE, torch.bfloat16)
-    seconds = {"flash": 1.0, "cudnn": cudnn}
-    assert attention.choose(None, 1, 4096, seconds.__getitem__) is None and attention.kernel == "flash"
-    entry = attention.choose(None, 1, 65536, seconds.__getitem__)
+    measure = measured(1.0, cudnn, error)
+    assert attention.choose(None, 1, 4096, measure) is None and attention.kernel == "flash"
+    entry = attention.choose(None, 1, 65536, measure)
+    assert entry.pop("difference") == pytest.approx(error, abs=1e-5)
     assert entry == {
         "event": "attention", "length": 65536, "flash_ms": 1000.0, "cudnn_ms": 1000 * cudnn, "kernel": kernel,
     }  # fmt: skip
     assert attention.kernel == kernel
-    assert attention.choose(None, 1, 131072, {}.__getitem__) is None  # once a run
+    assert attention.choose(None, 1, 131072, measure) is None  # once a run
+
+
+def test_results_that_are_not_finite_are_refused():
+    attention = Attention("auto", ALONE, torch.bfloat16)
+    entry = attention.choose(None, 1, 65536, measured(1.0, 0.5, math.nan))
+    assert entry["kernel"] == "flash" and math.isnan(entry["difference"])
 
 
 def test_a_kernel_that_is_not_to_be_had_is_logged():
-    def measure(kernel: str) -> float:
+    def measure(kernel: str):
         if kernel == "cudnn":
             raise RuntimeError("No available kernel. Aborting execution.")
-        return 1.0
+        return 1.0, [torch.ones(2)]
 
     attention = Attention("auto", ALONE, torch.bfloat16)
     entry = attention.choose(None, 1, 65536, measure)
@@ -216,3 +233,13 @@ def test_a_kernel_that_is_not_to_be_had_is_logged():
     for wanted in ("flash", "cudnn"):
         asked = Attention(wanted, ALONE, torch.bfloat16)
         assert asked.choose(None, 1, 65536, measure) is None and asked.kernel == wanted
+
+
+def test_a_measurement_gives_the_attention_that_layers_run(folder):
+    """On a CPU both names run PyTorch's own choice: the results of two runs are the same ones."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    attention = Attention("auto", ALONE, torch.bfloat16)
+    seconds, results = attention._run("flash", config, 2, 48)
+    assert seconds > 0 and [tuple(one.shape) for one in results] == [(2, 4, 48, 16)] * 2 + [(2, 2, 48, 16)] * 2
+    assert all(torch.equal(a, b) for a, b in zip(results, attention._run("cudnn", config, 2, 48)[1], strict=True))
+    assert attention.kernel == "flash"

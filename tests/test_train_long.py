@@ -125,6 +125,8 @@ def test_stages_rates_and_a_falling_loss(trained):
     assert last < first - 0.2
     assert all(step["keep"] > 0 for step in steps)  # the larger RoPE base alone makes another model
     assert all(0 <= step["exact"] <= step["first"] <= 1 and step["values"] >= 2 for step in steps)
+    assert all(0 <= step[key] <= 1 for step in steps for key in ("first_answers", "stretched") if key in step)
+    assert [any("stretched" in step for step in part) for part in (steps[:5], steps[5:])] == [True, False]
 
 
 def test_every_stage_ends_with_a_saved_state(trained):
@@ -270,9 +272,11 @@ def test_values_count_as_found_and_as_exact(model, data, recipe, trained):
                 ids[row, column + 1] = after[1]
         with torch.no_grad():
             counts.append(ours._losses(batch)[1].tolist())
-    assert counts[0] == [0, 0]
-    assert counts[1] == [1, 1]
-    assert counts[2] == [2, 1]
+    in_first_answer = bool(batch.groups[0][0])
+    assert batch.groups[:, 0].sum() <= 2 and not batch.groups[:, 1].any()
+    assert counts[0] == [0, 0, 0, 0]
+    assert counts[1] == [1, 1, in_first_answer, 0]
+    assert counts[2] == [2, 1, in_first_answer, 0]
 
 
 def test_stretched_samples_have_positions_of_their_own(model, data, recipe, trained):
@@ -280,6 +284,11 @@ def test_stretched_samples_have_positions_of_their_own(model, data, recipe, trai
     batches = [batch for step in range(5) for batch in ours.share(step)]
     jumping = [batch.positions for batch in batches if batch.positions is not None]
     assert 0 < len(jumping) <= 5
+    for one in batches:
+        for value, (first, stretched) in zip(one.values, one.groups, strict=True):
+            row, start = divmod(int(value[0]), 256)
+            assert first == (not (one.token_ids[row, one.weights[row].argmax() : start] == 1).any())
+            assert stretched == (one.positions is not None and (one.positions[row] != range(256)).any())
     rows = [row for positions in jumping for row in positions if (row != range(256)).any()]
     assert 2 <= len(rows) < 10  # about half of ten samples
     assert max(row.max() for row in rows) > 1000 and max(row.max() for row in rows) < 4096
