@@ -239,7 +239,7 @@ def measure(
 def time_dense(ceiling: float, weight_format: str, matrices: Sequence[Matrix], layers: int) -> list[dict[str, Any]]:
     """Times of dequantizing all matrices of all layers to bf16, as prefill does once a chunk: stored bytes read, dense
     ones written."""
-    if not is_quantized(weight_format):
+    if not is_quantized(weight_format) or (weight_format == "nf4" and bitsandbytes() is None):
         return []
     ways: dict[str, Callable[[QuantLinear], Tensor]] = {"dense": QuantLinear.dense}
     if weight_format == "int8":
