@@ -182,15 +182,22 @@ def _load_scales(scale_ptr, row, inside, chunk, K: tl.constexpr, SHARED: tl.cons
 
 @triton.jit
 def _planes(
-    x_ptr, norm_ptr, rms, chunk,
-    K: tl.constexpr, SIZE: tl.constexpr, SWAP: tl.constexpr, NORM: tl.constexpr, CHUNKS: tl.constexpr,
+    x_ptr, norm_ptr, rms, eps, chunk,
+    K: tl.constexpr, SIZE: tl.constexpr, SWAP: tl.constexpr, NORM: tl.constexpr, WHOLE: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """a, b: int32 [CHUNKS, words] of the chunks' fixed point; top: float32 [CHUNKS]. SWAP: the bytes of
-    each two values change places."""
+    """a, b: int32 [CHUNKS, words] of the chunks' fixed point; top: float32 [CHUNKS]. SWAP: the bytes of each two values
+    change places. WHOLE: the chunks are all of x, and the norm takes its mean from them, not from `rms`."""
     at = chunk + tl.arange(0, CHUNKS)
     where = at[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     valid = (at < K // SIZE)[:, None]
-    x = load_x(x_ptr, norm_ptr, rms, where, valid, NORM)
+    if NORM and WHOLE:
+        x = tl.load(x_ptr + where, mask=valid, other=0.0).to(tl.float32)
+        weight = tl.load(norm_ptr + where, mask=valid, other=0.0).to(tl.float32)
+        rms = 1.0 / tl.sqrt(tl.sum(tl.sum(x * x, 1), 0) / K + eps)
+        x = (x * rms * weight).to(x_ptr.dtype.element_ty).to(tl.float32)
+    else:
+        x = load_x(x_ptr, norm_ptr, rms, where, valid, NORM)
     # The largest magnitude by its bits: NaN is above every number and reaches the output.
     top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
     # The bits of the sum end in the rounded integer plus 128.
@@ -230,7 +237,7 @@ def packed_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()  # from here on x, and out, which earlier kernels may still be reading or writing
     rms = 0.0
-    if NORM:
+    if NORM and not ONE_STEP:
         rms = root_mean_square(x_ptr, eps, K, WIDE)
     if NF4:
         t0, t1, t2, t3 = _table(table_ptr, 0), _table(table_ptr, 1), _table(table_ptr, 2), _table(table_ptr, 3)
@@ -246,7 +253,7 @@ def packed_kernel(
             next_words = _load_words(w_ptr, row, inside, chunk + CHUNKS, K, SIZE, CHUNKS)
             if GROUPED:
                 next_scales = _load_scales(scale_ptr, row, inside, chunk + CHUNKS, K, SHARED, CHUNKS)
-        a, b, top = _planes(x_ptr, norm_ptr, rms, chunk, K, SIZE, NF4, NORM, CHUNKS)
+        a, b, top = _planes(x_ptr, norm_ptr, rms, eps, chunk, K, SIZE, NF4, NORM, ONE_STEP, CHUNKS)
         w0, w1, w2, w3 = _split4(words, TILE, CHUNKS)
         if GROUPED:
             a0, a1, a2, a3, a4, a5, a6, a7 = _split8(a, CHUNKS)
