@@ -34,6 +34,7 @@ from longrun.long_tasks import Corpus, TaskWriter, TestDocument, TestQuestion
 from longrun.model.adapter import CONFIG_FILE
 from longrun.model.choice import choose_model
 from longrun.placement import DEFAULT_WEIGHT_FORMAT
+from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.units import format_tokens, parse_tokens
 
 WINDOW = 4096
@@ -184,9 +185,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--trials", default="2,6", metavar="N,...", help="texts a length, for each of --per-depth")
     parser.add_argument("--kv", default="bf16", choices=["int4", "bf16", "fp32"])
-    parser.add_argument(
-        "--weights", choices=["fp32", "bf16", "int8", "nf4"], help="default: fp32 on a CPU, bf16 on a GPU"
-    )
+    parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--budget", metavar="NAME_OR_FILE")
     parser.add_argument("--windows", type=int, default=32, metavar="N", help="of the perplexity; 0 leaves it out")
     parser.add_argument("--chat-tokens", type=int, default=80, metavar="N", help="0 leaves the answers out")

@@ -13,10 +13,10 @@ from longrun.errors import InputError
 from longrun.patterns.baseline_maps import inverted_map, random_map, streaming_map
 from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadMap
 from longrun.quality.formats import SIMULATED_FORMATS, SimulatedFormat, is_simulated, simulated_format
+from longrun.quant.weight_format import WEIGHT_FORMATS
 
 REFERENCE = "reference"
 KV_FORMATS = ("int4", "bf16", "fp32")
-WEIGHT_FORMATS = ("fp32", "bf16", "int8", "nf4")
 _EVICTION = re.compile(r"(snapkv|tova):(\d+(?:\.\d+)?)(%?)(@document)?")
 
 
