@@ -1,5 +1,6 @@
 # make demo: a question about a long text, answered by a real model.  make test: the test suite.
-# PYTHON picks the interpreter of the virtual environment (3.11 or newer), ARGS goes to pytest.
+# Tests run in two processes of one thread each. PYTHON picks the interpreter of the virtual environment (3.11 or newer),
+# ARGS goes to pytest.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -e .
