@@ -122,6 +122,8 @@ class DecodeGraph:
             self._graph.replay()
 
     def replay(self) -> None:
-        """The GPU's part of a step alone, without telling it about a new token: for timing."""
+        """The GPU's part of a step alone, for timing: every replay takes the token that the one before it chose, at the
+        same place, so the newest token's keys and values are no longer that token's."""
         assert self._graph is not None
+        self.forget()
         self._graph.replay()

@@ -97,7 +97,7 @@ def time_tokens(session: Session, tokens: Iterator[int], count: int) -> tuple[li
 def graph_ms(session: Session) -> float | None:
     """Milliseconds of the captured decode step alone, by CUDA events around replays; None without a graph.
 
-    A replay writes the newest token's keys and values once more to where they are: the session may go on.
+    Call it when the session's tokens no longer matter: replays overwrite the newest one's keys and values.
     """
     graph = getattr(session._engine, "decode_graph", None)
     if graph is None or session.cache.device.type != "cuda":

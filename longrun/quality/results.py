@@ -76,7 +76,7 @@ class QualityResults:
             sound = head["format"] == FORMAT and isinstance(head["settings"], dict)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{path} cannot be read as a comparison's results: name another folder, or start over with --force"
+                f"{path} cannot be read as a comparison's results: name the folder of one, or compare anew with --force"
             ) from error
         if not sound or len(keys) != len(set(keys)) or not {row for row, _, _ in keys} <= known:
             raise InputError(
