@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ _OPENING = re.compile(r"^<!-- table:.*$", re.MULTILINE)
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{value:,.{digits}f}"
+    return "" if value is None else f"{round(value, digits) + 0.0:,.{digits}f}"  # never -0.0
 
 
 def share(value: float | None) -> str:
@@ -59,23 +60,35 @@ def context(row: Row) -> str:
     return format_tokens(row["length"]) + (", synthetic" if row.get("synthetic") else "")
 
 
+def timed_tokens(row: Row) -> list[float]:
+    """Milliseconds of a row's tokens, without the first of every repeat: the clock starts when its step, launched
+    ahead, has already run. Without `ms_repeats` (another runner) all of them; empty where the file holds none."""
+    tokens, repeats = row.get("ms_tokens") or [], len(row.get("ms_repeats") or ())
+    each = len(tokens) // repeats if repeats else 0
+    return [ms for i, ms in enumerate(tokens) if i % each] if each > 1 else tokens
+
+
 def decode(results: Sequence[Row]) -> list[list[str]]:
-    rows = [row for result in results for row in result["rows"]]
-    peers = {row["length"]: row["ms"]["median"] for row in rows if row["runner"] != "longrun" and "ms" in row}
-    table = [["runner", "tokens", "ms/token", "fewest bytes", "their time, ms", "of measured", "host ms",
-              "transformers / longrun", "memory", "of plan"]]  # fmt: skip
-    for row in rows:
-        if "error" in row:
-            table.append([row["runner"], context(row), row["error"], *[""] * 7])
-            continue
+    rows = [(row, result["settings"]["weight_format"]) for result in results for row in result["rows"]]
+    formats = {weights for _, weights in rows}
+    peers = {row["length"]: row["ms"]["median"] for row, _ in rows if row["runner"] != "longrun" and "ms" in row}
+    table = [["runner", "tokens", "ms/token, median (range)", "mean", "fewest bytes", "their time, ms", "of median",
+              "of mean", "host ms", "transformers / longrun", "memory", "of plan"]]  # fmt: skip
+    for row, weights in rows:
         own = row["runner"] == "longrun"
-        faster = peers[row["length"]] / row["ms"]["median"] if own and row["length"] in peers else None
-        fewest = format_bytes(row["bytes_total"]) if own else ""
-        ms = row["ms"]
+        runner = f"longrun, {weights} weights" if own and len(formats) > 1 else row["runner"]
+        if "error" in row:
+            table.append([runner, context(row), row["error"], *[""] * 9])
+            continue
+        median, tokens = row["ms"]["median"], timed_tokens(row)
+        mean = statistics.fmean(tokens) if tokens else None
+        least, most = (min(tokens), max(tokens)) if tokens else (row["ms"]["min"], row["ms"]["max"])
         table.append([
-            row["runner"], context(row), f"{ms['median']:.2f} ({ms['min']:.2f} to {ms['max']:.2f})", fewest,
-            number(row.get("floor_ms"), 2), share(row.get("floor_over_measured")),
-            number(row.get("host_overhead_ms"), 2), number(faster, 2), *memory(row),
+            runner, context(row), f"{median:.2f} ({least:.2f} to {most:.2f})", number(mean, 2),
+            format_bytes(row["bytes_total"]) if own else "", number(row.get("floor_ms"), 2),
+            share(row.get("floor_over_measured")), share(row["floor_ms"] / mean if own and mean else None),
+            number(row.get("host_overhead_ms"), 2),
+            number(peers[row["length"]] / median if own and row["length"] in peers else None, 2), *memory(row),
         ])  # fmt: skip
     return table
 

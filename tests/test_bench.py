@@ -307,11 +307,12 @@ MEMORY = {"used_bytes": 68_000_000_000, "ratio_to_plan": 0.99}
 RESULTS = {
     "decode": {
         "settings": SETTINGS, "ceilings": {"memory_tb_s": 3.015}, "rows": [
-            {"runner": "longrun", "length": 96_000, "synthetic": True, "ms": {"median": 5.0, "min": 4.9, "max": 6.0},
+            {"runner": "longrun", "length": 96_000, "synthetic": True, "ms": {"median": 5.0, "min": 0.5, "max": 7.0},
+             "ms_repeats": [4.2, 4.0], "ms_tokens": [0.6, 4.9, 7.0, 0.5, 5.0, 5.0],
              "bytes_total": 7_500_000_000, "floor_ms": 2.5, "floor_over_measured": 0.5, "host_overhead_ms": 0.25,
              "memory": MEMORY},
             {"runner": "transformers bf16", "length": 96_000, "synthetic": True,
-             "ms": {"median": 30.0, "min": 29.0, "max": 31.0}},
+             "ms": {"median": 30.0, "min": 29.0, "max": 31.0}, "ms_tokens": [29.0, 30.0, 31.0]},
             {"runner": "transformers bf16", "length": 1_000_000, "synthetic": True, "error": "out of memory"},
         ],
     },
@@ -340,8 +341,8 @@ RESULTS = {
     },
 }  # fmt: skip
 EXPECTED = {
-    "decode": "| longrun | 96K, synthetic | 5.00 (4.90 to 6.00) | 7.50 GB | 2.50 | 50.0% | 0.25 | 6.00 | "
-    "68.0 GB | 99% |",
+    "decode": "| longrun | 96K, synthetic | 5.00 (4.90 to 7.00) | 5.47 | 7.50 GB | 2.50 | 50.0% | 45.7% | 0.25 | "
+    "6.00 | 68.0 GB | 99% |",
     "prefill": "| longrun | 128K | 16.0 | 7,980 | 300 | 43.0% | 51.0% | 3 of 3 | 68.0 GB | 99% |",
     "offload": "| all resident | 1M, synthetic | 200.00 | 0 B | 180.00 | 90.0% | 68.0 GB | 99% | 200 of 200 |",
     "kernels": "| banded | a\\|b | 50.0 | 25.0 GFLOP | 30.0% | matrix product |",
@@ -375,11 +376,23 @@ def test_tables_are_rendered_from_result_files_and_checked(document, capsys):
         assert f"From [h100-{kind}.json](results/h100-{kind}.json): NVIDIA H100; torch 2.11.0" in text
     assert "commit 0123456789ab (as given)" in text and "3.02 TB/s copied" in text
     assert "| transformers bf16 | 1M, synthetic | out of memory |" in text
+    assert "| transformers bf16 | 96K, synthetic | 30.00 (29.00 to 31.00) | 30.00 |" in text
     assert text.count("Text after it.") == 4
     assert tables("--check") == tables() == tables("--check") == 0
     assert document.read_text() == text
     document.write_text(text.replace("5.00 (4.90", "4.00 (4.90"))  # a figure that no file gives
     assert tables("--check") == 1
+
+
+def test_decode_rows_of_several_formats_name_theirs():
+    """Rows of both files stand beside the one peer; a row without its tokens has a range and no mean."""
+    rows = [{"runner": "longrun", "length": 96_000, "ms": {"median": 4.0, "min": 3.9, "max": 6.0},
+             "bytes_total": 7_500_000_000, "floor_ms": 2.5, "floor_over_measured": 0.625,
+             "host_overhead_ms": -0.004}]  # fmt: skip
+    other = {"settings": SETTINGS | {"weight_format": "int4"}, "rows": rows}
+    first, _, _, last = bench_tables.decode([RESULTS["decode"], other])[1:]
+    assert first[0] == "longrun, nf4 weights" and last[0] == "longrun, int4 weights"
+    assert last[2:] == ["4.00 (3.90 to 6.00)", "", "7.50 GB", "2.50", "62.5%", "", "0.00", "7.50", "", ""]
 
 
 def test_tables_that_cannot_be_made(document):
