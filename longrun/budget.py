@@ -1,7 +1,7 @@
 """Budget files: how much memory a run may use and in which formats, as TOML with every fault named.
 
     [memory]  gpu = "80 GB" (required), host = "100 GiB"
-    [weights] format = "nf4"
+    [weights] format = "int4"
     [kv]      format = "int4", retrieval_ratio = 0.5, sink_size = 128, recent_size = 256, page_size = 64
     [prefill] chunk_size = 32768
 

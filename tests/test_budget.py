@@ -52,6 +52,7 @@ def test_shipped_budgets_load_by_name_from_anywhere(tmp_path, monkeypatch):
         assert budget.source == name
         assert budget.chunk_size % budget.page_size == 0
         assert budget.sink_size is budget.recent_size is None
+        assert budget.weight_format == ("fp32" if name == "cpu" else "int4")
     assert Budget.load("a100-80g").gpu_bytes == 80 * 10**9
 
 
