@@ -67,6 +67,8 @@ def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
 
     kernels, decoder = parts.gpu_kernels, parts.decoder
     assert kernels is not None
+    if kernels.on_gpu:
+        _take_blas_workspace(decoder.compute_dtype)
     mover = KernelPageMover(kernels.store_pages, kernels.copy_pages, kernels.on_gpu)
     host_storage = None
     if plan.cache.host_pages and parts.pinned is not None:
@@ -114,6 +116,17 @@ def _warm_up(engine: Engine) -> None:
             engine.run(torch.zeros(chunk, dtype=torch.int64))
     engine.cache.rewind(empty)
     torch.cuda.synchronize()
+
+
+def _take_blas_workspace(dtype: torch.dtype) -> None:
+    """Let cuBLAS take its workspace (32 MiB on an H100) before a session takes memory.
+
+    torch allocates it in a thread's first product and keeps it as long as the process lives. Cut out of the memory of
+    `_reserve_activations` it would hold gigabytes back when the session is gone, and the next one take them anew.
+    """
+    square = torch.zeros(16, 16, dtype=dtype, device="cuda")
+    torch.mm(square, square)
+    torch.addmm(square[0], square, square)  # another library, cublasLt
 
 
 def _reserve_activations(plan: Plan) -> None:
