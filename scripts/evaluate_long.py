@@ -150,24 +150,42 @@ def perplexity(lora: LoraModel, corpus: Corpus, windows: int, original: bool) ->
     return float(torch.tensor(total / max(count, 1)).exp())
 
 
-def chat_answers(lora: LoraModel, tokenizer: Any, count: int, original: bool) -> list[str]:
-    """Greedy answers to `TEST_PROMPTS`."""
+def chat_answers(lora: LoraModel, tokenizer: Any, count: int) -> dict[str, Any]:
+    """Greedy answers to `TEST_PROMPTS` of the original and of the trained model, at most `count` tokens each.
+
+    Returns:
+        `chat`: prompt and both answers; `chat_agreement`: of the tokens of the original's answers [those that the
+        trained model finds likeliest as well, all], given the tokens before them; `chat_begins_alike`: the same of
+        first tokens.
+    """
     from contextlib import nullcontext
 
-    answers = []
+    chat, alike, begins = [], [0, 0], [0, 0]
     device = next(lora.model.parameters()).device
+    model = lora.model.eval()
     for prompt in TEST_PROMPTS:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
-        with torch.no_grad(), lora.as_original() if original else nullcontext():
-            made = lora.model.eval().generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
-        answers.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip())
-    return answers
+        asked, told = ids.shape[1], {}
+        for name in ("original", "adapted"):
+            with torch.no_grad(), lora.as_original() if name == "original" else nullcontext():
+                told[name] = model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                )  # fmt: skip
+        original = told["original"]
+        with torch.no_grad():
+            best = model(input_ids=original[:, :-1], use_cache=False).logits[0, asked - 1 :].argmax(dim=-1)
+        same = (best == original[0, asked:]).tolist()
+        alike = [alike[0] + sum(same), alike[1] + len(same)]
+        begins = [begins[0] + same[0], begins[1] + 1]
+        answers = {
+            name: tokenizer.decode(made[0, asked:], skip_special_tokens=True).strip() for name, made in told.items()
+        }
+        chat.append({"prompt": prompt, **answers})
+    return {"chat": chat, "chat_agreement": alike, "chat_begins_alike": begins}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -249,10 +267,9 @@ def short_texts(arguments: argparse.Namespace, corpus: Corpus, device: torch.dev
         print(f"perplexity at 4K: original {before:.3f}, adapted {after:.3f} ({after / before - 1:+.2%})", flush=True)
     if arguments.chat_tokens:
         tokenizer = AutoTokenizer.from_pretrained(str(arguments.model), local_files_only=True)
-        before, after = (chat_answers(lora, tokenizer, arguments.chat_tokens, original) for original in (True, False))
-        found["chat"] = [
-            {"prompt": p, "original": a, "adapted": b} for p, a, b in zip(TEST_PROMPTS, before, after, strict=True)
-        ]
+        found |= chat_answers(lora, tokenizer, arguments.chat_tokens)
+        (same, tokens), (begun, prompts) = found["chat_agreement"], found["chat_begins_alike"]
+        print(f"chat: {same} of {tokens} tokens and {begun} of {prompts} first tokens as the original", flush=True)
         for one in found["chat"]:
             print(f"> {one['prompt']}\n  original: {one['original']!r}\n  adapted:  {one['adapted']!r}", flush=True)
     return found

@@ -21,7 +21,7 @@ _TRIES = 500  # draws of a subject that is not taken, before a pool counts as us
 _FEW = 100  # facts up to which first names alone tell people apart
 _PROBED = 4  # rows that tell how many tokens a row of a list has
 _MAKER_WEIGHTS = (40, 4, 4, 2)  # a form of a sample: a plain one, a list, a last value, an order
-_NUMBERS = 0.35  # how often a plain form is one whose value is a number
+_NUMBERS, _CODES = 0.35, 0.15  # how often a plain form is one whose value is a number, or letters and a number
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,10 @@ class TrainDraw(Draw):
         rng = self._rng
         kind = rng.choices(("plain", "list", "last value", "order"), _MAKER_WEIGHTS)[0]
         if kind == "plain":
-            numbers = rng.random() < _NUMBERS
-            form = rng.choice([one for one in forms.TRAIN_FORMS if not numbers or one.name in forms.NUMBER_FORMS])
+            hardest = rng.choices(
+                (forms.NUMBER_FORMS, forms.CODE_FORMS, ()), (_NUMBERS, _CODES, 1 - _NUMBERS - _CODES)
+            )[0]
+            form = rng.choice([one for one in forms.TRAIN_FORMS if not hardest or one.name in hardest])
             return lambda: self._of(form)
         return {"list": self._listed, "last value": self._assigned, "order": self._ordered}[kind]
 

@@ -158,6 +158,8 @@ MORE_FORMS: tuple[Form, ...] = (
 TRAIN_FORMS: tuple[Form, ...] = (*words.TRAIN_FORMS, *MORE_FORMS)
 NUMBER_FORMS = ("pass key", "secret number", "key and value", "constant in code", "port")
 """Their value is a plain number: the hardest to copy exactly."""
+CODE_FORMS = ("JSON code", "log line", "access code", "setting")
+"""Their value is capital letters and a number, whose tokens are others in quotes or after a sign than after a space."""
 JOBS: tuple[str, ...] = (
     _words("""baker beekeeper blacksmith bookbinder bricklayer carpenter cartographer chemist clockmaker
     cook dentist diver electrician farmer fisher florist gardener glazier goldsmith hatter judge librarian locksmith

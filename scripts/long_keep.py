@@ -30,23 +30,28 @@ from longrun.long_tasks import Corpus, TaskWriter
 _CHATS_TOGETHER = 96
 _TEMPERATURES = (1.0, 0.5)  # of the original's own answers, part by part: what it may say, and what it mostly says
 _MULTIPLE = 64  # of a row of chats, so that few shapes occur
+_BEGINNING, _BEGINNING_WEIGHT = 3, 6.0  # first tokens of a chat's answer: they decide whether it answers or copies
+
+Chat = tuple[int, list[int]]
+"""(tokens of the question and its turn, token ids of it all)."""
+_Drawn = tuple[list[list[int]], list[tuple[int, int, float]]]
 
 
-def own_answers(lora: LoraModel, tokenizer: Any, writer: TaskWriter, ranks: Ranks, numbers: dict) -> list[list[int]]:
-    """What the original model answers to short questions: chats as token ids.
+def own_answers(lora: LoraModel, tokenizer: Any, writer: TaskWriter, ranks: Ranks, numbers: dict) -> list[Chat]:
+    """What the original model answers to short questions.
 
     Drawn in parts of a fixed size, each with a seed of its own, whichever process draws it.
     """
     prompts = chat_prompts(numbers["chat_answers"])
     parts = [prompts[start : start + _CHATS_TOGETHER] for start in range(0, len(prompts), _CHATS_TOGETHER)]
-    own: dict[int, list[list[int]]] = {}
+    own: dict[int, list[Chat]] = {}
     lora.model.eval()
     for number in range(ranks.rank, len(parts), ranks.world):
         torch.manual_seed(numbers["seed"] * 1000 + number)
         rows = [writer.encode(writer.head + text + writer.ask) for text in parts[number]]
         temperature = _TEMPERATURES[number % len(_TEMPERATURES)]
         answers = generate(lora, tokenizer, rows, numbers["chat_tokens"], temperature, original=True)
-        own[number] = [row + answer for row, answer in zip(rows, answers, strict=True)]
+        own[number] = [(len(row), row + answer) for row, answer in zip(rows, answers, strict=True)]
     found = {number: chats for part in ranks.gather(own) for number, chats in part.items()}
     return [chat for number in range(len(parts)) for chat in found[number]]
 
@@ -73,13 +78,13 @@ class Keeper:
     """Draws a step's texts to keep and computes the divergence on them."""
 
     def __init__(
-        self, lora: LoraModel, corpus: Corpus, chats: list[list[int]], numbers: dict[str, Any], pad_id: int,
+        self, lora: LoraModel, corpus: Corpus, chats: list[Chat], numbers: dict[str, Any], pad_id: int,
         hidden: Callable[[Tensor], Tensor],
     ) -> None:  # fmt: skip
         """`hidden`: ids [rows, T], filled up at the end, to the last hidden states [rows, T, hidden]."""
         self._lora, self._corpus, self._chats, self._numbers = lora, corpus, chats, numbers
         self._pad_id, self._hidden = pad_id, hidden
-        widest = max((len(chat) for chat in chats), default=0)
+        widest = max((len(ids) for _, ids in chats), default=0)
         self._width = min(-(-widest // _MULTIPLE) * _MULTIPLE, numbers["keep_tokens"])
 
     def losses(self, step: int, own: Sequence[int]) -> Iterator[Tensor]:
@@ -92,30 +97,38 @@ class Keeper:
             rng = random.Random(f"keep/{self._numbers['seed']}/{step}/{number}")
             (chats if self._chats and (step + number) % 2 else texts).append(rng)
         if texts:
-            yield self._divergence([self._draw(rng, self._text(rng)) for rng in texts], self._numbers["keep_tokens"])
+            yield self._divergence([self._text(rng) for rng in texts], self._numbers["keep_tokens"])
         if chats:
-            yield self._divergence([self._draw(rng, self._some_chats(rng)) for rng in chats], self._width)
+            yield self._divergence([self._some_chats(rng) for rng in chats], self._width)
 
-    def _text(self, rng: random.Random) -> list[list[int]]:
-        return [self._corpus.stretch(rng, self._numbers["keep_tokens"])]
+    def _text(self, rng: random.Random) -> _Drawn:
+        ids = self._corpus.stretch(rng, self._numbers["keep_tokens"])
+        return self._draw(rng, [ids], [(0, place, 1.0) for place in range(len(ids))])
 
-    def _some_chats(self, rng: random.Random) -> list[list[int]]:
-        """As many chats as make rows of `keep_tokens` tokens together, at least one."""
+    def _some_chats(self, rng: random.Random) -> _Drawn:
+        """As many chats as make rows of `keep_tokens` tokens together, at least one; compared where the answers are."""
         count = max(1, self._numbers["keep_tokens"] // self._width)
-        return [rng.choice(self._chats)[: self._width] for _ in range(count)]
+        chosen = [rng.choice(self._chats) for _ in range(count)]
+        rows = [ids[: self._width] for _, ids in chosen]
+        places = [
+            (row, place, _BEGINNING_WEIGHT if place < asked - 1 + _BEGINNING else 1.0)
+            for row, (asked, _) in enumerate(chosen)
+            for place in range(min(asked - 1, len(rows[row]) - 2), len(rows[row]) - 1)
+        ]
+        return self._draw(rng, rows, places)
 
-    def _draw(self, rng: random.Random, rows: list[list[int]]) -> tuple[list[list[int]], list[tuple[int, int]]]:
-        """The rows, and the (row, place) that are compared: of real tokens only."""
-        places = [(row, place) for row, ids in enumerate(rows) for place in range(len(ids))]
+    def _draw(self, rng: random.Random, rows: list[list[int]], places: list[tuple[int, int, float]]) -> _Drawn:
+        """The rows, and the (row, place, weight) of them that are compared."""
         return rows, sorted(rng.sample(places, min(len(places), self._numbers["keep_positions"])))
 
-    def _divergence(self, drawn: list[tuple[list[list[int]], list[tuple[int, int]]]], width: int) -> Tensor:
+    def _divergence(self, drawn: list[_Drawn], width: int) -> Tensor:
         rows: list[list[int]] = []
         chosen: list[int] = []
         weights: list[float] = []
         for own, places in drawn:
-            chosen += [(len(rows) + row) * width + place for row, place in places]
-            weights += [1 / len(places)] * len(places)
+            total = sum(weight for _, _, weight in places)
+            chosen += [(len(rows) + row) * width + place for row, place, _ in places]
+            weights += [weight / total for _, _, weight in places]
             rows += [ids + [self._pad_id] * (width - len(ids)) for ids in own]
         device, head = self._lora.model.lm_head.weight.device, self._lora.model.lm_head
         batch, at = torch.tensor(rows, device=device), torch.tensor(chosen, device=device)

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import long_recompute
 from long_attention import KERNELS, Attention
 from long_batches import Batch, BatchMaker, make_share
-from long_keep import Keeper, own_answers
+from long_keep import Chat, Keeper, own_answers
 from long_lora import LoraModel
 from long_ranks import Ranks, world_size
 from long_recipe import DEFAULT_RECIPE, Recipe
@@ -91,7 +91,7 @@ class Trainer:
             self.lora.load_adapter(start_from)
         self.optimizer = torch.optim.AdamW(self.lora.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
         self.step = 0
-        self.chats: list[list[int]] = []
+        self.chats: list[Chat] = []
         if ranks.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
         if not self._resume():
