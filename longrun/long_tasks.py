@@ -187,9 +187,11 @@ class TaskWriter:
 
     def test_document(
         self, corpus: Corpus, seed: int | str, length: int, depths: Sequence[float], per_depth: int = 1,
-        forms: Sequence[words.Form] = words.TEST_FORMS,
+        forms: Sequence[words.Form] = words.TEST_FORMS, first_form: int = 0,
     ) -> TestDocument:  # fmt: skip
         """A held-out text of at most `length` tokens (questions included) with `per_depth` facts around every depth.
+
+        The facts have the forms in turn, beginning with the one of number `first_form`.
 
         Give it the held-out split: forms, names and text are then all new to a trained model.
 
@@ -200,7 +202,7 @@ class TaskWriter:
         drawn = Draw(rng, words.TEST_NAMES)
         head = self.encode(self.head + words.TEST_INTRODUCTION)
         facts = [
-            (depth, drawn.of_form(forms[(number * len(depths) + at) % len(forms)]))
+            (depth, drawn.of_form(forms[(first_form + number * len(depths) + at) % len(forms)]))
             for number in range(per_depth)
             for at, depth in enumerate(depths)
         ]

@@ -35,6 +35,7 @@ from longrun.model.adapter import CONFIG_FILE
 from longrun.model.choice import choose_model
 from longrun.placement import DEFAULT_WEIGHT_FORMAT
 from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
 
 WINDOW = 4096
@@ -63,7 +64,10 @@ def recall(
             first: dict[str, list[int]] = defaultdict(lambda: [0, 0])
             wrong = []
             for trial in range(trials):
-                document = writer.test_document(corpus, f"{seed}/{trial}", length, places, per_depth)
+                first_form = trial if per_depth == 1 else 0  # a depth would be one form in all texts
+                document = writer.test_document(
+                    corpus, f"{seed}/{trial}", length, places, per_depth, first_form=first_form
+                )
                 for question, told in answer(runtime, document, length):
                     same = [a == b for a, b in zip(told, question.value_ids, strict=True)]
                     begun = first_token(runtime.tokenizer, question.value_ids) + 1
@@ -231,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "settings": {
             key: getattr(arguments, key) for key in ("kv", "weights", "depths", "per_depth", "trials", "seed")
         },
+        "environment": environment(),
     }
     if arguments.adapter is not None and (arguments.windows or arguments.chat_tokens):
         results |= short_texts(arguments, corpus, device)

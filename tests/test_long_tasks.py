@@ -53,6 +53,15 @@ def test_a_test_stays_the_same(corpus, writer):
     assert found != [(q.subject, q.value) for q in writer.test_document(corpus, "0/1", 8000, [0.0, 1.0], 3).questions]
 
 
+def test_forms_begin_with_the_one_asked_for(corpus, writer):
+    """Five facts a text: with another first form in every text, no depth is always the same form."""
+    depths = [0.0, 0.25, 0.5, 0.75, 1.0]
+    names = [form.name for form in words.TEST_FORMS]
+    for first in range(7):
+        document = writer.test_document(corpus, first, 4000, depths, first_form=first)
+        assert [question.form for question in document.questions] == [names[(first + i) % 6] for i in range(5)]
+
+
 def test_too_short(corpus, writer):
     with pytest.raises(InputError, match="too short"):
         writer.test_document(corpus, 0, 200, [0.0, 0.5, 1.0], per_depth=5)

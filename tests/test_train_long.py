@@ -428,6 +428,7 @@ def test_evaluation_of_recall_perplexity_and_chat(model, data, trained, tmp_path
     results = json.loads(out.read_text())
     assert results["perplexity_4k"]["original"] > 1 and results["perplexity_4k"]["ratio"] > 0
     assert len(results["chat"]) == len(evaluate_long.TEST_PROMPTS)
+    assert {"torch", "commit", "command"} <= set(results["environment"])
     assert [(record["length"], record["facts"]) for record in results["recall"]] == [
         (1000, 6), (1000, 3), (2000, 6), (2000, 3),
     ]  # fmt: skip
@@ -451,7 +452,7 @@ def test_first_tokens_count_apart_from_whole_values(monkeypatch, capsys):
     ]
     asked = [(question, [ord(one) for one in told[key]]) for question, key in zip(questions, told, strict=True)]
     monkeypatch.setattr(evaluate_long, "answer", lambda *_: iter(asked))
-    monkeypatch.setattr(evaluate_long, "TaskWriter", lambda _: SimpleNamespace(test_document=lambda *_: None))
+    monkeypatch.setattr(evaluate_long, "TaskWriter", lambda _: SimpleNamespace(test_document=lambda *_, **__: None))
     runtime = SimpleNamespace(tokenizer=Letters())
     (record,) = evaluate_long.recall(runtime, None, [1000], 1, [(4, 1)], 0)
     assert record["first"]["all"] == [3, 4] and record["exact"]["all"] == [1, 4]
