@@ -188,17 +188,31 @@ def _known_section(section: str, keys: Any, source: str) -> dict[str, str]:
 
 
 def _where_to(key: str, section: str | None) -> str:
-    """What the writer of an unknown key probably meant: the nearest key anywhere, its own section first."""
-    places = sorted(
-        ((other, name) for other, keys in _SECTIONS.items() for name in keys), key=lambda p: p[0] != section
-    )
-    nearness = [difflib.SequenceMatcher(None, key, name).ratio() for _, name in places]
-    if max(nearness) >= 0.6:
-        other, name = places[nearness.index(max(nearness))]
-        return f"did you mean {name}?" if other == section else f"did you mean {name} under [{other}]?"
+    """What the writer of an unknown key probably meant: the nearest keys anywhere, or what sections there are.
+
+    A key is near by its name in the file, by that of its `Budget` field, or by section and name together.
+    """
+    near = {
+        (other, name): max(_similarity(key, text) for text in (name, field, f"{other}_{name}"))
+        for other, keys in _SECTIONS.items()
+        for name, field in keys.items()
+    }
+    nearest = max(_SECTIONS, key=lambda other: _similarity(key, other))
+    best = max(near.values())
+    if best >= 0.6 and best >= _similarity(key, nearest):
+        meant = [place for place, similarity in near.items() if similarity == best]
+        own = [name for other, name in meant if other == section]
+        return f"did you mean {own[0] if own else ' or '.join(f'{name} under [{other}]' for other, name in meant)}?"
     if section is not None:
         return f"[{section}] has {', '.join(_SECTIONS[section])}"
-    return f"the sections are {', '.join(f'[{name}]' for name in _SECTIONS)}"
+    return (
+        f"the sections are {', '.join(f'[{name}]' for name in _SECTIONS)} (nearest: [{nearest}], which has "
+        f"{', '.join(_SECTIONS[nearest])})"
+    )
+
+
+def _similarity(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _hint(text: str, names: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from longrun.budget import Budget
 from longrun.cache.pinned_pool import PinnedMemory
 from longrun.config import ModelConfig
 from longrun.errors import CheckpointError, InputError
+from longrun.head_map_check import other_model_notices
 from longrun.kernels.cpu_int4 import CpuInt4Kernels, KernelUnavailable
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import load_decoder, model_fingerprint
@@ -65,7 +66,7 @@ def load(
             shipped one that the card's memory holds.
         head_map: folder in DuoAttention's format, `HeadMap`, "full" (also None): every head keeps every token, or
             "auto": the map of this model with this adapter, measured on the first call and kept (see
-            `longrun.auto_head_map`).
+            `longrun.auto_head_map`). Where a map says that it was made for another model, a notice does.
         kv_format: "int4", "bf16" or "fp32"; default: the budget's (int4 where it says nothing).
         weight_format: "fp32", "bf16", "int8", "nf4" or "int4"; default: the budget's.
         device: "cpu" or "cuda"; default: cuda where there is one.
@@ -176,8 +177,10 @@ class Runtime:
         self._parts = Parts(decoder, rotary, rotary_host, cpu_kernels, gpu_kernels, pinned)
         self.tokenizer = self._load_tokenizer()
         self.eos_token_ids = _eos_token_ids(folder)
+        fingerprint = model_fingerprint(folder, adapter)
+        self.notices += other_model_notices(chosen.head_map, fingerprint, folder, adapter and adapter.folder)
         self._identity = SessionIdentity(
-            model_fingerprint(folder, adapter), self.split.hash, plan.kv_format, plan.page_size, plan.weight_format
+            fingerprint, self.split.hash, plan.kv_format, plan.page_size, plan.weight_format
         )
 
     def _build_gpu_kernels(self) -> GpuKernels:

@@ -34,4 +34,4 @@ def random_map(
 def inverted_map(head_map: HeadMap) -> HeadMap:
     """1 - score: at any ratio the heads that `head_map` would keep last; same window."""
     scores = tuple(tuple(1.0 - score for score in row) for row in head_map.scores)
-    return HeadMap(scores, head_map.sink_size, head_map.recent_size)
+    return HeadMap(scores, head_map.sink_size, head_map.recent_size, origin=head_map.origin)

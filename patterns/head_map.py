@@ -1,8 +1,9 @@
 """Head maps: one score per (layer, KV head), and its deterministic split into retrieval and streaming heads.
 
 On disk a head map is a folder in the format of DuoAttention (arXiv 2410.10819): `full_attention_heads.tsv`, floats
-separated by tabs, a row per layer and a column per KV head, and `config.json`, of which only `sink_size` and
-`recent_size` are read. A score of 1 says that the head needs all tokens, 0 that sinks and a recent window will do.
+separated by tabs, a row per layer and a column per KV head, and `config.json`, of which `sink_size`, `recent_size` and
+the model that `longrun.patterns.identify` recorded are read. A score of 1 says that the head needs all tokens, 0 that
+sinks and a recent window will do.
 """
 
 from __future__ import annotations
@@ -10,11 +11,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from longrun.errors import HeadMapError
-from longrun.patterns.head_map_folder import CONFIG_FILE, SCORES_FILE, read_scores, read_window, write_folder
+from longrun.patterns.head_map_folder import (
+    CONFIG_FILE,
+    SCORES_FILE,
+    HeadMapOrigin,
+    read_origin,
+    read_scores,
+    read_window,
+    write_folder,
+)
 from longrun.patterns.head_split import (
     DEFAULT_RECENT_SIZE,
     DEFAULT_SINK_SIZE,
@@ -38,6 +47,8 @@ class HeadMap:
         scores: [num_layers][num_kv_heads], each in [0, 1].
         sink_size, recent_size: tokens a streaming head keeps: positions < sink_size and the last recent_size.
         notes: what was mended or assumed while loading; meant to be shown.
+        origin: the model it was made for, or None where that is not known; maps of the same scores are equal whatever
+            it says.
 
     Raises:
         HeadMapError: no layer or head, rows of different lengths, a score that is not in [0, 1] (`from_scores`
@@ -48,6 +59,7 @@ class HeadMap:
     sink_size: int = DEFAULT_SINK_SIZE
     recent_size: int = DEFAULT_RECENT_SIZE
     notes: tuple[str, ...] = ()
+    origin: HeadMapOrigin | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check_rows(self.scores, "head map")
@@ -121,7 +133,8 @@ class HeadMap:
         """
         folder = Path(folder)
         rows = read_scores(folder)
-        return cls.from_scores(rows, *read_window(folder), source=str(folder / SCORES_FILE))
+        loaded = cls.from_scores(rows, *read_window(folder), source=str(folder / SCORES_FILE))
+        return replace(loaded, origin=read_origin(folder))
 
     def save(self, folder: str | Path, force: bool = False, facts: Mapping[str, object] | None = None) -> None:
         """Write the map so that `load` gives the very same scores back.

@@ -6,13 +6,37 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from longrun.errors import HeadMapError
 from longrun.patterns.head_split import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, check_window
 
 SCORES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
+IDENTIFICATION = "identification"
+"""Key of `config.json` under which `longrun.patterns.identify` writes how the map was made."""
+
+
+@dataclass(frozen=True)
+class HeadMapOrigin:
+    """What a map says of the model it was made for, as `longrun.patterns.identify` recorded it.
+
+    Attributes:
+        folder: the map.
+        model, adapter: names of their folders; adapter None where there was none.
+        model_fingerprint: of model and adapter together (`longrun.model.checkpoint.model_fingerprint`).
+        weights_fingerprint: of the weights alone, or None in a map that does not say.
+        adapter_sha256: the adapter's digest, or None where there was none.
+    """
+
+    folder: Path
+    model: str
+    model_fingerprint: str
+    weights_fingerprint: str | None = None
+    adapter: str | None = None
+    adapter_sha256: str | None = None
 
 
 def read_scores(folder: Path) -> list[list[float]]:
@@ -92,19 +116,13 @@ def read_window(folder: Path) -> tuple[int, int, list[str]]:
     Raises:
         HeadMapError: not a JSON object, or an impossible size.
     """
-    path = folder / CONFIG_FILE
     defaults = {"sink_size": DEFAULT_SINK_SIZE, "recent_size": DEFAULT_RECENT_SIZE}
-    if not path.exists():
+    path, data = folder / CONFIG_FILE, _read_config(folder)
+    if data is None:
         return (
             *defaults.values(),
             [f"no {CONFIG_FILE}: assumed sink_size {DEFAULT_SINK_SIZE} and recent_size {DEFAULT_RECENT_SIZE}"],
         )
-    try:
-        data = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise HeadMapError(f"{path} is not valid JSON: line {error.lineno}: {error.msg}") from None
-    if not isinstance(data, dict):
-        raise HeadMapError(f"{path} holds no JSON object: it needs sink_size and recent_size")
     window, notes = {}, []
     for name, default in defaults.items():
         window[name] = data.get(name)
@@ -113,6 +131,36 @@ def read_window(folder: Path) -> tuple[int, int, list[str]]:
             notes.append(f"no {name} in {CONFIG_FILE}: assumed {default}")
     check_window(window["sink_size"], window["recent_size"], str(path))
     return window["sink_size"], window["recent_size"], notes
+
+
+def read_origin(folder: Path) -> HeadMapOrigin | None:
+    """The model that `config.json` says the map was made for; None where it names none, as maps of others do.
+
+    Raises:
+        HeadMapError: not a JSON object.
+    """
+    facts = (_read_config(folder) or {}).get(IDENTIFICATION)
+    if not isinstance(facts, dict):
+        return None
+    names = ("model", "model_fingerprint", "weights_fingerprint", "adapter", "adapter_sha256")
+    said = {name: facts[name] for name in names if isinstance(facts.get(name), str)}
+    if not {"model", "model_fingerprint"} <= said.keys():
+        return None
+    return HeadMapOrigin(folder, **said)
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    """The object in `config.json`, or None where there is no such file."""
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise HeadMapError(f"{path} is not valid JSON: line {error.lineno}: {error.msg}") from None
+    if not isinstance(data, dict):
+        raise HeadMapError(f"{path} holds no JSON object: it needs sink_size and recent_size")
+    return data
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -40,10 +40,10 @@ from longrun.documents import read_document
 from longrun.errors import CheckpointError, HeadMapError, InputError
 from longrun.model.adapter import Adapter
 from longrun.model.adapter_merge import load_merged
-from longrun.model.checkpoint import model_fingerprint
+from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
 from longrun.needles import generate_sentences
 from longrun.patterns.head_map import HeadMap
-from longrun.patterns.head_map_folder import CONFIG_FILE, SCORES_FILE
+from longrun.patterns.head_map_folder import CONFIG_FILE, IDENTIFICATION, SCORES_FILE
 from longrun.patterns.identify_checkpoint import Checkpoint
 from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, OnProgress
 
@@ -113,13 +113,14 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
     head_map.check_shape(config.num_layers, config.num_kv_heads, f"what {settings.method} measured")
     facts = {
         **deciding,
+        "weights_fingerprint": weights_fingerprint(settings.model_dir),
         "model": Path(settings.model_dir).resolve().name,
         **({} if adapter is None else {"adapter": adapter.folder.resolve().name}),
         "text_files": [Path(name).name for name in settings.text_files],
         "seconds": round(time.perf_counter() - began, 1),
         **result.facts,
     }
-    head_map.save(out, settings.force, {"identification": facts})
+    head_map.save(out, settings.force, {IDENTIFICATION: facts})
     checkpoint.remove()
     return head_map
 
@@ -222,7 +223,7 @@ def _finished(out: Path, deciding: Mapping[str, Any], force: bool) -> HeadMap | 
     if force or not (out / SCORES_FILE).is_file():
         return None
     try:
-        saved = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))["identification"]
+        saved = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))[IDENTIFICATION]
         same = all(saved.get(key) == value for key, value in json.loads(json.dumps(deciding)).items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         same = False

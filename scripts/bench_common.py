@@ -97,7 +97,13 @@ def load_runtime(args: argparse.Namespace, ctx: int, **memory: int | None) -> Ru
 def describe(runtime: Runtime, args: argparse.Namespace) -> dict[str, Any]:
     """The settings of a run, as results record them."""
     plan, split = runtime.plan, runtime.split
-    note = plan.split_note if args.head_map is None else plan.split_note.replace(str(args.head_map), args.head_map.name)
+
+    def without_folders(text: str) -> str:
+        for path in (args.head_map, args.model):
+            text = text if path is None else text.replace(str(path), path.name)
+        return text
+
+    note = without_folders(plan.split_note)
     if args.head_map is None and args.retrieval_ratio is not None:
         note = "arbitrary heads, for timing only"
     return {
@@ -116,7 +122,7 @@ def describe(runtime: Runtime, args: argparse.Namespace) -> dict[str, Any]:
         "split_note": note,
         "budget": plan.budget_source,
         "device": plan.device_type,
-        "notices": [text.replace(str(args.model), args.model.name) for text in runtime.notices],
+        "notices": [without_folders(text) for text in runtime.notices],
     }
 
 

@@ -20,6 +20,7 @@ import longrun
 from longrun import gpu_checks
 from longrun.budget import Budget
 from longrun.config import ModelConfig
+from longrun.head_map_check import other_model_notices
 from longrun.model.decoder import Decoder, DecoderLayer
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.placement import DEFAULT_WEIGHT_FORMAT
@@ -123,7 +124,8 @@ class Runtimes:
         plan = make_plan(base.config, budget, self._ctx, split=chosen, device_type=self._device)
         kernels = self._gpu_kernels(base) if plan.attention.fused else None
         found = copy.copy(base)
-        found.split, found.plan, found.notices = chosen.split, plan, [*base.notices, *chosen.notes]
+        notices = other_model_notices(chosen.head_map, base._identity.model, self._folder, self._adapter)
+        found.split, found.plan, found.notices = chosen.split, plan, [*base.notices, *chosen.notes, *notices]
         found._budget, found._chosen, found._sessions = budget, chosen, weakref.WeakSet()
         decoder = reordered(base._parts.decoder, found.split, kernels)
         found._parts = replace(base._parts, decoder=decoder, gpu_kernels=kernels)

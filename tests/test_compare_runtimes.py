@@ -13,6 +13,7 @@ from tiny_models import save_tiny
 import longrun
 from longrun.budget import Budget
 from longrun.errors import HeadMapError, InputError
+from longrun.patterns.head_map import HeadMap
 from longrun.quality.settings import REFERENCE_ROW, Row
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -64,6 +65,17 @@ def test_a_shared_runtime_is_the_loaded_one(runtimes, folder, row):
     assert sessions[0].cache.spec == sessions[1].cache.spec
     assert not torch.equal(first, before)
     assert torch.equal(reference.new_session().prefill(ids), before)  # the weights it shares were not touched
+
+
+def test_every_row_tells_of_a_map_made_for_another_model(runtimes, tmp_path):
+    facts = {"model": "theirs", "model_fingerprint": "0" * 64, "weights_fingerprint": "1" * 64}
+    HeadMap.uniform(3, 3, RATIO).save(tmp_path / "map", facts={"identification": facts})
+    told = f"head map {tmp_path / 'map'} was made for theirs and not for "
+    for head_map, kept in ((tmp_path / "map", 1), (f"inverted:{tmp_path / 'map'}", 1), ("random:3", 0)):
+        for weights in (None, "int8"):
+            notices = runtimes.get(Row("a", str(head_map), RATIO, weights=weights)).notices
+            assert sum(notice.startswith(told) for notice in notices) == kept
+    assert not any("was made for" in notice for notice in runtimes.get(REFERENCE_ROW).notices)
 
 
 def test_weights_are_read_once_unless_they_are_quantized(script, runtimes, monkeypatch):

@@ -19,7 +19,7 @@ from test_adapter import write_adapter
 from longrun.config import ModelConfig
 from longrun.errors import CheckpointError, HeadMapError, InputError
 from longrun.model.adapter import Adapter
-from longrun.model.checkpoint import model_fingerprint
+from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
 from longrun.needles import generate_sentences
 from longrun.patterns import __main__ as command
 from longrun.patterns.compare_maps import compare_maps, spearman
@@ -142,6 +142,7 @@ def test_an_adapter_is_measured_with_its_model_and_stands_in_the_map(
     assert (facts["model"], facts["adapter"]) == ("tiny", "long")
     assert facts["adapter_sha256"] == opened.digest()
     assert facts["model_fingerprint"] == model_fingerprint(model_dir, opened) != model_fingerprint(model_dir)
+    assert facts["weights_fingerprint"] == weights_fingerprint(model_dir)
     assert identify(replace(settings, adapter=str(adapter))) == merged  # already there
     with pytest.raises(HeadMapError, match="holds another head map"):
         identify(settings)

@@ -134,7 +134,7 @@ ROOMS = (
     ),
     Room(
         "runtime",
-        ("longrun.runtime", "longrun.backend", "longrun.gpu_checks"),
+        ("longrun.runtime", "longrun.backend", "longrun.gpu_checks", "longrun.head_map_check"),
         ("auto head map", "engine", "model", "attention", "cache", "kernels", "plan", "specs", "config", "head maps"),
         ("torch", "transformers", "psutil"),
     ),

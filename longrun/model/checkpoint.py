@@ -116,9 +116,10 @@ def find_tensors(model_dir: str | Path, config: ModelConfig) -> dict[str, Stored
     return tensors
 
 
-def model_fingerprint(model_dir: str | Path, adapter: Adapter | None = None) -> str:
+def model_fingerprint(model_dir: str | Path, adapter: Adapter | str | None = None) -> str:
     """sha256 (hex) that tells one model from another in a moment, however large: the translated config, RoPE
-    parameters, of every tensor its name, dtype, shape and the first and last 4 KiB of its data, and the adapter.
+    parameters, of every tensor its name, dtype, shape and the first and last 4 KiB of its data, and the adapter
+    (or its `digest`).
 
     The folder's name and the sharding do not enter. Raises as `find_tensors` and `ModelConfig.from_dir`.
     """
@@ -128,7 +129,7 @@ def model_fingerprint(model_dir: str | Path, adapter: Adapter | None = None) -> 
     digest = hashlib.sha256(json.dumps([asdict(config), rope.values], sort_keys=True).encode())
     _digest_tensors(digest, tensors, config)
     if adapter is not None:
-        digest.update(adapter.digest().encode())
+        digest.update((adapter if isinstance(adapter, str) else adapter.digest()).encode())
     return digest.hexdigest()
 
 
