@@ -22,6 +22,9 @@ _FEW = 100  # facts up to which first names alone tell people apart
 _PROBED = 4  # rows that tell how many tokens a row of a list has
 _MAKER_WEIGHTS = (40, 4, 4, 2)  # a form of a sample: a plain one, a list, a last value, an order
 _NUMBERS, _CODES = 0.35, 0.2  # how often a plain form is one whose value is a number, or letters and a number
+_ALIKE, _EXCHANGED = ("digits", "code", "short code", "hex"), 0.3
+"""Kinds of values that stand for one another, and how often: what a value looks like must not be guessed from the words
+around it."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class TrainDraw(Draw):
         rng = self._rng
         self._form = "last value"
         subject = self._one("identifier")
-        values = [self._value("digits") for _ in range(rng.randint(2, 3))]
+        values = [self._new(self._digits) for _ in range(rng.randint(2, 3))]
         pattern = rng.choice(words.ASSIGN_STATEMENTS)
         statements = [pattern.format(subject=subject, value=value) for value in values]
         question = rng.choice(words.ASSIGN_QUESTIONS).format(subject=subject)
@@ -180,6 +183,8 @@ class TrainDraw(Draw):
 
     def _value(self, kind: str) -> str:
         rng = self._rng
+        if kind in _ALIKE and rng.random() < _EXCHANGED:
+            kind = rng.choice(_ALIKE)
         if kind == "person":  # a value may be a subject elsewhere
             return self._new(self._named, f"value of {self._form}")
         if kind == "job":
@@ -193,3 +198,8 @@ class TrainDraw(Draw):
         if kind == "colour and thing":
             return self._described_thing()
         return super()._value(kind)
+
+    def _code(self) -> str:
+        rng = self._rng
+        letters = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.choice((2, 2, 3, 3, 3, 4))))
+        return f"{letters}{rng.choice(('-', '', ''))}{rng.randint(100, 99999)}"

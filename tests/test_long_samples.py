@@ -153,6 +153,22 @@ def test_people_of_one_first_name_compete():
     assert shared >= 5
 
 
+def test_the_kind_of_a_value_is_not_its_forms_alone():
+    """A form of numbers has codes as well, and the other way round; every kind of value stays what it is otherwise."""
+    found = {name: Counter() for name in (*long_forms.NUMBER_FORMS, *long_forms.CODE_FORMS)}
+    for seed in range(300):
+        drawn = TrainDraw(random.Random(seed), 20)
+        for _ in range(20):
+            fact = drawn.fact()
+            if fact.form in found:
+                found[fact.form][fact.value.isdigit()] += 1
+    for name, counts in found.items():
+        numbers = counts[True] / counts.total()
+        assert counts.total() > 20 and (
+            0.6 < numbers < 0.95 if name in long_forms.NUMBER_FORMS else 0.02 < numbers < 0.3
+        )
+
+
 def test_harder_forms_have_the_answer_that_the_text_gives(corpus, writer):
     seen = Counter()
     for index in range(250):

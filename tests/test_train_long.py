@@ -122,7 +122,7 @@ def test_stages_rates_and_a_falling_loss(trained):
     rates = [step["rate"] for step in steps]
     assert rates == pytest.approx([0.005, 0.009, 0.008, 0.007, 0.006, 0.005, 0.0043333, 0.0036667, 0.003, 0.0015])
     first, last = (sum(step["answer"] for step in part) / 2 for part in (steps[:2], steps[-2:]))
-    assert last < first - 0.2
+    assert last < first - 0.1
     assert all(step["keep"] > 0 for step in steps)  # the larger RoPE base alone makes another model
     assert all(0 <= step["exact"] <= step["first"] <= 1 and step["values"] >= 2 for step in steps)
     assert all(0 <= step[key] <= 1 for step in steps for key in ("first_answers", "stretched") if key in step)
