@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import tokenizers
+import torch
 import transformers
 
 from longrun import long_words as words
@@ -64,3 +65,14 @@ def save_corpus(folder: Path) -> None:
         lengths = [len(document) for document in corpus.documents()]
         head[split] = {"lengths": lengths, "kinds": list(corpus.kinds)}
     (folder / "corpus.json").write_text(json.dumps(head))
+
+
+def save_model(folder: Path) -> None:
+    """A Llama of two layers with random weights, for the vocabulary of `tokenizer`."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer()), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, initializer_range=0.1, eos_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)

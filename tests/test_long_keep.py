@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
-from long_text import save_corpus, tokenizer
+from long_text import save_corpus, save_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import evaluate_long
@@ -26,13 +25,7 @@ NUMBERS = {"seed": 3, "keep_tokens": 64, "keep_positions": 1000, "keep_batch": 2
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory) -> LoraModel:
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer()), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, initializer_range=0.1, eos_token_id=1,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    save_model(folder)
     settings = {"r": 2, "lora_alpha": 2, "rope_theta": 500.0, "max_position_embeddings": 128, "seed": 1}
     return LoraModel(folder, {**settings, "base_weights": ""}, torch.float32, torch.device("cpu"))
 
