@@ -149,6 +149,7 @@ def decode_row(runtime: Runtime, length: int, args: argparse.Namespace, ceilings
     return {
         "ms": spread(wall),
         "ms_repeats": [statistics.fmean(times) for _, times in runs],
+        "clock_runs_through": True,
         "ms_tokens": wall,
         **floor(token_bytes(runtime.config, session.plan.weight_format, args.device, session.plan.cache, length),
                 statistics.median(wall), ceilings),

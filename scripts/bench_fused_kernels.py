@@ -13,7 +13,6 @@ well; the sweep of programs for page copies always runs.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from bench_common import finish
 from torch import Tensor
 
 from longrun import cli
@@ -36,7 +36,6 @@ from longrun.kernels.rope_store import rope_store, rope_store_reference
 from longrun.kernels.rotary import rotary_, rotary_reference
 from longrun.kernels.silu_mul import silu_mul_, silu_mul_reference
 from longrun.model.rope import apply_rope_, signed_sin
-from longrun.report_env import environment
 
 REPEATS = 11
 LAYERS, QO_HEADS, KV_HEADS, HEAD_DIM, WIDTH = 32, 32, 8, 128, 14336  # Llama-3-8B
@@ -294,14 +293,10 @@ def main() -> int:
         speedup = "" if r["speedup"] is None else f"{r['speedup']:5.2f}x torch"
         print(f"{r['kernel']:22} {r['shape']:32} {r['microseconds']:10.2f} us {r['gb_per_s']:8.1f} GB/s "
               f"{r['fraction_of_ceiling']:6.1%} {setting} {speedup}")  # fmt: skip
-    result = {
-        "benchmark": "fused kernels", "environment": environment(), "rows": rows,
+    return finish({
+        "benchmark": "fused kernels", "rows": rows,
         "ceilings_bytes_per_s": ceilings, "ceilings_bytes_per_s_afterwards": again,
-    }  # fmt: skip
-    if args.json:
-        args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return 0
+    }, args)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ copies, its bytes read and written. Keys and values lie as a fused projection le
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from functools import partial
@@ -19,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from bench_common import finish
 from bench_graph import copy_ceilings, graph_seconds
 
 from longrun import cli
@@ -27,7 +27,6 @@ from longrun.kernels.int4_pages import PageRun
 from longrun.kernels.page_dequantize import dequantize_run
 from longrun.kernels.page_store import reference_store_pages, store_pages
 from longrun.quant.kv_format import PageFormat
-from longrun.report_env import environment
 from longrun.units import parse_tokens
 
 
@@ -99,14 +98,10 @@ def main() -> int:
     for r in rows:
         print(f"{r['kernel']:16} D{r['head_dim']:<4} {r['dtype']:9} {r['tokens']:>7} tokens {r['num_warps']} warps "
               f"{r['microseconds']:9.1f} us {r['tb_per_s']:6.3f} TB/s {r['fraction_of_copy']:6.1%}")  # fmt: skip
-    result = {
-        "benchmark": "page kernels", "environment": environment(), "rows": rows,
+    return finish({
+        "benchmark": "page kernels", "rows": rows,
         "copy_bytes_per_s": ceilings, "copy_bytes_per_s_afterwards": again,
-    }  # fmt: skip
-    if args.json:
-        args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return 0
+    }, args)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ one CUDA graph. Every row is compared with the torch reference on poisoned outpu
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import triton
+from bench_common import finish
 from torch import Tensor
 
 from longrun import cli
@@ -32,7 +32,6 @@ from longrun.errors import InputError
 from longrun.kernels.banded_attention import banded_attention, plan_band
 from longrun.kernels.banded_prefill import BandConfig, banded_prefill, banded_prefill_reference, default_config
 from longrun.kernels.ring_decode import RingWorkspace, default_splits, ring_decode, ring_decode_reference
-from longrun.report_env import environment
 from longrun.units import parse_tokens
 
 REPEATS, WARM_SECONDS = 15, 0.1
@@ -251,11 +250,7 @@ def main() -> int:
         if "flop" in r:
             r["fraction_of_matmul"] = r["flop_per_s"] / found["matmul_flop_per_s"]
         print(describe(r))
-    result = {"benchmark": "streaming kernels", "environment": environment(), "ceilings": found, "rows": rows}
-    if args.json:
-        args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return 0
+    return finish({"benchmark": "streaming kernels", "ceilings": found, "rows": rows}, args)
 
 
 if __name__ == "__main__":

@@ -61,9 +61,11 @@ def context(row: Row) -> str:
 
 
 def timed_tokens(row: Row) -> list[float]:
-    """Milliseconds of a row's tokens, without the first of every repeat: the clock starts when its step, launched
-    ahead, has already run. Without `ms_repeats` (another runner) all of them; empty where the file holds none."""
+    """Milliseconds of a row's tokens, empty where the file holds none. Files from before `clock_runs_through` are read
+    without the first of every repeat: the clock started when its step, launched ahead, had already run."""
     tokens, repeats = row.get("ms_tokens") or [], len(row.get("ms_repeats") or ())
+    if row.get("clock_runs_through"):
+        return tokens
     each = len(tokens) // repeats if repeats else 0
     return [ms for i, ms in enumerate(tokens) if i % each] if each > 1 else tokens
 

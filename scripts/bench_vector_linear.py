@@ -14,7 +14,6 @@ what the bytes mean.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from bench_common import finish
 from bench_graph import copy_ceilings, graph_seconds
 from torch import Tensor
 
@@ -40,7 +40,6 @@ from longrun.kernels.weight_dequantize import dequantize_int8_reference
 from longrun.quant.int4_weight import dequantize_int4
 from longrun.quant.linear import QuantLinear
 from longrun.quant.weight_format import is_quantized, linear_bytes
-from longrun.report_env import environment
 
 LAYERS = 32
 EPS = 1e-5
@@ -301,14 +300,10 @@ def main() -> int:
             shape = "rows {block_rows} k {block_k} warps {num_warps} stages {num_stages}".format(**r["tuning"])
         print(f"{r['format']:5} {r['matrix']:8} {r['kernel']:20} {r['microseconds']:9.1f} us "
               f"{r['bytes'] / 1e6:9.1f} MB {r['fraction_of_copy']:6.1%}  {shape}")  # fmt: skip
-    result = {
-        "benchmark": "vector linear", "environment": environment(), "rows": rows,
+    return finish({
+        "benchmark": "vector linear", "rows": rows,
         "copy_bytes_per_s": ceilings, "copy_bytes_per_s_afterwards": again,
-    }  # fmt: skip
-    if args.json:
-        args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return 0
+    }, args)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,6 @@ def read_densities(per_depth: str, trials: str) -> list[tuple[int, int]]:
 
 def perplexity(lora: LoraModel, corpus: Corpus, windows: int, original: bool) -> float:
     """Of the next token, over `windows` runs of 4,096 tokens of held-out prose, each read from its beginning."""
-    from contextlib import nullcontext
-
     model, device = lora.model.eval(), next(lora.model.parameters()).device
     rows = [
         document[start : start + WINDOW]
@@ -162,8 +161,6 @@ def chat_answers(lora: LoraModel, tokenizer: Any, count: int) -> dict[str, Any]:
         trained model finds likeliest as well, all], given the tokens before them; `chat_begins_alike`: the same of
         first tokens.
     """
-    from contextlib import nullcontext
-
     chat, alike, begins = [], [0, 0], [0, 0]
     device = next(lora.model.parameters()).device
     model = lora.model.eval()

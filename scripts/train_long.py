@@ -66,6 +66,7 @@ class Trainer:
         recipe.check_world(ranks.world)
         self.out, self.recipe, self.ranks, self.device = out, recipe, ranks, ranks.device
         self.attention = Attention(attention, ranks, dtype)
+        self.corpus = Corpus.read(data, "train")
         numbers = recipe.numbers
         self.identity = {
             "recipe": recipe.identity(),
@@ -76,7 +77,6 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
         weights = AnswerWeights(*(numbers[f"{key}_weight"] for key in ("first", "rest", "around", "first_turn")))
         self.writer = SampleWriter(self.tokenizer, weights)
-        self.corpus = Corpus.read(data, "train")
         pad = self.tokenizer.pad_token_id
         self.pad_id = 0 if pad is None else pad
         self.share = partial(make_share, self.writer, self.corpus, recipe, self.pad_id, ranks.rank, ranks.world)

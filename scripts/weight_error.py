@@ -15,7 +15,6 @@ those look better on it than on weights that were never quantized: hence `--also
 from __future__ import annotations
 
 import argparse
-import json
 import pydoc_data.topics
 import sys
 from collections.abc import Callable, Iterable
@@ -25,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from bench_common import finish
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -36,7 +36,6 @@ from longrun.errors import InputError
 from longrun.model.demo import demo_model_dir
 from longrun.quant.linear import QuantLinear
 from longrun.quant.weight_format import linear_bytes
-from longrun.report_env import environment
 
 SHIPPED = ("bf16", "int8", "nf4", "int4")
 ROWS = 1024
@@ -211,7 +210,7 @@ def main() -> int:
     if args.also:
         others[args.also_name or args.also.name] = matrices_of(args.also)
     result = {
-        "benchmark": "weight error", "environment": environment(), "model": model.name, "tokens": len(ids),
+        "benchmark": "weight error", "model": model.name, "tokens": len(ids),
         "text": "pydoc_data.topics", "bits": {name: bits for name, (bits, _) in WAYS.items()},
         "layers": layer_errors(layers), "model_errors": model_errors(model, ids, expected),
         "weights_of_others": {name: weight_errors(weights) for name, weights in others.items()},
@@ -222,10 +221,7 @@ def main() -> int:
         more = [f"{result['weights_of_others'][other][name]:.4f}" for other in others]
         table.add_row(name, f"{bits:g}", f"{errors['weights']:.4f}", f"{errors['mean_output']:.4f}", *more)
     Console(width=120).print(table)
-    if args.json:
-        args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-    return 0
+    return finish(result, args)
 
 
 if __name__ == "__main__":

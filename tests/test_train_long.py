@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +18,6 @@ from long_text import save_corpus, save_model, tokenizer
 from reference import ReferenceAttention
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import evaluate_long
-import file_parts
 import long_batches
 import train_long
 from long_lora import LoraModel
@@ -400,75 +397,7 @@ def test_what_making_samples_raises_ends_the_training(model, data, tmp_path):
         trainer(model, data, recipe, tmp_path / "out").train(1e9, save_every=1)
 
 
-def test_evaluation_of_recall_perplexity_and_chat(model, data, trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate_long, "WINDOW", 600)
-    out = tmp_path / "results.json"
-    command = ["--model", model, "--adapter", trained / "adapter", "--data", data, "--lengths", "1K,2K", "--depths", 3]
-    command += [
-        "--per-depth",
-        "2,1",
-        "--trials",
-        "1,2",
-        "--windows",
-        2,
-        "--chat-tokens",
-        4,
-        "--device",
-        "cpu",
-        "--out",
-        out,
-    ]
-    assert evaluate_long.main([str(part) for part in command]) == 0
-    results = json.loads(out.read_text())
-    assert results["perplexity_4k"]["original"] > 1 and results["perplexity_4k"]["ratio"] > 0
-    assert len(results["chat"]) == len(evaluate_long.TEST_PROMPTS)
-    assert {"torch", "commit", "command"} <= set(results["environment"])
-    assert [(record["length"], record["facts"]) for record in results["recall"]] == [
-        (1000, 6), (1000, 3), (2000, 6), (2000, 3),
-    ]  # fmt: skip
-    for record, per_depth in zip(results["recall"], (2, 2, 2, 2), strict=True):
-        assert record["exact"]["all"][1] == record["first"]["all"][1] == 3 * per_depth
-        assert record["exact"]["depth 0.5"][1] == per_depth
-        assert all(record["exact"][key][0] <= record["first"][key][0] for key in record["exact"])
-    assert "perplexity at 4K" in capsys.readouterr().out
-
-
-def test_first_tokens_count_apart_from_whole_values(monkeypatch, capsys):
-    told = {"a": ["a", "x", "c"], "b": ["x", "x", "c"], "c": ["a", "b", "c"], "d": [" ", "a", "x"]}
-    value = {"a": "abc", "b": "abc", "c": "abc", "d": " ab"}
-
-    class Letters:
-        def decode(self, ids):
-            return "".join(map(chr, ids)) if isinstance(ids, list) else chr(ids)
-
-    questions = [
-        SimpleNamespace(form="f", depth=0.5, value=value[key], value_ids=tuple(map(ord, value[key]))) for key in told
-    ]
-    asked = [(question, [ord(one) for one in told[key]]) for question, key in zip(questions, told, strict=True)]
-    monkeypatch.setattr(evaluate_long, "answer", lambda *_: iter(asked))
-    monkeypatch.setattr(evaluate_long, "TaskWriter", lambda _: SimpleNamespace(test_document=lambda *_, **__: None))
-    runtime = SimpleNamespace(tokenizer=Letters())
-    (record,) = evaluate_long.recall(runtime, None, [1000], 1, [(4, 1)], 0)
-    assert record["first"]["all"] == [3, 4] and record["exact"]["all"] == [1, 4]
-    assert record["wrong"] == [["f", 0.5, "abc", "axc"], ["f", 0.5, "abc", "xxc"], ["f", 0.5, " ab", " ax"]]
-    evaluate_long.show(record)
-    assert "1/4 exact, 3/4 first tokens" in capsys.readouterr().out
-    for lists in (("6,1", "2"), ("6,x", "2,1"), ("6,0", "2,1")):
-        with pytest.raises(InputError, match="--per-depth"):
-            evaluate_long.read_densities(*lists)
-
-
-def test_parts_join_to_the_same_file(tmp_path):
-    file = tmp_path / "model.bin"
-    file.write_bytes(os.urandom(10_000))
-    parts = file_parts.split(file, tmp_path / "parts", 4096)
-    assert [part.stat().st_size for part in parts] == [4096, 4096, 1808]
-    file_parts.join(tmp_path / "parts", "model.bin", tmp_path / "there" / "model.bin")
-    assert (tmp_path / "there" / "model.bin").read_bytes() == file.read_bytes()
-    parts[1].write_bytes(b"x" * 4096)
-    with pytest.raises(InputError, match="not what was split"):
-        file_parts.join(tmp_path / "parts", "model.bin", tmp_path / "there" / "other.bin")
-    parts[2].unlink()
-    with pytest.raises(InputError, match="bring all"):
-        file_parts.join(tmp_path / "parts", "model.bin", tmp_path / "there" / "other.bin")
-    assert [path.name for path in (tmp_path / "there").iterdir() if not path.name.startswith(".")] == ["model.bin"]
+def test_data_that_is_not_there_is_named(model, recipe, tmp_path):
+    with pytest.raises(InputError, match="holds no readable corpus"):
+        trainer(model, tmp_path / "none", recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ptx_by_hand import run_ptx
 
 from longrun.errors import ConfigError
 from longrun.quant.linear import QuantLinear
@@ -22,7 +23,6 @@ pytest.importorskip("triton", reason="Triton is optional without a GPU")
 
 import triton
 
-from longrun.kernels import vector_linear_packed
 from longrun.kernels.vector_linear import (
     Tuning,
     check_shapes,
@@ -81,68 +81,6 @@ def check(linear, x, norm=None, *, gated=False, accumulate=False, tolerance=None
     assert torch.isfinite(expected).all() and room[[0, 2]].isnan().all()
     assert error(actual, expected) <= (tolerance or TOLERANCE[x.dtype])
     return actual.clone()
-
-
-# ---- the kernels' PTX, executed by numpy ----
-
-
-def signed(word):
-    return word.astype(np.uint32).view(np.int32).astype(np.int64)
-
-
-def prmt(low, high, selector):
-    table = (high.astype(np.uint64) << np.uint64(32)) | low
-    result = np.zeros_like(low)
-    for i in range(4):
-        nibble = (selector >> (4 * i)) & 15
-        byte = ((table >> ((nibble & 7) * 8).astype(np.uint64)) & np.uint64(255)).astype(np.uint32)
-        byte = np.where(nibble & 8 != 0, (byte >> 7) * 255, byte)
-        result |= (byte << np.uint32(8 * i)).astype(np.uint32)
-    return result
-
-
-def dp4a(kinds, left, right, added):
-    total = signed(added)
-    for i in range(4):
-        factors = [(word >> np.uint32(8 * i)) & 255 for word in (left, right)]
-        a, b = (f.astype(np.int64) - 256 * ((f > 127) & (k == "s32")) for f, k in zip(factors, kinds, strict=True))
-        total = total + a * b
-    assert (np.abs(total) < 2**31).all()
-    return (total & 0xFFFFFFFF).astype(np.uint32)
-
-
-def run_ptx(text, inputs, outputs):
-    """Registers $0 to $(outputs - 1) after the text; `inputs` are uint32 arrays of one shape, from $outputs on."""
-    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
-    registers |= {"%lanemask_lt": np.uint32(1), "%lanemask_ge": np.uint32(0xFFFFFFFE)}
-    shape = inputs[0].shape
-
-    def read(name):
-        value = registers[name] if name in registers else np.uint32(int(name, 0))
-        return np.broadcast_to(value, shape).astype(np.uint32)
-
-    for statement in re.sub(r"\.reg[^;]*;|[{}]", "", text).split(";"):
-        if not statement.strip():
-            continue
-        name, arguments = statement.split(None, 1)
-        to, *args = (a.strip() for a in arguments.split(","))
-        operation, *kinds = name.split(".")
-        values = [read(a) for a in args]
-        registers[to] = {
-            "mov": lambda a: a,
-            "xor": lambda a, b: a ^ b,
-            "and": lambda a, b: a & b,
-            "mad": lambda a, b, c: a * b + c,
-            "or": lambda a, b: a | b,
-            "shr": lambda a, b: a >> b,
-            "prmt": prmt,
-            "dp4a": lambda *v, kinds=kinds: dp4a(kinds, *v),
-        }[operation](*values)
-    return [registers[f"${i}"] for i in range(outputs)]
-
-
-def words(*values):
-    return [np.array([v & 0xFFFFFFFF], dtype=np.uint32) for v in values]
 
 
 @pytest.fixture
@@ -233,71 +171,6 @@ def test_kernels_through_the_interpreter():
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40
-
-
-@not_interpreted
-def test_code_planes_are_near_the_code():
-    code = torch.linspace(-1, 1, 16).sign() * torch.linspace(-1, 1, 16).square()
-    planes = code_planes(code).view(torch.uint8).view(2, 16).int()
-    assert planes.max() < 128
-    assert ((planes[0] * 128 + planes[1] - 8256) / 8127 - code).abs().max() <= 0.51 / 8127
-    assert planes[:, code == 0].tolist() == [[64] * int((code == 0).sum())] * 2
-
-
-@not_interpreted
-def test_ptx_of_a_word_decodes_every_nibble():
-    """One nonzero activation at a time: a is 1 and b is 0, then the other way round."""
-    code = torch.linspace(-1, 1, 16)
-    tables = [np.uint32(t & 0xFFFFFFFF) for t in code_planes(code).tolist()]
-    steps = (code.double() * 8127).round().long() + 8256
-    g = np.random.default_rng(0)
-    for place in range(8):
-        word = g.integers(0, 2**32, 200, dtype=np.uint32)
-        one = np.full_like(word, 1 << (8 * (place % 4)))
-        none = np.zeros_like(word)
-        pair = [one, none] if place < 4 else [none, one]
-        full = [np.full_like(word, t) for t in tables]
-        h, hb, low = run_ptx(vector_linear_packed.NF4_PTX.value, [word, *pair, none, none, none, none, none, *full], 3)
-        nibble = torch.from_numpy(((word >> np.uint32(4 * place)) & 15).astype(np.int64))
-        assert not hb.any() and torch.equal(torch.from_numpy((h * 128 + low).astype(np.int64)), steps[nibble])
-        _, hb, _ = run_ptx(vector_linear_packed.NF4_PTX.value, [word, none, none, *pair, none, none, none, *full], 3)
-        assert np.array_equal(hb, h)
-
-
-@not_interpreted
-def test_ptx_of_an_int4_chunk_multiplies_every_nibble():
-    """Random words and activations, and those of the largest sums, beside the products of the weights by hand."""
-    g = np.random.default_rng(1)
-    words = g.integers(0, 2**32, (4, 200), dtype=np.uint32)
-    planes = g.integers(-128, 128, (2, 32, 200))
-    words[:, 0], planes[:, :, 0] = 0, -128  # all weights are -8
-    words[:, 1], planes[:, :, 1] = 0xFFFFFFFF, 127
-    packed = [
-        [sum((plane[4 * j + i].astype(np.uint32) & 255) << np.uint32(8 * i) for i in range(4)) for j in range(8)]
-        for plane in planes
-    ]
-    start = np.full(200, 0x4B400000, dtype=np.uint32)
-    starts = []
-    for plane in packed:
-        total = start
-        for word in plane:
-            (total,) = run_ptx(vector_linear_packed.INT4_OFFSET_PTX.value, [word, total], 1)
-        starts.append(total)
-    found = run_ptx(vector_linear_packed.INT4_PTX.value, [*words, *packed[0], *packed[1], *starts], 2)
-    bytes_of = words[:, None] >> (8 * np.arange(4, dtype=np.uint32))[:, None] & 255  # [word, byte, 200]
-    weights = np.stack((bytes_of & 15, bytes_of >> 4), axis=1).reshape(32, 200).astype(np.int64) - 8
-    for total, plane in zip(found, planes, strict=True):
-        value = total.view(np.float32).astype(np.float64) - 12582912  # the kernel reads the bits as a float
-        assert np.array_equal(value, 16 * (weights * plane).sum(0))
-
-
-@not_interpreted
-def test_ptx_packs_bytes_in_order():
-    numbers = [-32639, -129, 1000, 32639]
-    bits = [int(np.float32(12582912 + 128 + v).view(np.uint32)) for v in numbers]
-    a, b = (signed(w >> (8 * np.arange(4, dtype=np.uint32)) << np.uint32(24)) >> 24 for w in
-            run_ptx(vector_linear_packed.PACK_PTX.value, words(*bits), 2))  # fmt: skip
-    assert (256 * a + b).tolist() == numbers
 
 
 @not_interpreted

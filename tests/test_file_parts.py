@@ -1,0 +1,30 @@
+"""Large files in parts, and back."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import file_parts
+
+from longrun.errors import InputError
+
+
+def test_parts_join_to_the_same_file(tmp_path):
+    file = tmp_path / "model.bin"
+    file.write_bytes(os.urandom(10_000))
+    parts = file_parts.split(file, tmp_path / "parts", 4096)
+    assert [part.stat().st_size for part in parts] == [4096, 4096, 1808]
+    file_parts.join(tmp_path / "parts", "model.bin", tmp_path / "there" / "model.bin")
+    assert (tmp_path / "there" / "model.bin").read_bytes() == file.read_bytes()
+    parts[1].write_bytes(b"x" * 4096)
+    with pytest.raises(InputError, match="not what was split"):
+        file_parts.join(tmp_path / "parts", "model.bin", tmp_path / "there" / "other.bin")
+    parts[2].unlink()
+    with pytest.raises(InputError, match="bring all"):
+        file_parts.join(tmp_path / "parts", "model.bin", tmp_path / "there" / "other.bin")
+    assert [path.name for path in (tmp_path / "there").iterdir() if not path.name.startswith(".")] == ["model.bin"]
