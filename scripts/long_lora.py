@@ -134,8 +134,15 @@ class LoraModel:
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
 
-    def load_adapter(self, folder: Path) -> None:
-        """Take over a saved adapter of the same settings. Raises `InputError` where it cannot be read or differs."""
+    def load_adapter(self, folder: Path, any_base: bool = False) -> float:
+        """Take over a saved adapter of the same rank, and of the same RoPE base unless `any_base`.
+
+        Returns:
+            The adapter's own RoPE base.
+
+        Raises:
+            InputError: it cannot be read or differs.
+        """
         try:
             config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             tensors = load_file(folder / WEIGHTS_FILE)
@@ -146,9 +153,13 @@ class LoraModel:
         for key in ("r", "lora_alpha"):
             if config[key] != self.settings[key]:
                 raise InputError(f"adapter {folder} has {key} {config[key]}, and the recipe {self.settings[key]}")
-        if config["longrun"]["rope_theta"] != self.settings["rope_theta"]:
-            raise InputError(f"adapter {folder} was trained with rope_theta {config['longrun']['rope_theta']}")
+        base = config["longrun"]["rope_theta"]
+        if base != self.settings["rope_theta"] and not any_base:
+            raise InputError(
+                f"adapter {folder} was trained with rope_theta {base}, and the recipe has {self.settings['rope_theta']}"
+            )
         self.load_state(tensors, str(folder))
+        return base
 
     def save_adapter(self, folder: Path, notes: str = "") -> int:
         """Write peft's two files, tensors in bf16; returns their bytes."""

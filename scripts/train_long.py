@@ -87,8 +87,8 @@ class Trainer:
             "base_weights": self.identity["base_weights"],
         }  # fmt: skip
         self.lora = LoraModel(model_dir, settings, dtype, self.device)
-        if start_from is not None:
-            self.lora.load_adapter(start_from)
+        # The recipe's RoPE base may be larger than the adapter's, which is how it comes to read longer texts.
+        self.start_base = None if start_from is None else self.lora.load_adapter(start_from, any_base=True)
         self.optimizer = torch.optim.AdamW(self.lora.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
         self.step = 0
         self.chats: list[Chat] = []
@@ -161,7 +161,7 @@ class Trainer:
         self.log({
             "event": "started", "step": self.step, "of": self.recipe.steps, "identity": self.identity,
             "torch": torch.__version__, "device": self._device_name(), "processes": self.ranks.world,
-            "kept_tokens": self._kept_tokens,
+            "kept_tokens": self._kept_tokens, "start_from_rope_theta": self.start_base,
         })  # fmt: skip
         first, slowest = self.step, 0.0
         try:

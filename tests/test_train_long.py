@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ import torch
 import transformers
 from long_text import save_corpus, save_model, tokenizer
 from reference import ReferenceAttention
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import long_batches
@@ -221,6 +223,24 @@ def test_training_on_from_an_adapter(model, data, recipe, trained, tmp_path):
     settings = {**on.lora.settings, "r": 8}
     with pytest.raises(InputError, match="has r 4"):
         LoraModel(model, settings, torch.float32, torch.device("cpu")).load_adapter(trained / "adapter")
+
+
+def test_training_on_with_a_larger_rope_base(model, data, recipe, trained, tmp_path):
+    """The adapter's weights, the recipe's base; whoever does not ask for that is refused."""
+    larger = tmp_path / "larger.toml"
+    larger.write_text(RECIPE.replace("rope_theta = 5000.0", "rope_theta = 9000.0"))
+    on = trainer(model, data, larger, tmp_path / "on", start_from=trained / "adapter")
+    on.train(math.inf, 50, most_steps=0)
+    begun = json.loads((tmp_path / "on" / "log.jsonl").read_text().splitlines()[0])
+    assert begun["start_from_rope_theta"] == 5000.0
+    saved = json.loads((tmp_path / "on" / "adapter" / "adapter_config.json").read_text())
+    assert saved["longrun"]["rope_theta"] == 9000.0
+    before, after = (
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (trained, tmp_path / "on")
+    )
+    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
+    with pytest.raises(InputError, match="the recipe has 9000"):
+        LoraModel(model, on.lora.settings, torch.float32, torch.device("cpu")).load_adapter(trained / "adapter")
 
 
 def test_a_batch_learns_answers_and_draws_text(model, data, recipe, trained):
