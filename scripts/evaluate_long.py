@@ -1,7 +1,7 @@
 """How well a model with a long-text adapter reads: held-out facts by length and depth, perplexity, a few answers.
 
-Texts, names and forms are those training never saw. Facts are asked with the answer begun, and count as exact only
-where every token of the value is the likeliest one; first tokens are counted as well. Texts with 30 facts (five of
+Texts, names and forms are those training never saw. Facts are asked with the answer begun, and count as exact where
+greedy generation goes on with the value, read as text; first tokens are counted as well. Texts with 30 facts (five of
 every form compete) and with five are apart. A text is read once, by longrun with full attention. Perplexity at 4K
 tokens of held-out prose and the chat answers are the trained model's beside the original's, by transformers.
 Example: python scripts/evaluate_long.py --adapter out/long-train/adapter --data out/long-data --lengths 8K,64K
@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from longrun.units import format_tokens, parse_tokens
 
 WINDOW = 4096
 SPARE = 96  # tokens of a question and its answer beyond the document
+MORE = 4  # tokens that an answer may have beyond the tokenizer's own
 
 
 def recall(
@@ -53,16 +55,17 @@ def recall(
         densities: (facts at every depth of a text, texts) each.
 
     Yields:
-        `exact` and `first`: [right, asked] in all, by depth and by form, of values whose tokens are all the likeliest
-        ones, and of those whose first token that is not a space is (and a space before it): the fact was found.
+        `exact`, `first` and `canonical`: [right, asked] in all, by depth and by form, of values that greedy generation
+        gives; of values whose first token that is not a space is the likeliest one (and a space before it); and of
+        values given in the tokenizer's own tokens. A code that stands in quotes may come back in other tokens.
     """
     writer = TaskWriter(runtime.tokenizer)
     places = [number / (depths - 1) for number in range(depths)] if depths > 1 else [0.5]
     for length in lengths:
         for per_depth, trials in densities:
             started = time.perf_counter()
-            exact: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-            first: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+            names = ("exact", "first", "canonical")
+            counts: dict[str, dict[str, list[int]]] = {name: defaultdict(lambda: [0, 0]) for name in names}
             wrong = []
             for trial in range(trials):
                 first_form = trial if per_depth == 1 else 0  # a depth would be one form in all texts
@@ -70,35 +73,61 @@ def recall(
                     corpus, f"{seed}/{trial}", length, places, per_depth, first_form=first_form
                 )
                 for question, told in answer(runtime, document, length):
-                    same = [a == b for a, b in zip(told, question.value_ids, strict=True)]
-                    begun = first_token(runtime.tokenizer, question.value_ids) + 1
                     for key in ("all", f"depth {question.depth:g}", f"form {question.form}"):
-                        for counts, right in ((exact, all(same)), (first, all(same[:begun]))):
-                            counts[key][0] += right
-                            counts[key][1] += 1
-                    if not all(same):
-                        wrong.append([question.form, question.depth, question.value, runtime.tokenizer.decode(told)])
+                        for name in names:
+                            counts[name][key][0] += getattr(told, name)
+                            counts[name][key][1] += 1
+                    if not told.exact:
+                        wrong.append([question.form, question.depth, question.value, told.text])
                 print(f"  text {trial + 1} of {trials}, {time.perf_counter() - started:.1f} s", flush=True)
             seconds = round(time.perf_counter() - started, 1)
             yield {
-                "length": length, "facts": per_depth * depths, "texts": trials, "exact": dict(exact),
-                "first": dict(first), "wrong": wrong[:20], "seconds": seconds,
+                "length": length, "facts": per_depth * depths, "texts": trials,
+                **{name: dict(found) for name, found in counts.items()}, "wrong": wrong[:20], "seconds": seconds,
             }  # fmt: skip
 
 
-def answer(
-    runtime: longrun.Runtime, document: TestDocument, length: int
-) -> Iterator[tuple[TestQuestion, Sequence[int]]]:
-    """Each question with the likeliest token at every place of its value; the document is read once."""
-    session = runtime.new_session(length + SPARE)
+@dataclass(frozen=True)
+class Told:
+    """An answer: what greedy generation says, whether it is the value, and whether in the tokenizer's own tokens; and
+    whether the first token of these is the likeliest one."""
+
+    text: str
+    exact: bool
+    first: bool
+    canonical: bool
+
+
+def answer(runtime: longrun.Runtime, document: TestDocument, length: int) -> Iterator[tuple[TestQuestion, Told]]:
+    """Each question with its answer; the document is read once.
+
+    The value is read after the question, and each token compared with the choice that those before it give: where all
+    are right, greedy generation says the value. Elsewhere it is asked, since other tokens may spell the same.
+    """
+    session, tokenizer = runtime.new_session(length + SPARE), runtime.tokenizer
     session.prefill(document.token_ids)
     end = session.mark()
     for question in document.questions:
+        value = question.value_ids
         session.rewind(end)
         session.prefill(question.token_ids)
-        yield question, session.score(question.value_ids).argmax(dim=-1).tolist()
+        chosen = session.score((*value, value[-1])).argmax(dim=-1).tolist()  # the last: what follows the value
+        same = [a == b for a, b in zip(chosen, value, strict=False)]
+        if not all(same):
+            session.rewind(end)
+            session.prefill(question.token_ids)
+            chosen = list(session.generate(len(value) + MORE))
+        text = tokenizer.decode(chosen)
+        begun = first_token(tokenizer, value) + 1
+        yield question, Told(text, says(text, question.value), all(same[:begun]), all(same))
     del session
     gc.collect()
+
+
+def says(text: str, value: str) -> bool:
+    """Whether generated text begins with the value, which no letter or digit continues."""
+    text = text.strip()
+    return text.startswith(value) and not text[len(value) : len(value) + 1].isalnum()
 
 
 def first_token(tokenizer: Any, value_ids: Sequence[int]) -> int:
@@ -108,11 +137,11 @@ def first_token(tokenizer: Any, value_ids: Sequence[int]) -> int:
 
 def show(record: dict[str, Any]) -> None:
     """A line of what was found right, and one by depth and form."""
-    (exact, asked), (found, _) = record["exact"]["all"], record["first"]["all"]
+    (exact, asked), (found, _), (own, _) = (record[name]["all"] for name in ("exact", "first", "canonical"))
     parts = ", ".join(f"{key} {right}/{count}" for key, (right, count) in record["exact"].items() if key != "all")
     print(
         f"{format_tokens(record['length'])}, {record['facts']} facts a text: {exact}/{asked} exact, "
-        f"{found}/{asked} first tokens, {record['seconds']} s\n  {parts}",
+        f"{found}/{asked} first tokens, {own}/{asked} in the tokenizer's own tokens, {record['seconds']} s\n  {parts}",
         flush=True,
     )
 
