@@ -1,17 +1,13 @@
 """Triton page kernels: through the interpreter, compiled for sm_80 and sm_90, and (`-m gpu`) on a GPU.
 
-Triton decides when a kernel is decorated whether it is interpreted, so the interpreted tests run in a process of
-their own, which collects this file with TRITON_INTERPRET=1.
+How the interpreted tests run: interpreted.py.
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import INTERPRETED, interpreted_tests, not_interpreted, same_bits
 
 from longrun.errors import ConfigError
 from longrun.kernels import int4_pages
@@ -24,13 +20,7 @@ pytest.importorskip("triton", reason="Triton is optional without a GPU")
 from longrun.kernels.page_dequantize import dequantize_kernel, dequantize_run
 from longrun.kernels.page_store import reference_store_pages, store_kernel, store_pages
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 POISON = 0xFF  # as float16 or bfloat16 pairs of it are NaN
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="the kernels of this process are interpreted")
-
-
-def same_bits(actual, expected):
-    return torch.equal(actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 
 def random_tokens(heads, pages, fmt, dtype, device="cpu", seed=0):
@@ -137,12 +127,7 @@ if INTERPRETED:
 
 @not_interpreted
 def test_kernels_through_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 14
+    assert interpreted_tests(__file__) >= 14
 
 
 @not_interpreted

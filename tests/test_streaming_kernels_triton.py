@@ -1,17 +1,16 @@
 """Triton kernels of streaming heads: through the interpreter, compiled for sm_80 and sm_90, and (`-m gpu`) on a GPU.
 
-Interpreted tests run in a process of their own, see test_page_kernels_triton.py. They use float32 and float16, because
+How the interpreted tests run: interpreted.py. They use float32 and float16, because
 the interpreter multiplies bfloat16 matrices as if they were integers.
 """
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreted import INTERPRETED, interpreted_tests, not_interpreted
 
 from longrun.cache.ring import Ring
 from longrun.errors import ConfigError
@@ -28,8 +27,6 @@ from longrun.kernels.banded_prefill import (
 )
 from longrun.kernels.ring_decode import RingWorkspace, ring_decode, ring_decode_kernel, ring_decode_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="the kernels of this process are interpreted")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}  # of RMS ratios
 SMALL = {"packed": BandConfig(32, 16), "apart": BandConfig(16, 32, packed=False), "wide": BandConfig(64, 16)}
 
@@ -204,12 +201,7 @@ if INTERPRETED:
 
 @not_interpreted
 def test_kernels_through_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 63
+    assert interpreted_tests(__file__) >= 63
 
 
 @not_interpreted

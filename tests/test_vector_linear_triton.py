@@ -1,19 +1,16 @@
 """The one-token linear kernels: through the interpreter, compiled for sm_80 and sm_90, and (`-m gpu`) on a GPU.
 
-The interpreted tests run in a process of their own with TRITON_INTERPRET=1, as those of the page kernels do. Triton's
+How the interpreted tests run: interpreted.py. Triton's
 interpreter has no inline PTX, so `run_ptx` here executes the kernels' own text, instruction by instruction.
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from interpreted import INTERPRETED, interpreted_tests, not_interpreted
 from ptx_by_hand import run_ptx
 
 from longrun.errors import ConfigError
@@ -33,8 +30,6 @@ from longrun.kernels.vector_linear import (
 from longrun.kernels.vector_linear_dense import dense_kernel
 from longrun.kernels.vector_linear_packed import code_planes, packed_kernel
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="the kernels of this process are interpreted")
 # RMS of the difference over RMS of the reference. The reference rounds a quantized weight to the compute dtype, and
 # both round their result, up to 2^-9 and 2^-12, relative, each time; the product of gate and up has both errors.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -165,12 +160,7 @@ if INTERPRETED:
 
 @not_interpreted
 def test_kernels_through_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40
+    assert interpreted_tests(__file__) >= 40
 
 
 @not_interpreted

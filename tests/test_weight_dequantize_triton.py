@@ -1,16 +1,13 @@
 """Kernels that make dense weights of int4 and int8: interpreted, compiled for sm_80 and sm_90, and on a GPU (`-m gpu`).
 
-The interpreted tests run in a process of their own with TRITON_INTERPRET=1, as those of the page kernels do.
+How the interpreted tests run: interpreted.py.
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import INTERPRETED, interpreted_tests, not_interpreted
 
 from longrun.quant.int4_weight import dequantize_int4 as dequantize_int4_reference
 from longrun.quant.int4_weight import quantize_int4
@@ -28,8 +25,6 @@ from longrun.kernels.weight_dequantize import (
     int8_dequantize_kernel,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="the kernels of this process are interpreted")
 # rows and columns: rows of whole groups, of whole words, of neither; less than a program and more than several
 SHAPES = [(1, 32), (7, 64), (33, 576), (5, 72), (9, 13), (50, 100), (130, 1000), (3, 4096)]
 
@@ -75,12 +70,7 @@ if INTERPRETED:
 
 @not_interpreted
 def test_kernels_through_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) == 2 * len(SHAPES)
+    assert interpreted_tests(__file__) == 2 * len(SHAPES)
 
 
 @not_interpreted
