@@ -21,7 +21,7 @@ _TRIES = 500  # draws of a subject that is not taken, before a pool counts as us
 _FEW = 100  # facts up to which first names alone tell people apart
 _PROBED = 4  # rows that tell how many tokens a row of a list has
 _MAKER_WEIGHTS = (40, 4, 4, 2)  # a form of a sample: a plain one, a list, a last value, an order
-_NUMBERS, _CODES = 0.35, 0.2  # how often a plain form is one whose value is a number, or letters and a number
+_NUMBERS, _CODES = 0.3, 0.3  # how often a plain form is one whose value is a number, or letters and a number
 _ALIKE, _EXCHANGED = ("digits", "code", "short code", "hex"), 0.3
 """Kinds of values that stand for one another, and how often: what a value looks like must not be guessed from the words
 around it."""
