@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -89,7 +89,7 @@ def summarize(results: QualityResults, names: Iterable[str], label: str, length:
     }
     compared = REFERENCE not in names
     tasks = {}
-    partial = length is not None and any(_lacks(results, name, length, RETRIEVAL_TASKS) for name in names)
+    partial = length is not None and any(_lacks_answers(results, name, length) for name in names)
     for task in (*RETRIEVAL_TASKS, *(() if partial else (ALL_TASKS,))):
         own = [item for item in items if "task" in item and task in (ALL_TASKS, item["task"])]
         if own:
@@ -222,7 +222,7 @@ def beside(results: QualityResults, base: str) -> list[dict[str, Any]]:
                 for key, (item, group) in answers.items()
                 if key[:2] == (row, length) and (base, *key[1:]) in answers
             ]
-            if pairs and not any(_lacks(results, name, length, RETRIEVAL_TASKS) for name in (row, base)):
+            if pairs and not any(_lacks_answers(results, name, length) for name in (row, base)):
                 exact = paired_difference(*map(list, zip(*pairs, strict=True)), bounds=(-1.0, 1.0))
                 found.append({"row": row, "length": length, "exact": exact.to_dict()})
     return found
@@ -237,10 +237,13 @@ def not_measured(results: QualityResults, row: str) -> list[str]:
     ]
 
 
-def _lacks(results: QualityResults, row: str, length: int, among: Sequence[str] | None = None) -> list[str]:
-    """Of the groups of tasks asked at a length (of `among` alone), those without a record of the row."""
-    asked = [group for group in results.settings_at(length)["tasks"] if among is None or group in among]
-    return [group for group in asked if results.get(row, length, group) is None]
+def _lacks(results: QualityResults, row: str, length: int) -> list[str]:
+    """Of the groups of tasks asked at a length, those without a record of the row."""
+    return [group for group in results.settings_at(length)["tasks"] if results.get(row, length, group) is None]
+
+
+def _lacks_answers(results: QualityResults, row: str, length: int) -> bool:
+    return any(group != TEXT_TASK for group in _lacks(results, row, length))
 
 
 def verdict(difference: Estimate) -> str:
