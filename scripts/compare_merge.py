@@ -20,7 +20,7 @@ from longrun.cli import run
 from longrun.errors import InputError
 from longrun.quality.report import write_report
 from longrun.quality.results import FORMAT, RESULTS_FILE, QualityResults
-from longrun.quality.summary import sentences
+from longrun.quality.summary import not_measured, sentences
 from longrun.report_env import environment
 from longrun.units import format_tokens
 
@@ -107,18 +107,8 @@ def _same(what: str, first: QualityResults, value: Any, other: QualityResults, f
 
 def missing(results: QualityResults) -> list[str]:
     """A sentence for every row that lacks something at a length that others have."""
-    there = {(record["row"], record["length"], record["group"]) for record in results.records}
-    lines = []
-    for row in (row["name"] for row in results.head["rows"]):
-        gaps = [
-            f"{format_tokens(length)} ({group})"
-            for length in results.head["settings"]["lengths"]
-            for group in results.settings_at(length)["tasks"]
-            if (row, length, group) not in there
-        ]
-        if gaps:
-            lines.append(f"{row} was not measured at {', '.join(gaps)}")
-    return lines
+    gaps = {row["name"]: not_measured(results, row["name"]) for row in results.head["rows"]}
+    return [f"{row} was not measured at {', '.join(found)}" for row, found in gaps.items() if found]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

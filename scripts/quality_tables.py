@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bench_tables import rendered
+from compare_merge import missing
 
 from longrun import cli
 from longrun.errors import InputError
@@ -121,7 +122,7 @@ def by_length(found: Found, cell: Callable[[Found, Found | None], str]) -> list[
 
 
 def provenance(found: Found, name: str) -> list[str]:
-    """Where a file's rows come from: model, adapter, devices, versions, commits, and what was asked."""
+    """Where a file's rows come from: model, adapter, devices, versions, commits, what was asked and what is missing."""
     parts = found.get("merged") or [found["environment"]]
     commits = sorted({record["commit"] for record in found["records"]})
     settings = found["settings"]
@@ -130,9 +131,9 @@ def provenance(found: Found, name: str) -> list[str]:
     torch = ", ".join(sorted({part["torch"] for part in parts}))
     said = [f"{found['model']} with {adapter}", devices, f"torch {torch}", f"commit {', '.join(commits)}"]
     said += [f"seed {settings['seed']}", *found["notes"]]
-    return [
-        f"From [{Path(name).name}]({name}): {'; '.join(said)}. {' '.join(asked(QualityResults(Path(), found, [])))}"
-    ]
+    results = QualityResults(Path(), found, found["records"])
+    told = [f"From [{Path(name).name}]({name}): {'; '.join(said)}.", *asked(results)]
+    return [" ".join((*told, *(f"{line}." for line in missing(results))))]
 
 
 def pictures(name: str, folder: Path) -> list[str]:

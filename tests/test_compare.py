@@ -356,7 +356,10 @@ def test_blocks_by_hand():
 
 
 def test_seeds_are_taken_together_a_question_at_a_time(tmp_path):
-    results = QualityResults.open(tmp_path, {}, [Row(n, f"random:{i}", 0.5).to_dict() for i, n in enumerate("abc")])
+    settings = {"lengths": [100], "tasks": ["single"]}
+    results = QualityResults.open(
+        tmp_path, settings, [Row(n, f"random:{i}", 0.5).to_dict() for i, n in enumerate("abc")]
+    )
     results.head["described"] = {n: {"method": "random map, int4", "retrieval_ratio": 0.5} for n in "abc"}
     kv = {"used": 1, "peak": 1}
     for name, right in zip("abc", (1, 1, 0), strict=True):

@@ -43,14 +43,14 @@ def described(row: Row, chunk_size: int) -> dict:
     }
 
 
-def record(row: Row, length: int, group: str, items: int, right: int) -> dict:
+def record(row: Row, length: int, group: str, items: int, right: int, task: str | None = None) -> dict:
     if group == "text":
         found = [
             {"document": "text/0", "block": i, "tokens": 32, "nll": 2.0, "kl": 0.1, "top1": 0.9} for i in range(items)
         ]
     else:
         found = [
-            {"task": group, "document": f"{group}/{i}", "depth": 0.5, "expected": str(i), "exact": i < right,
+            {"task": task or group, "document": f"{group}/{i}", "depth": 0.5, "expected": str(i), "exact": i < right,
              "token_accuracy": float(i < right)} for i in range(items)
         ]  # fmt: skip
     kv = {"used": length * (50 if row.kv == "bf16" else 15), "peak": length * 60}

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_compare_merge import ROWS, comparison
+from test_compare_merge import ROWS, comparison, record
 
 from longrun.errors import InputError
+from longrun.quality.report import write_report
+from longrun.quality.results import QualityResults
 from longrun.quality.settings import Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +150,27 @@ def test_a_row_of_some_lengths_leaves_the_others_empty_and_bars_do_not_break_the
         "| reference | 50% | 200 B (100%) | 400 B (100%) |",
         "| new \\| row | 50% |  | 50 B (12%), computed |",
     ]
+
+
+def test_what_was_not_measured_is_empty_and_said(script, document, tmp_path):
+    folder = comparison(tmp_path / "run", (4000, 64000), 6, ROWS, adapter=None, tasks=["several", "single", "text"])
+    results = QualityResults.read(folder)
+    results.head["environment"]["torch"] = "2.11.0"
+    for row, length in ((ROWS[0], 4000), (ROWS[0], 64000), (ROWS[1], 4000), (ROWS[1], 64000), (ROWS[2], 64000)):
+        results.records.append(record(row, length, "single", 4, 4, task="needle"))
+    write_report(results)
+    assert script.main(["--document", str(document), "--publish", str(folder), "split"]) == 0
+    sections = {kind: part for kind in KINDS if (part := document.read_text().partition(f"table: {kind} ")[2])}
+    sections = {kind: part.partition("<!-- /table -->")[0] for kind, part in sections.items()}
+    assert "half was not measured at 4K (single).\n" in sections["provenance"]
+    assert "full int4 was" not in sections["provenance"] and "reference was" not in sections["provenance"]
+    assert "| half | 50% |  | 90% [60, 98] |" in sections["exact"]  # 9 of 10, and nothing where a task lacks
+    assert "| half | 50% | 83% [44, 97] | 83% [44, 97] |" in sections["several"]
+    for kind in ("difference", "beside_int4"):
+        assert "| half | 50% |  | " in sections[kind]
+    (line,) = (line for line in sections["verdicts"].splitlines() if line.startswith("- half"))
+    assert "exact 88% [" in line and line.endswith("; not measured: 4K (single)")  # 14 of 16
+    assert sections["verdicts"].count("not measured") == 1
 
 
 def test_the_projects_page_is_current(script):

@@ -11,6 +11,7 @@ from longrun.quality.results import QualityResults
 from longrun.quality.settings import REFERENCE
 from longrun.quality.statistics import Estimate, bootstrap, paired_difference, wilson
 from longrun.quality.tasks import RETRIEVAL_TASKS, TEXT_TASK
+from longrun.units import format_tokens
 
 ALL_TASKS = "all"  # the retrieval tasks together
 _SHARE = (0.0, 1.0)
@@ -66,7 +67,11 @@ class RowSummary:
 
 
 def summarize(results: QualityResults, names: Iterable[str], label: str, length: int | None) -> RowSummary | None:
-    """The rows `names` as one, at `length` or over all lengths; None where nothing was measured."""
+    """The rows `names` as one, at `length` or over all lengths; None where nothing was measured.
+
+    All tasks together are left out at a length where some of those asked were not measured; over all lengths they are
+    over what was (`not_measured`).
+    """
     names = list(names)
     records = [r for r in results.records if r["row"] in names and length in (None, r["length"])]
     if not records:
@@ -84,7 +89,8 @@ def summarize(results: QualityResults, names: Iterable[str], label: str, length:
     }
     compared = REFERENCE not in names
     tasks = {}
-    for task in (*RETRIEVAL_TASKS, ALL_TASKS):
+    partial = length is not None and any(_lacks_answers(results, name, length) for name in names)
+    for task in (*RETRIEVAL_TASKS, *(() if partial else (ALL_TASKS,))):
         own = [item for item in items if "task" in item and task in (ALL_TASKS, item["task"])]
         if own:
             tasks[task] = _task(own, reference if compared else None, repeated=len(names) > 1)
@@ -199,7 +205,8 @@ def beside(results: QualityResults, base: str) -> list[dict[str, Any]]:
     What a head split costs beside its page format, for instance, is its difference to full attention in that format.
 
     Returns:
-        JSON-able: row, length, and `exact`, an `Estimate`'s fields; for each row and length that has answers of both.
+        JSON-able: row, length, and `exact`, an `Estimate`'s fields; for each row and length where
+        both answered everything that was asked.
     """
     answers = {
         (record["row"], *_identity(item, record["length"])): (item, f"{record['length']}/{item['document']}")
@@ -215,10 +222,28 @@ def beside(results: QualityResults, base: str) -> list[dict[str, Any]]:
                 for key, (item, group) in answers.items()
                 if key[:2] == (row, length) and (base, *key[1:]) in answers
             ]
-            if pairs:
+            if pairs and not any(_lacks_answers(results, name, length) for name in (row, base)):
                 exact = paired_difference(*map(list, zip(*pairs, strict=True)), bounds=(-1.0, 1.0))
                 found.append({"row": row, "length": length, "exact": exact.to_dict()})
     return found
+
+
+def not_measured(results: QualityResults, row: str) -> list[str]:
+    """What a row lacks of what was asked, as `16K (keyvalue)`."""
+    return [
+        f"{format_tokens(length)} ({group})"
+        for length in results.head["settings"]["lengths"]
+        for group in _lacks(results, row, length)
+    ]
+
+
+def _lacks(results: QualityResults, row: str, length: int) -> list[str]:
+    """Of the groups of tasks asked at a length, those without a record of the row."""
+    return [group for group in results.settings_at(length)["tasks"] if results.get(row, length, group) is None]
+
+
+def _lacks_answers(results: QualityResults, row: str, length: int) -> bool:
+    return any(group != TEXT_TASK for group in _lacks(results, row, length))
 
 
 def verdict(difference: Estimate) -> str:
@@ -248,6 +273,8 @@ def sentences(results: QualityResults) -> list[str]:
         if row.text is not None and row.text.perplexity_ratio is not None:
             ratio = row.text.perplexity_ratio
             parts.append(f"perplexity x {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]")
+        if gaps := dict.fromkeys(gap for name in members for gap in not_measured(results, name)):
+            parts.append(f"not measured: {', '.join(gaps)}")
         lines.append(f"{label}: {'; '.join(parts)}")
     return lines
 
