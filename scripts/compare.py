@@ -276,7 +276,8 @@ def main(argv: Sequence[str] | None = None, load_rows: Callable[[Path], tuple[Ro
     settings["model_fingerprint"] = model_fingerprint(arguments.model)
     settings["adapter"] = None if arguments.adapter is None else _folder_checksum(arguments.adapter)
     results = QualityResults.open(arguments.out, settings, [row.to_dict() for row in rows], arguments.force)
-    results.head |= {"model": arguments.model.name, "environment": environment()}
+    results.head["model"] = arguments.model.name
+    results.measured_in(environment())
     results.head["notes"] = [NOTE] if is_planted(arguments.model) else []
     results.head.setdefault("described", {})
     console = Console(highlight=False, width=160)

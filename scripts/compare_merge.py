@@ -48,7 +48,7 @@ def merge(parts: Sequence[QualityResults], out: Path) -> QualityResults:
     head: dict[str, Any] = {
         "format": FORMAT, "settings": _settings(parts), "rows": _rows(parts), "model": first.head["model"],
         "environment": first.head["environment"], "notes": first.head["notes"], "described": _described(parts),
-        "merged": [_origin(part) for part in parts], "merged_by": environment(),
+        "merged": [origin for part in parts for origin in _origins(part)], "merged_by": environment(),
     }  # fmt: skip
     records = sorted((record for part in parts for record in part.records), key=lambda record: record["length"])
     return QualityResults(out, head, records)
@@ -93,8 +93,10 @@ def _described(parts: Sequence[QualityResults]) -> dict[str, Any]:
     return {name: described for name, (_, described) in found.items()}
 
 
-def _origin(part: QualityResults) -> dict[str, Any]:
-    return {"folder": part.folder.name, "lengths": part.head["settings"]["lengths"], **part.head["environment"]}
+def _origins(part: QualityResults) -> list[dict[str, Any]]:
+    """Where the part comes from: an entry a run, more than one where it was stopped and went on elsewhere."""
+    lengths = part.head["settings"]["lengths"]
+    return [{"folder": part.folder.name, "lengths": lengths, **one} for one in part.environments]
 
 
 def _same(what: str, first: QualityResults, value: Any, other: QualityResults, found: Any) -> None:

@@ -123,7 +123,8 @@ def by_length(found: Found, cell: Callable[[Found, Found | None], str]) -> list[
 
 def provenance(found: Found, name: str) -> list[str]:
     """Where a file's rows come from: model, adapter, devices, versions, commits, what was asked and what is missing."""
-    parts = found.get("merged") or [found["environment"]]
+    results = QualityResults(Path(), found, found["records"])
+    parts = found.get("merged") or results.environments
     commits = sorted({record["commit"] for record in found["records"]})
     settings = found["settings"]
     adapter = "no adapter" if settings.get("adapter") is None else f"adapter {settings['adapter'][:12]}"
@@ -131,7 +132,6 @@ def provenance(found: Found, name: str) -> list[str]:
     torch = ", ".join(sorted({part["torch"] for part in parts}))
     said = [f"{found['model']} with {adapter}", devices, f"torch {torch}", f"commit {', '.join(commits)}"]
     said += [f"seed {settings['seed']}", *found["notes"]]
-    results = QualityResults(Path(), found, found["records"])
     told = [f"From [{Path(name).name}]({name}): {'; '.join(said)}.", *asked(results)]
     return [" ".join((*told, *(f"{line}." for line in missing(results))))]
 

@@ -73,6 +73,31 @@ def comparison(folder: Path, lengths, items: int, rows=ROWS, chunk_size: int = 1
     return folder
 
 
+def test_a_run_that_went_on_elsewhere_names_every_machine(script, tmp_path, capsys):
+    """Another command alone is no other origin; another machine or commit is, also where parts are merged."""
+    folder = comparison(tmp_path / "short", (4000,), 6)
+    results = QualityResults.read(folder)
+    results.measured_in({**ENVIRONMENT, "command": "again"})
+    assert results.environments == [{**ENVIRONMENT, "command": "again"}]
+    results.measured_in({**ENVIRONMENT, "device": "another"})
+    results.measured_in({**ENVIRONMENT, "device": "another", "commit": "later"})
+    assert [(one["device"], one["commit"]) for one in results.environments] == [
+        (ENVIRONMENT["device"], ENVIRONMENT["commit"]), ("another", ENVIRONMENT["commit"]), ("another", "later"),
+    ]  # fmt: skip
+    write_report(results)
+    assert (
+        script.main([str(folder), str(comparison(tmp_path / "long", (64000,), 3)), "--out", str(tmp_path / "all")]) == 0
+    )
+    merged = QualityResults.read(tmp_path / "all").head["merged"]
+    assert [(part["folder"], part["device"]) for part in merged] == [
+        ("short", ENVIRONMENT["device"]), ("short", "another"), ("short", "another"), ("long", ENVIRONMENT["device"]),
+    ]  # fmt: skip
+    fresh = QualityResults.open(tmp_path / "fresh", {"lengths": [4000]}, [])
+    fresh.measured_in(ENVIRONMENT)
+    fresh.measured_in({**ENVIRONMENT, "device": "another"})  # nothing was measured before
+    assert fresh.environments == [{**ENVIRONMENT, "device": "another"}]
+
+
 def test_runs_of_different_lengths_become_one(script, tmp_path, capsys):
     short = comparison(tmp_path / "short", (4000, 8000), 6)
     long = comparison(tmp_path / "long", (64000,), 3, (*ROWS, Row("new", "streaming")), chunk_size=2000, texts=2)

@@ -60,6 +60,18 @@ class QualityResults:
                 )
         return cls(folder, {**earlier_results.head, **head}, earlier_results.records)
 
+    def measured_in(self, environment: dict[str, Any]) -> None:
+        """Note where the records from here on come from; earlier runs that differ in more than their command stay."""
+        last = self.head.get("environment")
+        if self.records and last is not None and {**last, "command": ""} != {**environment, "command": ""}:
+            self.head["earlier"] = [*self.head.get("earlier", []), last]
+        self.head["environment"] = environment
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """Of every run that measured some of it, in their order."""
+        return [*self.head.get("earlier", []), self.head["environment"]]
+
     @classmethod
     def read(cls, folder: Path) -> QualityResults:
         """What `folder` holds, as it is.
