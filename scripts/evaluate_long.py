@@ -33,7 +33,6 @@ import longrun
 from longrun.cli import run
 from longrun.errors import InputError
 from longrun.long_tasks import Corpus, TaskWriter, TestDocument, TestQuestion
-from longrun.model.adapter import CONFIG_FILE
 from longrun.model.choice import choose_model
 from longrun.placement import DEFAULT_WEIGHT_FORMAT
 from longrun.quant.weight_format import WEIGHT_FORMATS
@@ -286,11 +285,8 @@ def short_texts(arguments: argparse.Namespace, corpus: Corpus, device: torch.dev
     """Perplexity and chat answers of the original and of the adapted model; the model is gone afterwards."""
     from transformers import AutoTokenizer
 
-    config = json.loads((arguments.adapter / CONFIG_FILE).read_text(encoding="utf-8"))
-    settings = {"r": config["r"], "lora_alpha": config["lora_alpha"], **config["longrun"]}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    lora = LoraModel(arguments.model, settings, dtype, device)
-    lora.load_adapter(arguments.adapter)
+    lora = LoraModel.from_adapter(arguments.model, arguments.adapter, dtype, device)
     found: dict[str, Any] = {}
     if arguments.windows:
         before, after = (perplexity(lora, corpus, arguments.windows, original) for original in (True, False))

@@ -28,7 +28,6 @@ from long_samples import AnswerWeights, Sample, SampleWriter
 from longrun.cli import run
 from longrun.errors import InputError
 from longrun.long_tasks import Corpus
-from longrun.model.adapter import CONFIG_FILE
 from longrun.model.choice import choose_model
 from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
@@ -90,10 +89,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_bases(text: str | None, own: float) -> list[float]:
-    """RoPE bases of --rope-theta, or the adapter's own. Raises `InputError` for what is none."""
+def read_bases(text: str | None) -> list[float | None]:
+    """RoPE bases of --rope-theta, or None for the adapter's own. Raises `InputError` for what is none."""
+    if text is None:
+        return [None]
     try:
-        bases = [own] if text is None else [float(part) for part in text.split(",")]
+        bases = [float(part) for part in text.split(",")]
     except ValueError:
         bases = [0.0]
     if not all(1 < base < float("inf") for base in bases):
@@ -116,14 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     distances = [parse_tokens(text, "--distances") for text in arguments.distances.split(",")]
     corpus = Corpus.read(arguments.data, "held_out")
-    try:
-        config = json.loads((choice.adapter / CONFIG_FILE).read_text(encoding="utf-8"))
-        settings = {"r": config["r"], "lora_alpha": config["lora_alpha"], **config["longrun"]}
-        bases = read_bases(arguments.rope_theta, float(settings["rope_theta"]))
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"adapter {choice.adapter} cannot be read ({error!r}): give a folder that train_long.py wrote"
-        ) from None
+    bases = read_bases(arguments.rope_theta)
     writer = SampleWriter(
         AutoTokenizer.from_pretrained(str(choice.model_dir), local_files_only=True), AnswerWeights(1, 1, 1, 1)
     )
@@ -134,10 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": choice.model_dir.name, "adapter": choice.adapter.name, "length": length, "samples": len(samples),
         "seed": arguments.seed, "environment": environment(), "records": [],
     }  # fmt: skip
-    for base in bases:
-        lora = LoraModel(choice.model_dir, {**settings, "rope_theta": base}, dtype, device)
-        lora.load_adapter(choice.adapter, any_base=True)
+    for given in bases:
+        lora = LoraModel.from_adapter(choice.model_dir, choice.adapter, dtype, device, given)
         lora.model.eval()
+        base = lora.settings["rope_theta"]
         for record in measure(lora, samples, distances):
             results["records"].append({"rope_theta": base, **record})
             jump = f"{record['moved']} by {format_tokens(record['by'])}" if record["moved"] else "nothing moved"

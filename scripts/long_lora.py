@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -76,6 +77,21 @@ class LoraModel:
                 setattr(self.model.get_submodule(parent), short, layer)
                 self.layers[name] = layer
 
+    @classmethod
+    def from_adapter(
+        cls, model_dir: Path, folder: Path, dtype: torch.dtype, device: torch.device, rope_theta: float | None = None
+    ) -> LoraModel:
+        """The checkpoint with an adapter that train_long.py wrote, and with its RoPE base unless another is given.
+
+        Raises:
+            InputError: the adapter cannot be read, or lacks what train_long.py writes.
+        """
+        config, tensors = _read_adapter(folder)
+        settings = {"r": config["r"], "lora_alpha": config["lora_alpha"], **config["longrun"]}
+        lora = cls(model_dir, settings if rope_theta is None else {**settings, "rope_theta": rope_theta}, dtype, device)
+        lora.load_state(tensors, str(folder))
+        return lora
+
     def parameters(self) -> list[nn.Parameter]:
         """A and B of every layer, in the model's order."""
         return [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
@@ -134,32 +150,18 @@ class LoraModel:
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
 
-    def load_adapter(self, folder: Path, any_base: bool = False) -> float:
-        """Take over a saved adapter of the same rank, and of the same RoPE base unless `any_base`.
-
-        Returns:
-            The adapter's own RoPE base.
+    def load_adapter(self, folder: Path) -> float:
+        """Take over a saved adapter of the same rank; its RoPE base may be another, and is returned.
 
         Raises:
-            InputError: it cannot be read or differs.
+            InputError: it cannot be read or has another rank.
         """
-        try:
-            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            tensors = load_file(folder / WEIGHTS_FILE)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"adapter {folder} cannot be read ({error}): give a folder that train_long.py wrote"
-            ) from None
+        config, tensors = _read_adapter(folder)
         for key in ("r", "lora_alpha"):
             if config[key] != self.settings[key]:
                 raise InputError(f"adapter {folder} has {key} {config[key]}, and the recipe {self.settings[key]}")
-        base = config["longrun"]["rope_theta"]
-        if base != self.settings["rope_theta"] and not any_base:
-            raise InputError(
-                f"adapter {folder} was trained with rope_theta {base}, and the recipe has {self.settings['rope_theta']}"
-            )
         self.load_state(tensors, str(folder))
-        return base
+        return config["longrun"]["rope_theta"]
 
     def save_adapter(self, folder: Path, notes: str = "") -> int:
         """Write peft's two files, tensors in bf16; returns their bytes."""
@@ -182,3 +184,16 @@ class LoraModel:
         }
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         return sum((folder / name).stat().st_size for name in (WEIGHTS_FILE, CONFIG_FILE))
+
+
+def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of an adapter. Raises `InputError` where it is none of train_long.py's."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        lacking = [key for key in ("r", "lora_alpha", "longrun") if key not in config]
+        lacking += [key for key in ("rope_theta", "max_position_embeddings") if key not in config.get("longrun", {})]
+        if lacking:
+            raise ValueError(f"{CONFIG_FILE} has no {lacking[0]}")
+        return config, load_file(folder / WEIGHTS_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"adapter {folder} cannot be read ({error}): give a folder that train_long.py wrote") from None

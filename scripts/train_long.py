@@ -88,7 +88,7 @@ class Trainer:
         }  # fmt: skip
         self.lora = LoraModel(model_dir, settings, dtype, self.device)
         # The recipe's RoPE base may be larger than the adapter's, which is how it comes to read longer texts.
-        self.start_base = None if start_from is None else self.lora.load_adapter(start_from, any_base=True)
+        self.start_base = None if start_from is None else self.lora.load_adapter(start_from)
         self.optimizer = torch.optim.AdamW(self.lora.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
         self.step = 0
         self.chats: list[Chat] = []

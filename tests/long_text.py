@@ -7,6 +7,7 @@ import lzma
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -14,6 +15,7 @@ import transformers
 
 from longrun import long_words as words
 from longrun.long_tasks import Corpus
+from longrun.model.checkpoint import weights_fingerprint
 from longrun.needles import generate_sentences
 
 TEMPLATE = (
@@ -76,3 +78,13 @@ def save_model(folder: Path) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 500.0}, initializer_range=0.1, eos_token_id=1,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def save_all(folder: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """Model with its tokenizer, texts, and the settings of an adapter for them, as train_long.py makes it."""
+    model, data = folder / "model", folder / "data"
+    save_model(model)
+    tokenizer().save_pretrained(model)
+    save_corpus(data)
+    settings = {"r": 2, "lora_alpha": 2, "rope_theta": 5000.0, "max_position_embeddings": 4096}
+    return model, data, {**settings, "base_weights": weights_fingerprint(model)}

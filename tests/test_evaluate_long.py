@@ -9,24 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from long_text import save_corpus, save_model, tokenizer
+from long_text import save_all
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import evaluate_long
 from long_lora import LoraModel
 
 from longrun.errors import InputError
-from longrun.model.checkpoint import weights_fingerprint
 
 
 def test_evaluation_of_recall_perplexity_and_chat(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_long, "WINDOW", 600)
-    model, data, adapter = tmp_path / "model", tmp_path / "data", tmp_path / "adapter"
-    save_model(model)
-    tokenizer().save_pretrained(model)
-    save_corpus(data)
-    settings = {"r": 2, "lora_alpha": 2, "rope_theta": 5000.0, "max_position_embeddings": 4096}
-    settings["base_weights"] = weights_fingerprint(model)
+    (model, data, settings), adapter = save_all(tmp_path), tmp_path / "adapter"
     LoraModel(model, settings, torch.float32, torch.device("cpu")).save_adapter(adapter, "untrained")
     out = tmp_path / "results.json"
     command = ["--model", model, "--adapter", adapter, "--data", data, "--lengths", "1K,2K", "--depths", 3]

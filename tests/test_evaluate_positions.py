@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from long_text import save_corpus, save_model, tokenizer
+from long_text import save_all
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import evaluate_positions
@@ -16,19 +16,13 @@ from long_lora import LoraModel
 from long_samples import Sample
 
 from longrun.errors import InputError
-from longrun.model.checkpoint import weights_fingerprint
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path, Path]:
     """A tiny model, texts, and an adapter that changes its answers."""
     folder = tmp_path_factory.mktemp("positions")
-    model, data, adapter = folder / "model", folder / "data", folder / "adapter"
-    save_model(model)
-    tokenizer().save_pretrained(model)
-    save_corpus(data)
-    settings = {"r": 2, "lora_alpha": 2, "rope_theta": 5000.0, "max_position_embeddings": 4096}
-    settings["base_weights"] = weights_fingerprint(model)
+    (model, data, settings), adapter = save_all(folder), folder / "adapter"
     lora = LoraModel(model, settings, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         for parameter in lora.parameters():
@@ -72,9 +66,7 @@ def test_what_is_moved():
 def test_right_values_are_counted_at_the_positions_given(trained):
     """Against the whole model's logits; and positions matter to what is counted."""
     model, _, adapter = trained
-    settings = {"r": 2, "lora_alpha": 2, "rope_theta": 5000.0, "max_position_embeddings": 4096}
-    lora = LoraModel(model, settings, torch.float32, torch.device("cpu"))
-    assert lora.load_adapter(adapter) == 5000.0
+    lora = LoraModel.from_adapter(model, adapter, torch.float32, torch.device("cpu"))
     lora.model.eval()
     ids = torch.randint(5, 60, (1, 50), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(50)[None].clone()

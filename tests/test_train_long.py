@@ -226,7 +226,7 @@ def test_training_on_from_an_adapter(model, data, recipe, trained, tmp_path):
 
 
 def test_training_on_with_a_larger_rope_base(model, data, recipe, trained, tmp_path):
-    """The adapter's weights, the recipe's base; whoever does not ask for that is refused."""
+    """The adapter's weights and the recipe's base; an adapter without a base of its own is refused."""
     larger = tmp_path / "larger.toml"
     larger.write_text(RECIPE.replace("rope_theta = 5000.0", "rope_theta = 9000.0"))
     on = trainer(model, data, larger, tmp_path / "on", start_from=trained / "adapter")
@@ -239,8 +239,21 @@ def test_training_on_with_a_larger_rope_base(model, data, recipe, trained, tmp_p
         load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (trained, tmp_path / "on")
     )
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
-    with pytest.raises(InputError, match="the recipe has 9000"):
-        LoraModel(model, on.lora.settings, torch.float32, torch.device("cpu")).load_adapter(trained / "adapter")
+    plain, other = (
+        LoraModel.from_adapter(model, trained / "adapter", torch.float32, torch.device("cpu"), base)
+        for base in (None, 9000.0)
+    )
+    assert (plain.settings["rope_theta"], other.settings["rope_theta"]) == (5000.0, 9000.0)
+    ids = torch.randint(5, 60, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs, moved = (one.model.eval()(ids).logits for one in (on.lora, other, plain))
+    assert (ours - theirs).abs().max() < 2e-2 < (ours - moved).abs().max()  # saved in bf16
+    config = json.loads((trained / "adapter" / "adapter_config.json").read_text())
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "adapter_config.json").write_text(json.dumps({**config, "longrun": {}}))
+    with pytest.raises(InputError, match="has no rope_theta"):
+        LoraModel.from_adapter(model, foreign, torch.float32, torch.device("cpu"))
 
 
 def test_a_batch_learns_answers_and_draws_text(model, data, recipe, trained):
