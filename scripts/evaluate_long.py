@@ -16,18 +16,15 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from long_chat import TEST_PROMPTS
-from long_lora import LoraModel
+from long_ability import short_texts
 
 import longrun
 from longrun.cli import run
@@ -39,7 +36,6 @@ from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
 
-WINDOW = 4096
 SPARE = 96  # tokens of a question and its answer beyond the document
 MORE = 4  # tokens that an answer may have beyond the tokenizer's own
 
@@ -159,64 +155,6 @@ def read_densities(per_depth: str, trials: str) -> list[tuple[int, int]]:
     return list(zip(facts, texts, strict=True))
 
 
-def perplexity(lora: LoraModel, corpus: Corpus, windows: int, original: bool) -> float:
-    """Of the next token, over `windows` runs of 4,096 tokens of held-out prose, each read from its beginning."""
-    model, device = lora.model.eval(), next(lora.model.parameters()).device
-    rows = [
-        document[start : start + WINDOW]
-        for document in corpus.documents("prose")
-        for start in range(0, len(document) - WINDOW, WINDOW)
-    ]
-    step = max(1, len(rows) // windows)
-    total, count = 0.0, 0
-    for row in rows[::step][:windows]:
-        ids = torch.tensor(row.astype("int64"), device=device)[None]
-        with torch.no_grad(), lora.as_original() if original else nullcontext():
-            states = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
-            for start in range(0, WINDOW - 1, 512):
-                part = slice(start, min(start + 512, WINDOW - 1))
-                logits = model.lm_head(states[part]).float()
-                total += F.cross_entropy(logits, ids[0, part.start + 1 : part.stop + 1], reduction="sum").item()
-                count += part.stop - part.start
-    return float(torch.tensor(total / max(count, 1)).exp())
-
-
-def chat_answers(lora: LoraModel, tokenizer: Any, count: int) -> dict[str, Any]:
-    """Greedy answers to `TEST_PROMPTS` of the original and of the trained model, at most `count` tokens each.
-
-    Returns:
-        `chat`: prompt and both answers; `chat_agreement`: of the tokens of the original's answers [those that the
-        trained model finds likeliest as well, all], given the tokens before them; `chat_begins_alike`: the same of
-        first tokens.
-    """
-    chat, alike, begins = [], [0, 0], [0, 0]
-    device = next(lora.model.parameters()).device
-    model = lora.model.eval()
-    for prompt in TEST_PROMPTS:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
-        asked, told = ids.shape[1], {}
-        for name in ("original", "adapted"):
-            with torch.no_grad(), lora.as_original() if name == "original" else nullcontext():
-                told[name] = model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id,
-                )  # fmt: skip
-        original = told["original"]
-        with torch.no_grad():
-            best = model(input_ids=original[:, :-1], use_cache=False).logits[0, asked - 1 :].argmax(dim=-1)
-        same = (best == original[0, asked:]).tolist()
-        alike = [alike[0] + sum(same), alike[1] + len(same)]
-        begins = [begins[0] + same[0], begins[1] + 1]
-        answers = {
-            name: tokenizer.decode(made[0, asked:], skip_special_tokens=True).strip() for name, made in told.items()
-        }
-        chat.append({"prompt": prompt, **answers})
-    return {"chat": chat, "chat_agreement": alike, "chat_begins_alike": begins}
-
-
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Held-out recall by length and depth; short-text ability.")
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)")
@@ -263,7 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "environment": environment(),
     }
     if arguments.adapter is not None and (arguments.windows or arguments.chat_tokens):
-        results |= short_texts(arguments, corpus, device)
+        results |= short_texts(
+            arguments.model, arguments.adapter, corpus, arguments.windows, arguments.chat_tokens, device
+        )
     if device.type == "cuda":
         # cuDNN plans for tenths of a second for every pair of lengths it has not seen: every question is one.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -279,27 +219,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
-
-
-def short_texts(arguments: argparse.Namespace, corpus: Corpus, device: torch.device) -> dict[str, Any]:
-    """Perplexity and chat answers of the original and of the adapted model; the model is gone afterwards."""
-    from transformers import AutoTokenizer
-
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    lora = LoraModel.from_adapter(arguments.model, arguments.adapter, dtype, device)
-    found: dict[str, Any] = {}
-    if arguments.windows:
-        before, after = (perplexity(lora, corpus, arguments.windows, original) for original in (True, False))
-        found["perplexity_4k"] = {"original": before, "adapted": after, "ratio": after / before}
-        print(f"perplexity at 4K: original {before:.3f}, adapted {after:.3f} ({after / before - 1:+.2%})", flush=True)
-    if arguments.chat_tokens:
-        tokenizer = AutoTokenizer.from_pretrained(str(arguments.model), local_files_only=True)
-        found |= chat_answers(lora, tokenizer, arguments.chat_tokens)
-        (same, tokens), (begun, prompts) = found["chat_agreement"], found["chat_begins_alike"]
-        print(f"chat: {same} of {tokens} tokens and {begun} of {prompts} first tokens as the original", flush=True)
-        for one in found["chat"]:
-            print(f"> {one['prompt']}\n  original: {one['original']!r}\n  adapted:  {one['adapted']!r}", flush=True)
-    return found
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from long_text import save_all
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import evaluate_long
+import long_ability
 from long_lora import LoraModel
 
 from longrun.errors import InputError
 
 
 def test_evaluation_of_recall_perplexity_and_chat(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate_long, "WINDOW", 600)
+    monkeypatch.setattr(long_ability, "WINDOW", 600)
     (model, data, settings), adapter = save_all(tmp_path), tmp_path / "adapter"
     LoraModel(model, settings, torch.float32, torch.device("cpu")).save_adapter(adapter, "untrained")
     out = tmp_path / "results.json"
@@ -29,7 +30,7 @@ def test_evaluation_of_recall_perplexity_and_chat(tmp_path, monkeypatch, capsys)
     assert evaluate_long.main([str(part) for part in command]) == 0
     results = json.loads(out.read_text())
     assert results["perplexity_4k"]["original"] > 1 and results["perplexity_4k"]["ratio"] > 0
-    assert len(results["chat"]) == len(evaluate_long.TEST_PROMPTS)
+    assert len(results["chat"]) == len(long_ability.TEST_PROMPTS)
     assert {"torch", "commit", "command"} <= set(results["environment"])
     assert [(record["length"], record["facts"]) for record in results["recall"]] == [
         (1000, 6), (1000, 3), (2000, 6), (2000, 3),

@@ -12,7 +12,7 @@ import torch
 from long_text import save_corpus, save_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import evaluate_long
+import long_ability
 from long_chat import TEST_PROMPTS, chat_prompts
 from long_keep import Keeper
 from long_lora import LoraModel
@@ -85,7 +85,7 @@ def test_an_untrained_adapter_answers_as_the_original(lora):
         def decode(self, ids, **_):
             return " ".join(map(str, ids.tolist()))
 
-    found = evaluate_long.chat_answers(lora, Template(), 4)
+    found = long_ability.chat_answers(lora, Template(), 4)
     assert all(one["original"] == one["adapted"] for one in found["chat"])
     same, tokens = found["chat_agreement"]
     assert same == tokens >= len(TEST_PROMPTS) and found["chat_begins_alike"] == [len(TEST_PROMPTS)] * 2
