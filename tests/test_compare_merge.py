@@ -227,3 +227,5 @@ def test_the_shipped_tables_are_those_of_the_pages():
         *((sinks, recent) for sinks in (16, 32, 64, 128) for recent in (64, 128, 256, 512)), (64, 1024),
     }  # fmt: skip
     assert len({row.head_map for row in window}) == len({row.retrieval_ratio for row in window}) == 1
+    single = read_rows(ROOT / "scripts" / "compare_single.toml")
+    assert len(single) < len(split) and all(split[row.name] == row for row in single)
