@@ -191,7 +191,10 @@ def _draw(
     for column, (length, rows) in enumerate(by_length.items()):
         exact, divergence = panels[0][column], panels[1][column]
         _lines(exact, rows, methods, place, lambda row: row.tasks[ALL_TASKS].exact if ALL_TASKS in row.tasks else None)
-        _lines(divergence, rows, methods, place, lambda row: None if row.text is None else row.text.kl)
+        _lines(divergence, rows, methods, place, _divergence)
+        if any(place(row) is not None and _divergence(row) for row in rows):
+            divergence.set_yscale("log", nonpositive="mask")  # formats and wrong maps lie three decades apart
+            divergence.yaxis.set_major_formatter("{x:g}")
         exact.set_title(f"{format_tokens(length)} tokens", fontsize=10)
         exact.set_ylim(-0.03, 1.03)
         exact.set_ylabel("exact match, all tasks")
@@ -217,6 +220,11 @@ def _draw(
     canvas.print_figure(partial, dpi=130, format="png")
     partial.replace(path)
     return path
+
+
+def _divergence(row: RowSummary) -> Estimate | None:
+    """The reference's own, 0, has no place on a logarithmic axis."""
+    return None if row.text is None or row.text.kl.value <= 0 else row.text.kl
 
 
 def _lines(

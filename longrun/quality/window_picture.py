@@ -69,7 +69,7 @@ def draw_windows(results: QualityResults, by_length: dict[int, list[RowSummary]]
     handles, labels = panels[0][0].get_legend_handles_labels()
     if not handles:
         handles, labels = panels[1][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 + len(by_length), fontsize=8)
     figure.suptitle(" - ".join([results.head["model"], *results.head["notes"]]), fontsize=9)
     path = results.folder / WINDOW_PICTURE
     partial = path.with_name(f".{WINDOW_PICTURE}")
