@@ -19,7 +19,8 @@ from typing import Any, Literal
 from longrun.errors import InputError
 
 PREFIX = "sim:"
-BITS = (4, 3, 2)
+KEY_BITS = (8, 5, 4, 3, 2)
+VALUE_BITS = (4, 3, 2)
 _GROUP_BYTES = 2 * 2  # scale and minimum, float16 each
 
 KeysPer = Literal["channel", "token"]
@@ -30,7 +31,7 @@ class SimulatedFormat:
     """What a simulated page quantizes, and how.
 
     Attributes:
-        key_bits, value_bits: of one element, 4, 3 or 2.
+        key_bits, value_bits: of one element, of `KEY_BITS` and `VALUE_BITS`.
         keys_per: keys share scale and minimum per "channel" over the tokens of a page (KIVI, arXiv 2402.02750), or
             per "token" over head_dim; values always per token.
         rotate_keys, rotate_values: quantized after a product with a randomized Hadamard matrix (QuaRot, arXiv
@@ -89,7 +90,7 @@ _FORMATS: dict[str, SimulatedFormat] = {
     for fmt in (
         SimulatedFormat(key_bits, keys_per, rotate_keys, value_bits, rotate_values)
         for key_bits, keys_per, rotate_keys, value_bits, rotate_values in product(
-            BITS, ("channel", "token"), (False, True), BITS, (False, True)
+            KEY_BITS, ("channel", "token"), (False, True), VALUE_BITS, (False, True)
         )
     )
 }
@@ -110,7 +111,7 @@ def simulated_format(name: str) -> SimulatedFormat:
     if name not in _FORMATS:
         nearest = difflib.get_close_matches(name, SIMULATED_FORMATS, n=1, cutoff=0.0)[0]
         raise InputError(
-            f"simulated format {name!r} is unknown: write {PREFIX}k4-channel/v4 with 4, 3 or 2 bits, keys per channel "
-            f"or token, and -rot after what is rotated (nearest: {nearest})"
+            f"simulated format {name!r} is unknown: write {PREFIX}k4-channel/v4 with 8, 5, 4, 3 or 2 bits for keys and "
+            f"4, 3 or 2 for values, keys per channel or token, and -rot after what is rotated (nearest: {nearest})"
         )
     return _FORMATS[name]
