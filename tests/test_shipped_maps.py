@@ -16,7 +16,12 @@ from longrun.patterns.head_map import HeadMap
 PACKAGE = Path(longrun.__file__).resolve().parent
 MAPS = PACKAGE / "patterns" / "maps"
 LONG = MAPS / "smollm2-135m-instruct-long"
-PAIRS = (("gates", "gates-seed1"), ("reconstruction-ctx4k", "reconstruction"), ("gates", "reconstruction"))
+PAIRS = (
+    ("gates", "gates-seed1"),
+    ("reconstruction-ctx4k-seed1", "reconstruction-ctx4k-seed2"),
+    ("reconstruction-ctx4k", "reconstruction"),
+    ("gates", "reconstruction"),
+)
 SMOLLM2_135M = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
