@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from long_training import Training
     from planted_chat import Done
 
     from longrun.planted import PlantedModel
@@ -59,6 +60,14 @@ def chat(
     from planted_chat import chat_here
 
     yield from chat_here(planted.path, capsys, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A tiny model after its training on long texts; its folders are only read."""
+    from long_training import Training
+
+    return Training.run(tmp_path_factory.mktemp("training"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
