@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from long_training import Training
+    from planted_chat import Done
+
+    from longrun.planted import PlantedModel
 
 # Tests run beside other work: waiting threads must not spin. Read when torch loads its OpenMP runtime.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -24,6 +32,42 @@ def demo_model() -> Path:
     from longrun.model.demo import demo_model_dir
 
     return demo_model_dir()
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> PlantedModel:
+    """A tiny model that finds needles by construction; its folder is only read."""
+    from longrun.planted import make_planted_model
+
+    return make_planted_model(tmp_path_factory.mktemp("planted") / "model")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text with the needles of planted_chat.py."""
+    from planted_chat import save_text
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    save_text(path)
+    return path
+
+
+@pytest.fixture
+def chat(
+    planted: PlantedModel, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Done]]:
+    """Runs the chat's command in this process, as `python -m longrun.chat` does, without its seconds of imports."""
+    from planted_chat import chat_here
+
+    yield from chat_here(planted.path, capsys, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A tiny model after its training on long texts; its folders are only read."""
+    from long_training import Training
+
+    return Training.run(tmp_path_factory.mktemp("training"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

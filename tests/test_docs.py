@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-WITHOUT_OPTIONS = ("longrun.model.demo", "tests/test_imports.py")
+WITHOUT_OPTIONS = ("longrun.model.demo", "tests/rooms.py")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 LLAMA_3_8B = {

@@ -1,4 +1,4 @@
-"""Intervals of the quality harness, by published examples and by simulation."""
+"""Intervals of the quality harness, by published examples and by simulation; what rows are taken together."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import random
 
 import pytest
 
+from longrun.quality.results import QualityResults
+from longrun.quality.settings import Row
 from longrun.quality.statistics import Estimate, bootstrap, paired_difference, wilson
-from longrun.quality.summary import verdict
+from longrun.quality.summary import families, summarize, verdict
 
 
 def test_wilson_is_the_published_interval():
@@ -48,3 +50,24 @@ def test_pairing_removes_what_the_items_share():
     same = paired_difference([1.0] * 30, [1.0] * 30, groups[:30], (-1, 1))
     assert (same.low, same.high) == (-0.1, 0.1) and "no difference" in verdict(same)  # rule of three
     assert paired_difference([0.0] * 30, [1.0] * 30, groups[:30], (-1, 1)) == Estimate(-1.0, -1.0, -0.9, 30)
+
+
+def test_seeds_are_taken_together_a_question_at_a_time(tmp_path):
+    settings = {"lengths": [100], "tasks": ["single"]}
+    results = QualityResults.open(
+        tmp_path, settings, [Row(n, f"random:{i}", 0.5).to_dict() for i, n in enumerate("abc")]
+    )
+    results.head["described"] = {n: {"method": "random map, int4", "retrieval_ratio": 0.5} for n in "abc"}
+    kv = {"used": 1, "peak": 1}
+    for name, right in zip("abc", (1, 1, 0), strict=True):
+        asked = [
+            {"task": "needle", "document": f"d/{i}", "depth": 0.5, "expected": str(i), "exact": bool(right and i % 2)}
+            for i in range(10)
+        ]
+        asked = [item | {"token_accuracy": float(item["exact"])} for item in asked]
+        results.add({"row": name, "length": 100, "group": "single", "items": asked, "kv": kv})
+    ((label, names),) = families(results).items()
+    assert names == ["a", "b", "c"] and "50% of heads (3 rows)" in label
+    together = summarize(results, names, label, 100).tasks["all"]
+    assert together.exact.count == 10 and together.exact.value == pytest.approx(1 / 3)
+    assert summarize(results, ["a"], "a", 100).tasks["all"].exact == wilson(5, 10)

@@ -1,0 +1,91 @@
+"""The chat as a command: a prompt or piped lines, its arguments, its answer on stdout and its status."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+
+import pytest
+from planted_chat import ENVIRONMENT, NEEDLES, ask, command, spaced
+
+
+def test_prompt_gives_the_answer_on_stdout_and_json_last(planted, text_file):
+    arguments = ["--ctx", "4K", "--file", text_file, "--prompt", ask(0), "--stop", ".", "--json", "--chunk-size", "512"]
+    arguments += ["--retrieval-ratio", "0.5", "--head-map", planted.path / "head_map"]
+    done = subprocess.run(
+        command(planted.path, *arguments), capture_output=True, text=True, timeout=120, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    *answer, last = done.stdout.splitlines()
+    result = json.loads(last)
+    assert answer == [spaced(NEEDLES[0].key)] and result["text"] == answer[0]
+    assert result["stop_reason"] == "stop string"
+    tokens, timings = result["tokens"], result["timings"]
+    assert tokens["generated"] == 8 and tokens["total"] == tokens["prompt"] + 8 and tokens["capacity"] == 4000
+    assert tokens["prefilled"] == tokens["prompt"] > 1500
+    assert all(timings[name] > 0 for name in ("load_s", "prefill_s", "prefill_tokens_per_s", "decode_ms_per_token"))
+    assert result["cache_bytes"] == result["plan"]["cache_bytes"] > 0
+    assert result["split_hash"] == result["plan"]["split"]["hash"]
+    assert sum(result["plan"]["split"]["retrieval_heads"]) == 4
+    for expected in ("retrieval pages", "prompt tokens", "tokens/s", "ms/token", "planned"):
+        assert expected in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ctx", "0"], "--ctx '0' must be at least 1"),
+        (["--ctx", "-5"], "--ctx '-5' is not a number"),
+        (["--ctx", "3.3X"], "--ctx '3.3X' is not a number"),
+        (["--temperature", "-1"], "temperature -1.0 is negative"),
+        (["--top-p", "2"], "top_p 2.0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
+        (["--stop", ""], "stop string is empty"),
+        (["--file", "/nowhere/a.txt"], "there is no file /nowhere/a.txt"),
+        (["--session", "FULL"], "is not a session and not empty"),
+        (["--prompt", " "], "--prompt is empty"),
+        (["--prompt", "caf\udce9"], "--prompt is not UTF-8 (byte 0xe9 after 3 characters)"),
+        (["--seed", "-1"], "--seed -1 must be between 0 and"),
+        (["--interactive"], "--interactive needs a terminal"),
+        (["--model", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_arguments_are_one_sentence_and_status_2(chat, tmp_path, arguments, message):
+    (tmp_path / "something").write_text("mine")
+    arguments = [str(tmp_path) if argument == "FULL" else argument for argument in arguments]
+    done = chat("--prompt", "Hi", *arguments)
+    assert done.status == 2 and done.out == ""
+    assert done.err.startswith("error: ") and message in done.err and done.err.count("\n") == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["something"]
+
+
+def test_json_needs_a_prompt(chat):
+    done = chat("--json")
+    assert done.status == 2 and "--json needs --prompt" in done.err
+
+
+def test_a_prompt_beyond_the_capacity_names_both_numbers_before_reading(chat, text_file):
+    done = chat("--ctx", "500", "--file", text_file, "--prompt", ask(0))
+    assert done.status == 2 and done.out == ""
+    sentence = done.err.splitlines()[-1]
+    numbers = re.search(r"would hold ([\d,]+) tokens, more than the capacity of 500: give --ctx (\d+)", sentence)
+    assert numbers and int(numbers[2]) > int(numbers[1].replace(",", "")) > 1500, sentence
+    assert "tokens/s" not in done.err
+
+
+def test_a_full_context_ends_the_answer_with_status_0(chat):
+    done = chat("--ctx", "64", "--prompt", "The old lighthouse " * 10, "--max-new-tokens", "500", "--json")
+    assert done.status == 0, done.err
+    assert done.result["stop_reason"] == "context full" and "the context is full (64 tokens)" in done.err
+    assert done.result["tokens"]["total"] == 65, "64 in the cache and one that was given out"
+
+
+def test_piped_lines_are_turns_and_errors_show_in_the_status(chat, text_file, tmp_path):
+    lines = f"/file {text_file}\n{ask(0)}\n/nonsense\n{ask(1)}\n/save {tmp_path / 'saved'}\n"
+    done = chat("--ctx", "4K", "--max-new-tokens", "7", stdin=lines)
+    assert done.out.splitlines() == [spaced(needle.key) for needle in NEEDLES]
+    assert done.status == 2 and "no command /nonsense" in done.err
+    assert (tmp_path / "saved" / "manifest.json").is_file()
+    done = chat("--ctx", "1K")
+    assert done.status == 2 and "pass --prompt" in done.err.splitlines()[-1]

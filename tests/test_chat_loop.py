@@ -1,0 +1,215 @@
+"""The chat's turns and commands, fed with lines in this process: answers, errors, Ctrl-C, sessions saved and loaded."""
+
+from __future__ import annotations
+
+import io
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from planted_chat import NEEDLES, ask, saved_tokens, spaced
+from rich.console import Console
+
+import longrun
+from longrun.answer import AnswerOptions
+from longrun.chat_loop import ChatLoop
+from longrun.chat_runner import ChatRunner
+from longrun.progress import PrefillProgress
+
+
+@pytest.fixture(scope="module")
+def runtime(planted) -> longrun.Runtime:
+    return longrun.load(planted.path, ctx=6000, chunk_size=256)
+
+
+class Chat:
+    """A chat in this process, fed with lines."""
+
+    def __init__(self, runtime: longrun.Runtime, folder: Path | None = None, **options) -> None:
+        self.said, self.out = io.StringIO(), io.StringIO()
+        console = Console(file=self.said, width=200)
+        self.runner = ChatRunner(runtime, AnswerOptions(**{"max_new_tokens": 8, **options}), console, folder=folder)
+
+    def type(self, *lines: str | BaseException, interactive: bool = True) -> str:
+        """Feed lines (an exception is raised instead of a line); returns what was told since then."""
+        feed: Iterator[str | BaseException] = iter(lines)
+
+        def read_line() -> str | None:
+            line = next(feed, None)
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        for stream in (self.said, self.out):
+            stream.seek(0)
+            stream.truncate()
+        self.loop = ChatLoop(self.runner, read_line, self.out, interactive)
+        self.loop.run()
+        return self.said.getvalue()
+
+
+def test_commands(runtime, text_file, tmp_path):
+    chat = Chat(runtime)
+    told = chat.type(f"/file {text_file}", ask(0), "/stats")
+    assert chat.out.getvalue() == f"{spaced(NEEDLES[0].key)}.\n"
+    assert f"documents: {text_file}" in told and told.count("ms/token") == 2 and "planned" in told
+    tokens = chat.runner.session.num_tokens
+
+    told = chat.type(f"/save {tmp_path / 'a'}", "/reset", "/stats", f"/load {tmp_path / 'a'}", ask(1))
+    assert f"saved {tokens:,} tokens" in told and "0 of 6,000 tokens used" in told
+    assert f"going on with the session in {tmp_path / 'a'}: {tokens:,} of 6,000" in told
+    assert chat.out.getvalue() == f"{spaced(NEEDLES[1].key)}.\n"
+    assert chat.loop.errors == 0
+
+    told = chat.type("/exit", "/stats")
+    assert told == ""
+    assert "/continue" in chat.type("/help")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/fil x", "no command /fil: did you mean /file?"),
+        ("/quit", "no command /quit: did you mean /exit?"),
+        ("/file", "/file needs a path"),
+        ("/file /nowhere", "there is no file /nowhere"),
+        ("/stats now", "/stats takes nothing after it"),
+        ("/load /nowhere", "no session folder /nowhere"),
+        ("/save FULL", "is not a session and not empty"),
+        ("/load BAD", "cannot be read as a session manifest"),
+        ("/continue", "nothing to continue"),
+        ("caf\udce9", "the message is not UTF-8 (byte 0xe9 after 3 characters)"),
+        ("word " * 7000, "more than the capacity of 6,000"),
+    ],
+)
+def test_errors_are_told_and_the_chat_goes_on(runtime, tmp_path, line, message):
+    (tmp_path / "BAD").mkdir()
+    (tmp_path / "BAD" / "manifest.json").write_text("{")
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL" / "other").write_text("")
+    chat = Chat(runtime, max_new_tokens=2)
+    chat.type("The magic number of")
+    tokens = chat.runner.session.num_tokens
+    command, _, argument = line.partition(" ")
+    line = f"{command} {tmp_path / argument}" if argument in ("BAD", "FULL") else line
+    told = chat.type(line, "/stats")
+    assert f"error: {message}" in told or (told.startswith("error: ") and message in told.splitlines()[0])
+    assert f"{tokens:,} of 6,000 tokens used" in told and chat.loop.errors == 1
+    chat.type("is: 1")
+    assert chat.runner.session.num_tokens > tokens and chat.loop.errors == 0
+
+
+def test_nothing_is_saved_from_an_empty_chat(runtime, tmp_path):
+    chat = Chat(runtime)
+    assert "nothing to save" in chat.type(f"/save {tmp_path / 'a'}")
+    assert not (tmp_path / "a").exists()
+
+
+class _Interrupting(io.StringIO):
+    """Presses Ctrl-C when the given number of pieces has been written."""
+
+    countdown = 3
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        self.countdown -= 1
+        if self.countdown == 0:
+            signal.raise_signal(signal.SIGINT)
+        return written
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_session(runtime, text_file):
+    chat = Chat(runtime, max_new_tokens=100)
+    chat.out = _Interrupting()
+    told = chat.type(f"/file {text_file}", ask(0))
+    answer = chat.out.getvalue()
+    assert spaced(NEEDLES[0].key).startswith(answer.strip()) and len(answer.split()) == 3
+    assert "ended by interrupted" in told
+    session = chat.runner.session
+    assert session.num_tokens - session.seq_len == 1, "the last token was sampled and not yet taken in"
+    chat.out = io.StringIO()
+    chat.runner.options = AnswerOptions(max_new_tokens=8)
+    chat.type(ask(1))
+    assert chat.out.getvalue() == f"{spaced(NEEDLES[1].key)}.\n"
+
+
+def test_ctrl_c_stops_the_reading_and_it_can_go_on_or_be_cut(runtime, text_file, monkeypatch):
+    def press_once(self, done: int, total: int) -> None:
+        if done == 512:
+            monkeypatch.undo()
+            signal.raise_signal(signal.SIGINT)
+
+    chat = Chat(runtime)
+    monkeypatch.setattr(PrefillProgress, "__call__", press_once)
+    told = chat.type(f"/file {text_file}")
+    assert chat.runner.session.num_tokens == 512 and "/continue reads on" in told
+    unread = chat.runner.conversation.unread
+    assert f"{unread:,} tokens are unread" in told and chat.loop.errors == 0
+    chat.type("/continue", ask(1))
+    assert chat.out.getvalue() == f"{spaced(NEEDLES[1].key)}.\n"
+    assert chat.runner.conversation.documents == [str(text_file)]
+
+    chat.type("/reset")
+    monkeypatch.setattr(PrefillProgress, "__call__", press_once)
+    chat.type(f"/file {text_file}", ask(0))
+    assert chat.out.getvalue() == f"{spaced(NEEDLES[0].key)}.\n", "the first needle stands in what was read"
+    assert chat.runner.conversation.documents == [] and chat.runner.session.num_tokens < 600
+
+
+def test_ctrl_c_at_the_prompt_leaves_the_second_time(runtime):
+    chat = Chat(runtime)
+    told = chat.type(KeyboardInterrupt(), "/stats", KeyboardInterrupt(), None)
+    assert told.count("press Ctrl-C again") == 2
+    with pytest.raises(KeyboardInterrupt):
+        chat.type(KeyboardInterrupt(), KeyboardInterrupt(), "/stats")
+    with pytest.raises(KeyboardInterrupt):
+        chat.type(KeyboardInterrupt(), interactive=False)
+
+
+def test_a_kept_folder_follows_until_another_session_is_loaded(runtime, tmp_path):
+    kept, other = tmp_path / "kept", tmp_path / "other"
+    chat = Chat(runtime, folder=kept, max_new_tokens=2)
+    chat.type("The magic number of")
+    assert saved_tokens(kept) == chat.runner.session.num_tokens
+    chat.type(f"/save {other}", "is: 1")
+    assert saved_tokens(kept) == chat.runner.session.num_tokens > saved_tokens(other)
+    before = saved_tokens(kept)
+    told = chat.type(f"/load {other}", "one two three four")
+    assert f"{kept} stays as it was" in told and saved_tokens(kept) == before
+
+    chat = Chat(runtime, folder=kept, max_new_tokens=2)
+    assert f"going on with the session in {kept}: {before:,} of 6,000" in chat.said.getvalue()
+    chat.type("/reset", "one")
+    assert saved_tokens(kept) == before
+
+
+def test_a_session_that_fits_only_alone_is_loaded_once_nothing_else_is_there(planted, tmp_path):
+    need = longrun.load(planted.path, ctx=6000).plan.device_bytes
+    budget = tmp_path / "small.toml"
+    budget.write_text(f"[memory]\ngpu = {need + 10_000}\nhost = 0\n")
+    chat = Chat(longrun.load(planted.path, budget, ctx=6000), max_new_tokens=2)
+    saved = tmp_path / "saved"
+    chat.type("The magic number of", f"/save {saved}")
+    tokens = saved_tokens(saved)
+    told = chat.type(f"/load {saved}", "/stats")
+    assert "does not fit in memory beside this conversation" in told and f"{tokens:,} of 6,000" in told
+    told = chat.type("/reset", f"/load {saved}")
+    assert f"going on with the session in {saved}: {tokens:,} of 6,000" in told and chat.loop.errors == 0
+
+    state = next(saved.glob("state-*"))
+    state.write_bytes(state.read_bytes()[:-1])
+    told = chat.type("/reset", f"/load {saved}", "/stats", "The magic number of")
+    assert "is truncated" in told and "0 of 6,000" in told and chat.loop.errors == 1
+    assert chat.runner.session.num_tokens == tokens
+
+
+def test_a_question_without_answer_is_told_and_can_be_answered(runtime, text_file, tmp_path):
+    chat = Chat(runtime, folder=tmp_path / "kept")
+    from longrun.documents import read_document
+
+    chat.runner.read([read_document(text_file)], ask(0))
+    del chat
+    chat = Chat(runtime, folder=tmp_path / "kept")
+    told = chat.type("/continue")
+    assert "has no answer yet" in told and chat.out.getvalue() == f"{spaced(NEEDLES[0].key)}.\n"

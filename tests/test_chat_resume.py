@@ -1,0 +1,102 @@
+"""The chat's command, killed or told to stop while it reads or answers: run again, it goes on where it was."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from planted_chat import ENVIRONMENT, NEEDLES, ask, command, saved_tokens, spaced
+
+from longrun.needles import generate_sentences
+from longrun.progress import PrefillProgress
+
+
+@pytest.fixture(scope="module")
+def long_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "long.txt"
+    path.write_text(" ".join([NEEDLES[0].sentence, *islice(generate_sentences(4), 600)]))
+    return path
+
+
+def check_resumption(chat, arguments: list, folder: Path, text_file: Path) -> None:
+    at = saved_tokens(folder)
+    done = chat("--ctx", "20K", "--prompt", "Something else", "--session", folder)
+    assert done.status == 2 and f"stopped at token {at:,} of " in done.err.splitlines()[-1]
+    assert saved_tokens(folder) == at
+
+    done = chat(*arguments)
+    assert done.status == 0, done.err
+    tokens = done.result["tokens"]
+    assert done.result["text"] == spaced(NEEDLES[0].key)
+    assert f"resuming at token {at:,} of {tokens['prompt']:,}" in done.err
+    assert tokens["resumed_at"] == at and tokens["prefilled"] == tokens["prompt"] - at
+
+    done = chat(*arguments)
+    assert f"{text_file} was read before: not read again" in done.err
+    assert done.result["text"] == spaced(NEEDLES[0].key) and done.result["tokens"]["prefilled"] < 20
+
+
+def resumable(text_file: Path, folder: Path) -> list:
+    return [
+        "--ctx", "20K", "--chunk-size", "256", "--file", text_file, "--prompt", ask(0), "--max-new-tokens", "7",
+        "--session", folder, "--json",
+    ]  # fmt: skip
+
+
+def test_a_reading_killed_at_any_moment_goes_on_where_it_was(chat, planted, long_file, tmp_path):
+    arguments = resumable(long_file, tmp_path / "session")
+    process = subprocess.Popen(
+        command(planted.path, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    end = time.monotonic() + 120
+    while saved_tokens(tmp_path / "session") < 512:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.01)
+    process.kill()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL and out == "", err
+    check_resumption(chat, arguments, tmp_path / "session", long_file)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_reading_saves_what_was_read(chat, text_file, tmp_path, monkeypatch, number, status):
+    arguments = resumable(text_file, tmp_path / "session")
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefillProgress, "__call__", lambda _, done, total: done != 512 or signal.raise_signal(number))
+        done = chat(*arguments)
+    assert done.status == status and done.out == ""
+    assert saved_tokens(tmp_path / "session") == 512
+    check_resumption(chat, arguments, tmp_path / "session", text_file)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_answering_leaves_the_question_to_be_answered(
+    chat, text_file, tmp_path, monkeypatch, number, status
+):
+    folder = tmp_path / "session"
+    arguments = ["--ctx", "4K", "--file", text_file, "--prompt", ask(0), "--json", "--temperature", "1", "--seed", "3"]
+    arguments += ["--max-new-tokens", "30", "--top-k", "4"]
+    whole = chat(*arguments).result
+    pieces = []
+
+    def emit_and_signal(text: str) -> None:
+        pieces.append(text)
+        sys.stdout.write(text)
+        if len(pieces) == 3:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("longrun.chat._emit", emit_and_signal)
+        done = chat(*arguments, "--session", folder)
+    assert done.status == status
+    if number == signal.SIGINT:
+        assert done.result["stop_reason"] == "interrupted" and whole["text"].startswith(done.result["text"])
+    assert saved_tokens(folder) == whole["tokens"]["prompt"]
+    again = chat(*arguments, "--session", folder)
+    assert again.result["text"] == whole["text"] and again.result["tokens"]["prefilled"] == 0

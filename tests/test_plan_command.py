@@ -1,0 +1,102 @@
+"""The plan's command: its table and JSON, status and sentence of what is wrong, and that it starts quickly."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from planned_models import LLAMA, LLAMA_JSON
+
+from longrun.budget import Budget
+from longrun.plan import make_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_JSON))
+    return str(folder)
+
+
+def run_plan(*arguments, program=("-m", "longrun.plan")):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *program, *arguments], capture_output=True, text=True, env=environment, timeout=60, check=False
+    )
+
+
+def test_table_says_what_is_planned(model_dir):
+    options = ("--ctx", "3.3M", "--budget", "a100-80g", "--retrieval-ratio", "0.5")
+    result = run_plan("--model", model_dir, *options)
+    assert result.returncode == 0, result.stderr
+    for text in ["3.3M tokens", "128 of 256 KV heads", "assumed", "55,755,177,984", "17,920 bytes per token", "8,192"]:
+        assert text in result.stdout
+
+
+def test_json_is_the_plan(model_dir):
+    options = ("--ctx", "1M", "--budget", "a100-80g", "--kv", "bf16", "--weights", "int8", "--chunk-size", "4096")
+    result = run_plan("--model", model_dir, *options, "--json")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    budget = Budget.load("a100-80g").override(kv_format="bf16", weight_format="int8", chunk_size=4096)
+    plan = make_plan(LLAMA, budget, 10**6)
+    assert json.loads(result.stdout) == json.loads(json.dumps(plan.to_dict()))
+
+
+def test_no_fit_leaves_with_status_2_and_the_same_facts_in_json(model_dir):
+    options = ("--model", model_dir, "--ctx", "20M", "--budget", "a100-80g")
+    result = run_plan(*options)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: a100-80g (gpu 80.0 GB, host 107 GB) does not hold 20,000,000 tokens")
+    as_json = run_plan(*options, "--json")
+    assert as_json.returncode == 2
+    facts = json.loads(as_json.stdout)
+    assert facts["fits"] is False
+    assert f"error: {facts['error']}\n" == result.stderr
+    assert facts["suggestions"][0]["setting"] == "ctx"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ctx", "0"], "at least 1"),
+        (["--ctx", "-5"], "'-5'"),
+        (["--ctx", "3.3X"], "'3.3X'"),
+        (["--budget", "a100"], "shipped budget"),
+        (["--head-map", "/no/such/map"], "/no/such/map is not a folder"),
+        (["--retrieval-ratio", "half"], "'half'"),
+        (["--chunk-size", "0"], "chunk_size = 0"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_status_2(model_dir, arguments, words):
+    result = run_plan("--model", model_dir, *arguments)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_missing_model_folder():
+    result = run_plan("--model", "/no/such/model")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: model folder /no/such/model does not exist")
+
+
+def test_planning_is_quick_and_imports_nothing_heavy(model_dir):
+    script = (
+        "import sys; from longrun.plan_cli import plan_command; plan_command(sys.argv[1:]); "
+        "sys.exit(str({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    )
+    arguments = ("--model", model_dir, "--ctx", "3.3M", "--budget", "rtx4090-24g", "--retrieval-ratio", "0.5")
+    start = time.perf_counter()
+    result = run_plan(*arguments, program=("-c", script))
+    assert result.stderr == "set()\n"
+    assert "3.3M tokens" in result.stdout
+    assert time.perf_counter() - start < 5.0  # well under a second on an idle machine
