@@ -58,6 +58,8 @@ def rope_store_kernel(
     low = tl.load(qkv_ptr + at).to(tl.float32)
     high = tl.load(qkv_ptr + at + HALF).to(tl.float32)
     cos, sin = tl.load(cos_ptr + channel), tl.load(sin_ptr + channel)
+    if ROTATE:
+        sign_low, sign_high = tl.load(signs_ptr + channel), tl.load(signs_ptr + HALF + channel)
     if NORM:
         weight_ptr = k_norm_ptr
         if head < num_qo_heads:
@@ -69,11 +71,10 @@ def rope_store_kernel(
     turned_low = (low * cos - high * sin).to(dtype)
     turned_high = (high * cos + low * sin).to(dtype)
     if ROTATE:
-        is_query = head < num_qo_heads
         if (head < num_retrieval_qo) | ((head >= num_qo_heads) & (head < num_qo_heads + num_retrieval)):
-            scale = tl.where(is_query, QUERY_SCALE, KEY_SCALE)
-            low = turned_low.to(tl.float32) * (tl.load(signs_ptr + channel) * scale)
-            high = turned_high.to(tl.float32) * (tl.load(signs_ptr + HALF + channel) * scale)
+            scale = tl.where(head < num_qo_heads, QUERY_SCALE, KEY_SCALE)
+            low = turned_low.to(tl.float32) * sign_low * scale
+            high = turned_high.to(tl.float32) * sign_high * scale
             turned_low = _hadamard(low + high, HALF).to(dtype)
             turned_high = _hadamard(low - high, HALF).to(dtype)
     if head < num_qo_heads:
