@@ -78,7 +78,7 @@ def test_views_of_one_buffer_are_turned_in_place(tokens, dtype):
     fused = torch.randn(tokens, (group + 2) * kv, dim, generator=torch.Generator().manual_seed(tokens)).to(dtype)
     before = fused.clone()
     q, k, _ = fused.split((group * kv, kv, kv), dim=1)
-    KeyRotation(dim, dtype, torch.device("cpu")).turn_(q[:, : heads * group], k[:, :heads])
+    KeyRotation(dim, dtype, torch.device("cpu")).turn_(q, k, heads)
     expected = before.double()
     for_queries, for_keys = (matrix.double() for matrix in key_rotation(dim))
     expected[:, : heads * group] @= for_queries

@@ -99,7 +99,7 @@ class CudaAttention:
         heads = 0 if pages is None else pages.num_heads
         split = heads * self.group
         if self._rotation is not None and pages is not None:
-            self._rotation.turn_(q[:, :split], k[:, :heads])
+            self._rotation.turn_(q, k, heads)
         k, v = (x.transpose(0, 1).to(self.exact).to(q.dtype) for x in (k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if ring is not None:

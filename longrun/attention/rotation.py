@@ -22,17 +22,19 @@ class KeyRotation:
     def __init__(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.for_queries, self.for_keys = (matrix.to(device, dtype) for matrix in key_rotation(head_dim))
 
-    def turn_(self, q: Tensor, k: Tensor) -> None:
-        """Turn queries and keys of the same heads after RoPE, in place: no score changes but by rounding.
+    def turn_(self, q: Tensor, k: Tensor, num_heads: int) -> None:
+        """Turn the first KV heads' keys and their queries after RoPE, in place: no score changes but by rounding.
 
         Args:
-            q: [T, num_heads * group, head_dim]; k: [T, num_heads, head_dim]; any strides with contiguous channels.
+            q: [T, num_qo_heads, head_dim]; k: [T, num_kv_heads, head_dim]; any strides with contiguous channels.
+            num_heads: KV heads that are turned, with the query heads of their groups.
         """
-        if q.shape[0] == 1:
-            for x, matrix in ((q[0], self.for_queries), (k[0], self.for_keys)):
-                x.copy_(torch.mm(x, matrix))
-            return
-        for x, matrix in ((q, self.for_queries), (k, self.for_keys)):
-            for part in x.split(_TOKENS_AT_ONCE):
-                heads = part.transpose(0, 1)  # a product a head: across heads the rows of q and k are not evenly spaced
+        group = q.shape[1] // k.shape[1]
+        for x, count, matrix in ((q, num_heads * group, self.for_queries), (k, num_heads, self.for_keys)):
+            if x.shape[0] == 1:  # decode pays for every small operation
+                row = x[0, :count]
+                row.copy_(torch.mm(row, matrix))
+                continue
+            for part in x[:, :count].split(_TOKENS_AT_ONCE):
+                heads = part.transpose(0, 1)  # a product a head, whose rows are evenly spaced: nothing is copied for it
                 heads.copy_(torch.matmul(heads, matrix))

@@ -52,7 +52,7 @@ class TorchAttention:
         """See `Attention.run`."""
         pages, _ = self.cache.layers[layer_idx]
         if self._rotation is not None and pages is not None:
-            self._rotation.turn_(q[:, : pages.num_heads * self.group], k[:, : pages.num_heads])
+            self._rotation.turn_(q, k, pages.num_heads)
         k = k.transpose(0, 1).to(self.exact)
         v = v.transpose(0, 1).to(self.exact)
         if step.num_tokens == 1:
