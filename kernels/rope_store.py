@@ -71,7 +71,8 @@ def rope_store_kernel(
     turned_low = (low * cos - high * sin).to(dtype)
     turned_high = (high * cos + low * sin).to(dtype)
     if ROTATE:
-        if (head < num_retrieval_qo) | ((head >= num_qo_heads) & (head < num_qo_heads + num_retrieval)):
+        retrieval_key = (head >= num_qo_heads) & (head < num_qo_heads + num_retrieval)
+        if (head < num_retrieval_qo) | retrieval_key:
             scale = tl.where(head < num_qo_heads, QUERY_SCALE, KEY_SCALE)
             low = turned_low.to(tl.float32) * sign_low * scale
             high = turned_high.to(tl.float32) * sign_high * scale

@@ -1,7 +1,7 @@
 """Rotations that spread a head's outlier channels over all of them: random signs times a Hadamard matrix.
 
-Queries and keys are both turned after RoPE, which leaves every score as it was, and turned keys lose less on the grid of
-a page (QuaRot, arXiv 2404.00456, for keys as KIVI, arXiv 2402.02750, quantizes them). The Hadamard matrix is
+Queries and keys are both turned after RoPE, which leaves every score as it was, and turned keys lose less on the grid
+of a page (QuaRot, arXiv 2404.00456, for keys as KIVI, arXiv 2402.02750, quantizes them). The Hadamard matrix is
 Sylvester's: H_2n = [[H_n, H_n], [H_n, -H_n]], element (i, j) the parity of the bits that i and j share.
 """
 

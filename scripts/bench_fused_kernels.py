@@ -129,8 +129,8 @@ def angles(tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def bench_rope_store(rows: Rows, settings: list[dict[str, int]]) -> None:
-    """One token: a launch a layer, every layer with its own projection and cache, half of the heads retrieval; as decode
-    over INT4 pages runs it, with rotated retrieval heads, and without the rotation."""
+    """One token: a launch a layer, every layer with its own projection and cache, half of the heads retrieval: without
+    rotation, and with it, as decode over INT4 pages runs."""
     half, bf16 = KV_HEADS // 2, torch.bfloat16
     cos, sin = angles(1)
     slots = torch.tensor([37, 211], device="cuda")

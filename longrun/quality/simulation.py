@@ -5,9 +5,9 @@ quantize it, and is stored as bf16: attention, paging, rewinding and offloading 
 as on a GPU. The exceptions are those of INT4 pages: the first page and the tail stay exact, and a running chunk sees
 its own keys exact. Rings of streaming heads are exact in every format.
 
-INT4 pages hold rotated keys and are read with rotated queries; here keys are rotated, put onto the grid and rotated back,
-which gives the same scores. The rotation here is orthogonal; that of INT4 pages is the same where head_dim is a square,
-and sqrt(2) smaller where it is not.
+INT4 pages hold rotated keys and are read with rotated queries; here keys are rotated, put onto the grid and rotated
+back, which gives the same scores. The rotation here is orthogonal; that of INT4 pages is the same where head_dim is a
+square, and sqrt(2) smaller where it is not.
 """
 
 from __future__ import annotations
