@@ -11,7 +11,8 @@ _TOKENS_AT_ONCE = 2048  # bounds the product that stands beside q or k
 
 
 class KeyRotation:
-    """The rotation of `quant.rotation.key_rotation`, in the compute dtype on its device.
+    """The rotation of `quant.rotation.key_rotation`, in the compute dtype on its device: two matrices of head_dim^2
+    elements, which the plan counts among its small tensors.
 
     Args:
         head_dim: of queries and keys.
