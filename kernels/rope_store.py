@@ -1,7 +1,11 @@
-"""One token's head norms, RoPE and append in Triton: from the fused projection into q, tails and rings, one launch.
+"""One token's head norms, RoPE, rotation and append in Triton: from the fused projection into q, tails and rings, one
+launch.
 
 A decode step in torch takes a dozen small launches a layer for this. Where the token goes is read from device memory
 when the kernel runs, so that one captured CUDA graph serves every position.
+
+A head is rotated in registers: of H_2n the kernel has both halves at hand ([a + b, a - b] times H_n), and H_n is the
+Kronecker product of two small Hadamard matrices, whose elements are parities of i & j.
 """
 
 from __future__ import annotations
@@ -13,13 +17,34 @@ from torch import Tensor
 
 from longrun.kernels.overlap import overlaps
 from longrun.kernels.rotary import check_head, head_norm, rotary_reference
+from longrun.quant.rotation import rotation_of, rotation_scales
 
 
-@triton.jit(do_not_specialize=["num_qo_heads", "num_kv_heads", "num_retrieval", "eps"])
+@triton.jit
+def _sylvester(N: tl.constexpr):
+    """Sylvester's Hadamard matrix of N <= 256 rows: float32 [N, N]."""
+    parity = tl.arange(0, N)[:, None] & tl.arange(0, N)[None, :]
+    parity ^= parity >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    return 1.0 - 2.0 * (parity & 1).to(tl.float32)
+
+
+@triton.jit
+def _hadamard(x, N: tl.constexpr):
+    """float32 [N] times Sylvester's matrix of N rows, 8 to 128: two sums of 2 to 16 items in place of one of N."""
+    A: tl.constexpr = 2 if N < 16 else (4 if N < 64 else 8)
+    B: tl.constexpr = N // A
+    rows = tl.sum(tl.reshape(x, (A, B))[:, None, :] * _sylvester(A)[:, :, None], 0)
+    return tl.reshape(tl.sum(rows[:, :, None] * _sylvester(B)[None, :, :], 1), (N,))
+
+
+@triton.jit(do_not_specialize=["num_qo_heads", "num_kv_heads", "num_retrieval", "num_retrieval_qo", "eps"])
 def rope_store_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_out_ptr, tail_k_ptr, tail_v_ptr, ring_k_ptr, ring_v_ptr, slots_ptr,
-    q_norm_ptr, k_norm_ptr, num_qo_heads, num_kv_heads, num_retrieval, tail_stride, ring_stride, eps,
-    D: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr = False,
+    q_norm_ptr, k_norm_ptr, signs_ptr, num_qo_heads, num_kv_heads, num_retrieval, num_retrieval_qo, tail_stride,
+    ring_stride, eps, QUERY_SCALE: tl.constexpr, KEY_SCALE: tl.constexpr,
+    D: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Grid: a program a query head, then one a KV head (its key and its value)."""
     if PDL:
@@ -33,6 +58,8 @@ def rope_store_kernel(
     low = tl.load(qkv_ptr + at).to(tl.float32)
     high = tl.load(qkv_ptr + at + HALF).to(tl.float32)
     cos, sin = tl.load(cos_ptr + channel), tl.load(sin_ptr + channel)
+    if ROTATE:
+        sign_low, sign_high = tl.load(signs_ptr + channel), tl.load(signs_ptr + HALF + channel)
     if NORM:
         weight_ptr = k_norm_ptr
         if head < num_qo_heads:
@@ -43,6 +70,14 @@ def rope_store_kernel(
         low, high = head_norm(low, high, scale_low, scale_high, mean_square, eps, dtype)
     turned_low = (low * cos - high * sin).to(dtype)
     turned_high = (high * cos + low * sin).to(dtype)
+    if ROTATE:
+        retrieval_key = (head >= num_qo_heads) & (head < num_qo_heads + num_retrieval)
+        if (head < num_retrieval_qo) | retrieval_key:
+            scale = tl.where(head < num_qo_heads, QUERY_SCALE, KEY_SCALE)
+            low = turned_low.to(tl.float32) * sign_low * scale
+            high = turned_high.to(tl.float32) * sign_high * scale
+            turned_low = _hadamard(low + high, HALF).to(dtype)
+            turned_high = _hadamard(low - high, HALF).to(dtype)
     if head < num_qo_heads:
         tl.store(q_out_ptr + at, turned_low)
         tl.store(q_out_ptr + at + HALF, turned_high)
@@ -68,7 +103,7 @@ def rope_store_kernel(
 def _counts(
     qkv: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, tail_k: Tensor | None, tail_v: Tensor | None,
     ring_k: Tensor | None, ring_v: Tensor | None, slots: Tensor, num_qo_heads: int,
-    q_norm: Tensor | None, k_norm: Tensor | None,
+    q_norm: Tensor | None, k_norm: Tensor | None, signs: Tensor | None,
 ) -> tuple[int, int, int]:  # fmt: skip
     """head_dim, retrieval heads, streaming heads; asserts all that callers must hold."""
     dim = q_out.shape[1]
@@ -86,14 +121,17 @@ def _counts(
     assert (q_norm is None) == (k_norm is None)
     for weight in (q_norm, k_norm):
         assert weight is None or (weight.shape == (dim,) and weight.is_contiguous())
+    if signs is not None:
+        assert signs.shape == (dim,) and signs.dtype == torch.float32 and signs.is_contiguous()
+        assert num_qo_heads % (retrieval + streaming) == 0
     return dim, retrieval, streaming
 
 
 def rope_store(
     qkv: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, tail_k: Tensor | None, tail_v: Tensor | None,
     ring_k: Tensor | None, ring_v: Tensor | None, slots: Tensor, num_qo_heads: int, *,
-    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0, num_warps: int = 1,
-    overlap: bool = False,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0, signs: Tensor | None = None,
+    num_warps: int = 1, overlap: bool = False,
 ) -> None:  # fmt: skip
     """Norm and turn one token's query and key heads; write q_out, and keys and values to their place in the cache.
 
@@ -110,6 +148,9 @@ def rope_store(
         slots: int64 [2] on the device, read when the kernel runs.
         q_norm, k_norm: [head_dim] weights of an RMS norm per head before the turn (Qwen3), both or neither; eps is
             added to the mean square, and the norm is rounded to the dtype of qkv.
+        signs: float32 [head_dim] of 1 and -1, which choose the rotation of retrieval KV heads' keys and of their query
+            heads (`quant.rotation.rotation_of`): turned heads are rounded to the dtype of qkv, rotated with float32
+            sums, and rounded again, as in prefill. Streaming heads are left alone. None rotates nothing.
         num_warps: warps a head.
         overlap: see `vector_linear`.
 
@@ -117,7 +158,7 @@ def rope_store(
         ConfigError: a head_dim or dtype that the kernel does not serve.
     """
     dim, retrieval, streaming = _counts(
-        qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, num_qo_heads, q_norm, k_norm
+        qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, num_qo_heads, q_norm, k_norm, signs
     )
     check_head("rope_store", dim, qkv.dtype)
     overlap = overlap and overlaps(qkv.device)
@@ -126,31 +167,38 @@ def rope_store(
     if ring_k is None or ring_v is None:
         ring_k, ring_v = tail_k, tail_v
     assert tail_k is not None and ring_k is not None
+    query_scale, key_scale = rotation_scales(dim)
     rope_store_kernel[(num_qo_heads + retrieval + streaming,)](
         qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, cos if q_norm is None else q_norm,
-        cos if k_norm is None else k_norm, num_qo_heads, retrieval + streaming, retrieval,
-        tail_k.stride(0), ring_k.stride(0), eps, D=dim, NORM=q_norm is not None, num_warps=num_warps,
-        PDL=overlap, launch_pdl=overlap,
+        cos if k_norm is None else k_norm, cos if signs is None else signs, num_qo_heads, retrieval + streaming,
+        retrieval, retrieval * (num_qo_heads // (retrieval + streaming)), tail_k.stride(0), ring_k.stride(0), eps,
+        QUERY_SCALE=query_scale, KEY_SCALE=key_scale, D=dim, NORM=q_norm is not None, ROTATE=signs is not None,
+        num_warps=num_warps, PDL=overlap, launch_pdl=overlap,
     )  # fmt: skip
 
 
 def rope_store_reference(
     qkv: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, tail_k: Tensor | None, tail_v: Tensor | None,
     ring_k: Tensor | None, ring_v: Tensor | None, slots: Tensor, num_qo_heads: int, *,
-    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0, num_warps: int = 1,
-    overlap: bool = False,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0, signs: Tensor | None = None,
+    num_warps: int = 1, overlap: bool = False,
 ) -> None:  # fmt: skip
     """`rope_store` in torch; waits for the device to read `slots`."""
     dim, retrieval, streaming = _counts(
-        qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, num_qo_heads, q_norm, k_norm
+        qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, num_qo_heads, q_norm, k_norm, signs
     )
     heads = qkv.clone().view(1, -1, dim)
     turned, v = heads[:, : -(retrieval + streaming)], heads[0, -(retrieval + streaming) :]
     rotary_reference(
         turned, cos.view(1, dim), sin.view(1, dim), weight_a=q_norm, weight_b=k_norm, split=num_qo_heads, eps=eps
     )
-    q_out.copy_(turned[0, :num_qo_heads])
-    k = turned[0, num_qo_heads:]
+    q, k = turned[0, :num_qo_heads], turned[0, num_qo_heads:]
+    if signs is not None:
+        for_queries, for_keys = (matrix.to(qkv.dtype) for matrix in rotation_of(signs))
+        rotated_q, rotated_k = q[: num_qo_heads // (retrieval + streaming) * retrieval], k[:retrieval]
+        rotated_q.copy_(rotated_q @ for_queries)
+        rotated_k.copy_(rotated_k @ for_keys)
+    q_out.copy_(q)
     tail, ring = slots.tolist()
     if tail_k is not None and tail_v is not None:
         tail_k[:, tail], tail_v[:, tail] = k[:retrieval], v[:retrieval]

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from longrun.cache.dual import DualCache
     from longrun.session import Session
 
-VERSION = 1
+VERSION = 2
+_OLDER = {1: ", whose INT4 pages hold keys that are not rotated"}  # what a reader of VERSION would get wrong
 _KIND = "longrun session"
 _MANIFEST = "manifest.json"
 _OWN_FILES = re.compile(r"(pages-\d+-\d+-[0-9a-f]+\.bin|state-[0-9a-f]+\.safetensors|manifest\.json(\.tmp)?)")
@@ -193,8 +194,8 @@ class SavedSession:
             raise SessionError(f"{folder / _MANIFEST} cannot be read as a session manifest: {error}") from error
         if version != VERSION:
             raise SessionError(
-                f"session {path} is of version {version}, this longrun reads version {VERSION}: use the longrun that "
-                f"wrote it"
+                f"session {path} is of version {version}{_OLDER.get(version, '')}, this longrun reads version "
+                f"{VERSION}: read the text again into a new session, or use the longrun that wrote it"
             )
         stored = manifest.pop("sha256", None)
         if stored != _digest(manifest):

@@ -18,6 +18,12 @@ INT4 payload, in this order (P = page_size, D = head_dim; all little-endian):
 and the index: D float16 key scales, then D float16 key minima. Keys are quantized per channel over the tokens of the
 page (KIVI, arXiv 2402.02750), values per token over the channels; `value = minimum + scale * nibble`.
 
+Keys of INT4 pages are rotated: after RoPE queries and keys are multiplied with the matrices of `quant.rotation` (signs
+times Hadamard; QuaRot, arXiv 2404.00456), which leaves the scores as they are. So are the keys of the sink page and of
+the tail of the same head, which stand with the pages and become pages. Rings of streaming heads hold keys as RoPE left
+them. The index therefore bounds rotated keys, and is to be used with rotated queries. Rotating is attention's work:
+`quant.page_codec` and everything that moves pages take keys as they come.
+
 The exact formats (`bf16`, `fp32`) store keys [P, D] and then values [P, D], and have no index.
 """
 
@@ -57,6 +63,11 @@ class PageFormat:
     @property
     def quantized(self) -> bool:
         return self.name == "int4"
+
+    @property
+    def rotates_keys(self) -> bool:
+        """Whether retrieval heads keep rotated keys: pages, sink page and tail, but no ring."""
+        return self.quantized
 
     @property
     def exact_itemsize(self) -> int:

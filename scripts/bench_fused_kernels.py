@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from longrun.kernels.rope_store import rope_store, rope_store_reference
 from longrun.kernels.rotary import rotary_, rotary_reference
 from longrun.kernels.silu_mul import silu_mul_, silu_mul_reference
 from longrun.model.rope import apply_rope_, signed_sin
+from longrun.quant.rotation import random_signs
 
 REPEATS = 11
 LAYERS, QO_HEADS, KV_HEADS, HEAD_DIM, WIDTH = 32, 32, 8, 128, 14336  # Llama-3-8B
@@ -127,7 +129,8 @@ def angles(tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def bench_rope_store(rows: Rows, settings: list[dict[str, int]]) -> None:
-    """One token: a launch a layer, every layer with its own projection and cache, half of the heads retrieval."""
+    """One token: a launch a layer, every layer with its own projection and cache, half of the heads retrieval: without
+    rotation, and with it, as decode over INT4 pages runs."""
     half, bf16 = KV_HEADS // 2, torch.bfloat16
     cos, sin = angles(1)
     slots = torch.tensor([37, 211], device="cuda")
@@ -138,14 +141,16 @@ def bench_rope_store(rows: Rows, settings: list[dict[str, int]]) -> None:
         caches = [torch.zeros(half, n, HEAD_DIM, dtype=bf16, device="cuda") for n in (64, 64, 1088, 1088)]
         layers.append([qkv, cos[0], sin[0], q_out, *caches])
     moved = 2 * 2 * layers[0][0].numel() + 4 * HEAD_DIM
-    for setting in settings:
+    rotation = random_signs(HEAD_DIM).cuda()
+    for setting, signs in product(settings, (None, rotation)):
         expected = [x.clone() for x in layers[-1]]
-        rope_store_reference(*expected, slots, QO_HEADS)
-        works = [partial(rope_store, *layer, slots, QO_HEADS, **setting) for layer in layers]
+        rope_store_reference(*expected, slots, QO_HEADS, signs=signs)
+        works = [partial(rope_store, *layer, slots, QO_HEADS, signs=signs, **setting) for layer in layers]
         times = seconds(works)
         for found, wanted in zip(layers[-1][3:], expected[3:], strict=True):
             close(found, wanted, BF16_LIMIT)
-        rows.add("rope_store", f"1 token, {LAYERS} layers in a graph", moved, times, **setting)
+        what = f"1 token, {LAYERS} layers in a graph{'' if signs is None else ', rotated'}"
+        rows.add("rope_store", what, moved + (0 if signs is None else 4 * HEAD_DIM), times, **setting)
 
 
 def bench_rotary(rows: Rows, tokens: int, settings: list[dict[str, int]]) -> None:

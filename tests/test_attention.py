@@ -11,6 +11,7 @@ from longrun.cache.spec import CacheSpec
 from longrun.kernels.cpu_int4 import CpuInt4Kernels
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
+from longrun.quant.rotation import key_rotation
 
 DIM, KV_HEADS, GROUP = 32, 4, 2
 SPLITS = {"full": (4, 4), "none": (0, 0), "mixed": (1, 3)}
@@ -61,7 +62,8 @@ def drive(attention, q, k, v, chunks):
         step = Step(start, size, None, None)
         for layer in range(len(q)):
             piece = slice(start, start + size)
-            out[layer, piece] = attention.run(layer, q[layer, piece], k[layer, piece], v[layer, piece], step)
+            given = (x[layer, piece].clone() for x in (q, k, v))  # attention may overwrite them
+            out[layer, piece] = attention.run(layer, *given, step)
         attention.cache.advance(size)
         attention.cache.check()
         start += size
@@ -137,15 +139,18 @@ def test_int4_equals_attention_over_dequantized_pages(cpu_kernels, compiled, dev
     """Chunks, then single tokens: every output against float64 attention over what the cache holds by then."""
     n = 230
     q, k, v = random_tokens(n, layers=1)
+    k = (k * 32).round() / 32  # few bits: rotated keys are exact, in whatever order they are summed up
+    for_queries, for_keys = key_rotation(DIM)
     attention = make(ONE_LAYER, "int4", n, cpu_kernels if compiled else None, device_share=device_share)
     chunks = [100, 64, 7, *[1] * (n - 171)]
     out = drive(attention, q, k, v, chunks)
     start = 0
     for size in chunks:
         cached_from = start if size > 1 else start + 1  # a lone token is appended first: it may flush the tail
-        ck, cv = as_cached(k[0], v[0], cached_from, start + size, PageFormat("int4", 16, DIM))
+        ck, cv = as_cached(k[0] @ for_keys, v[0], cached_from, start + size, PageFormat("int4", 16, DIM))
         for head in range(q.shape[2]):
-            scores = q[0, start : start + size, head].double() @ ck[:, head // GROUP].double().T / DIM**0.5
+            rotated = q[0, start : start + size, head].double() @ for_queries.double()
+            scores = rotated @ ck[:, head // GROUP].double().T / DIM**0.5
             future = torch.arange(start + size)[None] > torch.arange(start, start + size)[:, None]
             expected = scores.masked_fill(future, float("-inf")).softmax(-1) @ cv[:, head // GROUP].double()
             assert rms_ratio(out[0, start : start + size, head], expected) < 1e-5

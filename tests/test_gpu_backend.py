@@ -86,6 +86,33 @@ def test_families(tmp_path, family, rope):
     assert rms_ratio(fused, plain) < TOLERANCE
 
 
+@pytest.mark.parametrize("scores", ["mixed", "full"])
+@pytest.mark.parametrize(("dim", "num_qo_heads"), [(64, 3), (128, 9), (16, 12)])
+def test_shapes_of_heads_that_are_rotated(tmp_path, scores, dim, num_qo_heads):
+    """Groups of one, three and four; a head_dim that is a square and one that is not."""
+    sizes = {"hidden_size": 64 * num_qo_heads, "intermediate_size": 192}
+    tiny_model("llama", head_dim=dim, num_attention_heads=num_qo_heads, **sizes).save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (400,), generator=torch.Generator().manual_seed(6))
+    pair = engines(tmp_path, scores)
+    fused, plain = run_both(pair, ids, [200, 40, *[1] * 90, 50, *[1] * 20])
+    assert (
+        rms_ratio(fused, plain) < 8 * TOLERANCE
+    )  # wide heads are more peaked; a key's rounding depends on the product
+    held = [engine.cache.layers[0][0].sink_k.float() for engine in pair]
+    assert rms_ratio(*held) < TOLERANCE  # and the same keys stand in both caches
+
+
+def test_a_backend_that_forgets_to_rotate_is_noticed(tmp_path):
+    """In prefill or in decode: the tests above would see it."""
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (330,), generator=torch.Generator().manual_seed(7))
+    for name in ("_rotation", "_signs"):
+        pair = engines(tmp_path)
+        setattr(pair[0].attention, name, None)
+        fused, plain = run_both(pair, ids, [200, *[1] * 70, 60])
+        assert rms_ratio(fused, plain) > 20 * TOLERANCE, name
+
+
 def test_many_rounds_of_fetched_pages(tmp_path):
     """Two pages a head and round: the pages of a layer come in several rounds, through both halves of the buffer."""
     tiny_model("llama", **SHAPE).save_pretrained(tmp_path)

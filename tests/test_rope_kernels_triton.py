@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is optional without a GPU")
 
 from longrun.kernels.rope_store import rope_store, rope_store_kernel, rope_store_reference
 from longrun.kernels.rotary import rotary_, rotary_kernel, rotary_reference
+from longrun.quant.rotation import random_signs, rotation_of, rotation_scales
 
 NAN = float("nan")
 
@@ -79,8 +80,20 @@ def fresh(arguments):
     return [None if x is None else x.clone() for x in arguments]
 
 
-def check_token(qo, retrieval, streaming, dim, dtype, cache, norm, device="cpu"):
+def rotated(turned, qo, retrieval, kv, signs):
+    """Query and key heads [qo + kv, dim] with those of retrieval heads rotated, in float64."""
+    found = turned.double()
+    for_queries, for_keys = (matrix.double() for matrix in rotation_of(signs))
+    queries, keys = found[: retrieval * (qo // kv)], found[qo : qo + retrieval]
+    queries.copy_(queries @ for_queries)
+    keys.copy_(keys @ for_keys)
+    return found
+
+
+def check_token(qo, retrieval, streaming, dim, dtype, cache, norm, device="cpu", rotate=False):
     given, norms = token_case(qo, retrieval, streaming, dim, dtype, cache, norm, device)
+    if rotate:
+        norms["signs"] = random_signs(dim, seed=dim).to(device)
     slots = torch.tensor([37, 18], device=device)
     actual, reference = fresh(given), fresh(given)
     rope_store(*actual, slots, qo, **norms)
@@ -90,9 +103,12 @@ def check_token(qo, retrieval, streaming, dim, dtype, cache, norm, device="cpu")
     heads = given[0].view(1, -1, dim)
     weights = (norms["q_norm"], norms["k_norm"]) if norm else None
     turned = decoder_turn(heads[:, : qo + kv], given[1][None], given[2][None], weights, qo, 1e-5)[0]
+    if rotate:
+        plain, turned = turned, rotated(turned, qo, retrieval, kv, norms["signs"])
+        assert retrieval == 0 or error(turned, plain) > 0.5  # streaming heads are some of them
     k, v = turned[qo:].to(cache), heads[0, qo + kv :].to(cache)
-    exact = not norm and torch.bfloat16 not in (dtype, cache) and device == "cpu"
-    limit = max(LIMIT[dtype], LIMIT[cache])
+    exact = not norm and not (rotate and retrieval) and torch.bfloat16 not in (dtype, cache) and device == "cpu"
+    limit = max(LIMIT[dtype], LIMIT[cache]) * (1.5 if rotate and INTERPRETED else 1)  # one rounding more
     outs = [(actual[3], turned[:qo], limit)]
     for place, part, slot in ((4, slice(0, retrieval), 37), (6, slice(retrieval, kv), 18)):
         if given[place] is None:
@@ -105,6 +121,8 @@ def check_token(qo, retrieval, streaming, dim, dtype, cache, norm, device="cpu")
             assert not exact or same_bits(found[:, slot], reference[place + side][:, slot])
     for found, expected, bound in outs:
         assert error(found, expected) <= bound
+        assert bound == 0 or not rotate or max(error(*pair) for pair in zip(found, expected, strict=True)) < 1.5 * bound
+    assert error(reference[3], actual[3]) <= limit
     assert not exact or same_bits(actual[3], reference[3])
 
 
@@ -135,10 +153,23 @@ if INTERPRETED:
     def test_interpreted_rope_store(qo, retrieval, streaming, dim, norm, dtype, cache):
         check_token(qo, retrieval, streaming, dim, dtype, cache, norm)
 
+    @pytest.mark.parametrize(
+        ("dtype", "cache"),
+        [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16),
+         (torch.float32, torch.bfloat16)],
+    )  # fmt: skip
+    @pytest.mark.parametrize(
+        ("qo", "retrieval", "streaming", "dim", "norm"),
+        [(9, 2, 1, 64, True), (9, 0, 3, 128, False), (4, 1, 0, 64, False), (32, 3, 5, 128, True), (8, 8, 0, 128, False),
+         (3, 2, 1, 16, True), (6, 1, 1, 32, False), (2, 1, 0, 256, False)],
+    )  # fmt: skip
+    def test_interpreted_rope_store_rotates_retrieval_heads(qo, retrieval, streaming, dim, norm, dtype, cache):
+        check_token(qo, retrieval, streaming, dim, dtype, cache, norm, rotate=True)
+
 
 @not_interpreted
 def test_kernels_through_the_interpreter():
-    assert interpreted_tests(__file__) >= 73
+    assert interpreted_tests(__file__) >= 105
 
 
 @not_interpreted
@@ -164,10 +195,17 @@ def test_rope_kernels_compile_without_a_gpu(item, capability):
         stores = [number for kind, number in accesses(ptx) if kind == "st"]
         assert stores and set(stores) == {16}
         names = ("qkv", "q_out", "tail_k", "tail_v", "ring_k", "ring_v", "q_norm", "k_norm")
-        pointers = angles | {f"{name}_ptr": of for name in names} | {"slots_ptr": "*i64"}
-        constants = {"D": dim, "NORM": norm, "PDL": capability >= 90}
-        ptx = compiled(rope_store_kernel, capability, pointers, constants, 1, ("tail_stride", "ring_stride"))
-        assert {number for kind, number in accesses(ptx) if kind == "st"} == {dim // 2 // 32 * size}
+        pointers = angles | {f"{name}_ptr": of for name in names} | {"slots_ptr": "*i64", "signs_ptr": "*fp32"}
+        for rotate in (False, True):
+            scales = dict(zip(("QUERY_SCALE", "KEY_SCALE"), rotation_scales(dim), strict=True))
+            constants = scales | {"D": dim, "NORM": norm, "ROTATE": rotate, "PDL": capability >= 90}
+            ptx = compiled(rope_store_kernel, capability, pointers, constants, 1, ("tail_stride", "ring_stride"))
+            assert {number for kind, number in accesses(ptx) if kind == "st"} == {dim // 2 // 32 * size}
+            loads = [number for kind, number in accesses(ptx) if kind == "ld"]
+            assert loads.count(dim // 2 // 32 * 4) >= (4 if rotate else 2)  # cos, sin and both halves of the signs
+            if capability >= 90:  # nothing is read before the kernel that went before has ended
+                assert ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
+            assert "local" not in ptx, "registers are spilled"
 
 
 @pytest.mark.gpu
@@ -194,12 +232,14 @@ def test_rotary_on_the_gpu(tokens, heads, extra, dim, norm, dtype):
 )
 def test_rope_store_on_the_gpu(qo, retrieval, streaming, dim, norm, dtype, cache):
     check_token(qo, retrieval, streaming, dim, dtype, cache, norm, "cuda")
+    check_token(qo, retrieval, streaming, dim, dtype, cache, norm, "cuda", rotate=True)
 
 
 @pytest.mark.gpu
 @not_interpreted
 def test_a_captured_rope_store_follows_slots_angles_and_projection():
     given, norms = token_case(32, 3, 5, 128, torch.bfloat16, torch.bfloat16, True, "cuda", ring=320)
+    norms["signs"] = random_signs(128).cuda()
     slots = torch.zeros(2, dtype=torch.int64, device="cuda")
     rope_store(*given, slots, 32, **norms)
     graph = torch.cuda.CUDAGraph()

@@ -13,6 +13,7 @@ from longrun.attention.decode_state import DecodeState
 from longrun.attention.fetch import DoubleBuffer
 from longrun.attention.interface import Step
 from longrun.attention.past import past_pieces
+from longrun.attention.rotation import KeyRotation
 from longrun.attention.spec import AttentionSpec
 from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
@@ -21,6 +22,7 @@ from longrun.kernels.int4_decode import DecodePages, Workspace
 from longrun.kernels.int4_pages import ExactRun, PageRun
 from longrun.kernels.ring_decode import RingWorkspace, default_splits
 from longrun.quant.page_codec import exact_dtype
+from longrun.quant.rotation import random_signs
 
 
 class CudaAttention:
@@ -44,6 +46,10 @@ class CudaAttention:
         self.group = spec.group
         self.exact = exact_dtype(cache.spec.page_format)
         self.compute_dtype = compute_dtype
+        self._rotation, self._signs = None, None
+        if cache.spec.page_format.rotates_keys:
+            self._rotation = KeyRotation(spec.head_dim, compute_dtype, cache.device)
+            self._signs = random_signs(spec.head_dim).to(cache.device)
         elements = spec.max_retrieval_heads * spec.scratch_tokens * spec.head_dim
         self._scratch = torch.empty(2, elements, dtype=compute_dtype, device=cache.device).fill_(0)
         self._fetching = DoubleBuffer(cache.fetch_buffer, kernels.on_gpu)
@@ -89,11 +95,13 @@ class CudaAttention:
 
     def run(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """See `Attention.run`."""
-        k, v = (x.transpose(0, 1).to(self.exact).to(q.dtype) for x in (k, v))
         pages, ring = self.cache.layers[layer_idx]
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         heads = 0 if pages is None else pages.num_heads
         split = heads * self.group
+        if self._rotation is not None and pages is not None:
+            self._rotation.turn_(q, k, heads)
+        k, v = (x.transpose(0, 1).to(self.exact).to(q.dtype) for x in (k, v))
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if ring is not None:
             grouped = (q.shape[0], -1, self.group, q.shape[2])
             self.kernels.banded_prefill(
@@ -205,7 +213,7 @@ class CudaAttention:
             qkv.view(-1), state.cos, state.sin, self._q,
             None if pages is None else pages.tail_k, None if pages is None else pages.tail_v,
             None if ring is None else ring.k, None if ring is None else ring.v,
-            state.slots, self.spec.num_qo_heads, q_norm=q_norm, k_norm=k_norm, eps=eps,
+            state.slots, self.spec.num_qo_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, signs=self._signs,
         )  # fmt: skip
         heads = 0 if pages is None else pages.num_heads
         split = heads * group

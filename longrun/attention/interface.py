@@ -37,7 +37,8 @@ class Attention(Protocol):
             layer_idx: layer, from 0.
             q: [T, num_qo_heads, head_dim], after RoPE, compute dtype.
             k, v: [T, num_kv_heads, head_dim], k after RoPE. q, k and v may be strided views of one buffer that the
-                next layer overwrites: whatever is kept must be copied.
+                next layer overwrites: whatever is kept must be copied. q and k may be overwritten here (with pages
+                that hold rotated keys they are): callers do not read them afterwards.
             step: the forward pass they belong to.
 
         Returns:

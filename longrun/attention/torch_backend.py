@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longrun.attention.interface import Step
 from longrun.attention.past import past_pieces
+from longrun.attention.rotation import KeyRotation
 from longrun.attention.spec import AttentionSpec
 from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
@@ -41,12 +42,17 @@ class TorchAttention:
         self.softmax_scale = spec.head_dim**-0.5
         self.group = spec.num_qo_heads // spec.num_kv_heads
         self.exact = exact_dtype(cache.spec.page_format)
+        rotates = cache.spec.page_format.rotates_keys
+        self._rotation = KeyRotation(spec.head_dim, compute_dtype, cache.device) if rotates else None
         elements = spec.max_retrieval_heads * spec.scratch_tokens * spec.head_dim
         self._scratch = torch.empty(2, elements, dtype=compute_dtype, device=cache.device).fill_(0)
         self._band: BandPlan | None = None
 
     def run(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """See `Attention.run`."""
+        pages, _ = self.cache.layers[layer_idx]
+        if self._rotation is not None and pages is not None:
+            self._rotation.turn_(q, k, pages.num_heads)
         k = k.transpose(0, 1).to(self.exact)
         v = v.transpose(0, 1).to(self.exact)
         if step.num_tokens == 1:

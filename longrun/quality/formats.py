@@ -2,8 +2,10 @@
 
 Plain arithmetic, no torch; `longrun.quality.simulation` puts pages onto a format's grid. A name reads
 
-    sim:k4-channel/v4           our own INT4 pages: keys per channel over a page's tokens, values per token
-    sim:k4-token-rot/v3-rot     keys per token, both rotated by a randomized Hadamard matrix, values with 3 bits
+    sim:k4-channel-rot/v4       our own INT4 pages: keys rotated by a randomized Hadamard matrix and quantized per
+                                channel over a page's tokens, values per token
+    sim:k4-channel/v4           the same with plain keys
+    sim:k4-token-rot/v3-rot     keys per token, both rotated, values with 3 bits
 
 Whatever a format says, groups are those of our own pages (`quant.kv_format`): the tokens of a page for keys per
 channel, head_dim channels for keys and values per token, with a scale and a minimum in float16 a group.

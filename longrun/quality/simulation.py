@@ -4,6 +4,10 @@ A page is put onto the format's grid and taken off it again at the moment it is 
 quantize it, and is stored as bf16: attention, paging, rewinding and offloading are those of `kv_format` bf16, on a CPU
 as on a GPU. The exceptions are those of INT4 pages: the first page and the tail stay exact, and a running chunk sees
 its own keys exact. Rings of streaming heads are exact in every format.
+
+INT4 pages hold rotated keys and are read with rotated queries; here keys are rotated, put onto the grid and rotated
+back, which gives the same scores. The rotation here is orthogonal; that of INT4 pages is the same where head_dim is a
+square, and sqrt(2) smaller where it is not.
 """
 
 from __future__ import annotations
@@ -18,12 +22,12 @@ from longrun.errors import InputError
 from longrun.quality.formats import SimulatedFormat
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import exact_dtype
+from longrun.quant.rotation import ROTATION_SEED, hadamard_rotation
 from longrun.runtime import Runtime
 from longrun.session import Session
 
 STORED_AS = "bf16"  # the page format that simulated pages are held in
 EXACT_PAGES = 1  # leading pages that stay exact, as the sink page of INT4 caches
-ROTATION_SEED = 0
 _PAGES_AT_ONCE = 64  # a head; bounds the float32 temporaries of a long chunk
 
 
@@ -104,26 +108,6 @@ def _through_grid(x: Tensor, dim: int, bits: int, rotation: Tensor | None) -> Te
     steps = ((x - minimum) / torch.where(scale == 0, 1.0, scale)).round_().clamp_(0, 2**bits - 1)
     found = minimum + scale * steps
     return found if rotation is None else found @ rotation.T
-
-
-def hadamard_rotation(head_dim: int, seed: int) -> Tensor:
-    """A randomized Hadamard matrix: random signs times the Sylvester matrix over sqrt(head_dim), so orthogonal.
-
-    Returns:
-        float32 [head_dim, head_dim] in host memory; rows of tokens are rotated by `x @ matrix`.
-
-    Raises:
-        InputError: head_dim is no power of two.
-    """
-    if head_dim & (head_dim - 1):
-        raise InputError(
-            f"head_dim {head_dim} has no Hadamard matrix here, it must be a power of two: use formats without -rot"
-        )
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < head_dim:
-        matrix = torch.cat((torch.cat((matrix, matrix), dim=1), torch.cat((matrix, -matrix), dim=1)))
-    signs = torch.randint(0, 2, (head_dim, 1), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return signs * matrix / head_dim**0.5
 
 
 def computed_bytes(cache: DualCache, fmt: SimulatedFormat) -> int:
