@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from longrun.cache.dual import DualCache
     from longrun.session import Session
 
-VERSION = 2
-_OLDER = {1: ", whose INT4 pages hold keys that are not rotated"}  # what a reader of VERSION would get wrong
+VERSION = 2  # 1: INT4 pages held keys that were not rotated; exact pages were the same
 _KIND = "longrun session"
 _MANIFEST = "manifest.json"
 _OWN_FILES = re.compile(r"(pages-\d+-\d+-[0-9a-f]+\.bin|state-[0-9a-f]+\.safetensors|manifest\.json(\.tmp)?)")
@@ -192,14 +191,19 @@ class SavedSession:
             version = manifest["version"] if manifest["kind"] == _KIND else None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SessionError(f"{folder / _MANIFEST} cannot be read as a session manifest: {error}") from error
-        if version != VERSION:
+        if version not in (1, VERSION):
             raise SessionError(
-                f"session {path} is of version {version}{_OLDER.get(version, '')}, this longrun reads version "
-                f"{VERSION}: read the text again into a new session, or use the longrun that wrote it"
+                f"session {path} is of version {version}, this longrun reads version {VERSION}: read the text again "
+                f"into a new session, or use the longrun that wrote it"
             )
         stored = manifest.pop("sha256", None)
         if stored != _digest(manifest):
             raise SessionError(f"{folder / _MANIFEST} is damaged (its checksum does not match): restore it from a copy")
+        if version == 1 and manifest["identity"]["kv_format"] == "int4":
+            raise SessionError(
+                f"session {path} is of version 1, whose INT4 pages hold keys that are not rotated as this longrun's "
+                f"are: read the text again into a new session, or use the longrun that wrote it"
+            )
         identity.check(manifest["identity"], folder)
         return cls(
             folder, manifest["seq_len"], manifest["num_tokens"], manifest["capacity"], manifest["extra"],

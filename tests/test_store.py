@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 import longrun
 from longrun.errors import InputError, SessionError
 from longrun.patterns.head_map import HeadMap
-from longrun.store import VERSION, is_session
+from longrun.store import VERSION, _digest, is_session
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -178,15 +178,36 @@ def test_a_flipped_byte_anywhere_in_the_manifest_is_found(saved):
     runtime.load_session(folder)
 
 
-@pytest.mark.parametrize(("version", "said"), [(1, "version 1, whose INT4 pages .* not rotated"), (3, "version 3,")])
-def test_another_version(saved, version, said):
-    runtime, _, folder = saved
+def as_version(folder, version):
+    """The same session as another version would have signed it."""
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["version"] == VERSION == 2
+    del manifest["sha256"]
     manifest["version"] = version
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(SessionError, match=f"{said}.* reads version 2: read the text again .*, or use the longrun"):
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": _digest(manifest)}))
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [(1, "version 1, whose INT4 pages .* not rotated"), (3, "version 3, this longrun reads version 2")],
+)
+def test_another_version(saved, version, said):
+    runtime, _, folder = saved
+    as_version(folder, version)
+    with pytest.raises(SessionError, match=f"{said}.*: read the text again .*, or use the longrun that wrote it"):
         runtime.load_session(folder)
+
+
+def test_exact_pages_of_version_1_are_those_of_version_2(checkpoint, tmp_path):
+    runtime = load(checkpoint, kv_format="bf16")
+    session = runtime.new_session()
+    session.prefill(token_ids(200))
+    session.save(tmp_path / "s")
+    as_version(tmp_path / "s", 1)
+    again = runtime.load_session(tmp_path / "s")
+    assert list(again.generate(4)) == list(session.generate(4))
+    again.save(tmp_path / "s")
+    assert json.loads((tmp_path / "s" / "manifest.json").read_text())["version"] == VERSION
 
 
 def test_another_runtime_is_refused(saved, checkpoint, tmp_path):
