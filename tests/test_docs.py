@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from planned_models import LLAMA_JSON
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,15 +20,8 @@ WITHOUT_OPTIONS = ("longrun.model.demo", "tests/rooms.py")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 LLAMA_3_8B = {
-    "architectures": ["LlamaForCausalLM"],
+    **LLAMA_JSON,
     "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
     "rope_theta": 500000.0,
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
