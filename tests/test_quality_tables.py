@@ -6,12 +6,13 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_compare_merge import ROWS, comparison, record
 
 from longrun.errors import InputError
-from longrun.quality.report import write_report
+from longrun.quality.report import asked, write_report
 from longrun.quality.results import QualityResults
 from longrun.quality.settings import Row
 
@@ -175,3 +176,18 @@ def test_what_was_not_measured_is_empty_and_said(script, document, tmp_path):
 
 def test_the_projects_page_is_current(script):
     assert script.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        (["single"], "2 question(s) of each task at each of 3 depths a length."),
+        (["text"], "4 text(s) a length with the last 256 tokens predicted."),
+        (["several", "text"], "2 question(s) of each task at each of 3 depths a length, 4 text(s) a length with the last "
+         "256 tokens predicted."),
+    ],
+)  # fmt: skip
+def test_only_what_was_asked_is_told(tasks, said):
+    own = {"items": 2, "depths": [0.0, 0.5, 1.0], "texts": 4, "score_tokens": 256, "tasks": tasks}
+    results = SimpleNamespace(head={"settings": {"lengths": [4000]}}, settings_at=lambda length: own)
+    assert asked(results) == [said]

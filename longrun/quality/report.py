@@ -10,7 +10,7 @@ from longrun.quality.results import QualityResults
 from longrun.quality.settings import REFERENCE
 from longrun.quality.statistics import Estimate
 from longrun.quality.summary import ALL_TASKS, RowSummary, percent, points, sentences, summarize
-from longrun.quality.tasks import RETRIEVAL_TASKS
+from longrun.quality.tasks import RETRIEVAL_TASKS, TEXT_TASK
 from longrun.quality.window_picture import draw_windows
 from longrun.units import format_bytes, format_tokens
 
@@ -86,10 +86,12 @@ def asked(results: QualityResults) -> list[str]:
     same: dict[str, list[str]] = {}
     for length in results.head["settings"]["lengths"]:
         own = results.settings_at(length)
-        text = (
-            f"{own['items']} question(s) of each task at each of {len(own['depths'])} depths a length, {own['texts']} "
-            f"text(s) a length with the last {own['score_tokens']} tokens predicted"
-        )
+        parts = []
+        if set(own["tasks"]) - {TEXT_TASK}:
+            parts.append(f"{own['items']} question(s) of each task at each of {len(own['depths'])} depths a length")
+        if TEXT_TASK in own["tasks"]:
+            parts.append(f"{own['texts']} text(s) a length with the last {own['score_tokens']} tokens predicted")
+        text = ", ".join(parts)
         same.setdefault(text, []).append(format_tokens(length))
     if len(same) == 1:
         return [f"{next(iter(same))}."]
