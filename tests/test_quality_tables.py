@@ -183,8 +183,8 @@ def test_the_projects_page_is_current(script):
     [
         (["single"], "2 question(s) of each task at each of 3 depths a length."),
         (["text"], "4 text(s) a length with the last 256 tokens predicted."),
-        (["several", "text"], "2 question(s) of each task at each of 3 depths a length, 4 text(s) a length with the last "
-         "256 tokens predicted."),
+        (["several", "text"], "2 question(s) of each task at each of 3 depths a length, 4 text(s) a length with the "
+         "last 256 tokens predicted."),
     ],
 )  # fmt: skip
 def test_only_what_was_asked_is_told(tasks, said):
