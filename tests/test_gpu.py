@@ -7,6 +7,7 @@ import torch
 from tiny_models import tiny_model
 
 import longrun
+from longrun.attention.torch_backend import TorchAttention
 from longrun.errors import PlanError
 from longrun.kernels.dense_attention import attention_with_lse, reference_attention_with_lse
 from longrun.patterns.head_map import HeadMap
@@ -49,17 +50,34 @@ def load(folder, device, kv="int4", weights="fp32", device_share=0.5, **changes)
     )
 
 
+def rounded_as_on_the_gpu(run):
+    """`TorchAttention.run` with queries rounded to float16 and keys moved by a float32 rounding or so."""
+    noise = torch.Generator().manual_seed(0)
+
+    def rounded(self, layer_idx, q, k, v, step):
+        q.copy_(q.half())
+        k.mul_(1 + 1e-6 * torch.randn(k.shape, generator=noise))
+        return run(self, layer_idx, q, k, v, step)
+
+    return rounded
+
+
 @pytest.mark.parametrize("device_share", [1.0, 0.4, 0.0])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("kv", ["int4", "bf16", "fp32"])
-def test_runtime_on_the_gpu_agrees_with_the_cpu(tmp_path, kv, family, device_share):
-    """Prefill in chunks, a token at a time over page borders, offloaded pages, rewinding: logits and tokens."""
+def test_runtime_on_the_gpu_agrees_with_the_cpu(tmp_path, monkeypatch, kv, family, device_share):
+    """Prefill in chunks, a token at a time over page borders, offloaded pages, rewinding: logits and tokens. q and p
+    enter the tensor cores as float16, the tiny models are peaked, and a rounding the other way is a nibble: how far
+    such roundings alone move INT4 rows, the CPU shows."""
     if kv != "int4" and (family != "llama" or device_share == 1.0):
         pytest.skip("the exact formats share the torch path of the CPU")
     tiny_model(family, **SHAPE).save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (600,), generator=torch.Generator().manual_seed(1))
     rows = {}
-    for device in ("cpu", "cuda"):
+    for name in ("cpu", "cuda") if kv != "int4" else ("cpu", "cuda", "rounded"):
+        device = "cuda" if name == "cuda" else "cpu"
+        if name == "rounded":
+            monkeypatch.setattr(TorchAttention, "run", rounded_as_on_the_gpu(TorchAttention.run))
         runtime = load(tmp_path, device, kv, device_share=device_share)
         session = runtime.new_session()
         assert (session._engine.decode_graph is not None) == (device == "cuda" and kv == "int4")
@@ -71,11 +89,12 @@ def test_runtime_on_the_gpu_agrees_with_the_cpu(tmp_path, kv, family, device_sha
         found += [session.prefill(token).cpu() for token in ids[350:450].split(1)]
         found += list(session.score(ids[450:]).cpu())
         session.cache.check()
-        rows[device] = torch.stack(found)
+        rows[name] = torch.stack(found)
         assert len(list(session.generate(100, eos=False))) == 100
         session.cache.check()
-    # q and p enter the tensor cores as float16, the tiny models are peaked, and a rounding the other way is a nibble.
-    assert rms_ratio(rows["cuda"], rows["cpu"]) < (2e-2 if kv == "int4" else 5e-3)
+    tolerance = 5e-3 if kv != "int4" else max(5e-3, 1.5 * rms_ratio(rows["rounded"], rows["cpu"]))
+    assert tolerance < 5e-2
+    assert rms_ratio(rows["cuda"], rows["cpu"]) < tolerance
     assert (rows["cuda"].argmax(-1) == rows["cpu"].argmax(-1)).float().mean() > 0.97
 
 
