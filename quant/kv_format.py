@@ -4,11 +4,11 @@ A page holds `page_size` consecutive tokens of one KV head of one layer. Its byt
 different memories:
 
 * the *payload* (quantized keys, quantized values, value scales), which may be offloaded to host memory;
-* the *index* (key scales and minima, one pair a channel), which stays on the device: `min` and `min + 15 * scale`
-  are exact channel-wise bounds of the page's dequantized keys, so it doubles as the page-selection index of Quest
-  (arXiv 2406.10774) and LServe (arXiv 2502.14866) at no extra byte.
+* the *index* (key scales and minima, one pair a channel), which stays on the device: the minimum and the minimum plus
+  a scale for every further step are exact channel-wise bounds of the page's dequantized keys, so it doubles as the
+  page-selection index of Quest (arXiv 2406.10774) and LServe (arXiv 2502.14866) at no extra byte.
 
-INT4 payload, in this order (P = page_size, D = head_dim; all little-endian):
+Payload of the quantized formats, in this order (P = page_size, D = head_dim; all little-endian):
 
     keys    D x P/2 bytes   channel-major; byte j of a channel: token j in the low nibble, token j + P/2 in the high
     values  P x D/2 bytes   token-major; byte j of a token: channel j in the low nibble, channel j + D/2 in the high
@@ -16,13 +16,19 @@ INT4 payload, in this order (P = page_size, D = head_dim; all little-endian):
     minima  P float16       value minimum a token
 
 and the index: D float16 key scales, then D float16 key minima. Keys are quantized per channel over the tokens of the
-page (KIVI, arXiv 2402.02750), values per token over the channels; `value = minimum + scale * nibble`.
+page (KIVI, arXiv 2402.02750), values per token over the channels; `value = minimum + scale * step`, of 16 steps with
+`int4`.
 
-Keys of INT4 pages are rotated: after RoPE queries and keys are multiplied with the matrices of `quant.rotation` (signs
-times Hadamard; QuaRot, arXiv 2404.00456), which leaves the scores as they are. So are the keys of the sink page and of
-the tail of the same head, which stand with the pages and become pages. Rings of streaming heads hold keys as RoPE left
-them. The index therefore bounds rotated keys, and is to be used with rotated queries. Rotating is attention's work:
-`quant.page_codec` and everything that moves pages take keys as they come.
+`k5v3` has the same bytes with 32 steps for a key and 8 for a value: keys lose more on a grid than values do
+(arXiv 2502.15075). A key's low four bits stand in its nibble of the keys, and its fifth bit is the highest bit of the
+values' nibble at the same place: byte n of the values holds in bits 3 and 7 the fifth bits of the low and of the high
+nibble of byte n of the keys. The index's upper bound is `min + 31 * scale` here.
+
+Keys of quantized pages are rotated: after RoPE queries and keys are multiplied with the matrices of `quant.rotation`
+(signs times Hadamard; QuaRot, arXiv 2404.00456), which leaves the scores as they are. So are the keys of the sink page
+and of the tail of the same head, which stand with the pages and become pages. Rings of streaming heads hold keys as
+RoPE left them. The index therefore bounds rotated keys, and is to be used with rotated queries. Rotating is
+attention's work: `quant.page_codec` and everything that moves pages take keys as they come.
 
 The exact formats (`bf16`, `fp32`) store keys [P, D] and then values [P, D], and have no index.
 """
@@ -33,9 +39,10 @@ from dataclasses import dataclass
 
 from longrun.errors import ConfigError
 
-KV_FORMATS = ("int4", "bf16", "fp32")
+KV_FORMATS = ("int4", "k5v3", "bf16", "fp32")
+_BITS = {"int4": (4, 4), "k5v3": (5, 3)}  # of a key's and of a value's element
 PAGE_SIZES = (16, 32, 64, 128, 256)
-_EXACT_ITEMSIZE = {"int4": 2, "bf16": 2, "fp32": 4}
+_EXACT_ITEMSIZE = {"int4": 2, "k5v3": 2, "bf16": 2, "fp32": 4}
 _SCALE_ITEMSIZE = 2
 
 
@@ -62,7 +69,17 @@ class PageFormat:
 
     @property
     def quantized(self) -> bool:
-        return self.name == "int4"
+        return self.name in _BITS
+
+    @property
+    def key_bits(self) -> int:
+        """Bits of a key's element (quantized formats only): 2^key_bits steps."""
+        return _BITS[self.name][0]
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of a value's element (quantized formats only)."""
+        return _BITS[self.name][1]
 
     @property
     def rotates_keys(self) -> bool:
@@ -86,7 +103,7 @@ class PageFormat:
 
     @property
     def value_scales_offset(self) -> int:
-        """Offset of the value scales (INT4 only); the minima follow them."""
+        """Offset of the value scales (quantized formats only); the minima follow them."""
         assert self.quantized
         return 2 * self.keys_bytes
 
@@ -101,17 +118,18 @@ class PageFormat:
 
     @property
     def page_bytes(self) -> int:
-        """Payload and index together: what one page costs (8,960 B for INT4 at head_dim 128, page_size 64)."""
+        """Payload and index together: what one page costs (8,960 B quantized at head_dim 128, page_size 64)."""
         return self.payload_bytes + self.index_bytes
 
     @property
     def exact_page_bytes(self) -> int:
-        """Keys and values of one page kept exact: the sink page of INT4 caches, and the tail of every cache."""
+        """Keys and values of one page kept exact: the sink page of quantized caches, and the tail of every cache."""
         return 2 * self.page_size * self.head_dim * self.exact_itemsize
 
     @property
     def sink_pages(self) -> int:
-        """How many leading pages a retrieval head keeps exact outside the pools: one with INT4, none otherwise."""
+        """How many leading pages a retrieval head keeps exact outside the pools: one where pages are quantized, none
+        otherwise."""
         return 1 if self.quantized else 0
 
     def closed_pages(self, seq_len: int) -> int:

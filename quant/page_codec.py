@@ -7,27 +7,28 @@ from torch import Tensor
 
 from longrun.quant.kv_format import PageFormat
 
-EXACT_DTYPES = {"int4": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
+EXACT_DTYPES = {"int4": torch.bfloat16, "k5v3": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def exact_dtype(fmt: PageFormat) -> torch.dtype:
     """dtype of what the cache keeps unquantized (sink page, tail, rings), and of keys and values as attention sees
-    them: bfloat16 for `int4` and `bf16`, float32 for `fp32`."""
+    them: bfloat16, or float32 for `fp32`."""
     return EXACT_DTYPES[fmt.name]
 
 
-def _quantize(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric 4-bit groups along `dim`: nibbles (uint8), scale and minimum (float16, `dim` removed).
+def _quantize(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric groups along `dim`: steps (uint8, below 2^bits), scale and minimum (float16, `dim` removed).
 
-    Nibbles are chosen against the rounded scale and minimum, so that rounding those costs nothing twice.
+    Steps are chosen against the rounded scale and minimum, so that rounding those costs nothing twice.
     """
     x = x.float()
     low, high = x.aminmax(dim=dim, keepdim=True)
     minimum = low.half()
-    scale = ((high - minimum.float()) / 15).clamp_min(0).half()
+    last = 2**bits - 1
+    scale = ((high - minimum.float()) / last).clamp_min(0).half()
     step = scale.float()
-    nibbles = ((x - minimum.float()) / torch.where(step == 0, 1.0, step)).round_().clamp_(0, 15)
-    return nibbles.to(torch.uint8), scale.squeeze(dim), minimum.squeeze(dim)
+    steps = ((x - minimum.float()) / torch.where(step == 0, 1.0, step)).round_().clamp_(0, last)
+    return steps.to(torch.uint8), scale.squeeze(dim), minimum.squeeze(dim)
 
 
 def encode_pages(k: Tensor, v: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor | None]:
@@ -47,19 +48,20 @@ def encode_pages(k: Tensor, v: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor 
         both = torch.stack((k, v), dim=-3).to(exact_dtype(fmt))
         return both.reshape(*lead, -1).view(torch.uint8), None
     payload = torch.empty(*lead, fmt.payload_bytes, dtype=torch.uint8, device=k.device)
-    keys, key_scale, key_min = _quantize(k, dim=-2)
-    keys = keys.transpose(-1, -2)
-    packed = keys[..., :half_page] | keys[..., half_page:] << 4
-    payload[..., : fmt.values_offset] = packed.reshape(*lead, -1)
-    values, value_scale, value_min = _quantize(v, dim=-1)
-    packed = values[..., :half_dim] | values[..., half_dim:] << 4
-    payload[..., fmt.values_offset : fmt.value_scales_offset] = packed.reshape(*lead, -1)
+    keys, key_scale, key_min = _quantize(k, -2, fmt.key_bits)
+    low, high = keys.transpose(-1, -2).split(half_page, dim=-1)
+    payload[..., : fmt.values_offset] = (low & 15 | high << 4).reshape(*lead, -1)
+    values, value_scale, value_min = _quantize(v, -1, fmt.value_bits)
+    packed = (values[..., :half_dim] | values[..., half_dim:] << 4).reshape(*lead, -1)
+    if fmt.key_bits == 5:
+        packed |= ((low >> 4) << 3 | (high >> 4) << 7).reshape(*lead, -1)
+    payload[..., fmt.values_offset : fmt.value_scales_offset] = packed
     payload[..., fmt.value_scales_offset :] = torch.cat((value_scale, value_min), dim=-1).view(torch.uint8)
     return payload, torch.stack((key_scale, key_min), dim=-2)
 
 
 def _unpack(packed: Tensor) -> Tensor:
-    return torch.cat((packed & 15, packed >> 4), dim=-1).float()
+    return torch.cat((packed & 15, packed >> 4), dim=-1)
 
 
 def decode_pages(payload: Tensor, index: Tensor | None, fmt: PageFormat) -> tuple[Tensor, Tensor]:
@@ -73,10 +75,14 @@ def decode_pages(payload: Tensor, index: Tensor | None, fmt: PageFormat) -> tupl
         both = payload.contiguous().view(exact_dtype(fmt)).reshape(*lead, 2, size, dim).float()
         return both.select(-3, 0), both.select(-3, 1)
     assert index is not None
-    keys = _unpack(payload[..., : fmt.values_offset].reshape(*lead, dim, size // 2))
+    key_bytes, value_bytes = payload[..., : fmt.value_scales_offset].split(fmt.values_offset, dim=-1)
+    keys = _unpack(key_bytes.reshape(*lead, dim, size // 2))
+    values = _unpack(value_bytes.reshape(*lead, size, dim // 2))
+    if fmt.key_bits == 5:
+        keys |= (_unpack(value_bytes.reshape(*lead, dim, size // 2)) & 8) << 1
+        values &= 7
     scale, minimum = index[..., 0, :, None].float(), index[..., 1, :, None].float()
     k = (minimum + scale * keys).transpose(-1, -2)
-    values = _unpack(payload[..., fmt.values_offset : fmt.value_scales_offset].reshape(*lead, size, dim // 2))
     scales = payload[..., fmt.value_scales_offset :].contiguous().view(torch.float16).float()
     v = scales[..., size:, None] + scales[..., :size, None] * values
     return k, v
