@@ -60,20 +60,21 @@ class GpuKernels:
     on_gpu: bool
 
 
-def load_gpu_kernels(head_dim: int, overlap: bool = True) -> GpuKernels:
+def load_gpu_kernels(head_dim: int, kv_format: str = "int4", overlap: bool = True) -> GpuKernels:
     """The GPU's kernels on the current device.
 
     Args:
+        kv_format: of the pages that decode reads, "int4" or "k5v3"; the other kernels serve both.
         overlap: decode kernels begin while the one before them ends (sm_90; no effect on older GPUs).
 
     Raises:
         ConfigError: the INT4 decode kernel cannot be compiled here.
     """
     try:
-        decode = CudaInt4Decode(head_dim)
+        decode = CudaInt4Decode(head_dim, kv_format=kv_format)
     except CudaUnavailable as error:
         raise ConfigError(
-            f"the INT4 decode kernel cannot be built on this GPU ({error}): use kv_format bf16, or device cpu"
+            f"the {kv_format} decode kernel cannot be built on this GPU ({error}): use kv_format bf16, or device cpu"
         ) from error
     return GpuKernels(
         decode_attention=decode.decode_attention,

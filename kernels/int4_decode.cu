@@ -1,4 +1,4 @@
-// INT4 paged split-KV decode attention for sm_80 and newer, compiled at run time (kernels/int4_decode_cuda.py).
+// Paged split-KV decode attention over INT4 pages (and k5v3's) for sm_80 and newer, compiled at run time (kernels/int4_decode_cuda.py).
 //
 // A warp takes one page at a time through its own ring of STAGES pages in shared memory (cp.async, no block barrier).
 // Both products are mma.m16n8k16 with the page as the A operand and the group of query heads as the N side (8):
@@ -11,7 +11,11 @@
 // is the subnormal nibble * 2^-24 (16 times that for a high nibble), exact, with no conversion and no bias. Powers of
 // two are taken out of the float32 accumulators. The order of k is free, so a thread reads what lies side by side.
 //
-// Defined by the compiler's caller: HEAD_DIM (64, 128), STAGES, WARPS.
+// Keys of 5 bits (KEY_BITS, page format k5v3) have their highest bit in the byte of the values that has the same number,
+// as the highest bit of that nibble; values have 3. The fifth bit joins its nibble in the register: 5 bits are as
+// subnormal as 4.
+//
+// Defined by the compiler's caller: HEAD_DIM (64, 128), STAGES, WARPS, KEY_BITS (4, 5).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -31,6 +35,8 @@ constexpr int WARP_BYTES = STAGES * STAGE_BYTES;
 constexpr int TILES = D / 16;                   // tiles of output channels; also k-steps of the scores
 constexpr int C16 = D / 16;                     // output channels of a thread in each half
 constexpr u32 LOW = 0x000f000fu, HIGH = 0x00f000f0u, ALL = 0xffffffffu;
+constexpr u32 FIFTH_LOW = 0x00100010u, FIFTH_HIGH = 0x01000100u;
+constexpr u32 VALUE_LOW = KEY_BITS == 5 ? 0x00070007u : LOW, VALUE_HIGH = KEY_BITS == 5 ? 0x00700070u : HIGH;
 constexpr float TWO24 = 16777216.f, TWO20 = 1048576.f, TWO_24 = 1.f / TWO24, TWO_20 = 1.f / TWO20;
 constexpr float LN2 = 0.6931471805599453f;
 // Probabilities are 2^(score - ref): ref stays until a score passes ref + RISE, and is then set to FALL below the
@@ -63,14 +69,29 @@ __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u3
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1)); }
 // Four tiles from the words of two k-pairs: byte b of the words is tile b, its nibbles are rows g and g + 8.
+template <u32 LO, u32 HI>
 __device__ __forceinline__ void mma_bytes(float (*c)[4], u32 w0, u32 w1, u32 w2, u32 w3, u32 b0, u32 b1) {
   u32 x = __byte_perm(w0, w1, 0x5410), y = __byte_perm(w0, w1, 0x7632);
   u32 z = __byte_perm(w2, w3, 0x5410), w = __byte_perm(w2, w3, 0x7632);
-  mma(c[0], x & LOW, x & HIGH, z & LOW, z & HIGH, b0, b1);
-  mma(c[2], y & LOW, y & HIGH, w & LOW, w & HIGH, b0, b1);
+  mma(c[0], x & LO, x & HI, z & LO, z & HI, b0, b1);
+  mma(c[2], y & LO, y & HI, w & LO, w & HI, b0, b1);
   x >>= 8, y >>= 8, z >>= 8, w >>= 8;
-  mma(c[1], x & LOW, x & HIGH, z & LOW, z & HIGH, b0, b1);
-  mma(c[3], y & LOW, y & HIGH, w & LOW, w & HIGH, b0, b1);
+  mma(c[1], x & LO, x & HI, z & LO, z & HI, b0, b1);
+  mma(c[3], y & LO, y & HI, w & LO, w & HI, b0, b1);
+}
+// Two of four tiles with fifth bits: x, z nibbles and h, i the words with their fifth bits, all of them joined by prmt.
+__device__ __forceinline__ void mma_five(float* even, float* odd, u32 x, u32 z, u32 h, u32 i, u32 b0, u32 b1) {
+  u32 f = h << 1, n = i << 1;
+  mma(even, (x & LOW) | (f & FIFTH_LOW), (x & HIGH) | (f & FIFTH_HIGH), (z & LOW) | (n & FIFTH_LOW), (z & HIGH) | (n & FIFTH_HIGH), b0, b1);
+  x >>= 8, z >>= 8, f = h >> 7, n = i >> 7;
+  mma(odd, (x & LOW) | (f & FIFTH_LOW), (x & HIGH) | (f & FIFTH_HIGH), (z & LOW) | (n & FIFTH_LOW), (z & HIGH) | (n & FIFTH_HIGH), b0, b1);
+}
+// `mma_bytes` of keys with 5 bits: words at w, those with the fifth bits at h, 32 bytes from one to the next.
+__device__ __forceinline__ void mma_fives(float (*c)[4], u32 w, u32 h, u32 b0, u32 b1) {
+  u32 w0 = lds32(w), w1 = lds32(w + 32), w2 = lds32(w + 64), w3 = lds32(w + 96);
+  u32 h0 = lds32(h), h1 = lds32(h + 32), h2 = lds32(h + 64), h3 = lds32(h + 96);
+  mma_five(c[0], c[1], __byte_perm(w0, w1, 0x5410), __byte_perm(w2, w3, 0x5410), __byte_perm(h0, h1, 0x5410), __byte_perm(h2, h3, 0x5410), b0, b1);
+  mma_five(c[2], c[3], __byte_perm(w0, w1, 0x7632), __byte_perm(w2, w3, 0x7632), __byte_perm(h0, h1, 0x7632), __byte_perm(h2, h3, 0x7632), b0, b1);
 }
 
 __device__ __forceinline__ void fetch(u32 to, const u8* page, const u8* index, int lane) {
@@ -113,10 +134,12 @@ __device__ __forceinline__ void attend_page(State& st, u32 at, const u32* q, flo
   }
   float c[4][4] = {};
   const u32 keys = at + t * KT_BYTES + g * 4;
+  const u32 fifths = at + K_BYTES + 2 * t * VT_BYTES + g * 4;  // the same byte numbers, past as much padding as stands there
 #pragma unroll
   for (int s = 0; s < TILES; ++s) {
     u32 a = keys + s * 128;
-    mma_bytes(c, lds32(a), lds32(a + 32), lds32(a + 64), lds32(a + 96), b[2 * s], b[2 * s + 1]);
+    if constexpr (KEY_BITS == 5) mma_fives(c, a, fifths + s * 128 + s / (TILES / 2) * 32, b[2 * s], b[2 * s + 1]);
+    else mma_bytes<LOW, HIGH>(c, lds32(a), lds32(a + 32), lds32(a + 64), lds32(a + 96), b[2 * s], b[2 * s + 1]);
   }
   const float low = to_log2 * TWO24, high = to_log2 * TWO20, bias0 = bias[0] * to_log2, bias1 = bias[1] * to_log2;
   float max0 = -INF, max1 = -INF;
@@ -156,10 +179,10 @@ __device__ __forceinline__ void attend_page(State& st, u32 at, const u32* q, flo
     u32 a = values + i * V_ROW;
     if constexpr (D == 128) {
       uint2 w0 = lds64(a), w1 = lds64(a + 4 * V_ROW), w2 = lds64(a + 4 * VT_BYTES), w3 = lds64(a + 4 * VT_BYTES + 4 * V_ROW);
-      mma_bytes(page, w0.x, w1.x, w2.x, w3.x, p[i][0], p[i][1]);
-      mma_bytes(page + 4, w0.y, w1.y, w2.y, w3.y, p[i][0], p[i][1]);
+      mma_bytes<VALUE_LOW, VALUE_HIGH>(page, w0.x, w1.x, w2.x, w3.x, p[i][0], p[i][1]);
+      mma_bytes<VALUE_LOW, VALUE_HIGH>(page + 4, w0.y, w1.y, w2.y, w3.y, p[i][0], p[i][1]);
     } else {
-      mma_bytes(page, lds32(a), lds32(a + 4 * V_ROW), lds32(a + 4 * VT_BYTES), lds32(a + 4 * VT_BYTES + 4 * V_ROW), p[i][0], p[i][1]);
+      mma_bytes<VALUE_LOW, VALUE_HIGH>(page, lds32(a), lds32(a + 4 * V_ROW), lds32(a + 4 * VT_BYTES), lds32(a + 4 * VT_BYTES + 4 * V_ROW), p[i][0], p[i][1]);
     }
   }
 #pragma unroll

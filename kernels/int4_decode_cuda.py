@@ -1,4 +1,4 @@
-"""Decode attention straight from INT4 pages in CUDA C++ (`int4_decode.cu`), compiled at run time: the fast kernel.
+"""Decode attention straight from quantized pages in CUDA C++ (`int4_decode.cu`), compiled at run time: the fast kernel.
 
 Same meaning as `int4_decode.decode_attention` (Triton), for NVIDIA GPUs from sm_80 on. Why it exists beside Triton's:
 the unpacked registers are the tensor core's operand here, nothing unpacked crosses shared memory, and every warp has
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from longrun.kernels.cuda_module import CudaModule, CudaUnavailable
-from longrun.kernels.int4_decode import _LOG2E, DecodePages, Workspace, check_shapes
+from longrun.kernels.int4_decode import _LOG2E, PAGE_SIZE, DecodePages, Workspace, check_shapes
+from longrun.quant.kv_format import PageFormat
 
 SOURCE = Path(__file__).with_name("int4_decode.cu")
 WARPS = 4
@@ -28,9 +29,10 @@ def stage_bytes(head_dim: int) -> int:
 
 
 class CudaInt4Decode:
-    """The compiled kernels for one head_dim on the current device; make one and keep it.
+    """The compiled kernels for one head_dim and page format on the current device; make one and keep it.
 
     Args:
+        kv_format: the pages', "int4" or "k5v3".
         stages: pages in shared memory a warp, the one in work counted in.
         blocks_per_sm: fewer where a multiprocessor's shared memory has no room for so many.
 
@@ -38,7 +40,9 @@ class CudaInt4Decode:
         CudaUnavailable: GPU older than sm_80, no NVRTC, or the compilation failed.
     """
 
-    def __init__(self, head_dim: int, *, stages: int = 2, warps: int = WARPS, blocks_per_sm: int = 2) -> None:
+    def __init__(
+        self, head_dim: int, *, kv_format: str = "int4", stages: int = 2, warps: int = WARPS, blocks_per_sm: int = 2
+    ) -> None:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         if properties.major < 8:
             raise CudaUnavailable(
@@ -49,8 +53,9 @@ class CudaInt4Decode:
         if blocks_per_sm < 1:
             raise CudaUnavailable(f"{properties.name} has no room for {stages} pages of {warps} warps in shared memory")
         shared = max(warps * stages * stage_bytes(head_dim), warps * 8 * (head_dim + 2) * 4)
-        module = CudaModule(SOURCE.read_text(), {"HEAD_DIM": head_dim, "STAGES": stages, "WARPS": warps})
-        self.head_dim, self.warps, self.stages = head_dim, warps, stages
+        defines = {"HEAD_DIM": head_dim, "STAGES": stages, "WARPS": warps, "KEY_BITS": _key_bits(kv_format, head_dim)}
+        module = CudaModule(SOURCE.read_text(), defines)
+        self.head_dim, self.kv_format, self.warps, self.stages = head_dim, kv_format, warps, stages
         self._blocks = properties.multi_processor_count * blocks_per_sm
         self._split = module.kernel("int4_decode_split", shared)
         self._merge = module.kernel("int4_decode_merge")
@@ -66,7 +71,7 @@ class CudaInt4Decode:
         """See `int4_decode.decode_attention`. q enters the tensor cores as float16 (exact for bfloat16 in range)."""
         check_shapes(q, pages)
         heads, group, dim = q.shape
-        assert dim == self.head_dim
+        assert dim == self.head_dim and pages.kv_format == self.kv_format
         if workspace is None:
             workspace = Workspace.empty(heads, splits or self.default_splits(heads), group, dim, q.device)
         splits = workspace.out.shape[1]
@@ -94,6 +99,12 @@ class CudaInt4Decode:
         )
         self._merge.launch(heads * group, (dim, 4), args)
         return out, lse
+
+
+def _key_bits(kv_format: str, head_dim: int) -> int:
+    fmt = PageFormat(kv_format, PAGE_SIZE, head_dim)
+    assert fmt.quantized, kv_format
+    return fmt.key_bits
 
 
 def _address(tensor: Tensor) -> c_void_p:

@@ -13,6 +13,7 @@ from longrun.cache.host_memory import available_bytes
 from longrun.config import ModelConfig
 from longrun.errors import ConfigError, InputError, PlanError
 from longrun.plan import Plan
+from longrun.quant.kv_format import QUANTIZED_KV_FORMATS
 from longrun.units import format_bytes
 
 _OLDEST_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies to shared memory
@@ -99,12 +100,12 @@ def check_budget(budget: Budget) -> None:
 
 
 def check_kernel_shapes(config: ModelConfig, budget: Budget) -> None:
-    """The GPU's kernels serve this model with the budget's KV format; only `int4` has limits.
+    """The GPU's kernels serve this model with the budget's KV format; only quantized ones have limits.
 
     Raises:
         ConfigError: they do not.
     """
-    if budget.kv_format != "int4":
+    if budget.kv_format not in QUANTIZED_KV_FORMATS:
         return
     from longrun.kernels.int4_decode import HEAD_DIMS, MAX_GROUP, PAGE_SIZE
 

@@ -15,7 +15,7 @@ from longrun.cache.spec import CacheSpec
 from longrun.config import ModelConfig
 from longrun.model_bytes import TOKEN_SLICES, activation_bytes, compute_itemsize, model_weight_bytes
 from longrun.patterns.head_map import HeadSplit
-from longrun.quant.kv_format import PageFormat
+from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
 from longrun.quant.weight_format import is_quantized
 
 DEFAULT_WEIGHT_FORMAT = {"cpu": "fp32", "cuda": "bf16"}
@@ -91,7 +91,7 @@ class PlanSettings:
     @property
     def fused(self) -> bool:
         """The GPU kernels' backend serves these settings, rather than plain torch."""
-        return self.device_type == "cuda" and self.kv_format == "int4" and self.gpu_kernels
+        return self.device_type == "cuda" and self.kv_format in QUANTIZED_KV_FORMATS and self.gpu_kernels
 
     @property
     def base_bytes(self) -> int:

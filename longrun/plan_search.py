@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from longrun.errors import PlanError
 from longrun.patterns.head_map import HeadSplit
 from longrun.placement import PlanSettings, place
+from longrun.quant.kv_format import QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 
 MAX_CTX = 10**9  # where to stop looking: without retrieval heads the cache does not grow at all
@@ -132,7 +133,7 @@ def _fewer_weight_bits(settings: PlanSettings, ctx: int) -> Suggestion | None:
 
 
 def _int4_pages(settings: PlanSettings, ctx: int) -> Suggestion | None:
-    if settings.kv_format == "int4" or not fits(replace(settings, kv_format="int4"), ctx):
+    if settings.kv_format in QUANTIZED_KV_FORMATS or not fits(replace(settings, kv_format="int4"), ctx):
         return None
     return Suggestion("kv", "int4", "--kv int4")
 

@@ -67,7 +67,7 @@ def load(
         head_map: folder in DuoAttention's format, `HeadMap`, "full" (also None): every head keeps every token, or
             "auto": the map of this model with this adapter, measured on the first call and kept (see
             `longrun.auto_head_map`). Where a map says that it was made for another model, a notice does.
-        kv_format: "int4", "bf16" or "fp32"; default: the budget's (int4 where it says nothing).
+        kv_format: "int4", "k5v3", "bf16" or "fp32"; default: the budget's (int4 where it says nothing).
         weight_format: "fp32", "bf16", "int8", "nf4" or "int4"; default: the budget's.
         device: "cpu" or "cuda"; default: cuda where there is one.
         ctx: capacity to plan for, tokens; default: the model's trained window (the adapter's, where it names one), or
@@ -186,7 +186,7 @@ class Runtime:
     def _build_gpu_kernels(self) -> GpuKernels:
         from longrun.kernels.gpu_kernels import load_gpu_kernels
 
-        return load_gpu_kernels(self.config.head_dim)
+        return load_gpu_kernels(self.config.head_dim, self.plan.kv_format)
 
     def _build_cpu_kernels(self) -> CpuInt4Kernels | None:
         try:

@@ -22,6 +22,7 @@ from longrun.errors import InputError
 from longrun.patterns.head_map import HeadMap
 from longrun.plan import Plan
 from longrun.planted import NOTE, is_planted
+from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.report_env import environment
 from longrun.runtime import Runtime
@@ -39,7 +40,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="share of the KV heads to keep; without --head-map an arbitrary choice, which is good for timing only",
     )  # fmt: skip
     parser.add_argument("--weight-format", choices=WEIGHT_FORMATS, help="default: the budget's")
-    parser.add_argument("--kv", choices=["int4", "bf16", "fp32"], help="page format (default: the budget's)")
+    parser.add_argument("--kv", choices=KV_FORMATS, help="page format (default: the budget's)")
     parser.add_argument("--chunk-size", type=parse_tokens, metavar="N", help="tokens of a prefill step")
     parser.add_argument("--budget", metavar="NAME_OR_FILE", help="default: h100-80g on cuda, cpu on cpu")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")

@@ -25,11 +25,11 @@ from longrun.cli import run
 from longrun.errors import InputError
 from longrun.needles import Haystack, build_prompt, make_needles
 from longrun.planted import NOTE, is_planted
+from longrun.quant.kv_format import KV_FORMATS
 from longrun.session import Session
 from longrun.units import parse_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-KV_FORMATS = ("fp32", "bf16", "int4")
 SLICE = 1024  # positions whose logits stand in memory at once
 LISTED = 200  # differing positions written out; all are counted
 

@@ -79,7 +79,7 @@ class Runtimes:
             torch.backends.cuda.enable_cudnn_sdp(False)
         self._config = ModelConfig.from_dir(folder)
         self._bases: dict[str, Runtime] = {}  # by weight format
-        self._kernels: GpuKernels | None = None
+        self._kernels: dict[str, GpuKernels] = {}
 
     def check(self, rows: Sequence[Row]) -> None:
         """Every row's head map is there and fits the model: said before hours of other rows.
@@ -122,7 +122,7 @@ class Runtimes:
         if self._device == "cuda":
             gpu_checks.check_kernel_shapes(base.config, budget)
         plan = make_plan(base.config, budget, self._ctx, split=chosen, device_type=self._device)
-        kernels = self._gpu_kernels(base) if plan.attention.fused else None
+        kernels = self._gpu_kernels(base, plan.kv_format) if plan.attention.fused else None
         found = copy.copy(base)
         notices = other_model_notices(chosen.head_map, base._identity.model, self._folder, self._adapter)
         found.split, found.plan, found.notices = chosen.split, plan, [*base.notices, *chosen.notes, *notices]
@@ -132,12 +132,13 @@ class Runtimes:
         found._identity = replace(base._identity, head_split=found.split.hash, kv_format=plan.kv_format)
         return found
 
-    def _gpu_kernels(self, base: Runtime) -> GpuKernels:
-        if self._kernels is None:
+    def _gpu_kernels(self, base: Runtime, kv_format: str) -> GpuKernels:
+        if kv_format not in self._kernels:
             from longrun.kernels.gpu_kernels import load_gpu_kernels
 
-            self._kernels = base._parts.gpu_kernels or load_gpu_kernels(base.config.head_dim)
-        return self._kernels
+            held = base._parts.gpu_kernels if base.plan.kv_format == kv_format else None
+            self._kernels[kv_format] = held or load_gpu_kernels(base.config.head_dim, kv_format)
+        return self._kernels[kv_format]
 
 
 def reordered(decoder: Decoder, split: HeadSplit, kernels: GpuKernels | None) -> Decoder:

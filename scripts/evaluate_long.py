@@ -32,6 +32,7 @@ from longrun.errors import InputError
 from longrun.long_tasks import Corpus, TaskWriter, TestDocument, TestQuestion
 from longrun.model.choice import choose_model
 from longrun.placement import DEFAULT_WEIGHT_FORMAT
+from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
@@ -169,7 +170,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="facts at every depth of a text: dense texts and sparse ones",
     )
     parser.add_argument("--trials", default="2,6", metavar="N,...", help="texts a length, for each of --per-depth")
-    parser.add_argument("--kv", default="bf16", choices=["int4", "bf16", "fp32"])
+    parser.add_argument("--kv", default="bf16", choices=KV_FORMATS)
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--budget", metavar="NAME_OR_FILE")
     parser.add_argument("--windows", type=int, default=32, metavar="N", help="of the perplexity; 0 leaves it out")

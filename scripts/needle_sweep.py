@@ -23,6 +23,7 @@ from longrun.errors import InputError
 from longrun.needle_report import draw_heatmap, grid, summary
 from longrun.needle_results import SweepResults
 from longrun.needles import Haystack, NeedlePrompt, NeedleQuestion, build_prompt, make_needles
+from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
@@ -55,7 +56,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chunk-size", metavar="N", help="tokens of a prefill step (default: the budget's)")
     parser.add_argument("--head-map", default="full", metavar="DIR|full|auto")
     parser.add_argument("--retrieval-ratio", type=float, metavar="R", help="share of the map's KV heads to keep")
-    parser.add_argument("--kv", choices=["int4", "bf16", "fp32"], help="KV page format (default: the budget's)")
+    parser.add_argument("--kv", choices=KV_FORMATS, help="KV page format (default: the budget's)")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="default: the budget's")
     parser.add_argument("--budget", metavar="NAME_OR_FILE")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")

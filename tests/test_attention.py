@@ -133,21 +133,22 @@ def as_cached(x_k, x_v, start, stop, fmt):
     return k[:stop], v[:stop]
 
 
+@pytest.mark.parametrize("name", ["int4", "k5v3"])
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("device_share", [0.0, 0.5, 1.0])
-def test_int4_equals_attention_over_dequantized_pages(cpu_kernels, compiled, device_share):
+def test_quantized_equals_attention_over_dequantized_pages(cpu_kernels, compiled, device_share, name):
     """Chunks, then single tokens: every output against float64 attention over what the cache holds by then."""
     n = 230
     q, k, v = random_tokens(n, layers=1)
     k = (k * 32).round() / 32  # few bits: rotated keys are exact, in whatever order they are summed up
     for_queries, for_keys = key_rotation(DIM)
-    attention = make(ONE_LAYER, "int4", n, cpu_kernels if compiled else None, device_share=device_share)
+    attention = make(ONE_LAYER, name, n, cpu_kernels if compiled else None, device_share=device_share)
     chunks = [100, 64, 7, *[1] * (n - 171)]
     out = drive(attention, q, k, v, chunks)
     start = 0
     for size in chunks:
         cached_from = start if size > 1 else start + 1  # a lone token is appended first: it may flush the tail
-        ck, cv = as_cached(k[0] @ for_keys, v[0], cached_from, start + size, PageFormat("int4", 16, DIM))
+        ck, cv = as_cached(k[0] @ for_keys, v[0], cached_from, start + size, PageFormat(name, 16, DIM))
         for head in range(q.shape[2]):
             rotated = q[0, start : start + size, head].double() @ for_queries.double()
             scores = rotated @ ck[:, head // GROUP].double().T / DIM**0.5

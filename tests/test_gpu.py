@@ -11,6 +11,7 @@ from longrun.attention.torch_backend import TorchAttention
 from longrun.errors import PlanError
 from longrun.kernels.dense_attention import attention_with_lse, reference_attention_with_lse
 from longrun.patterns.head_map import HeadMap
+from longrun.quant.kv_format import QUANTIZED_KV_FORMATS
 
 pytestmark = pytest.mark.gpu
 
@@ -64,23 +65,23 @@ def rounded_as_on_the_gpu(run):
 
 @pytest.mark.parametrize("device_share", [1.0, 0.4, 0.0])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("kv", ["int4", "bf16", "fp32"])
+@pytest.mark.parametrize("kv", ["int4", "k5v3", "bf16", "fp32"])
 def test_runtime_on_the_gpu_agrees_with_the_cpu(tmp_path, monkeypatch, kv, family, device_share):
     """Prefill in chunks, a token at a time over page borders, offloaded pages, rewinding: logits and tokens. q and p
     enter the tensor cores as float16, the tiny models are peaked, and a rounding the other way is a nibble: how far
     such roundings alone move INT4 rows, the CPU shows."""
-    if kv != "int4" and (family != "llama" or device_share == 1.0):
+    if kv not in QUANTIZED_KV_FORMATS and (family != "llama" or device_share == 1.0):
         pytest.skip("the exact formats share the torch path of the CPU")
     tiny_model(family, **SHAPE).save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (600,), generator=torch.Generator().manual_seed(1))
     rows = {}
-    for name in ("cpu", "cuda") if kv != "int4" else ("cpu", "cuda", "rounded"):
+    for name in ("cpu", "cuda") if kv not in QUANTIZED_KV_FORMATS else ("cpu", "cuda", "rounded"):
         device = "cuda" if name == "cuda" else "cpu"
         if name == "rounded":
             monkeypatch.setattr(TorchAttention, "run", rounded_as_on_the_gpu(TorchAttention.run))
         runtime = load(tmp_path, device, kv, device_share=device_share)
         session = runtime.new_session()
-        assert (session._engine.decode_graph is not None) == (device == "cuda" and kv == "int4")
+        assert (session._engine.decode_graph is not None) == (device == "cuda" and kv in QUANTIZED_KV_FORMATS)
         session.prefill(ids[:350])
         assert session.cache_bytes == runtime.plan.cache_bytes
         mark = session.mark()
@@ -92,7 +93,7 @@ def test_runtime_on_the_gpu_agrees_with_the_cpu(tmp_path, monkeypatch, kv, famil
         rows[name] = torch.stack(found)
         assert len(list(session.generate(100, eos=False))) == 100
         session.cache.check()
-    tolerance = 5e-3 if kv != "int4" else max(5e-3, 1.5 * rms_ratio(rows["rounded"], rows["cpu"]))
+    tolerance = 5e-3 if kv not in QUANTIZED_KV_FORMATS else max(5e-3, 1.5 * rms_ratio(rows["rounded"], rows["cpu"]))
     assert tolerance < 5e-2
     assert rms_ratio(rows["cuda"], rows["cpu"]) < tolerance
     assert (rows["cuda"].argmax(-1) == rows["cpu"].argmax(-1)).float().mean() > 0.97

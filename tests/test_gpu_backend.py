@@ -36,12 +36,12 @@ def rms_ratio(actual, expected):
     return ((actual.double() - expected.double()).pow(2).mean() / expected.double().pow(2).mean()).sqrt().item()
 
 
-def engines(folder, scores="mixed", device_share=1.0, chunk_size=100, kernels=None, **changes):
+def engines(folder, scores="mixed", device_share=1.0, chunk_size=100, kernels=None, kv="int4", **changes):
     """The fused engine over reference kernels, and the plain torch one, of the same checkpoint and split."""
     config = ModelConfig.from_dir(folder)
     head_map = HeadMap.from_scores(SCORES[scores], sink_size=16, recent_size=48)
     split = head_map.split(threshold=0.5)
-    budget = Budget.load("rtx4090-24g").override(kv_format="int4", weight_format="fp32", chunk_size=chunk_size)
+    budget = Budget.load("rtx4090-24g").override(kv_format=kv, weight_format="fp32", chunk_size=chunk_size)
     permutation = [split.permutation(layer_idx) for layer_idx in range(config.num_layers)]
     rotary = RotaryTable(RopeParameters.from_dir(folder), config.head_dim)
     found = []
@@ -68,13 +68,15 @@ def run_both(pair, ids, pieces):
     return [torch.stack(found) for found in rows]
 
 
-@pytest.mark.parametrize("device_share", [1.0, 0.4, 0.0])
-@pytest.mark.parametrize("scores", SCORES)
-def test_prefill_and_decode_agree_with_the_torch_backend(tmp_path, scores, device_share):
+@pytest.mark.parametrize(
+    ("scores", "device_share", "kv"),
+    [(scores, share, "int4") for scores in SCORES for share in (1.0, 0.4, 0.0)] + [("mixed", 0.4, "k5v3")],
+)
+def test_prefill_and_decode_agree_with_the_torch_backend(tmp_path, scores, device_share, kv):
     tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (620,), generator=torch.Generator().manual_seed(1))
     pieces = [250, 1, 1, 64, 123, *[1] * 181]
-    fused, plain = run_both(engines(tmp_path, scores, device_share), ids, pieces)
+    fused, plain = run_both(engines(tmp_path, scores, device_share, kv=kv), ids, pieces)
     assert rms_ratio(fused, plain) < TOLERANCE
 
 

@@ -108,13 +108,14 @@ def test_chunk_size_does_not_matter(saved, kv):
         assert rms_ratio(other, rows[-1]) < (2e-5 if kv == "fp32" else 2e-3)
 
 
-def test_int4_chunks_differ_by_the_quantization_only(saved):
+@pytest.mark.parametrize("kv", ["int4", "k5v3"])
+def test_quantized_chunks_differ_by_the_quantization_only(saved, kv):
     folder, _ = saved("llama")
     exact = load(folder, kv_format="fp32").new_session()
     exact.prefill(token_ids()[:140])
     expected = exact.score(token_ids()[140:])
     for chunk_size in (1, 7, 64, 1000):
-        session = load(folder, kv_format="int4", chunk_size=chunk_size).new_session()
+        session = load(folder, kv_format=kv, chunk_size=chunk_size).new_session()
         session.prefill(token_ids()[:140])
         assert 1e-4 < rms_ratio(session.score(token_ids()[140:]), expected) < 0.2
 
@@ -130,11 +131,12 @@ def test_weight_formats_run_and_stay_near(saved, weights):
     )
 
 
-def test_plain_torch_gives_the_same_as_the_compiled_kernels(saved):
+@pytest.mark.parametrize("kv", ["int4", "k5v3"])
+def test_plain_torch_gives_the_same_as_the_compiled_kernels(saved, kv):
     folder, _ = saved("llama")
     outs = []
     for compiled in (True, False):
-        runtime = load(folder, kv_format="int4", compiled_kernels=compiled, head_map=mixed_map(), device_share=0.5)
+        runtime = load(folder, kv_format=kv, compiled_kernels=compiled, head_map=mixed_map(), device_share=0.5)
         session = runtime.new_session()
         session.prefill(token_ids())
         outs.append((list(session.generate(20, eos=False)), session.logits))

@@ -55,7 +55,7 @@ def saved(checkpoint, tmp_path):
 
 
 MAPS = {"full": "full", "mixed": mixed_map(), "streaming": HeadMap.from_scores([[0.0] * 3] * 3)}
-CASES = [(kv, name) for kv in ("int4", "bf16", "fp32") for name in MAPS]
+CASES = [(kv, name) for kv in ("int4", "k5v3", "bf16", "fp32") for name in MAPS]
 
 
 def test_same_next_tokens_in_a_new_process(checkpoint, tmp_path):

@@ -38,7 +38,7 @@ def appended(capacity: int, seq_len: int, device_share: float, name: str = "int4
 
 @pytest.mark.parametrize("device_share", [1.0, 0.4, 0.0])
 @pytest.mark.parametrize("seq_len", [1, 16, 17, 32, 33, 700, 1000])
-@pytest.mark.parametrize("name", ["int4", "bf16", "fp32"])
+@pytest.mark.parametrize("name", ["int4", "k5v3", "bf16", "fp32"])
 def test_pages_stand_where_appending_would_have_put_them(name, seq_len, device_share):
     real, made = appended(1000, seq_len, device_share, name), make_cache(name, 1000, device_share)
     fill_synthetic(made, seq_len, seed=3)

@@ -231,11 +231,13 @@ class CudaAttention:
         group, dim = self.group, self.spec.head_dim
         split, shape = heads * group, (heads, group, dim)
         q, out, lse = self._q[:split].view(shape), self._out[:split].view(shape), self._lse[:split].view(heads, group)
-        exact = (pages.sink_k, pages.sink_v, pages.tail_k, pages.tail_v)
+        exact, name = (pages.sink_k, pages.sink_v, pages.tail_k, pages.tail_v), pages.fmt.name
         decode = partial(
             self.kernels.decode_attention, q, softmax_scale=self.softmax_scale, workspace=self._workspaces[heads]
         )
-        device = DecodePages(self.cache.device_pool.storage, pages.table, pages.index, *exact, self.state.lengths)
+        device = DecodePages(
+            self.cache.device_pool.storage, pages.table, pages.index, *exact, self.state.lengths, kv_format=name
+        )  # fmt: skip
         decode(device, out=out, lse=lse)
         if not self._rounds:
             return
@@ -243,6 +245,6 @@ class CudaAttention:
         _, row, count = self._rounds[heads]
         for index in range(count):
             half, lengths = next(halves), self.state.rounds[row + index]
-            fetched = DecodePages(half, self._fetch_tables[heads], pages.index, *exact, lengths)
+            fetched = DecodePages(half, self._fetch_tables[heads], pages.index, *exact, lengths, kv_format=name)
             decode(fetched, out=part, lse=part_lse)
             self.kernels.merge_partial_(out, lse, part, part_lse)

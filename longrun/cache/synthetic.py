@@ -77,15 +77,15 @@ def _mix(x: Tensor) -> Tensor:
 def _library(
     count: int, fmt: PageFormat, generator: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """`count` random pages: uint8 [count, payload_bytes], float16 [count, 2, head_dim] (INT4) or None."""
+    """`count` random pages: uint8 [count, payload_bytes], float16 [count, 2, head_dim] (quantized) or None."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device=device).mul_(high - low).add_(low)
 
-    def centred(width: Tensor) -> Tensor:
-        """Scales and minima of 4-bit groups of this width around about zero: float16 [count, 2, n]."""
+    def centred(width: Tensor, bits: int) -> Tensor:
+        """Scales and minima of groups of this width around about zero: float16 [count, 2, n]."""
         middle = uniform(-0.2, 0.2, *width.shape)
-        return torch.stack((width / 15, middle - width / 2), dim=1).half()
+        return torch.stack((width / (2**bits - 1), middle - width / 2), dim=1).half()
 
     if not fmt.quantized:
         both = torch.randn(count, 2, fmt.page_size, fmt.head_dim, generator=generator, device=device).mul_(0.5)
@@ -93,9 +93,9 @@ def _library(
     payload = torch.randint(
         0, 256, (count, fmt.payload_bytes), dtype=torch.uint8, generator=generator, device=device
     )  # fmt: skip
-    scales = centred(uniform(0.5, 1.5, count, fmt.page_size)).view(count, -1)
+    scales = centred(uniform(0.5, 1.5, count, fmt.page_size), fmt.value_bits).view(count, -1)
     payload[:, fmt.value_scales_offset :] = scales.view(torch.uint8)
-    return payload, centred(uniform(1.0, 3.0, count, fmt.head_dim))
+    return payload, centred(uniform(1.0, 3.0, count, fmt.head_dim), fmt.key_bits)
 
 
 def _place(pages: PagedHeads, payload: Tensor, index: Tensor | None, choice: Tensor) -> None:

@@ -13,10 +13,10 @@ from longrun.errors import InputError
 from longrun.patterns.baseline_maps import inverted_map, random_map, streaming_map
 from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadMap
 from longrun.quality.formats import SIMULATED_FORMATS, SimulatedFormat, is_simulated, simulated_format
+from longrun.quant.kv_format import KV_FORMATS, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 
 REFERENCE = "reference"
-KV_FORMATS = ("int4", "bf16", "fp32")
 _EVICTION = re.compile(r"(snapkv|tova):(\d+(?:\.\d+)?)(%?)(@document)?")
 
 
@@ -100,7 +100,7 @@ class Row:
         if self.evicts is not None:
             if self.head_map != "full":
                 raise InputError(f"row {self.name}: {self.eviction} evicts from full attention: use head_map full")
-            if self.kv == "int4" or self.simulates is not None:
+            if self.kv in QUANTIZED_KV_FORMATS or self.simulates is not None:
                 raise InputError(f"row {self.name}: evicting caches hold exact tokens: use kv bf16")
 
     @property
