@@ -44,9 +44,9 @@ def rope_store_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_out_ptr, tail_k_ptr, tail_v_ptr, ring_k_ptr, ring_v_ptr, slots_ptr,
     q_norm_ptr, k_norm_ptr, signs_ptr, num_qo_heads, num_kv_heads, num_retrieval, num_retrieval_qo, tail_stride,
     ring_stride, eps, QUERY_SCALE: tl.constexpr, KEY_SCALE: tl.constexpr,
-    D: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, PDL: tl.constexpr = False,
+    D: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, VALUES: tl.constexpr = False, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid: a program a query head, then one a KV head (its key and its value)."""
+    """Grid: a program a query head, then one a KV head (its key and its value). VALUES: they are rotated, too."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -84,8 +84,14 @@ def rope_store_kernel(
     else:
         cache: tl.constexpr = tail_k_ptr.dtype.element_ty
         kv_head = (head - num_qo_heads).to(tl.int64)
-        v_low = tl.load(qkv_ptr + num_kv_heads * D + at).to(cache)
-        v_high = tl.load(qkv_ptr + num_kv_heads * D + at + HALF).to(cache)
+        v_low = tl.load(qkv_ptr + num_kv_heads * D + at)
+        v_high = tl.load(qkv_ptr + num_kv_heads * D + at + HALF)
+        if VALUES:
+            if kv_head < num_retrieval:
+                low = v_low.to(tl.float32) * sign_low * KEY_SCALE
+                high = v_high.to(tl.float32) * sign_high * KEY_SCALE
+                v_low, v_high = _hadamard(low + high, HALF).to(dtype), _hadamard(low - high, HALF).to(dtype)
+        v_low, v_high = v_low.to(cache), v_high.to(cache)
         if kv_head < num_retrieval:
             to = kv_head * tail_stride + tl.load(slots_ptr) * D + channel
             tl.store(tail_k_ptr + to, turned_low.to(cache))
@@ -103,7 +109,7 @@ def rope_store_kernel(
 def _counts(
     qkv: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, tail_k: Tensor | None, tail_v: Tensor | None,
     ring_k: Tensor | None, ring_v: Tensor | None, slots: Tensor, num_qo_heads: int,
-    q_norm: Tensor | None, k_norm: Tensor | None, signs: Tensor | None,
+    q_norm: Tensor | None, k_norm: Tensor | None, signs: Tensor | None, rotate_values: bool,
 ) -> tuple[int, int, int]:  # fmt: skip
     """head_dim, retrieval heads, streaming heads; asserts all that callers must hold."""
     dim = q_out.shape[1]
@@ -121,6 +127,7 @@ def _counts(
     assert (q_norm is None) == (k_norm is None)
     for weight in (q_norm, k_norm):
         assert weight is None or (weight.shape == (dim,) and weight.is_contiguous())
+    assert signs is not None or not rotate_values
     if signs is not None:
         assert signs.shape == (dim,) and signs.dtype == torch.float32 and signs.is_contiguous()
         assert num_qo_heads % (retrieval + streaming) == 0
@@ -131,7 +138,7 @@ def rope_store(
     qkv: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, tail_k: Tensor | None, tail_v: Tensor | None,
     ring_k: Tensor | None, ring_v: Tensor | None, slots: Tensor, num_qo_heads: int, *,
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0, signs: Tensor | None = None,
-    num_warps: int = 1, overlap: bool = False,
+    rotate_values: bool = False, num_warps: int = 1, overlap: bool = False,
 ) -> None:  # fmt: skip
     """Norm and turn one token's query and key heads; write q_out, and keys and values to their place in the cache.
 
@@ -151,6 +158,7 @@ def rope_store(
         signs: float32 [head_dim] of 1 and -1, which choose the rotation of retrieval KV heads' keys and of their query
             heads (`quant.rotation.rotation_of`): turned heads are rounded to the dtype of qkv, rotated with float32
             sums, and rounded again, as in prefill. Streaming heads are left alone. None rotates nothing.
+        rotate_values: rotate retrieval heads' values as their keys; needs `signs`.
         num_warps: warps a head.
         overlap: see `vector_linear`.
 
@@ -158,7 +166,7 @@ def rope_store(
         ConfigError: a head_dim or dtype that the kernel does not serve.
     """
     dim, retrieval, streaming = _counts(
-        qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, num_qo_heads, q_norm, k_norm, signs
+        qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, num_qo_heads, q_norm, k_norm, signs, rotate_values
     )
     check_head("rope_store", dim, qkv.dtype)
     overlap = overlap and overlaps(qkv.device)
@@ -172,7 +180,7 @@ def rope_store(
         qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, cos if q_norm is None else q_norm,
         cos if k_norm is None else k_norm, cos if signs is None else signs, num_qo_heads, retrieval + streaming,
         retrieval, retrieval * (num_qo_heads // (retrieval + streaming)), tail_k.stride(0), ring_k.stride(0), eps,
-        QUERY_SCALE=query_scale, KEY_SCALE=key_scale, D=dim, NORM=q_norm is not None, ROTATE=signs is not None,
+        QUERY_SCALE=query_scale, KEY_SCALE=key_scale, D=dim, NORM=q_norm is not None, ROTATE=signs is not None, VALUES=rotate_values,
         num_warps=num_warps, PDL=overlap, launch_pdl=overlap,
     )  # fmt: skip
 
@@ -181,11 +189,11 @@ def rope_store_reference(
     qkv: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, tail_k: Tensor | None, tail_v: Tensor | None,
     ring_k: Tensor | None, ring_v: Tensor | None, slots: Tensor, num_qo_heads: int, *,
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0, signs: Tensor | None = None,
-    num_warps: int = 1, overlap: bool = False,
+    rotate_values: bool = False, num_warps: int = 1, overlap: bool = False,
 ) -> None:  # fmt: skip
     """`rope_store` in torch; waits for the device to read `slots`."""
     dim, retrieval, streaming = _counts(
-        qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, num_qo_heads, q_norm, k_norm, signs
+        qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, num_qo_heads, q_norm, k_norm, signs, rotate_values
     )
     heads = qkv.clone().view(1, -1, dim)
     turned, v = heads[:, : -(retrieval + streaming)], heads[0, -(retrieval + streaming) :]
@@ -198,6 +206,8 @@ def rope_store_reference(
         rotated_q, rotated_k = q[: num_qo_heads // (retrieval + streaming) * retrieval], k[:retrieval]
         rotated_q.copy_(rotated_q @ for_queries)
         rotated_k.copy_(rotated_k @ for_keys)
+        if rotate_values:
+            v = torch.cat((v[:retrieval] @ for_keys, v[retrieval:]))
     q_out.copy_(q)
     tail, ring = slots.tolist()
     if tail_k is not None and tail_v is not None:

@@ -27,8 +27,9 @@ nibble of byte n of the keys. The index's upper bound is `min + 31 * scale` here
 Keys of quantized pages are rotated: after RoPE queries and keys are multiplied with the matrices of `quant.rotation`
 (signs times Hadamard; QuaRot, arXiv 2404.00456), which leaves the scores as they are. So are the keys of the sink page
 and of the tail of the same head, which stand with the pages and become pages. Rings of streaming heads hold keys as
-RoPE left them. The index therefore bounds rotated keys, and is to be used with rotated queries. Rotating is
-attention's work: `quant.page_codec` and everything that moves pages take keys as they come.
+RoPE left them. The index therefore bounds rotated keys, and is to be used with rotated queries. With `k5v3` the values
+of the same heads are rotated as well, and what they attend to is turned back. Rotating is attention's work:
+`quant.page_codec` and everything that moves pages take keys and values as they come.
 
 The exact formats (`bf16`, `fp32`) store keys [P, D] and then values [P, D], and have no index.
 """
@@ -86,6 +87,12 @@ class PageFormat:
     def rotates_keys(self) -> bool:
         """Whether retrieval heads keep rotated keys: pages, sink page and tail, but no ring."""
         return self.quantized
+
+    @property
+    def rotates_values(self) -> bool:
+        """Whether retrieval heads keep rotated values, too, and what they attend to is turned back: with three bits it
+        pays, with four hardly."""
+        return self.name == "k5v3"
 
     @property
     def exact_itemsize(self) -> int:

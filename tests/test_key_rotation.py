@@ -5,7 +5,7 @@ import torch
 from test_attention import rms_ratio
 
 from longrun.attention.interface import Step
-from longrun.attention.rotation import KeyRotation
+from longrun.attention.rotation import HeadRotation
 from longrun.attention.spec import AttentionSpec
 from longrun.attention.torch_backend import TorchAttention
 from longrun.cache.dual import DualCache
@@ -66,8 +66,9 @@ def test_outlier_channels_are_spread_and_cost_less():
     assert error[1] < 0.6 * error[0]
 
 
-def test_only_int4_pages_rotate():
-    assert [name for name in KV_FORMATS if PageFormat(name, 64, 64).rotates_keys] == ["int4"]
+def test_only_quantized_pages_rotate():
+    assert [name for name in KV_FORMATS if PageFormat(name, 64, 64).rotates_keys] == ["int4", "k5v3"]
+    assert [name for name in KV_FORMATS if PageFormat(name, 64, 64).rotates_values] == ["k5v3"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -77,16 +78,24 @@ def test_views_of_one_buffer_are_turned_in_place(tokens, dtype):
     dim, heads, group, kv = 16, 2, 3, 4
     fused = torch.randn(tokens, (group + 2) * kv, dim, generator=torch.Generator().manual_seed(tokens)).to(dtype)
     before = fused.clone()
-    q, k, _ = fused.split((group * kv, kv, kv), dim=1)
-    KeyRotation(dim, dtype, torch.device("cpu")).turn_(q, k, heads)
+    q, k, v = fused.split((group * kv, kv, kv), dim=1)
+    rotation = HeadRotation(dim, dtype, torch.device("cpu"))
+    rotation.turn_(q, k, heads)
+    rotation.turn_values_(v, heads)
     expected = before.double()
     for_queries, for_keys = (matrix.double() for matrix in key_rotation(dim))
     expected[:, : heads * group] @= for_queries
-    expected[:, group * kv : group * kv + heads] @= for_keys
     turned = torch.zeros(fused.shape[1], dtype=torch.bool)
-    turned[: heads * group] = turned[group * kv : group * kv + heads] = True
+    turned[: heads * group] = True
+    for first in (group * kv, (group + 1) * kv):
+        expected[:, first : first + heads] @= for_keys
+        turned[first : first + heads] = True
     assert torch.equal(fused[:, ~turned], before[:, ~turned])
     assert rms_ratio(fused[:, turned].double(), expected[:, turned]) < (1e-6 if dtype == torch.float32 else 4e-3)
+    rotation.turn_back_(v, heads)
+    back = before[:, -kv:]
+    assert torch.equal(v[:, heads:], back[:, heads:])
+    assert rms_ratio(v[:, :heads], back[:, :heads]) < (1e-6 if dtype == torch.float32 else 6e-3)
 
 
 def make(fmt, heads, group, capacity, kernels, device_share=1.0):
@@ -134,17 +143,21 @@ def by_mask(q, k, v, heads, group):
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize(("dim", "group"), [(16, 1), (64, 3), (96, 2), (128, 3)])
-def test_no_score_changes_where_all_tokens_are_exact(cpu_kernels, compiled, split, dim, group):
+@pytest.mark.parametrize(
+    ("dim", "group", "name"), [(16, 1, "int4"), (64, 3, "int4"), (96, 2, "int4"), (128, 3, "int4"), (128, 3, "k5v3")]
+)
+def test_nothing_changes_where_all_tokens_are_exact(cpu_kernels, compiled, split, dim, group, name):
     """Everything stands in the sink page and the tail: chunks and single tokens answer as plain attention does."""
     q, k, v = tokens_of_exact_rotation(128, group, dim)
     assert dim == 16 or not torch.equal(k, k.bfloat16().float())  # stored plain they would be rounded
     for layer, num_retrieval in enumerate(SPLITS[split]):  # rings hold plain keys
         k[layer, :, num_retrieval:] = k[layer, :, num_retrieval:].bfloat16().float()
+        if name == "k5v3":  # values that are exact in bfloat16 once they are rotated
+            v[layer, :, :num_retrieval] = v[layer, :, :num_retrieval] @ key_rotation(dim)[0].T
     kernels = cpu_kernels if compiled else None
     expected = by_mask(q, k, v, SPLITS[split], group)
     for chunks in ([128], [50, 14, *[1] * 64]):
-        attention = make(PageFormat("int4", 64, dim), SPLITS[split], group, 128, kernels)
+        attention = make(PageFormat(name, 64, dim), SPLITS[split], group, 128, kernels)
         out = drive(attention, q, k, v, chunks)
         assert all(pages is None or pages.num_pooled == 0 for pages, _ in attention.cache.layers)
         assert rms_ratio(out, expected) < 2e-6

@@ -90,10 +90,10 @@ def rotated(turned, qo, retrieval, kv, signs):
     return found
 
 
-def check_token(qo, retrieval, streaming, dim, dtype, cache, norm, device="cpu", rotate=False):
+def check_token(qo, retrieval, streaming, dim, dtype, cache, norm, device="cpu", rotate=False, values=False):
     given, norms = token_case(qo, retrieval, streaming, dim, dtype, cache, norm, device)
     if rotate:
-        norms["signs"] = random_signs(dim, seed=dim).to(device)
+        norms |= {"signs": random_signs(dim, seed=dim).to(device), "rotate_values": values}
     slots = torch.tensor([37, 18], device=device)
     actual, reference = fresh(given), fresh(given)
     rope_store(*actual, slots, qo, **norms)
@@ -106,14 +106,17 @@ def check_token(qo, retrieval, streaming, dim, dtype, cache, norm, device="cpu",
     if rotate:
         plain, turned = turned, rotated(turned, qo, retrieval, kv, norms["signs"])
         assert retrieval == 0 or error(turned, plain) > 0.5  # streaming heads are some of them
-    k, v = turned[qo:].to(cache), heads[0, qo + kv :].to(cache)
+    k, v = turned[qo:].to(cache), heads[0, qo + kv :]
+    if values:
+        v = torch.cat((v[:retrieval].double() @ rotation_of(norms["signs"])[1].double(), v[retrieval:].double()))
+    v = v.to(cache)
     exact = not norm and not (rotate and retrieval) and torch.bfloat16 not in (dtype, cache) and device == "cpu"
     limit = max(LIMIT[dtype], LIMIT[cache]) * (1.5 if rotate and INTERPRETED else 1)  # one rounding more
     outs = [(actual[3], turned[:qo], limit)]
     for place, part, slot in ((4, slice(0, retrieval), 37), (6, slice(retrieval, kv), 18)):
         if given[place] is None:
             continue
-        for side, whole, bound in ((0, k, limit), (1, v, 0.0 if dtype == cache else LIMIT[cache])):
+        for side, whole, bound in ((0, k, limit), (1, v, limit if values else 0.0 if dtype == cache else LIMIT[cache])):
             found = actual[place + side]
             outs.append((found[:, slot], whole[part], bound))
             assert found.isnan().sum() == found.numel() - found[:, slot].numel()  # nothing else was written
@@ -165,6 +168,8 @@ if INTERPRETED:
     )  # fmt: skip
     def test_interpreted_rope_store_rotates_retrieval_heads(qo, retrieval, streaming, dim, norm, dtype, cache):
         check_token(qo, retrieval, streaming, dim, dtype, cache, norm, rotate=True)
+        if dtype == cache:
+            check_token(qo, retrieval, streaming, dim, dtype, cache, norm, rotate=True, values=True)
 
 
 @not_interpreted
@@ -196,9 +201,9 @@ def test_rope_kernels_compile_without_a_gpu(item, capability):
         assert stores and set(stores) == {16}
         names = ("qkv", "q_out", "tail_k", "tail_v", "ring_k", "ring_v", "q_norm", "k_norm")
         pointers = angles | {f"{name}_ptr": of for name in names} | {"slots_ptr": "*i64", "signs_ptr": "*fp32"}
-        for rotate in (False, True):
+        for rotate, values in ((False, False), (True, False), (True, True)):
             scales = dict(zip(("QUERY_SCALE", "KEY_SCALE"), rotation_scales(dim), strict=True))
-            constants = scales | {"D": dim, "NORM": norm, "ROTATE": rotate, "PDL": capability >= 90}
+            constants = scales | {"D": dim, "NORM": norm, "ROTATE": rotate, "VALUES": values, "PDL": capability >= 90}
             ptx = compiled(rope_store_kernel, capability, pointers, constants, 1, ("tail_stride", "ring_stride"))
             assert {number for kind, number in accesses(ptx) if kind == "st"} == {dim // 2 // 32 * size}
             loads = [number for kind, number in accesses(ptx) if kind == "ld"]
@@ -233,6 +238,7 @@ def test_rotary_on_the_gpu(tokens, heads, extra, dim, norm, dtype):
 def test_rope_store_on_the_gpu(qo, retrieval, streaming, dim, norm, dtype, cache):
     check_token(qo, retrieval, streaming, dim, dtype, cache, norm, "cuda")
     check_token(qo, retrieval, streaming, dim, dtype, cache, norm, "cuda", rotate=True)
+    check_token(qo, retrieval, streaming, dim, dtype, cache, norm, "cuda", rotate=True, values=True)
 
 
 @pytest.mark.gpu

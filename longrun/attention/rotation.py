@@ -1,4 +1,4 @@
-"""Queries and keys turned before the keys go into pages, in place."""
+"""Queries, keys and values turned before they go into pages, and attention's output turned back; in place."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from longrun.quant.rotation import key_rotation
 _TOKENS_AT_ONCE = 2048  # bounds the product that stands beside q or k
 
 
-class KeyRotation:
+class HeadRotation:
     """The rotation of `quant.rotation.key_rotation`, in the compute dtype on its device: two matrices of head_dim^2
     elements, which the plan counts among its small tensors.
 
     Args:
-        head_dim: of queries and keys.
+        head_dim: of queries, keys and values.
         dtype: theirs; the matrices are exact in it, products are rounded to it.
         device: theirs.
     """
@@ -30,12 +30,24 @@ class KeyRotation:
             q: [T, num_qo_heads, head_dim]; k: [T, num_kv_heads, head_dim]; any strides with contiguous channels.
             num_heads: KV heads that are turned, with the query heads of their groups.
         """
-        group = q.shape[1] // k.shape[1]
-        for x, count, matrix in ((q, num_heads * group, self.for_queries), (k, num_heads, self.for_keys)):
-            if x.shape[0] == 1:  # decode pays for every small operation
-                row = x[0, :count]
-                row.copy_(torch.mm(row, matrix))
-                continue
-            for part in x[:, :count].split(_TOKENS_AT_ONCE):
-                heads = part.transpose(0, 1)  # a product a head, whose rows are evenly spaced: nothing is copied for it
-                heads.copy_(torch.matmul(heads, matrix))
+        _multiply_(q[:, : num_heads * (q.shape[1] // k.shape[1])], self.for_queries)
+        _multiply_(k[:, :num_heads], self.for_keys)
+
+    def turn_values_(self, v: Tensor, num_heads: int) -> None:
+        """Turn the first KV heads' values [T, num_kv_heads, head_dim] in place, strides as above."""
+        _multiply_(v[:, :num_heads], self.for_keys)
+
+    def turn_back_(self, out: Tensor, num_qo_heads: int) -> None:
+        """Turn back what the first query heads of out [T, heads, head_dim] found among turned values, in place."""
+        _multiply_(out[:, :num_qo_heads], self.for_queries.T)
+
+
+def _multiply_(x: Tensor, matrix: Tensor) -> None:
+    """x [T, heads, head_dim] @ matrix, in place."""
+    if x.shape[0] == 1:  # decode pays for every small operation
+        row = x[0]
+        row.copy_(torch.mm(row, matrix))
+        return
+    for part in x.split(_TOKENS_AT_ONCE):
+        heads = part.transpose(0, 1)  # a product a head, whose rows are evenly spaced: nothing is copied for it
+        heads.copy_(torch.matmul(heads, matrix))

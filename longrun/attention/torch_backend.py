@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longrun.attention.interface import Step
 from longrun.attention.past import past_pieces
-from longrun.attention.rotation import KeyRotation
+from longrun.attention.rotation import HeadRotation
 from longrun.attention.spec import AttentionSpec
 from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
@@ -42,8 +42,9 @@ class TorchAttention:
         self.softmax_scale = spec.head_dim**-0.5
         self.group = spec.num_qo_heads // spec.num_kv_heads
         self.exact = exact_dtype(cache.spec.page_format)
-        rotates = cache.spec.page_format.rotates_keys
-        self._rotation = KeyRotation(spec.head_dim, compute_dtype, cache.device) if rotates else None
+        fmt = cache.spec.page_format
+        self._rotation = HeadRotation(spec.head_dim, compute_dtype, cache.device) if fmt.rotates_keys else None
+        self._turns_values = fmt.rotates_values
         elements = spec.max_retrieval_heads * spec.scratch_tokens * spec.head_dim
         self._scratch = torch.empty(2, elements, dtype=compute_dtype, device=cache.device).fill_(0)
         self._band: BandPlan | None = None
@@ -51,15 +52,21 @@ class TorchAttention:
     def run(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """See `Attention.run`."""
         pages, _ = self.cache.layers[layer_idx]
-        if self._rotation is not None and pages is not None:
-            self._rotation.turn_(q, k, pages.num_heads)
+        rotation = None if pages is None else self._rotation
+        if pages is not None and rotation is not None:
+            rotation.turn_(q, k, pages.num_heads)
+            if self._turns_values:
+                rotation.turn_values_(v, pages.num_heads)
         k = k.transpose(0, 1).to(self.exact)
         v = v.transpose(0, 1).to(self.exact)
         if step.num_tokens == 1:
             self.cache.append(layer_idx, k, v, step.start)
-            return self._decode(layer_idx, q, step.start + 1)
-        out = self._prefill(layer_idx, q, k.to(q.dtype), v.to(q.dtype), step)
-        self.cache.append(layer_idx, k, v, step.start)
+            out = self._decode(layer_idx, q, step.start + 1)
+        else:
+            out = self._prefill(layer_idx, q, k.to(q.dtype), v.to(q.dtype), step)
+            self.cache.append(layer_idx, k, v, step.start)
+        if pages is not None and rotation is not None and self._turns_values:
+            rotation.turn_back_(out, pages.num_heads * self.group)
         return out
 
     def _decode(self, layer_idx: int, q: Tensor, seq_len: int) -> Tensor:
