@@ -130,7 +130,7 @@ def angles(tokens: int) -> tuple[Tensor, Tensor]:
 
 def bench_rope_store(rows: Rows, settings: list[dict[str, int]]) -> None:
     """One token: a launch a layer, every layer with its own projection and cache, half of the heads retrieval: without
-    rotation, and with it, as decode over INT4 pages runs."""
+    rotation, with that of keys, as decode over INT4 pages runs, and with that of values as well, as over k5v3 pages."""
     half, bf16 = KV_HEADS // 2, torch.bfloat16
     cos, sin = angles(1)
     slots = torch.tensor([37, 211], device="cuda")
@@ -141,16 +141,17 @@ def bench_rope_store(rows: Rows, settings: list[dict[str, int]]) -> None:
         caches = [torch.zeros(half, n, HEAD_DIM, dtype=bf16, device="cuda") for n in (64, 64, 1088, 1088)]
         layers.append([qkv, cos[0], sin[0], q_out, *caches])
     moved = 2 * 2 * layers[0][0].numel() + 4 * HEAD_DIM
-    rotation = random_signs(HEAD_DIM).cuda()
-    for setting, signs in product(settings, (None, rotation)):
+    signs = random_signs(HEAD_DIM).cuda()
+    rotations = {"": {}, ", rotated": {"signs": signs}, ", values rotated": {"signs": signs, "rotate_values": True}}
+    for setting, (name, rotation) in product(settings, rotations.items()):
         expected = [x.clone() for x in layers[-1]]
-        rope_store_reference(*expected, slots, QO_HEADS, signs=signs)
-        works = [partial(rope_store, *layer, slots, QO_HEADS, signs=signs, **setting) for layer in layers]
+        rope_store_reference(*expected, slots, QO_HEADS, **rotation)
+        works = [partial(rope_store, *layer, slots, QO_HEADS, **rotation, **setting) for layer in layers]
         times = seconds(works)
         for found, wanted in zip(layers[-1][3:], expected[3:], strict=True):
             close(found, wanted, BF16_LIMIT)
-        what = f"1 token, {LAYERS} layers in a graph{'' if signs is None else ', rotated'}"
-        rows.add("rope_store", what, moved + (0 if signs is None else 4 * HEAD_DIM), times, **setting)
+        what = f"1 token, {LAYERS} layers in a graph{name}"
+        rows.add("rope_store", what, moved + (4 * HEAD_DIM if rotation else 0), times, **setting)
 
 
 def bench_rotary(rows: Rows, tokens: int, settings: list[dict[str, int]]) -> None:

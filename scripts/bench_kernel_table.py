@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,22 +14,24 @@ from rich.console import Console
 from rich.table import Table
 
 from longrun.errors import InputError
+from longrun.quant.kv_format import QUANTIZED_KV_FORMATS
 from longrun.units import format_tokens
 
 DECODE_TOKENS = [524_288, 1_000_000, 3_300_000]
 PAGE_TOKENS = [32_768, 524_288]
 
 
-def int4_decode() -> list[dict[str, Any]]:
+def page_decode() -> list[dict[str, Any]]:
     import bench_kernels as bench
 
-    ceilings = bench.measure_ceilings()
-    found = bench.bench_int4_decode(DECODE_TOKENS, ceilings)
-    found += bench.bench_int4_decode(DECODE_TOKENS[:1], ceilings, heads=8, group=1)
-    found += bench.bench_int4_decode(DECODE_TOKENS[:1], ceilings, heads=8, group=8, head_dim=64)
+    ceilings, found = bench.measure_ceilings(), []
+    for name in QUANTIZED_KV_FORMATS:
+        found += bench.bench_int4_decode(DECODE_TOKENS, ceilings, kv_format=name)
+        found += bench.bench_int4_decode(DECODE_TOKENS[:1], ceilings, heads=8, group=1, kv_format=name)
+        found += bench.bench_int4_decode(DECODE_TOKENS[:1], ceilings, heads=8, group=8, head_dim=64, kv_format=name)
     return [
         {
-            "kernel": f"int4 decode, {row.kernel}",
+            "kernel": f"{row.kv_format} decode, {row.kernel}",
             "shape": f"{row.shape}, {format_tokens(row.tokens)} tokens",
             "microseconds": row.us,
             "bytes": round(row.tb_s * row.us * 1e6),
@@ -44,12 +47,10 @@ def page_kernels() -> list[dict[str, Any]]:
     import bench_page_kernels as bench
 
     ceiling, found = max(bench.copy_ceilings().values()), []
-    for tokens in PAGE_TOKENS:
-        found += bench.measure(128, torch.bfloat16, 8, tokens, [2], ceiling)
-    return [
-        common(row, shape=f"{row['heads']} heads x {format_tokens(row['tokens'])} tokens x {row['head_dim']}")
-        for row in found
-    ]
+    for tokens, name in product(PAGE_TOKENS, QUANTIZED_KV_FORMATS):
+        found += bench.measure(128, torch.bfloat16, 8, tokens, [2], ceiling, name)
+    shape = "{heads} heads x {length} tokens x {head_dim}, {kv_format}"
+    return [common(row, shape=shape.format(length=format_tokens(row["tokens"]), **row)) for row in found]
 
 
 def fused_kernels() -> list[dict[str, Any]]:
@@ -82,8 +83,8 @@ def streaming_kernels() -> list[dict[str, Any]]:
     return found
 
 
-BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
-    "int4_decode": int4_decode,
+bench_int4_decodeMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "page_decode": page_decode,
     "page": page_kernels,
     "fused": fused_kernels,
     "vector_linear": vector_linear,
@@ -119,10 +120,10 @@ def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 def run(args: argparse.Namespace) -> int:
     """The command `kernels`. A benchmark that fails is a line of the result, and the others run."""
-    wanted = [name.strip() for name in args.only.split(",")] if args.only else list(BENCHMARKS)
-    unknown = [name for name in wanted if name not in BENCHMARKS]
+    wanted = [name.strip() for name in args.only.split(",")] if args.only else list(bench_int4_decodeMARKS)
+    unknown = [name for name in wanted if name not in bench_int4_decodeMARKS]
     if unknown:
-        raise InputError(f"--only {unknown[0]} is no kernel benchmark: choose from {', '.join(BENCHMARKS)}")
+        raise InputError(f"--only {unknown[0]} is no kernel benchmark: choose from {', '.join(bench_int4_decodeMARKS)}")
     if not torch.cuda.is_available():
         raise InputError(
             "torch finds no GPU here, and the kernel benchmarks need one: run them on a machine with a GPU"
@@ -130,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     rows, problems, console = [], {}, Console(width=160)
     for name in wanted:
         try:
-            rows += [{"benchmark": name, **row} for row in BENCHMARKS[name]()]
+            rows += [{"benchmark": name, **row} for row in bench_int4_decodeMARKS[name]()]
         except Exception as error:
             problems[name] = f"{type(error).__name__}: {error}"[:500]
             console.print(f"{name}: {problems[name]}", highlight=False)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Kernel benchmarks on one NVIDIA GPU: ceilings first, then a table, and one JSON object as the last line.
 
-    python scripts/bench_kernels.py [--lengths 512K,3.3M] [--variants] [--json FILE]
+    python scripts/bench_kernels.py [--lengths 512K,3.3M] [--kv int4,k5v3] [--variants] [--json FILE]
 
 Pages hold random content (synthetic). Calls rotate over the pools of several layers, so that nothing is measured from
 the L2 cache, and stand in one CUDA graph, as in a decode step. Every timed configuration is first compared with the
@@ -29,7 +29,7 @@ from longrun.kernels import int4_decode
 from longrun.kernels.int4_decode import DecodePages, Workspace
 from longrun.kernels.int4_decode_cuda import CudaInt4Decode
 from longrun.kernels.int4_pages import ExactRun, PageRun, decode_attention
-from longrun.quant.kv_format import PageFormat
+from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
 from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
 
@@ -39,6 +39,7 @@ class Row:
     """One kernel at one length: one layer, one token."""
 
     kernel: str
+    kv_format: str
     settings: str
     shape: str  # KV heads x group x head_dim
     tokens: int
@@ -85,9 +86,9 @@ def measure_ceilings(num_bytes: int = 5 * 2**30) -> dict[str, float]:
     return {**found, "best_tb_s": max(found.values())}
 
 
-def synthetic_layers(num_layers: int, heads: int, num_pages: int, head_dim: int) -> list[DecodePages]:
+def synthetic_layers(num_layers: int, heads: int, num_pages: int, head_dim: int, kv_format: str) -> list[DecodePages]:
     """Layers of random pages, every head's pages at random slots of the layer's own pool."""
-    fmt, layers = PageFormat("int4", 64, head_dim), []
+    fmt, layers = PageFormat(kv_format, 64, head_dim), []
     for _ in range(num_layers):
         slots = heads * num_pages
         storage = torch.empty(slots, fmt.payload_bytes, dtype=torch.uint8, device="cuda")
@@ -101,7 +102,7 @@ def synthetic_layers(num_layers: int, heads: int, num_pages: int, head_dim: int)
         table = torch.randperm(slots, device="cuda").view(heads, num_pages).int()
         exact = torch.randn(4, heads, 64, head_dim, device="cuda").bfloat16()
         lengths = torch.tensor([0, num_pages, 64, 37], dtype=torch.int32, device="cuda")
-        layers.append(DecodePages(storage, table, index, *exact, lengths))
+        layers.append(DecodePages(storage, table, index, *exact, lengths, kv_format=kv_format))
     return layers
 
 
@@ -111,7 +112,7 @@ def reference(q: torch.Tensor, pages: DecodePages) -> tuple[torch.Tensor, torch.
     found = []
     for h in range(q.shape[0]):
         one = slice(h, h + 1)
-        fmt = PageFormat("int4", 64, q.shape[2])
+        fmt = PageFormat(pages.kv_format, 64, q.shape[2])
         run = PageRun(pages.storage, pages.table[one], pages.index[one], first, count, fmt, pages.slot_offset)
         sink = ExactRun(pages.sink_k[one], pages.sink_v[one], sinks)
         found.append(
@@ -124,14 +125,14 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected.double()).pow(2).mean() / expected.double().pow(2).mean()).sqrt().item()
 
 
-def kernels(heads: int, head_dim: int, variants: bool) -> list[tuple[str, str, int, Callable]]:
+def kernels(heads: int, head_dim: int, kv_format: str, variants: bool) -> list[tuple[str, str, int, Callable]]:
     """(name, settings, splits, decode_attention) of what is timed."""
     found = []
     settings = [(4, 2, 2)]
     if variants:
         settings += [(4, 3, 2), (4, 2, 3), (8, 2, 1), (8, 3, 1)]
     for warps, stages, blocks in settings:
-        made = CudaInt4Decode(head_dim, stages=stages, warps=warps, blocks_per_sm=blocks)
+        made = CudaInt4Decode(head_dim, kv_format=kv_format, stages=stages, warps=warps, blocks_per_sm=blocks)
         text = f"{warps} warps, {made.stages} stages, {blocks} blocks an SM"
         found.append(("cuda", text, made.default_splits(heads), made.decode_attention))
     settings = [(2, 3, 4, True)]
@@ -150,18 +151,18 @@ def kernels(heads: int, head_dim: int, variants: bool) -> list[tuple[str, str, i
 
 def bench_int4_decode(
     lengths: list[int], ceilings: dict[str, float], *, heads: int = 4, group: int = 4, head_dim: int = 128,
-    variants: bool = False, pool_bytes: int = 3 * 2**30,
+    kv_format: str = "int4", variants: bool = False, pool_bytes: int = 3 * 2**30,
 ) -> list[Row]:  # fmt: skip
-    """INT4 decode of one layer (default: Llama-3-8B with half its KV heads kept) at `lengths` tokens."""
+    """Decode of one layer (default: Llama-3-8B with half its KV heads kept) at `lengths` tokens."""
     rows, best_copy = [], max(ceilings["copy_tb_s"], ceilings["kernel_copy_tb_s"])
     for tokens in lengths:
         num_pages = tokens // 64
-        page_bytes = PageFormat("int4", 64, head_dim).page_bytes
+        page_bytes = PageFormat(kv_format, 64, head_dim).page_bytes
         num_layers = max(2, -(-pool_bytes // (heads * num_pages * page_bytes)))
-        layers = synthetic_layers(num_layers, heads, num_pages, head_dim)
+        layers = synthetic_layers(num_layers, heads, num_pages, head_dim, kv_format)
         q = (torch.randn(heads, group, head_dim, device="cuda") * 0.2).bfloat16()
         expected = reference(q, layers[-1])
-        for name, text, splits, work in kernels(heads, head_dim, variants):
+        for name, text, splits, work in kernels(heads, head_dim, kv_format, variants):
             space = Workspace.empty(heads, splits, group, head_dim, q.device)
             out = torch.full(q.shape, float("nan"), device="cuda")
             lse = torch.full(q.shape[:2], float("nan"), device="cuda")
@@ -179,7 +180,7 @@ def bench_int4_decode(
             tb_s = heads * num_pages * page_bytes / us / 1e6
             shape = f"{heads}x{group}x{head_dim}"
             row = Row(
-                name, text, shape, tokens, us, tb_s, tb_s / best_copy, tb_s / ceilings["best_tb_s"],
+                name, kv_format, text, shape, tokens, us, tb_s, tb_s / best_copy, tb_s / ceilings["best_tb_s"],
                 error(out, expected[0]), error(lse, expected[1]),
             )  # fmt: skip
             print(row, flush=True)
@@ -192,21 +193,31 @@ def bench_int4_decode(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", default="512K,3.3M", help="tokens, comma-separated")
+    parser.add_argument("--kv", default=",".join(QUANTIZED_KV_FORMATS), help="page formats, comma-separated")
     parser.add_argument("--variants", action="store_true", help="time other settings of the kernels, too")
     parser.add_argument("--json", type=Path, help="write the JSON object here as well")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_kernels needs an NVIDIA GPU, and torch sees none")
+    if unknown := set(args.kv.split(",")) - set(QUANTIZED_KV_FORMATS):
+        sys.exit(f"--kv {unknown.pop()} has no decode kernel: choose among {', '.join(QUANTIZED_KV_FORMATS)}")
     ceilings = measure_ceilings()
     print(", ".join(f"{name.removesuffix('_tb_s')} {value:.3f} TB/s" for name, value in ceilings.items()), flush=True)
     lengths = [parse_tokens(x) for x in args.lengths.split(",")]
-    rows = bench_int4_decode(lengths, ceilings, variants=args.variants)
-    rows += bench_int4_decode(lengths[:1], ceilings, heads=8, group=1, variants=args.variants)
-    rows += bench_int4_decode(lengths[:1], ceilings, heads=8, group=8, head_dim=64, variants=args.variants)
-    table = Table("kernel", "settings", "shape", "tokens", "us", "TB/s", "of copy", "of best", "error", "lse error")
+    rows = []
+    for kv_format in args.kv.split(","):
+        settings = {"kv_format": kv_format, "variants": args.variants}
+        rows += bench_int4_decode(lengths, ceilings, **settings)
+        rows += bench_int4_decode(lengths[:1], ceilings, heads=8, group=1, **settings)
+        rows += bench_int4_decode(lengths[:1], ceilings, heads=8, group=8, head_dim=64, **settings)
+    table = Table(
+        "kernel", "pages", "settings", "shape", "tokens", "us", "TB/s", "of copy", "of best", "error", "lse error"
+    )
     for r in rows:
         figures = (f"{r.us:.1f}", f"{r.tb_s:.3f}", f"{r.of_copy:.1%}", f"{r.of_best:.1%}", f"{r.out_error:.1e}")
-        table.add_row(r.kernel, r.settings, r.shape, format_tokens(r.tokens), *figures, f"{r.lse_error:.1e}")
+        table.add_row(
+            r.kernel, r.kv_format, r.settings, r.shape, format_tokens(r.tokens), *figures, f"{r.lse_error:.1e}"
+        )
     Console(width=140).print(table)
     shape = "one layer, shape is retrieval KV heads x group x head_dim, page 64; synthetic pages at random slots"
     result = {"environment": environment(), "ceilings": ceilings, "int4_decode": [asdict(r) for r in rows]}

@@ -26,7 +26,7 @@ from longrun.errors import InputError
 from longrun.kernels.int4_pages import PageRun
 from longrun.kernels.page_dequantize import dequantize_run
 from longrun.kernels.page_store import reference_store_pages, store_pages
-from longrun.quant.kv_format import PageFormat
+from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
 from longrun.units import parse_tokens
 
 
@@ -39,7 +39,7 @@ def row(kernel: str, fmt: PageFormat, dtype: torch.dtype, heads: int, tokens: in
     times = graph_seconds(work, max(2, min(50, int(2e-3 * ceiling / moved))))
     median = statistics.median(times)
     return {
-        "kernel": kernel, "head_dim": fmt.head_dim, "dtype": str(dtype).removeprefix("torch."), "heads": heads,
+        "kernel": kernel, "kv_format": fmt.name, "head_dim": fmt.head_dim, "dtype": str(dtype).removeprefix("torch."), "heads": heads,
         "tokens": tokens, "num_warps": warps, "bytes": moved, "microseconds": median * 1e6,
         "fastest_microseconds": times[0] * 1e6, "slowest_microseconds": times[-1] * 1e6,
         "tb_per_s": moved / median / 1e12, "fraction_of_copy": moved / median / ceiling,
@@ -47,8 +47,10 @@ def row(kernel: str, fmt: PageFormat, dtype: torch.dtype, heads: int, tokens: in
     }  # fmt: skip
 
 
-def measure(head_dim: int, dtype: torch.dtype, heads: int, tokens: int, warps: list[int], ceiling: float) -> list[dict]:
-    fmt, pages = PageFormat("int4", 64, head_dim), tokens // 64
+def measure(
+    head_dim: int, dtype: torch.dtype, heads: int, tokens: int, warps: list[int], ceiling: float, name: str = "int4"
+) -> list[dict]:
+    fmt, pages = PageFormat(name, 64, head_dim), tokens // 64
     fused = torch.randn(tokens, heads, 2, head_dim, dtype=dtype, device="cuda")
     k, v = (fused[:, :, side].transpose(0, 1) for side in (0, 1))
     slots = torch.randperm(heads * pages, device="cuda").int().view(heads, pages)
@@ -91,12 +93,13 @@ def main() -> int:
     print("copy, TB/s:", ", ".join(f"{name} {speed / 1e12:.3f}" for name, speed in ceilings.items()))
     rows = []
     for tokens in lengths:
-        rows += measure(128, torch.bfloat16, args.heads, tokens, warps, ceiling)
+        for name in QUANTIZED_KV_FORMATS:
+            rows += measure(128, torch.bfloat16, args.heads, tokens, warps, ceiling, name)
     for head_dim, dtype in ((64, torch.bfloat16), (128, torch.float32)):
         rows += measure(head_dim, dtype, args.heads, min(lengths[-1], 131072), warps, ceiling)
     again = copy_ceilings()
     for r in rows:
-        print(f"{r['kernel']:16} D{r['head_dim']:<4} {r['dtype']:9} {r['tokens']:>7} tokens {r['num_warps']} warps "
+        print(f"{r['kernel']:16} {r['kv_format']:5} D{r['head_dim']:<4} {r['dtype']:9} {r['tokens']:>7} tokens {r['num_warps']} warps "
               f"{r['microseconds']:9.1f} us {r['tb_per_s']:6.3f} TB/s {r['fraction_of_copy']:6.1%}")  # fmt: skip
     return finish({
         "benchmark": "page kernels", "rows": rows,
