@@ -66,8 +66,8 @@ def test_outlier_channels_are_spread_and_cost_less():
     assert error[1] < 0.6 * error[0]
 
 
-def test_only_int4_pages_rotate():
-    assert [name for name in KV_FORMATS if PageFormat(name, 64, 64).rotates_keys] == ["int4"]
+def test_only_quantized_pages_rotate():
+    assert [name for name in KV_FORMATS if PageFormat(name, 64, 64).rotates_keys] == ["int4", "k5v3"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
