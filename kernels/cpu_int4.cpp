@@ -1,7 +1,7 @@
-// INT4 page kernels for the CPU: fused split-KV decode attention and page dequantization.
+// Kernels for int4 and k5v3 pages on the CPU: fused split-KV decode attention and page dequantization.
 //
-// Page layout: see quant/kv_format.py. Both halves of attention are one product of a small float matrix with a
-// nibble matrix, C[g][n] = sum_k A[g][k] * B[k][n]:
+// Page layout: see quant/kv_format.py; `key_bits` tells the format, 4 for int4 and 5 for k5v3. Both halves of attention
+// are one product of a small float matrix with a nibble matrix, C[g][n] = sum_k A[g][k] * B[k][n]:
 //   scores   A = q * key scale (per channel), B = keys [D][P]    (the key minimum adds q . min to every token)
 //   output   A = p * value scale (per token), B = values [P][D]  (the value minimum adds sum(p * min) to every channel)
 // so that nibbles go from memory to fused multiply-add without a dequantized copy. Partial results of page ranges
@@ -23,6 +23,7 @@ namespace {
 
 typedef float v8f __attribute__((vector_size(32)));
 typedef int32_t v8i __attribute__((vector_size(32)));
+typedef uint16_t v8h __attribute__((vector_size(16)));
 typedef uint8_t v8b __attribute__((vector_size(8)));
 constexpr int MAX_GROUP = 8;
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
@@ -81,10 +82,34 @@ inline v8f exp8(v8f x) {
   return p * s;
 }
 
-// C[g][n] += sum_k A[g][k] * B[k][n], n in [0, N); row k of B is N/2 bytes: n low nibble, n + N/2 high nibble.
-template <int G, int T>  // T vectors of 8 low and T of 8 high columns at a time
+// Steps of 8 bytes. BITS 4: the nibbles; 3: their lower three bits; 5: bits 3 and 7 of `fifths` on top of them.
+template <int BITS>
+inline void unpack8(const uint8_t* bytes, const uint8_t* fifths, v8f& low, v8f& high) {
+  if (BITS == 4) {
+    const v8i both = __builtin_convertvector(bytes8(bytes), v8i);
+    low = __builtin_convertvector(both & 15, v8f);
+    high = __builtin_convertvector(both >> 4, v8f);
+    return;
+  }
+  const v8h both = __builtin_convertvector(bytes8(bytes), v8h);  // straight to 32 bits, g++ 12 goes in halves
+  v8h lo = both & 15, hi = both >> 4;
+  if (BITS == 3) {
+    lo &= 7;
+    hi &= 7;
+  } else {
+    const v8h top = __builtin_convertvector(bytes8(fifths), v8h);
+    lo |= (top & 8) << 1;
+    hi |= (top & 128) >> 3;
+  }
+  low = __builtin_convertvector(__builtin_convertvector(lo, v8i), v8f);
+  high = __builtin_convertvector(__builtin_convertvector(hi, v8i), v8f);
+}
+
+// C[g][n] += sum_k A[g][k] * B[k][n], n in [0, N); row k of B is N/2 bytes: n low nibble, n + N/2 high nibble. With
+// BITS 5, the bytes after B hold the fifth bits at the same offsets.
+template <int BITS, int G, int T>  // T vectors of 8 low and T of 8 high columns at a time
 void nibble_product(const float* A, int lda, const uint8_t* B, int K, int N, float* C, int ldc) {
-  const int half = N / 2;
+  const int half = N / 2, to_fifths = BITS == 5 ? K * half : 0;
   for (int j = 0; j < half; j += 8 * T) {
     v8f low[G][T], high[G][T];
     for (int g = 0; g < G; g++)
@@ -95,11 +120,7 @@ void nibble_product(const float* A, int lda, const uint8_t* B, int K, int N, flo
     const uint8_t* row = B + j;
     for (int k = 0; k < K; k++, row += half) {
       v8f lo[T], hi[T];
-      for (int t = 0; t < T; t++) {
-        const v8i both = __builtin_convertvector(bytes8(row + 8 * t), v8i);
-        lo[t] = __builtin_convertvector(both & 15, v8f);
-        hi[t] = __builtin_convertvector(both >> 4, v8f);
-      }
+      for (int t = 0; t < T; t++) unpack8<BITS>(row + 8 * t, row + to_fifths + 8 * t, lo[t], hi[t]);
       for (int g = 0; g < G; g++) {
         const v8f a = splat(A[g * lda + k]);
         for (int t = 0; t < T; t++) {
@@ -116,12 +137,12 @@ void nibble_product(const float* A, int lda, const uint8_t* B, int K, int N, flo
   }
 }
 
-template <int G>
+template <int BITS, int G>
 void nibble_product_for(const float* A, int lda, const uint8_t* B, int K, int N, float* C, int ldc) {
   if (G <= 3 && N % 32 == 0)  // accumulators: 2 * G * T registers of 16 on AVX2
-    nibble_product<G, 2>(A, lda, B, K, N, C, ldc);
+    nibble_product<BITS, G, 2>(A, lda, B, K, N, C, ldc);
   else
-    nibble_product<G, 1>(A, lda, B, K, N, C, ldc);
+    nibble_product<BITS, G, 1>(A, lda, B, K, N, C, ldc);
 }
 
 // Online softmax state of G queries of one KV head.
@@ -154,8 +175,9 @@ inline void softmax_step(Running& run, float* scores, int G, int n, int D) {
   }
 }
 
-template <int G>
-void int4_page(Running& run, const float* q, const uint8_t* payload, const uint16_t* index, int D, int P, float* work) {
+template <int KEY_BITS, int G>
+void quantized_page(Running& run, const float* q, const uint8_t* payload, const uint16_t* index, int D, int P,
+                    float* work) {
   float* scaled = work;             // [G][D], then reused as [G][P]
   const int wide = std::max(D, P);
   float* scores = work + G * wide;  // [G][P]
@@ -175,7 +197,7 @@ void int4_page(Running& run, const float* q, const uint8_t* payload, const uint1
     base = sum8(dot);
     for (int t = 0; t < P; t += 8) store8(scores + g * P + t, splat(base));
   }
-  nibble_product_for<G>(scaled, D, payload, D, P, scores, P);
+  nibble_product_for<KEY_BITS, G>(scaled, D, payload, D, P, scores, P);
   softmax_step(run, scores, G, P, D);
   const uint8_t* values = payload + (int64_t)D * P / 2;
   uint16_t scales[512];
@@ -194,12 +216,11 @@ void int4_page(Running& run, const float* q, const uint8_t* payload, const uint1
     const v8f add = splat(sum8(base));
     for (int d = 0; d < D; d += 8) store8(run.acc + g * D + d, load8(run.acc + g * D + d) + add);
   }
-  nibble_product_for<G>(scaled, P, values, P, D, run.acc, D);
+  nibble_product_for<8 - KEY_BITS, G>(scaled, P, values, P, D, run.acc, D);
 }
 
 inline v8f exact8(const void* base, int64_t at, int itemsize) {
   if (itemsize == 4) return load8(static_cast<const float*>(base) + at);
-  typedef uint16_t v8h __attribute__((vector_size(16)));
   v8h raw; std::memcpy(&raw, static_cast<const uint16_t*>(base) + at, 16);
   const v8i wide = __builtin_convertvector(raw, v8i) << 16;
   v8f out; std::memcpy(&out, &wide, 32);
@@ -232,17 +253,61 @@ void exact_run(Running& run, const float* q, int G, const void* k, const void* v
   }
 }
 
+template <int KEY_BITS>
 void page_dispatch(Running& run, int G, const float* q, const uint8_t* payload, const uint16_t* index, int D, int P,
                    float* work) {
   switch (G) {
-    case 1: int4_page<1>(run, q, payload, index, D, P, work); break;
-    case 2: int4_page<2>(run, q, payload, index, D, P, work); break;
-    case 3: int4_page<3>(run, q, payload, index, D, P, work); break;
-    case 4: int4_page<4>(run, q, payload, index, D, P, work); break;
-    case 5: int4_page<5>(run, q, payload, index, D, P, work); break;
-    case 6: int4_page<6>(run, q, payload, index, D, P, work); break;
-    case 7: int4_page<7>(run, q, payload, index, D, P, work); break;
-    default: int4_page<8>(run, q, payload, index, D, P, work); break;
+    case 1: quantized_page<KEY_BITS, 1>(run, q, payload, index, D, P, work); break;
+    case 2: quantized_page<KEY_BITS, 2>(run, q, payload, index, D, P, work); break;
+    case 3: quantized_page<KEY_BITS, 3>(run, q, payload, index, D, P, work); break;
+    case 4: quantized_page<KEY_BITS, 4>(run, q, payload, index, D, P, work); break;
+    case 5: quantized_page<KEY_BITS, 5>(run, q, payload, index, D, P, work); break;
+    case 6: quantized_page<KEY_BITS, 6>(run, q, payload, index, D, P, work); break;
+    case 7: quantized_page<KEY_BITS, 7>(run, q, payload, index, D, P, work); break;
+    default: quantized_page<KEY_BITS, 8>(run, q, payload, index, D, P, work); break;
+  }
+}
+
+// Keys and values of one page, token-major, from element `at` on.
+template <int KEY_BITS>
+void dequantize_page(void* k_out, void* v_out, int64_t at, int64_t out_itemsize, int64_t D, int64_t P,
+                     const uint8_t* payload, const uint16_t* scales) {
+  const uint8_t* values = payload + D * P / 2;
+  float tile[8 * 256];  // 8 channels x P tokens
+  for (int64_t d0 = 0; d0 < D; d0 += 8) {
+    for (int64_t i = 0; i < 8; i++) {
+      const float scale = half_to_float(scales[d0 + i]), minimum = half_to_float(scales[D + d0 + i]);
+      const uint8_t* row = payload + (d0 + i) * (P / 2);
+      const uint8_t* fifths = values + (d0 + i) * (P / 2);
+      for (int64_t t = 0; t < P / 2; t++) {
+        const int low = (row[t] & 15) | (KEY_BITS == 5 ? (fifths[t] & 8) << 1 : 0);
+        const int high = row[t] >> 4 | (KEY_BITS == 5 ? (fifths[t] & 128) >> 3 : 0);
+        tile[i * P + t] = minimum + scale * float(low);
+        tile[i * P + P / 2 + t] = minimum + scale * float(high);
+      }
+    }
+    for (int64_t t = 0; t < P; t++)
+      for (int64_t i = 0; i < 8; i++) {
+        if (out_itemsize == 4) static_cast<float*>(k_out)[at + t * D + d0 + i] = tile[i * P + t];
+        else static_cast<uint16_t*>(k_out)[at + t * D + d0 + i] = float_to_bf16(tile[i * P + t]);
+      }
+  }
+  constexpr int mask = KEY_BITS == 5 ? 7 : 15;
+  uint16_t value_scales[512];
+  std::memcpy(value_scales, values + D * P / 2, 4 * P);
+  for (int64_t t = 0; t < P; t++) {
+    const float scale = half_to_float(value_scales[t]), minimum = half_to_float(value_scales[P + t]);
+    const uint8_t* row = values + t * (D / 2);
+    for (int64_t d = 0; d < D / 2; d++) {
+      const float low = minimum + scale * float(row[d] & mask), high = minimum + scale * float(row[d] >> 4 & mask);
+      if (out_itemsize == 4) {
+        static_cast<float*>(v_out)[at + t * D + d] = low;
+        static_cast<float*>(v_out)[at + t * D + D / 2 + d] = high;
+      } else {
+        static_cast<uint16_t*>(v_out)[at + t * D + d] = float_to_bf16(low);
+        static_cast<uint16_t*>(v_out)[at + t * D + D / 2 + d] = float_to_bf16(high);
+      }
+    }
   }
 }
 
@@ -257,8 +322,8 @@ extern "C" {
 //   index     float16 [heads][index_stride] elements: 2 * D a page
 //   exact_*   bf16 or float32 (itemsize 2, 4) [heads][exact_stride elements a head], first exact_n tokens of each
 void longrun_decode(const float* q, float* out, float* lse, int64_t heads, int64_t group, int64_t D, int64_t P,
-                    const uint8_t* pool, int64_t payload_bytes, const int32_t* table, int64_t table_stride,
-                    const uint16_t* index, int64_t index_stride, int64_t num_pages,
+                    int64_t key_bits, const uint8_t* pool, int64_t payload_bytes, const int32_t* table,
+                    int64_t table_stride, const uint16_t* index, int64_t index_stride, int64_t num_pages,
                     const void* exact0_k, const void* exact0_v, int64_t exact0_stride, int64_t exact0_n,
                     const void* exact1_k, const void* exact1_v, int64_t exact1_stride, int64_t exact1_n,
                     int64_t itemsize, int64_t threads) {
@@ -267,6 +332,7 @@ void longrun_decode(const float* q, float* out, float* lse, int64_t heads, int64
   const int64_t splits = std::max<int64_t>(1, std::min(want, num_pages / 8));
   const int64_t state = group * (D + 2);  // per (head, split): acc [group][D], max [group], sum [group]
   std::vector<float> partial(size_t(heads * splits * state));
+  const auto decode_page = key_bits == 5 ? page_dispatch<5> : page_dispatch<4>;
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> work(size_t(MAX_GROUP * (std::max(D, P) + std::max<int64_t>(P, 64)) + 2 * std::max(D, P) + 64));
@@ -283,7 +349,7 @@ void longrun_decode(const float* q, float* out, float* lse, int64_t heads, int64
       const int64_t first = num_pages * split / splits, last = num_pages * (split + 1) / splits;
       for (int64_t page = first; page < last; page++) {
         const int64_t slot = table[head * table_stride + page];
-        page_dispatch(run, G, qh, pool + slot * payload_bytes, index + head * index_stride + page * 2 * D, int(D), int(P),
+        decode_page(run, G, qh, pool + slot * payload_bytes, index + head * index_stride + page * 2 * D, int(D), int(P),
                       work.data());
       }
       if (split == 0 && exact0_n > 0)
@@ -323,7 +389,7 @@ void longrun_decode(const float* q, float* out, float* lse, int64_t heads, int64
 // Dequantize pages [first, first + count) of every head to k, v [heads][out_stride elements a head], token-major.
 // out_itemsize 4: float32, 2: bf16.
 void longrun_dequantize(void* k_out, void* v_out, int64_t out_stride, int64_t out_itemsize, int64_t heads, int64_t D,
-                        int64_t P, const uint8_t* pool, int64_t payload_bytes, const int32_t* table,
+                        int64_t P, int64_t key_bits, const uint8_t* pool, int64_t payload_bytes, const int32_t* table,
                         int64_t table_stride, const uint16_t* index, int64_t index_stride, int64_t first, int64_t count,
                         int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -332,39 +398,8 @@ void longrun_dequantize(void* k_out, void* v_out, int64_t out_stride, int64_t ou
     const uint8_t* payload = pool + int64_t(table[head * table_stride + first + page]) * payload_bytes;
     const uint16_t* scales = index + head * index_stride + (first + page) * 2 * D;
     const int64_t at = head * out_stride + page * P * D;
-    float tile[8 * 256];  // 8 channels x P tokens
-    for (int64_t d0 = 0; d0 < D; d0 += 8) {
-      for (int64_t i = 0; i < 8; i++) {
-        const float scale = half_to_float(scales[d0 + i]), minimum = half_to_float(scales[D + d0 + i]);
-        const uint8_t* row = payload + (d0 + i) * (P / 2);
-        for (int64_t t = 0; t < P / 2; t++) {
-          tile[i * P + t] = minimum + scale * float(row[t] & 15);
-          tile[i * P + P / 2 + t] = minimum + scale * float(row[t] >> 4);
-        }
-      }
-      for (int64_t t = 0; t < P; t++)
-        for (int64_t i = 0; i < 8; i++) {
-          if (out_itemsize == 4) static_cast<float*>(k_out)[at + t * D + d0 + i] = tile[i * P + t];
-          else static_cast<uint16_t*>(k_out)[at + t * D + d0 + i] = float_to_bf16(tile[i * P + t]);
-        }
-    }
-    const uint8_t* values = payload + D * P / 2;
-    uint16_t value_scales[512];
-    std::memcpy(value_scales, values + D * P / 2, 4 * P);
-    for (int64_t t = 0; t < P; t++) {
-      const float scale = half_to_float(value_scales[t]), minimum = half_to_float(value_scales[P + t]);
-      const uint8_t* row = values + t * (D / 2);
-      for (int64_t d = 0; d < D / 2; d++) {
-        const float low = minimum + scale * float(row[d] & 15), high = minimum + scale * float(row[d] >> 4);
-        if (out_itemsize == 4) {
-          static_cast<float*>(v_out)[at + t * D + d] = low;
-          static_cast<float*>(v_out)[at + t * D + D / 2 + d] = high;
-        } else {
-          static_cast<uint16_t*>(v_out)[at + t * D + d] = float_to_bf16(low);
-          static_cast<uint16_t*>(v_out)[at + t * D + D / 2 + d] = float_to_bf16(high);
-        }
-      }
-    }
+    const auto dequantize = key_bits == 5 ? dequantize_page<5> : dequantize_page<4>;
+    dequantize(k_out, v_out, at, out_itemsize, D, P, payload, scales);
   }
 }
 

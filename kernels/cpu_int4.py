@@ -65,14 +65,14 @@ def _int(value: int) -> ctypes.c_int64:
 
 
 def _check_run(run: PageRun) -> None:
-    assert run.fmt.quantized and run.index is not None
+    assert run.fmt.quantized and run.fmt.key_bits in (4, 5) and run.index is not None
     assert run.storage.dtype == torch.uint8 and run.storage.is_contiguous()
     assert run.table.dtype == torch.int32 and run.table.stride(1) == 1
     assert run.index.dtype == torch.float16 and run.index[0].is_contiguous()
 
 
 class CpuInt4Kernels:
-    """INT4 decode attention and page dequantization on the CPU, as fast as the nibbles can be unpacked.
+    """Decode attention and dequantization of int4 and k5v3 pages on the CPU, as fast as their bits can be unpacked.
 
     Raises:
         KernelUnavailable: no compiler, or the build failed.
@@ -94,14 +94,14 @@ class CpuInt4Kernels:
         if pages is not None and pages.count:
             _check_run(pages)
             table, index, storage = pages.table[:, pages.first :], pages.index[:, pages.first :], pages.storage
-            page_size, count, payload = pages.fmt.page_size, pages.count, pages.fmt.payload_bytes
+            page_size, key_bits, payload = pages.fmt.page_size, pages.fmt.key_bits, pages.fmt.payload_bytes
             pool = ctypes.c_void_p(storage.data_ptr() - pages.slot_offset * payload)
             page_args = (
                 pool, _int(payload), _address(table), _int(table.stride(0)),
-                _address(index), _int(index.stride(0)), _int(count),
+                _address(index), _int(index.stride(0)), _int(pages.count),
             )  # fmt: skip
         else:
-            page_size = 64
+            page_size, key_bits = 64, 4
             page_args = (None, _int(0), None, _int(0), None, _int(0), _int(0))
         exact_args: list[ctypes.c_void_p | ctypes.c_int64 | None] = []
         itemsize = 4
@@ -115,7 +115,7 @@ class CpuInt4Kernels:
             exact_args += [_address(run.k), _address(run.v), _int(run.k.stride(0)), _int(run.num_tokens)]
         self._lib.longrun_decode(
             _address(q), _address(out), _address(lse), _int(heads), _int(group), _int(dim), _int(page_size),
-            *page_args, *exact_args, _int(itemsize), _int(torch.get_num_threads()),
+            _int(key_bits), *page_args, *exact_args, _int(itemsize), _int(torch.get_num_threads()),
         )  # fmt: skip
         return out, lse
 
@@ -127,7 +127,7 @@ class CpuInt4Kernels:
         assert k_out.shape == (run.table.shape[0], run.count * run.fmt.page_size, run.fmt.head_dim)
         self._lib.longrun_dequantize(
             _address(k_out), _address(v_out), _int(k_out.stride(0)), _int(k_out.element_size()),
-            _int(k_out.shape[0]), _int(run.fmt.head_dim), _int(run.fmt.page_size),
+            _int(k_out.shape[0]), _int(run.fmt.head_dim), _int(run.fmt.page_size), _int(run.fmt.key_bits),
             ctypes.c_void_p(run.storage.data_ptr() - run.slot_offset * run.fmt.payload_bytes),
             _int(run.fmt.payload_bytes), _address(run.table), _int(run.table.stride(0)),
             _address(run.index), _int(run.index.stride(0)), _int(run.first), _int(run.count),
