@@ -39,8 +39,9 @@ def row(kernel: str, fmt: PageFormat, dtype: torch.dtype, heads: int, tokens: in
     times = graph_seconds(work, max(2, min(50, int(2e-3 * ceiling / moved))))
     median = statistics.median(times)
     return {
-        "kernel": kernel, "kv_format": fmt.name, "head_dim": fmt.head_dim, "dtype": str(dtype).removeprefix("torch."), "heads": heads,
-        "tokens": tokens, "num_warps": warps, "bytes": moved, "microseconds": median * 1e6,
+        "kernel": kernel, "kv_format": fmt.name, "head_dim": fmt.head_dim,
+        "dtype": str(dtype).removeprefix("torch."), "heads": heads, "tokens": tokens,
+        "num_warps": warps, "bytes": moved, "microseconds": median * 1e6,
         "fastest_microseconds": times[0] * 1e6, "slowest_microseconds": times[-1] * 1e6,
         "tb_per_s": moved / median / 1e12, "fraction_of_copy": moved / median / ceiling,
         "fits_l2": moved < torch.cuda.get_device_properties(0).L2_cache_size,
@@ -99,7 +100,8 @@ def main() -> int:
         rows += measure(head_dim, dtype, args.heads, min(lengths[-1], 131072), warps, ceiling)
     again = copy_ceilings()
     for r in rows:
-        print(f"{r['kernel']:16} {r['kv_format']:5} D{r['head_dim']:<4} {r['dtype']:9} {r['tokens']:>7} tokens {r['num_warps']} warps "
+        print(f"{r['kernel']:16} {r['kv_format']:5} D{r['head_dim']:<4} {r['dtype']:9} {r['tokens']:>7} tokens "
+              f"{r['num_warps']} warps "
               f"{r['microseconds']:9.1f} us {r['tb_per_s']:6.3f} TB/s {r['fraction_of_copy']:6.1%}")  # fmt: skip
     return finish({
         "benchmark": "page kernels", "rows": rows,
