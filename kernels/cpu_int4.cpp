@@ -85,18 +85,13 @@ inline v8f exp8(v8f x) {
 // Steps of 8 bytes. BITS 4: the nibbles; 3: their lower three bits; 5: bits 3 and 7 of `fifths` on top of them.
 template <int BITS>
 inline void unpack8(const uint8_t* bytes, const uint8_t* fifths, v8f& low, v8f& high) {
-  if (BITS == 4) {
-    const v8i both = __builtin_convertvector(bytes8(bytes), v8i);
-    low = __builtin_convertvector(both & 15, v8f);
-    high = __builtin_convertvector(both >> 4, v8f);
-    return;
-  }
-  const v8h both = __builtin_convertvector(bytes8(bytes), v8h);  // straight to 32 bits, g++ 12 goes in halves
+  const v8h both = __builtin_convertvector(bytes8(bytes), v8h);  // in 16 bits: straight to 32, g++ 12 goes in halves
   v8h lo = both & 15, hi = both >> 4;
   if (BITS == 3) {
     lo &= 7;
     hi &= 7;
-  } else {
+  }
+  if (BITS == 5) {
     const v8h top = __builtin_convertvector(bytes8(fifths), v8h);
     lo |= (top & 8) << 1;
     hi |= (top & 128) >> 3;
