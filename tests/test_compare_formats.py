@@ -23,7 +23,7 @@ from longrun.quant.page_codec import decode_pages, encode_pages
 from longrun.quant.rotation import hadamard_rotation, key_rotation
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN, PLAIN = "sim:k4-channel-rot/v4", "sim:k4-channel/v4"
+OWN, PLAIN, FIVE = "sim:k4-channel-rot/v4", "sim:k4-channel/v4", "sim:k5-channel-rot/v3-rot"
 PAGE, DIM = 64, 64
 
 
@@ -56,6 +56,10 @@ def test_our_own_format_is_what_the_page_codec_gives_back(dtype, dim):
     stored, real_v = decode_pages(*encode_pages(k.float() @ for_keys, v, fmt), fmt)
     own_k, own_v = simulated(OWN, k, v)
     assert torch.equal(own_k, stored @ for_queries.T) and torch.equal(own_v, real_v)
+    five = PageFormat("k5v3", PAGE, dim)
+    stored = decode_pages(*encode_pages(k.float() @ for_keys, v.float() @ for_keys, five), five)
+    for own, real in zip(simulated(FIVE, k, v), stored, strict=True):
+        assert torch.equal(own, real @ for_queries.T)
     for own, real in zip(simulated(PLAIN, k, v), decode_pages(*encode_pages(k, v, fmt), fmt), strict=True):
         assert torch.equal(own, real)
     assert not torch.equal(simulated("sim:k4-token/v4", k, v)[0], simulated(PLAIN, k, v)[0])
@@ -171,8 +175,9 @@ IDS = torch.randint(0, 97, (420,), generator=torch.Generator().manual_seed(5)).t
 def test_sessions_answer_as_the_real_pages_do_and_count_their_bytes(tiny):
     """Prefill in chunks, single tokens and a rewind: the same pages, up to bf16, as the cache of INT4 pages."""
     logits, sessions = {}, {}
-    int4, bf16 = load(tiny, "int4"), load(tiny, "bf16")
-    for name, runtime in (("int4", int4), ("bf16", bf16), (OWN, bf16), (PLAIN, bf16), ("sim:k2-token/v2", bf16)):
+    runtimes = {name: load(tiny, name) for name in ("int4", "k5v3", "bf16")}
+    runtimes |= dict.fromkeys((OWN, PLAIN, FIVE, "sim:k2-token/v2"), runtimes["bf16"])
+    for name, runtime in runtimes.items():
         session = sessions[name] = open_session(runtime, Row("a", kv=name), 560)
         session.prefill(IDS[:330])
         mark = session.mark()
@@ -185,6 +190,7 @@ def test_sessions_answer_as_the_real_pages_do_and_count_their_bytes(tiny):
     assert differences["sim:k2-token/v2"] > 2 * differences[OWN] > 0
     # a rounding of a key to bf16 that falls the other way is a nibble, and now and then it does
     assert (logits[OWN] - logits["int4"]).norm() < 0.5 * differences["int4"] < (logits[PLAIN] - logits["int4"]).norm()
+    assert (logits[FIVE] - logits["k5v3"]).norm() < 0.5 * differences["k5v3"]
     for (real, _), (own, _) in zip(sessions["int4"].cache.layers, sessions[OWN].cache.layers, strict=True):
         assert own.num_pooled == real.num_pooled + 1 == 6
     # layer 0 sees the same inputs in both: its values are equal to the last bit of bf16, its keys but for rounding to
@@ -198,7 +204,9 @@ def test_sessions_answer_as_the_real_pages_do_and_count_their_bytes(tiny):
     assert torch.equal(dk[:, 0], plain[:, 0]) and torch.equal(dv[:, 0], real.sink_v.float())
     assert (dk[:, 0] - real.sink_k.float() @ back).norm() < 4e-3 * dk[:, 0].norm()
     found = cache_bytes(sessions[OWN].cache, simulated_format(OWN))
-    assert found["computed"] == cache_bytes(sessions["int4"].cache)["used"]
+    assert (
+        found["computed"] == cache_bytes(sessions["int4"].cache)["used"] == cache_bytes(sessions["k5v3"].cache)["used"]
+    )
     assert found["used"] == cache_bytes(sessions["bf16"].cache)["used"] > 2 * found["computed"]
     with pytest.raises(SessionError, match=f"simulate {OWN}"):
         sessions[OWN].save("nowhere")
