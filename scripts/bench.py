@@ -92,6 +92,9 @@ def add_formats(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--weight-formats", default="nf4,int4,int8", help="formats beside bf16; --weight-format is not used"
     )
+    sub.add_argument(
+        "--kv-formats", metavar="LIST", help="vary the pages instead, the first named being compared with: int4,k5v3"
+    )
     sub.add_argument("--repeats", type=int, default=5, help="turns of every format, after one that is not counted")
     sub.set_defaults(run=run)
 
@@ -110,7 +113,7 @@ COMMANDS = {
     "decode": (add_decode, "milliseconds a token at long contexts"),
     "prefill": (add_prefill, "reading long texts"),
     "offload": (add_offload, "decode with pages in host memory"),
-    "formats": (add_formats, "reading in several weight formats, by turns"),
+    "formats": (add_formats, "reading in several weight or page formats, by turns"),
     "kernels": (add_kernels, "every kernel alone"),
 }
 

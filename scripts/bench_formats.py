@@ -1,4 +1,4 @@
-"""Prefill in several weight formats, taking turns in one process: a GPU's clock drifts from run to run."""
+"""Prefill in several weight or page formats, taking turns in one process: a GPU's clock drifts from run to run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,23 @@ from rich.console import Console
 from rich.table import Table
 
 from longrun.errors import InputError
+from longrun.quant.kv_format import KV_FORMATS
 from longrun.runtime import Runtime
 from longrun.session import Session
 
-BASE = "bf16"
+BASE = "bf16"  # of weight formats; of page formats it is the first one named
+
+
+def parse_kv_formats(text: str) -> list[str]:
+    """The page formats, the first of which the others are compared with.
+
+    Raises:
+        InputError: fewer than two, one twice, or an unknown one.
+    """
+    formats = [name.strip() for name in text.split(",") if name.strip()]
+    if len(formats) < 2 or len(set(formats)) != len(formats) or set(formats) - set(KV_FORMATS):
+        raise InputError(f"--kv-formats {text}: give at least two of {', '.join(KV_FORMATS)}, each once")
+    return formats
 
 
 def parse_formats(text: str) -> list[str]:
@@ -51,43 +64,45 @@ def run(args: argparse.Namespace) -> int:
     lengths = parse_lengths(args.length)
     if len(lengths) != 1 or args.repeats < 1:
         raise InputError("formats needs one length and at least one repeat: give --length 64K --repeats 3")
-    formats, length = parse_formats(args.weight_formats), lengths[0]
+    axis, key = ("kv", "kv_format") if args.kv_formats else ("weight_format", "weight_format")
+    formats = parse_kv_formats(args.kv_formats) if args.kv_formats else parse_formats(args.weight_formats)
+    base, length = formats[0], lengths[0]
     runtimes: dict[str, Runtime] = {}
     for name in formats:
-        args.weight_format = name
+        setattr(args, axis, name)
         runtimes[name] = load_runtime(args, length)
     sessions = {name: runtime.new_session(length) for name, runtime in runtimes.items()}
     generator = torch.Generator().manual_seed(args.seed)
-    token_ids = torch.randint(0, runtimes[BASE].config.vocab_size, (length,), generator=generator)
+    token_ids = torch.randint(0, runtimes[base].config.vocab_size, (length,), generator=generator)
     seconds: dict[str, list[float]] = {name: [] for name in formats}
     rows: list[dict[str, Any]] = []
     result = {
-        "benchmark": "formats", "settings": describe(runtimes[BASE], args), "length": length, "repeats": args.repeats,
+        "benchmark": "formats", "settings": describe(runtimes[base], args), "length": length, "repeats": args.repeats,
         "rows": rows,
     }  # fmt: skip
-    result["settings"]["weight_format"] = ", ".join(formats)
+    result["settings"][key] = ", ".join(formats)
     for turn in range(args.repeats + 1):
         for name in formats if turn % 2 else reversed(formats):
             taken = read_seconds(sessions[name], token_ids)
             if turn:  # the first compiles, and builds what libraries build for new shapes
                 seconds[name].append(taken)
     for name in formats:
-        ratios = [own / base for own, base in zip(seconds[name], seconds[BASE], strict=True)]
+        ratios = [own / base for own, base in zip(seconds[name], seconds[base], strict=True)]
         rows.append({
-            "weight_format": name, "seconds": seconds[name], "median_seconds": statistics.median(seconds[name]),
-            "over_bf16": statistics.median(ratios),
+            key: name, "seconds": seconds[name], "median_seconds": statistics.median(seconds[name]),
+            f"over_{base}": statistics.median(ratios),
         })  # fmt: skip
         save(result, args)
     del sessions, runtimes
     release(device)
-    Console(width=120).print(table(rows, length))
+    Console(width=120).print(table(rows, length, key, base))
     return finish(result, args)
 
 
-def table(rows: list[dict[str, Any]], length: int) -> Table:
+def table(rows: list[dict[str, Any]], length: int, key: str, base: str) -> Table:
     """The rows as a person reads them."""
-    found = Table("weights", "seconds", "tokens/s", "time beside bf16")
+    found = Table("pages" if key == "kv_format" else "weights", "seconds", "tokens/s", f"time beside {base}")
     for row in rows:
         median = row["median_seconds"]
-        found.add_row(row["weight_format"], figure(median, 3), figure(length / median, 0), percent(row["over_bf16"]))
+        found.add_row(row[key], figure(median, 3), figure(length / median, 0), percent(row[f"over_{base}"]))
     return found

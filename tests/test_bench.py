@@ -174,6 +174,16 @@ def test_an_offloaded_session_is_compared_with_a_resident_one(model, capsys, tmp
         bench.main(["offload", "--model", str(model), "--device", "cpu", "--length", "1K", "--gpu-budget", "2 GB"])
 
 
+def test_page_formats_take_turns(model, capsys, tmp_path, quick):
+    argv = ("--device", "cpu", "--length", "200", "--repeats", "2")
+    result = run(capsys, tmp_path, "formats", "--model", model, *argv, "--kv-formats", "int4,k5v3")
+    assert [row["kv_format"] for row in result["rows"]] == ["int4", "k5v3"]
+    assert result["rows"][0]["over_int4"] == 1.0 and all(len(row["seconds"]) == 2 for row in result["rows"])
+    for formats in ("int4", "int4,int4", "int4,k6v2"):
+        with pytest.raises(InputError, match="--kv-formats"):
+            bench.main(["formats", "--model", str(model), *argv, "--kv-formats", formats])
+
+
 def test_weight_formats_take_turns(model, capsys, tmp_path, quick):
     argv = ("--device", "cpu", "--length", "200", "--weight-formats", "int8,fp32", "--repeats", "2")
     result = run(capsys, tmp_path, "formats", "--model", model, *argv)
