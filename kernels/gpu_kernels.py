@@ -123,7 +123,7 @@ def decode_attention_reference(
     """`int4_decode.decode_attention` through `int4_pages.decode_attention`; without any token lse is -inf and out NaN,
     as the kernels leave it."""
     first, count, sinks, tails = pages.lengths.tolist()
-    fmt = PageFormat("int4", pages.tail_k.shape[1], q.shape[2])
+    fmt = PageFormat(pages.kv_format, pages.tail_k.shape[1], q.shape[2])
     run = PageRun(pages.storage, pages.table, pages.index, first, count, fmt, pages.slot_offset)
     exact = tuple(
         ExactRun(k, v, n) for k, v, n in ((pages.sink_k, pages.sink_v, sinks), (pages.tail_k, pages.tail_v, tails)) if n

@@ -1,4 +1,4 @@
-"""Decode attention straight from INT4 pages, in Triton: the portable kernel, and the interface both GPU kernels share.
+"""Decode attention straight from quantized pages, in Triton: the portable kernel, and what both GPU kernels share.
 
 One query token, split over the cache (flash-decoding): every program attends to a run of pages of one head and writes
 a partial result with its log-sum-exp; a second kernel merges. All lengths are read from device memory, so one captured
@@ -6,9 +6,10 @@ CUDA graph serves every length. The torch reference is `int4_pages.decode_attent
 kernel with this signature, for sm_80 and newer.
 
 A nibble is never converted: left in the low bits of a float16 it is the subnormal `nibble * 2^-24`, a high nibble is 16
-times that, and the powers of two are taken out of the float32 result. Key scales are folded into q, value scales into
-the probabilities, minima add one number a query. Both products are rounded to float16, so value scales must stay below
-255 (values of one token that span 3,800) and q times a key scale below 65,504.
+times that, and the powers of two are taken out of the float32 result; a fifth bit (k5v3) is put above its nibble. Key
+scales are folded into q, value scales into the probabilities, minima add one number a query. Both products are rounded
+to float16, so value scales must stay below 255 (values of one token that span 3,800, with k5v3 1,780) and q times a key
+scale below 65,504.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class DecodePages:
         sink_k, sink_v, tail_k, tail_v: bfloat16 [num_heads, page_size, head_dim], contiguous.
         lengths: int32 [4]: first page, number of pages, sink tokens, tail tokens. Read by the kernel when it runs.
         slot_offset: number of the first slot of `storage`.
+        kv_format: of the pages, int4 or k5v3.
     """
 
     storage: Tensor
@@ -52,6 +54,7 @@ class DecodePages:
     tail_v: Tensor
     lengths: Tensor
     slot_offset: int = 0
+    kv_format: str = "int4"
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def check_shapes(q: Tensor, pages: DecodePages) -> None:
     if pages.tail_k.shape[1] != PAGE_SIZE:
         raise ConfigError(f"page_size {pages.tail_k.shape[1]} has no INT4 decode kernel: use {PAGE_SIZE}")
     assert q.is_contiguous() and q.dtype in (torch.float32, torch.bfloat16)
-    payload = PageFormat("int4", PAGE_SIZE, dim).payload_bytes
+    payload = PageFormat(pages.kv_format, PAGE_SIZE, dim).payload_bytes
     assert pages.storage.dtype == torch.uint8 and pages.storage.shape[1] == payload
     assert pages.storage.stride(1) == 1 and pages.storage.stride(0) % 16 == 0 and pages.storage.data_ptr() % 16 == 0
     assert pages.table.dtype == torch.int32 and pages.table.stride(1) == 1 and pages.table.shape[0] == heads
@@ -94,14 +97,62 @@ def check_shapes(q: Tensor, pages: DecodePages) -> None:
     assert pages.sink_k.stride() == pages.sink_v.stride() and pages.tail_k.stride() == pages.tail_v.stride()
 
 
+# of four bytes ($4) the low nibbles to the float16 of $0 and $1, the high ones to those of $2 and $3
+FOUR_BITS_PTX = tl.constexpr(
+    "{.reg .b32 x, y; prmt.b32 x, $4, 0, 0x4140; prmt.b32 y, $4, 0, 0x4342;"
+    " and.b32 $0, x, 0x000f000f; and.b32 $1, y, 0x000f000f;"
+    " and.b32 $2, x, 0x00f000f0; and.b32 $3, y, 0x00f000f0;}"
+)
+THREE_BITS_PTX = tl.constexpr(FOUR_BITS_PTX.value.replace("f", "7"))
+# the same with the highest bit of every nibble of $5 as the fifth
+FIVE_BITS_PTX = tl.constexpr(
+    "{.reg .b32 x, y, u, v, a, b; prmt.b32 x, $4, 0, 0x4140; prmt.b32 y, $4, 0, 0x4342;"
+    " prmt.b32 u, $5, 0, 0x4140; prmt.b32 v, $5, 0, 0x4342; shl.b32 u, u, 1; shl.b32 v, v, 1;"
+    " and.b32 a, x, 0x000f000f; and.b32 b, u, 0x00100010; or.b32 $0, a, b;"
+    " and.b32 a, y, 0x000f000f; and.b32 b, v, 0x00100010; or.b32 $1, a, b;"
+    " and.b32 a, x, 0x00f000f0; and.b32 b, u, 0x01000100; or.b32 $2, a, b;"
+    " and.b32 a, y, 0x00f000f0; and.b32 b, v, 0x01000100; or.b32 $3, a, b;}"
+)
+
+
+@triton.jit
+def _nibbles(packed, BITS: tl.constexpr, PACKED: tl.constexpr):
+    """The low BITS of low and of high nibbles, float16; PACKED: times 2^-24 and 2^-20."""
+    if PACKED:
+        low, high = tl.inline_asm_elementwise(
+            FOUR_BITS_PTX if BITS == 4 else THREE_BITS_PTX,
+            "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+        )  # fmt: skip
+    elif BITS == 4:
+        low, high = (packed & 15).to(tl.float16), (packed >> 4).to(tl.float16)
+    else:
+        low, high = (packed & 7).to(tl.float16), ((packed >> 4) & 7).to(tl.float16)
+    return low, high
+
+
+@triton.jit
+def _five_bits(packed, values, PACKED: tl.constexpr):
+    """Keys of k5v3 as `_nibbles` has those of int4; `values`: the values' bytes at the same places."""
+    if PACKED:
+        low, high = tl.inline_asm_elementwise(
+            FIVE_BITS_PTX,
+            "=r,=r,=r,=r,r,r", [packed, values], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        low = ((packed & 15) | ((values & 8) << 1)).to(tl.float16)
+        high = ((packed >> 4) | ((values & 0x80) >> 3)).to(tl.float16)
+    return low, high
+
+
 @triton.jit(do_not_specialize=["group", "splits", "slot_offset", "table_stride"])
 def split_kernel(
     q_ptr, storage_ptr, slot_stride, table_ptr, table_stride, index_ptr, index_stride, lengths_ptr,
     sink_k_ptr, sink_v_ptr, sink_stride, tail_k_ptr, tail_v_ptr, tail_stride, out_ptr, stats_ptr,
     group, splits, slot_offset, to_log2,
-    D: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr, KEY_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: heads * splits. PACKED: unpack four bytes at a time in PTX; without it the same in portable Triton."""
+    """Grid: heads * splits. PACKED: unpack four bytes at a time in PTX; without it the same in portable Triton.
+    KEY_BITS: 4 (int4) or 5 (k5v3)."""
     head = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     first = tl.load(lengths_ptr)
@@ -131,16 +182,10 @@ def split_kernel(
         scales_ptr = (base + 64 * D).to(tl.pointer_type(tl.float16)) + toks
         vs0, vs1 = tl.load(scales_ptr), tl.load(scales_ptr + 32)
         vm0, vm1 = tl.load(scales_ptr + 64), tl.load(scales_ptr + 96)
-        if PACKED:
-            k0, k1 = tl.inline_asm_elementwise(
-                "{.reg .b32 x, y; prmt.b32 x, $4, 0, 0x4140; prmt.b32 y, $4, 0, 0x4342;"
-                " and.b32 $0, x, 0x000f000f; and.b32 $1, y, 0x000f000f;"
-                " and.b32 $2, x, 0x00f000f0; and.b32 $3, y, 0x00f000f0;}",
-                "=r,=r,=r,=r,r", [kb], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
-            )  # fmt: skip
+        if KEY_BITS == 5:
+            k0, k1 = _five_bits(kb, tl.load(base + 32 * D + chans[:, None] * 32 + toks[None, :]), PACKED)
         else:
-            k0 = (kb & 15).to(tl.float16)
-            k1 = (kb >> 4).to(tl.float16)
+            k0, k1 = _nibbles(kb, 4, PACKED)
         qs = q16 * scale[None, :]
         bias = tl.sum(q * minimum.to(tl.float32)[None, :], 1)[:, None]
         s0 = tl.dot(qs, k0)
@@ -160,24 +205,8 @@ def split_kernel(
         # 2^8 keeps small probabilities out of float16's subnormals
         w0 = (p0 * (vs0.to(tl.float32) * 256.0)[None, :]).to(tl.float16)
         w1 = (p1 * (vs1.to(tl.float32) * 256.0)[None, :]).to(tl.float16)
-        if PACKED:
-            a0, b0 = tl.inline_asm_elementwise(
-                "{.reg .b32 x, y; prmt.b32 x, $4, 0, 0x4140; prmt.b32 y, $4, 0, 0x4342;"
-                " and.b32 $0, x, 0x000f000f; and.b32 $1, y, 0x000f000f;"
-                " and.b32 $2, x, 0x00f000f0; and.b32 $3, y, 0x00f000f0;}",
-                "=r,=r,=r,=r,r", [vb0], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
-            )  # fmt: skip
-            a1, b1 = tl.inline_asm_elementwise(
-                "{.reg .b32 x, y; prmt.b32 x, $4, 0, 0x4140; prmt.b32 y, $4, 0, 0x4342;"
-                " and.b32 $0, x, 0x000f000f; and.b32 $1, y, 0x000f000f;"
-                " and.b32 $2, x, 0x00f000f0; and.b32 $3, y, 0x00f000f0;}",
-                "=r,=r,=r,=r,r", [vb1], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
-            )  # fmt: skip
-        else:
-            a0 = (vb0 & 15).to(tl.float16)
-            b0 = (vb0 >> 4).to(tl.float16)
-            a1 = (vb1 & 15).to(tl.float16)
-            b1 = (vb1 >> 4).to(tl.float16)
+        a0, b0 = _nibbles(vb0, 8 - KEY_BITS, PACKED)
+        a1, b1 = _nibbles(vb1, 8 - KEY_BITS, PACKED)
         # a page's own sum first: tensor cores cut off what they add, and over many pages that is a bias
         low = low * fade[:, None] + tl.dot(w1, a1, tl.dot(w0, a0))
         high = high * fade[:, None] + tl.dot(w1, b1, tl.dot(w0, b0))
@@ -267,6 +296,7 @@ def decode_attention(
     """
     check_shapes(q, pages)
     heads, group, dim = q.shape
+    key_bits = PageFormat(pages.kv_format, PAGE_SIZE, dim).key_bits
     if workspace is None:
         workspace = Workspace.empty(heads, splits or default_splits(heads, q.device), group, dim, q.device)
     splits = workspace.out.shape[1]
@@ -278,7 +308,7 @@ def decode_attention(
         pages.index, pages.index.stride(0), pages.lengths,
         pages.sink_k, pages.sink_v, pages.sink_k.stride(0), pages.tail_k, pages.tail_v, pages.tail_k.stride(0),
         workspace.out, workspace.stats, group, splits, pages.slot_offset, softmax_scale * _LOG2E,
-        D=dim, ROWS=_ROWS, PACKED=packed, STAGES=num_stages, num_warps=num_warps,
+        D=dim, ROWS=_ROWS, PACKED=packed, STAGES=num_stages, KEY_BITS=key_bits, num_warps=num_warps,
     )  # fmt: skip
     merge_kernel[(heads * group,)](
         workspace.out, workspace.stats, out, lse, group, splits, D=dim, MANY=triton.next_power_of_2(splits), num_warps=4

@@ -1,4 +1,4 @@
-"""Dense keys and values to INT4 pages in a pool, in Triton, and the torch reference of the same signature.
+"""Dense keys and values to quantized pages in a pool, in Triton, and the torch reference of the same signature.
 
 Moves, a page of head_dim D and input items of B bytes: 128 * D * B bytes of keys and values, 64 * D + 256 of payload
 and 4 * D of index (41,728 bytes for D = 128 in bfloat16), each once.
@@ -24,27 +24,27 @@ def _divide(x, divisor, inverse):
 
 
 @triton.jit
-def _group_scale(first, second, axis: tl.constexpr):
-    """Scale and minimum, float16, of groups that run along `axis` through both halves."""
+def _group_scale(first, second, axis: tl.constexpr, LAST: tl.constexpr):
+    """Scale and minimum, float16, of groups that run along `axis` through both halves; the steps go from 0 to LAST."""
     low = tl.minimum(tl.min(first, axis), tl.min(second, axis))
     high = tl.maximum(tl.max(first, axis), tl.max(second, axis))
     minimum = low.to(tl.float16)
-    scale = _divide(high - minimum.to(tl.float32), 15.0, 1.0 / 15.0)
+    scale = _divide(high - minimum.to(tl.float32), LAST, 1.0 / LAST)
     return tl.maximum(scale, 0.0).to(tl.float16), minimum
 
 
 @triton.jit
-def _nibble(x, minimum, step, inverse):
-    """The nibble in the low four bits of an int32; the other bits of its low byte are zero."""
+def _step(x, minimum, step, inverse, LAST: tl.constexpr):
+    """The number of x's step in the low byte of an int32; the bits above are no part of it."""
     # The quotient is exact to the last bit so that near-ties round as in the reference. Adding 2**23 rounds half to
     # even and leaves the integer in the mantissa.
     quotient = _divide(x - minimum, step, inverse)
-    return (tl.minimum(tl.maximum(quotient, 0.0), 15.0) + 8388608.0).to(tl.int32, bitcast=True)
+    return (tl.minimum(tl.maximum(quotient, 0.0), LAST) + 8388608.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _pack(first, second, scale, minimum, axis: tl.constexpr):
-    """Bytes of two halves: `first` in the low nibbles, `second` in the high ones."""
+def _steps(first, second, scale, minimum, axis: tl.constexpr, LAST: tl.constexpr):
+    """Numbers of steps of both halves, as `_step` has them."""
     step = scale.to(tl.float32)
     step = tl.where(step == 0.0, 1.0, step)
     # Of the 1,024 significands a float16 has, this gives the correctly rounded reciprocal from any start within 2 ulp.
@@ -52,41 +52,54 @@ def _pack(first, second, scale, minimum, axis: tl.constexpr):
     inverse = tl.fma(tl.fma(-step, inverse, 1.0), inverse, inverse)
     inverse, step = tl.expand_dims(inverse, axis), tl.expand_dims(step, axis)
     base = tl.expand_dims(minimum.to(tl.float32), axis)
-    return (_nibble(first, base, step, inverse) | (_nibble(second, base, step, inverse) << 4)).to(tl.uint8)
+    return _step(first, base, step, inverse, LAST), _step(second, base, step, inverse, LAST)
 
 
 @triton.jit
 def _store_keys(
     source, token_stride, channel_stride, payload, scales, first_row,
-    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, KEY_BITS: tl.constexpr,
 ):  # fmt: skip
+    """Returns what the values' bytes hold of the keys, uint8 [PAGE_SIZE, HEAD_DIM // 2]: 0 with int4."""
     HALF: tl.constexpr = PAGE_SIZE // 2
+    LAST: tl.constexpr = 15.0 if KEY_BITS == 4 else 31.0
     # four channels a thread, not eight: a warp reads whole rows, and fewer threads repeat a channel's divisions
     token, channel = tl.arange(0, HALF), tl.max_contiguous(tl.arange(0, HEAD_DIM), 4)
     row, start = first_row + token.to(tl.int64), source + channel.to(tl.int64)[None, :] * channel_stride
     first = tl.load(start + row[:, None] * token_stride).to(tl.float32)
     row += HALF
     second = tl.load(start + row[:, None] * token_stride).to(tl.float32)
-    scale, minimum = _group_scale(first, second, 0)
-    tl.store(payload + channel[None, :] * HALF + token[:, None], _pack(first, second, scale, minimum, 0))
+    scale, minimum = _group_scale(first, second, 0, LAST)
+    place = payload + channel[None, :] * HALF + token[:, None]
+    low, high = _steps(first, second, scale, minimum, 0, LAST)
+    packed = low | (high << 4) if KEY_BITS == 4 else (low & 15) | (high << 4)
+    tl.store(place, packed.to(tl.uint8))
     tl.store(scales + channel, scale)
     tl.store(scales + HEAD_DIM + channel, minimum)
+    if KEY_BITS == 5:
+        fifth = (((low & 16) >> 1) | ((high & 16) << 3)).to(tl.uint8)
+        return tl.reshape(tl.trans(fifth), (PAGE_SIZE, HEAD_DIM // 2))
+    else:
+        return 0
 
 
 @triton.jit
 def _store_values(
-    source, token_stride, channel_stride, payload, scales, first_row,
-    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    source, token_stride, channel_stride, payload, scales, first_row, of_keys,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, KEY_BITS: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD_DIM // 2
+    LAST: tl.constexpr = 15.0 if KEY_BITS == 4 else 7.0
     token, channel = tl.arange(0, PAGE_SIZE), tl.arange(0, HALF)
     row, column = first_row + token.to(tl.int64), channel.to(tl.int64)
     start = source + row[:, None] * token_stride
     first = tl.load(start + column[None, :] * channel_stride).to(tl.float32)
     column += HALF
     second = tl.load(start + column[None, :] * channel_stride).to(tl.float32)
-    scale, minimum = _group_scale(first, second, 1)
-    tl.store(payload + token[:, None] * HALF + channel[None, :], _pack(first, second, scale, minimum, 1))
+    scale, minimum = _group_scale(first, second, 1, LAST)
+    place = payload + token[:, None] * HALF + channel[None, :]
+    low, high = _steps(first, second, scale, minimum, 1, LAST)
+    tl.store(place, (low | (high << 4)).to(tl.uint8) | of_keys)
     tl.store(scales + token, scale)
     tl.store(scales + PAGE_SIZE + token, minimum)
 
@@ -98,25 +111,43 @@ def store_kernel(
     k_head_stride, k_token_stride, k_channel_stride, v_head_stride, v_token_stride, v_channel_stride,
     slots_head_stride, slots_page_stride, index_head_stride, index_page_stride,
     count, slot_offset,
-    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, KEY_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Program (head * count + page, 0) stores a page's keys, (head * count + page, 1) its values. `halves` is
-    `storage` seen as float16."""
+    """With int4 (KEY_BITS 4) program (head * count + page, 0) stores a page's keys, (head * count + page, 1) its
+    values; with k5v3 (5) program (head * count + page, 0) stores both. `halves` is `storage` seen as float16."""
     SIDE: tl.constexpr = HEAD_DIM * PAGE_SIZE // 2
     PAYLOAD: tl.constexpr = 2 * SIDE + 4 * PAGE_SIZE
     head = (tl.program_id(0) // count).to(tl.int64)
     page = (tl.program_id(0) % count).to(tl.int64)
     slot = tl.load(slots + head * slots_head_stride + page * slots_page_stride).to(tl.int64) - slot_offset
     payload, row = storage + slot * PAYLOAD, page * PAGE_SIZE
-    if tl.program_id(1) == 0:
+    if KEY_BITS == 5:
+        # A byte of the values holds bits of two keys, so one program has both: `tl.reshape` keeps the flat order, which
+        # is what the two areas share, and brings the bits to the thread that writes the byte, once.
         number = tl.load(page_numbers + page).to(tl.int64)
         scales = index + head * index_head_stride + number * index_page_stride
-        source = k + head * k_head_stride
-        _store_keys(source, k_token_stride, k_channel_stride, payload, scales, row, HEAD_DIM, PAGE_SIZE)
+        of_keys = _store_keys(
+            k + head * k_head_stride, k_token_stride, k_channel_stride, payload, scales, row,
+            HEAD_DIM, PAGE_SIZE, KEY_BITS,
+        )  # fmt: skip
+        scales = halves + slot * (PAYLOAD // 2) + SIDE
+        _store_values(
+            v + head * v_head_stride, v_token_stride, v_channel_stride, payload + SIDE, scales, row, of_keys,
+            HEAD_DIM, PAGE_SIZE, KEY_BITS,
+        )  # fmt: skip
+    elif tl.program_id(1) == 0:
+        number = tl.load(page_numbers + page).to(tl.int64)
+        scales = index + head * index_head_stride + number * index_page_stride
+        _store_keys(
+            k + head * k_head_stride, k_token_stride, k_channel_stride, payload, scales, row,
+            HEAD_DIM, PAGE_SIZE, KEY_BITS,
+        )  # fmt: skip
     else:
         scales = halves + slot * (PAYLOAD // 2) + SIDE
-        source = v + head * v_head_stride
-        _store_values(source, v_token_stride, v_channel_stride, payload + SIDE, scales, row, HEAD_DIM, PAGE_SIZE)
+        _store_values(
+            v + head * v_head_stride, v_token_stride, v_channel_stride, payload + SIDE, scales, row, 0,
+            HEAD_DIM, PAGE_SIZE, KEY_BITS,
+        )  # fmt: skip
 
 
 def _check(
@@ -134,7 +165,7 @@ def reference_store_pages(
     k: Tensor, v: Tensor, storage: Tensor, slots: Tensor, index: Tensor, page_numbers: Tensor, fmt: PageFormat,
     slot_offset: int = 0,
 ) -> None:  # fmt: skip
-    """`store_pages` through `quant.page_codec.encode_pages`; any INT4 format."""
+    """`store_pages` through `quant.page_codec.encode_pages`; any quantized format."""
     _check(k, v, storage, slots, index, page_numbers, fmt)
     pages = (*slots.shape, fmt.page_size, fmt.head_dim)
     payload, scales = encode_pages(k.reshape(pages), v.reshape(pages), fmt)
@@ -148,10 +179,10 @@ def store_pages(
 ) -> None:  # fmt: skip
     """Quantize full pages of one layer and write them where they belong.
 
-    The bytes are those of `encode_pages` on the CPU: scales and minima as float16, nibbles chosen against these, the
+    The bytes are those of `encode_pages` on the CPU: scales and minima as float16, steps chosen against these, the
     quotient correctly rounded and then rounded half to even. Two exceptions. The sign of a minimum that is zero may
     differ (of zeros of both signs, which one is the minimum is not defined). And torch on a GPU divides the range by
-    15 through a reciprocal, so `encode_pages` run there may, rarely, have a scale one float16 step away.
+    15, 31 or 7 through a reciprocal, so `encode_pages` run there may, rarely, have a scale one float16 step away.
 
     Args:
         k, v: [num_heads, n * page_size, head_dim], bfloat16, float16 or float32, finite; any strides.
@@ -161,8 +192,9 @@ def store_pages(
         index: float16 [num_heads, max_pages, 2, head_dim], key scales and minima.
         page_numbers: int32 [n]: page p's scales go to `index[:, page_numbers[p]]`. Read on the device, like `slots`,
             so that a captured graph may be replayed for other pages.
-        fmt: INT4 with page_size 64, head_dim 64 or 128.
-        num_warps: warps that share a page's keys, or its values.
+        fmt: int4 or k5v3 with page_size 64, head_dim 64 or 128.
+        num_warps: warps that share a page's keys, or its values; with k5v3 twice as many share first the one, then the
+            other.
 
     Raises:
         ConfigError: a format that the kernel does not serve.
@@ -172,8 +204,9 @@ def store_pages(
     if k.numel() == 0:
         return
     heads, count = slots.shape
-    store_kernel[(heads * count, 2)](
+    programs = 2 if fmt.key_bits == 4 else 1
+    store_kernel[(heads * count, programs)](
         k, v, storage, storage.view(torch.float16), slots, index, page_numbers,
         *k.stride(), *v.stride(), *slots.stride(), index.stride(0), index.stride(1), count, slot_offset,
-        HEAD_DIM=fmt.head_dim, PAGE_SIZE=fmt.page_size, num_warps=num_warps,
+        HEAD_DIM=fmt.head_dim, PAGE_SIZE=fmt.page_size, KEY_BITS=fmt.key_bits, num_warps=num_warps * 2 // programs,
     )  # fmt: skip

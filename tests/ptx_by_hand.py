@@ -54,6 +54,7 @@ def run_ptx(text, inputs, outputs):
             "mad": lambda a, b, c: a * b + c,
             "or": lambda a, b: a | b,
             "shr": lambda a, b: a >> b,
+            "shl": lambda a, b: a << b,
             "prmt": prmt,
             "dp4a": lambda *v, kinds=kinds: dp4a(kinds, *v),
         }[operation](*values)

@@ -1,5 +1,5 @@
-"""INT4 decode on a GPU: the Triton kernel in its interpreter and compiled for two architectures, the CUDA kernel
-compiled where a compiler is found, and both on a real GPU (`-m gpu`) against the torch reference.
+"""Decode from quantized pages on a GPU: the Triton kernel in its interpreter and compiled for two architectures, the
+CUDA kernel compiled where a compiler is found, and both on a real GPU (`-m gpu`) against the torch reference.
 
 Run as a program with TRITON_INTERPRET=1, this file prints what the interpreter finds as JSON: the variable must be set
 before Triton is imported, which other tests of one process may have done.
@@ -13,10 +13,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from ptx_by_hand import run_ptx
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
@@ -51,6 +54,7 @@ LARGE = [
     )
     if count + sinks + tails
 ]
+both_formats = pytest.mark.parametrize("name", ["int4", "k5v3"])
 
 # q * key scale and p * value scale are rounded to float16; over keys of this spread scores differ by some 1e-3
 TOLERANCE = 4e-3
@@ -61,10 +65,10 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected.double()).pow(2).mean() / expected.double().pow(2).mean()).sqrt().item()
 
 
-def make(case, device="cpu", seed=0, extra_slots=3, slot_offset=5, q_scale=0.3):
+def make(case, device="cpu", seed=0, extra_slots=3, slot_offset=5, q_scale=0.3, name="int4"):
     """q, DecodePages at random slots of a garbage-filled pool, and the reference's (out, lse) as a function."""
     heads, group, dim, max_pages, first, count, sinks, tails = case
-    fmt = PageFormat("int4", 64, dim)
+    fmt = PageFormat(name, 64, dim)
     g = torch.Generator(device).manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=g, device=device)  # noqa: E731
     sizes = torch.rand(dim, generator=g, device=device) * 3  # channels of unlike size and offset, as keys have
@@ -81,14 +85,14 @@ def make(case, device="cpu", seed=0, extra_slots=3, slot_offset=5, q_scale=0.3):
     lengths = torch.tensor([first, count, sinks, tails], dtype=torch.int32, device=device)
     table = (chosen + slot_offset).int()
     table[:, :first] = table[:, first + count :] = -(2**30)  # nor this
-    pages = DecodePages(storage, table, index, *exact, lengths, slot_offset)
+    pages = DecodePages(storage, table, index, *exact, lengths, slot_offset, name)
     q = (randn(heads, group, dim) * q_scale).bfloat16().float()
     return q, pages
 
 
 def expected_of(q, pages):
     first, count, sinks, tails = pages.lengths.tolist()
-    fmt = PageFormat("int4", 64, q.shape[2])
+    fmt = PageFormat(pages.kv_format, 64, q.shape[2])
     run = PageRun(pages.storage, pages.table, pages.index, first, count, fmt, pages.slot_offset)
     exact = [ExactRun(pages.sink_k, pages.sink_v, sinks), ExactRun(pages.tail_k, pages.tail_v, tails)]
     return reference(q, run if count else None, tuple(exact))
@@ -105,12 +109,11 @@ def poisoned(q, splits):
 
 def interpret() -> list[list[float]]:
     errors = []
-    for case in SMALL:
-        for splits in (1, 3):
-            q, pages = make(case)
-            space, out, lse = poisoned(q, splits)
-            int4_decode.decode_attention(q, pages, workspace=space, out=out, lse=lse, packed=False)
-            errors.append([error(a, b) for a, b in zip((out, lse), expected_of(q, pages), strict=True)])
+    for case, splits, name in itertools.product(SMALL, (1, 3), ("int4", "k5v3")):
+        q, pages = make(case, name=name)
+        space, out, lse = poisoned(q, splits)
+        int4_decode.decode_attention(q, pages, workspace=space, out=out, lse=lse, packed=False)
+        errors.append([error(a, b) for a, b in zip((out, lse), expected_of(q, pages), strict=True)])
     return errors
 
 
@@ -119,14 +122,28 @@ def test_triton_kernel_in_the_interpreter() -> None:
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert len(errors) == 2 * len(SMALL)
+    assert len(errors) == 4 * len(SMALL)
     assert all(out < TOLERANCE and lse < 1e-3 for out, lse in errors), errors
 
 
+@pytest.mark.parametrize("bits", [3, 4, 5])
+def test_ptx_unpacks_every_nibble(bits: int) -> None:
+    text = {3: int4_decode.THREE_BITS_PTX, 4: int4_decode.FOUR_BITS_PTX, 5: int4_decode.FIVE_BITS_PTX}[bits].value
+    words = np.random.default_rng(0).integers(0, 2**32, (2, 4096), dtype=np.uint32)
+    found = run_ptx(text, list(words if bits == 5 else words[:1]), 4)
+    low, high = (np.stack([a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16]) for a, b in (found[:2], found[2:]))
+    keys, values = words[:, None] >> (8 * np.arange(4, dtype=np.uint32))[:, None] & 255
+    mask = 7 if bits == 3 else 15
+    fifths = (values & 8 > 0, values & 128 > 0) if bits == 5 else (0, 0)
+    assert np.array_equal(low, (keys & mask) + 16 * fifths[0])
+    assert np.array_equal(high, 16 * ((keys >> 4 & mask) + 16 * fifths[1]))
+
+
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("packed", [True, False])
-def test_triton_kernels_compile(arch: int, dim: int, packed: bool) -> None:
+@pytest.mark.parametrize(
+    ("packed", "key_bits", "dim"), [(True, 4, 64), (True, 4, 128), (False, 4, 64), (False, 4, 128), (True, 5, 128)]
+)
+def test_triton_kernels_compile(arch: int, packed: bool, key_bits: int, dim: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -138,7 +155,7 @@ def test_triton_kernels_compile(arch: int, dim: int, packed: bool) -> None:
         "tail_stride": "i64", "out_ptr": "*fp32", "stats_ptr": "*fp32", "group": "i32", "splits": "i32",
         "slot_offset": "i64", "to_log2": "fp32",
     }  # fmt: skip
-    constants = {"D": dim, "ROWS": 16, "PACKED": packed, "STAGES": 3}
+    constants = {"D": dim, "ROWS": 16, "PACKED": packed, "STAGES": 3, "KEY_BITS": key_bits}
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"}
     aligned |= {(i,): [["tt.divisibility", 16]] for i in (2, 6)}
@@ -146,6 +163,7 @@ def test_triton_kernels_compile(arch: int, dim: int, packed: bool) -> None:
     made = triton.compile(source, target=target, options={"num_warps": 2})
     assert made.asm["cubin"]
     assert ("0x00f000f0" in made.asm["ptx"]) == packed
+    assert ("0x00700070" in made.asm["ptx"]) == ("0x01000100" in made.asm["ptx"]) == (key_bits == 5)
     if packed:
         assert made.asm["ptx"].count("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") > 0
         types = {"part_ptr": "*fp32", "stats_ptr": "*fp32", "out_ptr": "*fp32", "lse_ptr": "*fp32"}
@@ -187,15 +205,19 @@ def test_bytes_of_workspace_and_stage() -> None:
 def kernel(request):
     if request.param == "triton":
         return int4_decode.decode_attention
-    made = {dim: CudaInt4Decode(dim) for dim in (64, 128)}
-    return lambda q, pages, **more: made[q.shape[2]].decode_attention(q, pages, **more)
+    made = {(dim, name): CudaInt4Decode(dim, kv_format=name) for dim in (64, 128) for name in ("int4", "k5v3")}
+    return lambda q, pages, **more: made[q.shape[2], pages.kv_format].decode_attention(q, pages, **more)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", [*SMALL, *LARGE], ids=str)
-def test_on_gpu(kernel, case, dtype) -> None:
-    q, pages = make(case, "cuda")
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [*(("int4", case) for case in [*SMALL, *LARGE]), *(("k5v3", case) for case in [*SMALL, *LARGE[::3]])],
+    ids=str,
+)
+def test_on_gpu(kernel, name, case, dtype) -> None:
+    q, pages = make(case, "cuda", name=name)
     expected = expected_of(q, pages)
     for splits in (1, 7, 33):
         space, out, lse = poisoned(q, splits)
@@ -207,10 +229,11 @@ def test_on_gpu(kernel, case, dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_rising_and_outlying_scores_on_gpu(kernel) -> None:
+@both_formats
+def test_rising_and_outlying_scores_on_gpu(kernel, name) -> None:
     """The reference exponent must follow: scores that grow page by page, and one token far above all."""
     for seed, q_scale in enumerate((0.01, 3.0, 12.0)):
-        q, pages = make((2, 4, 128, 200, 0, 200, 64, 5), "cuda", seed, q_scale=q_scale)
+        q, pages = make((2, 4, 128, 200, 0, 200, 64, 5), "cuda", seed, q_scale=q_scale, name=name)
         pages.index[:, :, 1] += torch.linspace(-2, 2, 200, device="cuda", dtype=torch.float16)[None, :, None]
         pages.sink_k[:, 3] = 8 * q[:, 0].bfloat16() / q_scale
         expected = expected_of(q, pages)
@@ -221,32 +244,34 @@ def test_rising_and_outlying_scores_on_gpu(kernel) -> None:
 
 
 @pytest.mark.gpu
-def test_no_bias_over_many_pages_on_gpu(kernel) -> None:
+@both_formats
+def test_no_bias_over_many_pages_on_gpu(kernel, name) -> None:
     """Values far from zero that average out: what a tensor core cuts off, page after page, would stand out."""
-    q, pages = make((1, 4, 128, 20_000, 0, 20_000, 0, 0), "cuda", q_scale=0.01)
+    q, pages = make((1, 4, 128, 20_000, 0, 20_000, 0, 0), "cuda", q_scale=0.01, name=name)
     expected = expected_of(q, pages)
     out, lse = kernel(q, pages, splits=1)
     assert (out - expected[0]).abs().max() < 3e-4 and error(lse, expected[1]) < 1e-3
 
 
 @pytest.mark.gpu
-def test_storage_past_2_to_31_bytes_on_gpu(kernel) -> None:
+@both_formats
+def test_storage_past_2_to_31_bytes_on_gpu(kernel, name) -> None:
     slots = 3 * 2**31 // 8448  # 6.4 GB
-    q, small = make((4, 4, 128, 90, 0, 90, 64, 9), "cuda", slot_offset=0)
+    q, small = make((4, 4, 128, 90, 0, 90, 64, 9), "cuda", slot_offset=0, name=name)
     big = torch.empty(slots, 8448, dtype=torch.uint8, device="cuda").fill_(0xA5)
     order = torch.randperm(slots - 400, device="cuda")[:360] + 400
     order[:90] = torch.arange(slots - 90, slots, device="cuda")
     table = order.view(4, 90).int()
     big[table.long()] = small.storage[small.table.long()]
     expected = expected_of(q, small)
-    exact = (small.sink_k, small.sink_v, small.tail_k, small.tail_v)
-    out, lse = kernel(q, DecodePages(big, table, small.index, *exact, small.lengths))
+    out, lse = kernel(q, replace(small, storage=big, table=table))
     assert error(out, expected[0]) < TOLERANCE and error(lse, expected[1]) < 1e-3
 
 
 @pytest.mark.gpu
-def test_graph_replay_with_other_lengths_on_gpu(kernel) -> None:
-    q, pages = make((4, 4, 128, 300, 0, 300, 64, 64), "cuda")
+@both_formats
+def test_graph_replay_with_other_lengths_on_gpu(kernel, name) -> None:
+    q, pages = make((4, 4, 128, 300, 0, 300, 64, 64), "cuda", name=name)
     space, out, lse = poisoned(q, 33)
     kernel(q, pages, workspace=space, out=out, lse=lse)
     graph = torch.cuda.CUDAGraph()

@@ -21,6 +21,7 @@ from longrun.kernels.page_dequantize import dequantize_kernel, dequantize_run
 from longrun.kernels.page_store import reference_store_pages, store_kernel, store_pages
 
 POISON = 0xFF  # as float16 or bfloat16 pairs of it are NaN
+both_formats = pytest.mark.parametrize("name", ["int4", "k5v3"])
 
 
 def random_tokens(heads, pages, fmt, dtype, device="cpu", seed=0):
@@ -58,8 +59,8 @@ def store_both(k, v, fmt, slot_offset=0):
     return [x.cpu() for x in actual], expected
 
 
-def check_dequantize(heads, pages, first, head_dim, dtype, device="cpu", slot_offset=0):
-    fmt = PageFormat("int4", 64, head_dim)
+def check_dequantize(name, heads, pages, first, head_dim, dtype, device="cpu", slot_offset=0):
+    fmt = PageFormat(name, 64, head_dim)
     payload, index = encode_pages(
         *(x.unflatten(1, (-1, 64)) for x in random_tokens(heads, pages, fmt, torch.float)), fmt
     )
@@ -76,30 +77,34 @@ def check_dequantize(heads, pages, first, head_dim, dtype, device="cpu", slot_of
     assert wide[:, :, tokens:].isnan().all()
 
 
-def nibbles(payload, fmt):
-    data = payload[..., : fmt.value_scales_offset]
-    return torch.stack((data & 15, data >> 4), dim=-1).int()
+def steps(payload, fmt):
+    """Of every key and value the number of steps: what a page stands for with scales of 1 and minima of 0."""
+    ones, payload = torch.tensor([1.0, 0.0], dtype=torch.float16), payload.clone()
+    payload[:, fmt.value_scales_offset :] = ones.repeat_interleave(fmt.page_size).view(torch.uint8)
+    return torch.cat(decode_pages(payload, ones[:, None].expand(len(payload), 2, fmt.head_dim), fmt))
 
 
 if INTERPRETED:
 
+    @both_formats
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     @pytest.mark.parametrize(("heads", "pages", "head_dim"), [(1, 1, 64), (3, 2, 128), (2, 5, 64)])
-    def test_interpreted_store(heads, pages, head_dim, dtype):
+    def test_interpreted_store(name, heads, pages, head_dim, dtype):
         """Scales and minima are the reference's bits. The interpreter rounds twice in a fused multiply-add, so that a
-        quotient within an ulp or two of a half may fall on the other side: one step, in next to no nibble."""
-        fmt = PageFormat("int4", 64, head_dim)
+        quotient within an ulp or two of a half may fall on the other side: one step, in next to no element."""
+        fmt = PageFormat(name, 64, head_dim)
         k, v = random_tokens(heads, pages, fmt, dtype)
         (storage, index), (expected, expected_index) = store_both(k, v, fmt, slot_offset=1000)
         assert same_bits(index, expected_index)
         scales = fmt.value_scales_offset
         assert same_bits(storage[:, scales:], expected[:, scales:])
-        off = (nibbles(storage, fmt) - nibbles(expected, fmt)).abs()
-        assert off.max() <= 1 and off.float().mean() <= 1e-4
+        off = (steps(storage, fmt) - steps(expected, fmt)).abs()
+        assert off.max() <= 1 and off.mean() <= 1e-4
         assert (storage == POISON).all(1).sum() == 5  # the slots that are nobody's
 
-    def test_interpreted_store_of_constant_and_tiny_groups():
-        fmt = PageFormat("int4", 64, 64)
+    @both_formats
+    def test_interpreted_store_of_constant_and_tiny_groups(name):
+        fmt = PageFormat(name, 64, 64)
         k = torch.full((1, 64, 64), 0.375)
         k[:, :, 1] = 1000.3  # not a float16: minimum above every value
         k[:, :, 2] = torch.linspace(0, 3e-6, 64)  # scale a float16 subnormal
@@ -107,33 +112,35 @@ if INTERPRETED:
         (storage, index), (expected, expected_index) = store_both(k, -k.flip(1), fmt)
         assert same_bits(index, expected_index) and same_bits(storage, expected)
 
+    @both_formats
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     @pytest.mark.parametrize(("heads", "pages", "first", "head_dim"), [(1, 1, 0, 128), (3, 5, 2, 64), (2, 3, 0, 128)])
-    def test_interpreted_dequantize(heads, pages, first, head_dim, dtype):
-        check_dequantize(heads, pages, first, head_dim, dtype, slot_offset=77)
+    def test_interpreted_dequantize(name, heads, pages, first, head_dim, dtype):
+        check_dequantize(name, heads, pages, first, head_dim, dtype, slot_offset=77)
 
-    def test_interpreted_round_trip_bounds_the_error():
-        fmt = PageFormat("int4", 64, 64)
+    @both_formats
+    def test_interpreted_round_trip_bounds_the_error(name):
+        fmt = PageFormat(name, 64, 64)
         k, v = random_tokens(2, 2, fmt, torch.float32)
         storage, slots, index, _ = poisoned_pool(2, 2, fmt)
         store_pages(k, v, storage, slots, index, torch.tensor([0, 1], dtype=torch.int32), fmt)
         out = torch.full((2, 2, 128, 64), float("nan"))
         dequantize_run(PageRun(storage, slots, index, 0, 2, fmt), *out)
-        for x, y, dim in ((k, out[0], 2), (v, out[1], 3)):
+        for x, y, dim, bits in ((k, out[0], 2, fmt.key_bits), (v, out[1], 3, fmt.value_bits)):
             x = x.unflatten(1, (2, 64))
-            step = (x.amax(dim, keepdim=True) - x.amin(dim, keepdim=True)) / 15
+            step = (x.amax(dim, keepdim=True) - x.amin(dim, keepdim=True)) / (2**bits - 1)
             assert ((x - y.unflatten(1, (2, 64))).abs() <= 0.51 * step + 2e-3 * x.abs().amax()).all()
 
 
 @not_interpreted
 def test_kernels_through_the_interpreter():
-    assert interpreted_tests(__file__) >= 14
+    assert interpreted_tests(__file__) >= 28
 
 
 @not_interpreted
 @pytest.mark.parametrize("fmt", [PageFormat("int4", 32, 64), PageFormat("int4", 64, 80), PageFormat("bf16", 64, 64)])
 def test_other_formats_are_refused(fmt):
-    word = "bf16" if not fmt.quantized else "page_size 32" if fmt.page_size == 32 else "head_dim 80"
+    word = "bf16.*: use int4 or k5v3" if not fmt.quantized else "page_size 32" if fmt.page_size == 32 else "head_dim 80"
     k = torch.zeros(1, fmt.page_size, fmt.head_dim)
     storage, slots, numbers = torch.zeros(1, fmt.payload_bytes, dtype=torch.uint8), *torch.zeros(2, 1).int()
     index = torch.zeros(1, 1, 2, fmt.head_dim).half()
@@ -153,22 +160,23 @@ def signature(kernel, item):
         name: pointers.get(name, f"*{item}" if name in ("k", "v", "k_out", "v_out") else "i64")
         for name in kernel.arg_names
     }
-    return types | {"count": "i32", "HEAD_DIM": "constexpr", "PAGE_SIZE": "constexpr"}
+    return types | {"count": "i32"} | dict.fromkeys(("HEAD_DIM", "PAGE_SIZE", "KEY_BITS"), "constexpr")
 
 
 @not_interpreted
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("head_dim", "item"), [(128, "bf16"), (64, "fp32")])
+@pytest.mark.parametrize(("head_dim", "item", "key_bits"), [(128, "bf16", 4), (64, "fp32", 4), (128, "bf16", 5)])
 @pytest.mark.parametrize("kernel", ["store", "dequantize"])
-def test_compiles_without_a_gpu(kernel, head_dim, item, capability):
+def test_compiles_without_a_gpu(kernel, head_dim, item, key_bits, capability):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, num_warps = {"store": (store_kernel, 2), "dequantize": (dequantize_kernel, 4)}[kernel]
+    kernel, num_warps = (store_kernel, 2 if key_bits == 4 else 4) if kernel == "store" else (dequantize_kernel, 4)
     types = signature(kernel, item)
     names = list(types)
-    constants = {(names.index("HEAD_DIM"),): head_dim, (names.index("PAGE_SIZE"),): 64}
+    constants = {"HEAD_DIM": head_dim, "PAGE_SIZE": 64, "KEY_BITS": key_bits}
+    constants = {(names.index(n),): value for n, value in constants.items()}
     constants |= {(names.index(n),): 1 for n in names if "channel_stride" in n}
     types |= {n: "constexpr" for n in names if "channel_stride" in n}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n][0] == "*" or "stride" in n}
@@ -183,10 +191,11 @@ def test_compiles_without_a_gpu(kernel, head_dim, item, capability):
 
 @pytest.mark.gpu
 @not_interpreted
+@both_formats
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("heads", "pages", "head_dim"), [(1, 1, 64), (3, 7, 128), (8, 130, 128), (5, 33, 64)])
-def test_store_on_the_gpu_writes_the_reference_bytes(heads, pages, head_dim, dtype):
-    fmt = PageFormat("int4", 64, head_dim)
+def test_store_on_the_gpu_writes_the_reference_bytes(name, heads, pages, head_dim, dtype):
+    fmt = PageFormat(name, 64, head_dim)
     k, v = random_tokens(heads, pages, fmt, dtype, "cuda", seed=pages)
     for slot_offset, (x, y) in enumerate([(k, v), (k.contiguous(), v), (k * 1e-3, v * 300)]):
         actual, expected = store_both(x, y, fmt, slot_offset)
@@ -196,18 +205,20 @@ def test_store_on_the_gpu_writes_the_reference_bytes(heads, pages, head_dim, dty
 
 @pytest.mark.gpu
 @not_interpreted
+@both_formats
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("heads", "pages", "first"), [(1, 1, 0), (3, 11, 4), (8, 257, 1)])
-def test_dequantize_on_the_gpu_writes_the_reference_bits(heads, pages, first, head_dim, dtype):
-    check_dequantize(heads, pages, first, head_dim, dtype, "cuda", slot_offset=123)
+def test_dequantize_on_the_gpu_writes_the_reference_bits(name, heads, pages, first, head_dim, dtype):
+    check_dequantize(name, heads, pages, first, head_dim, dtype, "cuda", slot_offset=123)
 
 
 @pytest.mark.gpu
 @not_interpreted
-def test_offsets_beyond_two_gib_and_four():
+@both_formats
+def test_offsets_beyond_two_gib_and_four(name):
     """Pages on both sides of 2**31 and 2**32 bytes of the pool; outputs and inputs beyond 2**31 elements."""
-    fmt = PageFormat("int4", 64, 128)
+    fmt = PageFormat(name, 64, 128)
     bounds = [2**31 // fmt.payload_bytes, 2**32 // fmt.payload_bytes]
     slots = torch.tensor([[0, *(b + d for b in bounds for d in (-1, 0, 1))]], dtype=torch.int32, device="cuda")
     count = slots.shape[1]
@@ -234,8 +245,9 @@ def test_offsets_beyond_two_gib_and_four():
 
 @pytest.mark.gpu
 @not_interpreted
-def test_a_captured_store_follows_slots_and_page_numbers():
-    fmt = PageFormat("int4", 64, 128)
+@both_formats
+def test_a_captured_store_follows_slots_and_page_numbers(name):
+    fmt = PageFormat(name, 64, 128)
     k, v = random_tokens(2, 1, fmt, torch.bfloat16, "cuda")
     storage = torch.zeros(8, fmt.payload_bytes, dtype=torch.uint8, device="cuda")
     index = torch.zeros(2, 9, 2, 128, dtype=torch.float16, device="cuda")
