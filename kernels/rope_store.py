@@ -86,7 +86,7 @@ def rope_store_kernel(
         kv_head = (head - num_qo_heads).to(tl.int64)
         v_low = tl.load(qkv_ptr + num_kv_heads * D + at)
         v_high = tl.load(qkv_ptr + num_kv_heads * D + at + HALF)
-        if VALUES:
+        if VALUES:  # noqa: SIM102  (decided when it is compiled)
             if kv_head < num_retrieval:
                 low = v_low.to(tl.float32) * sign_low * KEY_SCALE
                 high = v_high.to(tl.float32) * sign_high * KEY_SCALE
@@ -180,8 +180,8 @@ def rope_store(
         qkv, cos, sin, q_out, tail_k, tail_v, ring_k, ring_v, slots, cos if q_norm is None else q_norm,
         cos if k_norm is None else k_norm, cos if signs is None else signs, num_qo_heads, retrieval + streaming,
         retrieval, retrieval * (num_qo_heads // (retrieval + streaming)), tail_k.stride(0), ring_k.stride(0), eps,
-        QUERY_SCALE=query_scale, KEY_SCALE=key_scale, D=dim, NORM=q_norm is not None, ROTATE=signs is not None, VALUES=rotate_values,
-        num_warps=num_warps, PDL=overlap, launch_pdl=overlap,
+        QUERY_SCALE=query_scale, KEY_SCALE=key_scale, D=dim, NORM=q_norm is not None, ROTATE=signs is not None,
+        VALUES=rotate_values, num_warps=num_warps, PDL=overlap, launch_pdl=overlap,
     )  # fmt: skip
 
 

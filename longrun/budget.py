@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from longrun.errors import ConfigError, InputError
-from longrun.quant.kv_format import KV_FORMATS, PAGE_SIZES
+from longrun.quant.kv_format import KV_FORMATS, PAGE_SIZES, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.units import parse_bytes
 
@@ -139,6 +139,11 @@ class Budget:
         if "gpu_bytes" not in fields:
             raise ConfigError(f'{source}: [memory] gpu is missing: say how much memory there is, like gpu = "80 GB"')
         return cls(**fields, source=source)
+
+    @property
+    def quantizes_pages(self) -> bool:
+        """Whether pages of the budget's KV format are quantized."""
+        return self.kv_format in QUANTIZED_KV_FORMATS
 
     def override(self, **fields: Any) -> Budget:
         """This budget with other values where they are not None: an option given by hand wins over the file.

@@ -13,7 +13,6 @@ from longrun.cache.host_memory import available_bytes
 from longrun.config import ModelConfig
 from longrun.errors import ConfigError, InputError, PlanError
 from longrun.plan import Plan
-from longrun.quant.kv_format import QUANTIZED_KV_FORMATS
 from longrun.units import format_bytes
 
 _OLDEST_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies to shared memory
@@ -105,7 +104,7 @@ def check_kernel_shapes(config: ModelConfig, budget: Budget) -> None:
     Raises:
         ConfigError: they do not.
     """
-    if budget.kv_format not in QUANTIZED_KV_FORMATS:
+    if not budget.quantizes_pages:
         return
     from longrun.kernels.int4_decode import HEAD_DIMS, MAX_GROUP, PAGE_SIZE
 
@@ -113,16 +112,16 @@ def check_kernel_shapes(config: ModelConfig, budget: Budget) -> None:
     if config.head_dim not in HEAD_DIMS:
         served = " or ".join(map(str, HEAD_DIMS))
         raise ConfigError(
-            f"the model's head_dim {config.head_dim} has no INT4 kernel on a GPU, which serves {served}: {remedy}"
+            f"the model's head_dim {config.head_dim} has no {budget.kv_format} kernel on a GPU, which serves {served}: {remedy}"
         )
     if config.group_size > MAX_GROUP:
         raise ConfigError(
-            f"the model's {config.group_size} query heads a KV head have no INT4 kernel on a GPU, which serves at "
+            f"the model's {config.group_size} query heads a KV head have no {budget.kv_format} kernel on a GPU, which serves at "
             f"most {MAX_GROUP}: {remedy}"
         )
     if budget.page_size != PAGE_SIZE:
         raise ConfigError(
-            f"page_size {budget.page_size} of {budget.source} has no INT4 kernel on a GPU, which serves {PAGE_SIZE}: "
+            f"page_size {budget.page_size} of {budget.source} has no {budget.kv_format} kernel on a GPU, which serves {PAGE_SIZE}: "
             f"set page_size = {PAGE_SIZE} in its [kv] section, or {remedy}"
         )
 

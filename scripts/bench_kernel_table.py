@@ -83,7 +83,7 @@ def streaming_kernels() -> list[dict[str, Any]]:
     return found
 
 
-bench_int4_decodeMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "page_decode": page_decode,
     "page": page_kernels,
     "fused": fused_kernels,
@@ -120,10 +120,10 @@ def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 def run(args: argparse.Namespace) -> int:
     """The command `kernels`. A benchmark that fails is a line of the result, and the others run."""
-    wanted = [name.strip() for name in args.only.split(",")] if args.only else list(bench_int4_decodeMARKS)
-    unknown = [name for name in wanted if name not in bench_int4_decodeMARKS]
+    wanted = [name.strip() for name in args.only.split(",")] if args.only else list(BENCHMARKS)
+    unknown = [name for name in wanted if name not in BENCHMARKS]
     if unknown:
-        raise InputError(f"--only {unknown[0]} is no kernel benchmark: choose from {', '.join(bench_int4_decodeMARKS)}")
+        raise InputError(f"--only {unknown[0]} is no kernel benchmark: choose from {', '.join(BENCHMARKS)}")
     if not torch.cuda.is_available():
         raise InputError(
             "torch finds no GPU here, and the kernel benchmarks need one: run them on a machine with a GPU"
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     rows, problems, console = [], {}, Console(width=160)
     for name in wanted:
         try:
-            rows += [{"benchmark": name, **row} for row in bench_int4_decodeMARKS[name]()]
+            rows += [{"benchmark": name, **row} for row in BENCHMARKS[name]()]
         except Exception as error:
             problems[name] = f"{type(error).__name__}: {error}"[:500]
             console.print(f"{name}: {problems[name]}", highlight=False)

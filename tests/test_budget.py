@@ -105,7 +105,7 @@ def test_unreadable_files(tmp_path):
         ("[memory]\ngpu = 80.5", ["[memory] gpu", "80.5"]),
         ("[memory]\ngpu = '80 GB'\n[weights]\nformat = 'nf5'", ["[weights] format", '"nf5"', "nearest: nf4"]),
         ("[memory]\ngpu = '80 GB'\n[weights]\nformat = 4", ["[weights] format = 4", "fp32, bf16, int8, nf4"]),
-        ("[memory]\ngpu = '80 GB'\n[kv]\nformat = 'INT4'", ["[kv] format", '"INT4"', "int4, bf16, fp32"]),
+        ("[memory]\ngpu = '80 GB'\n[kv]\nformat = 'INT4'", ["[kv] format", '"INT4"', "int4, k5v3, bf16, fp32"]),
         ("[memory]\ngpu = '80 GB'\n[kv]\nretrieval_ratio = 0", ["[kv] retrieval_ratio = 0", "above 0"]),
         ("[memory]\ngpu = '80 GB'\n[kv]\nretrieval_ratio = 1.5", ["retrieval_ratio = 1.5", "at most 1"]),
         ("[memory]\ngpu = '80 GB'\n[kv]\nretrieval_ratio = nan", ["retrieval_ratio = nan"]),

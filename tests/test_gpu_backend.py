@@ -162,12 +162,12 @@ def test_a_kernel_that_does_not_compile_is_named(tmp_path, monkeypatch):
 
 
 def test_nvrtc_missing_is_one_sentence(monkeypatch):
-    def unavailable(head_dim):
+    def unavailable(head_dim, kv_format):
         raise CudaUnavailable("libnvrtc.so.13 was not found")
 
     monkeypatch.setattr(gpu_kernels, "CudaInt4Decode", unavailable)
-    with pytest.raises(ConfigError, match=r"INT4 decode kernel .*libnvrtc.so.13 was not found.*kv_format bf16"):
-        gpu_kernels.load_gpu_kernels(128)
+    with pytest.raises(ConfigError, match=r"k5v3 decode kernel .*libnvrtc.so.13 was not found.*kv_format bf16"):
+        gpu_kernels.load_gpu_kernels(128, "k5v3")
 
 
 def test_decode_buffers_are_planned(tmp_path):

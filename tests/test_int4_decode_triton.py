@@ -176,8 +176,10 @@ def test_triton_kernels_compile(arch: int, packed: bool, key_bits: int, dim: int
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs the CUDA compiler nvcc")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_cuda_kernel_compiles(tmp_path: Path, arch: str, dim: int) -> None:
-    command = ["nvcc", f"-arch={arch}", f"-DHEAD_DIM={dim}", "-DSTAGES=3", "-DWARPS=4", "-Xptxas", "-v", "-cubin"]
+@pytest.mark.parametrize("key_bits", [4, 5])
+def test_cuda_kernel_compiles(tmp_path: Path, arch: str, dim: int, key_bits: int) -> None:
+    defines = [f"-DHEAD_DIM={dim}", "-DSTAGES=3", "-DWARPS=4", f"-DKEY_BITS={key_bits}"]
+    command = ["nvcc", f"-arch={arch}", *defines, "-Xptxas", "-v", "-cubin"]
     done = subprocess.run([*command, "-o", str(tmp_path / "k.cubin"), str(SOURCE)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "0 bytes spill stores" in done.stderr and "warning" not in done.stderr
