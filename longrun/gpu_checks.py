@@ -108,20 +108,20 @@ def check_kernel_shapes(config: ModelConfig, budget: Budget) -> None:
         return
     from longrun.kernels.int4_decode import HEAD_DIMS, MAX_GROUP, PAGE_SIZE
 
-    remedy = "use kv_format bf16 or device cpu"
+    kernel, remedy = f"{budget.kv_format} kernel on a GPU", "use kv_format bf16 or device cpu"
     if config.head_dim not in HEAD_DIMS:
         served = " or ".join(map(str, HEAD_DIMS))
         raise ConfigError(
-            f"the model's head_dim {config.head_dim} has no {budget.kv_format} kernel on a GPU, which serves {served}: {remedy}"
+            f"the model's head_dim {config.head_dim} has no {kernel}, which serves {served}: {remedy}"
         )
     if config.group_size > MAX_GROUP:
         raise ConfigError(
-            f"the model's {config.group_size} query heads a KV head have no {budget.kv_format} kernel on a GPU, which serves at "
+            f"the model's {config.group_size} query heads a KV head have no {kernel}, which serves at "
             f"most {MAX_GROUP}: {remedy}"
         )
     if budget.page_size != PAGE_SIZE:
         raise ConfigError(
-            f"page_size {budget.page_size} of {budget.source} has no {budget.kv_format} kernel on a GPU, which serves {PAGE_SIZE}: "
+            f"page_size {budget.page_size} of {budget.source} has no {kernel}, which serves {PAGE_SIZE}: "
             f"set page_size = {PAGE_SIZE} in its [kv] section, or {remedy}"
         )
 
