@@ -111,9 +111,7 @@ def check_kernel_shapes(config: ModelConfig, budget: Budget) -> None:
     kernel, remedy = f"{budget.kv_format} kernel on a GPU", "use kv_format bf16 or device cpu"
     if config.head_dim not in HEAD_DIMS:
         served = " or ".join(map(str, HEAD_DIMS))
-        raise ConfigError(
-            f"the model's head_dim {config.head_dim} has no {kernel}, which serves {served}: {remedy}"
-        )
+        raise ConfigError(f"the model's head_dim {config.head_dim} has no {kernel}, which serves {served}: {remedy}")
     if config.group_size > MAX_GROUP:
         raise ConfigError(
             f"the model's {config.group_size} query heads a KV head have no {kernel}, which serves at "
