@@ -31,7 +31,7 @@ def _sylvester(N: tl.constexpr):
 
 
 @triton.jit
-def _hadamard(x, N: tl.constexpr):
+def hadamard(x, N: tl.constexpr):
     """float32 [N] times Sylvester's matrix of N rows, 8 to 128: two sums of 2 to 16 items in place of one of N."""
     A: tl.constexpr = 2 if N < 16 else (4 if N < 64 else 8)
     B: tl.constexpr = N // A
@@ -76,8 +76,8 @@ def rope_store_kernel(
             scale = tl.where(head < num_qo_heads, QUERY_SCALE, KEY_SCALE)
             low = turned_low.to(tl.float32) * sign_low * scale
             high = turned_high.to(tl.float32) * sign_high * scale
-            turned_low = _hadamard(low + high, HALF).to(dtype)
-            turned_high = _hadamard(low - high, HALF).to(dtype)
+            turned_low = hadamard(low + high, HALF).to(dtype)
+            turned_high = hadamard(low - high, HALF).to(dtype)
     if head < num_qo_heads:
         tl.store(q_out_ptr + at, turned_low)
         tl.store(q_out_ptr + at + HALF, turned_high)
@@ -90,7 +90,7 @@ def rope_store_kernel(
             if kv_head < num_retrieval:
                 low = v_low.to(tl.float32) * sign_low * KEY_SCALE
                 high = v_high.to(tl.float32) * sign_high * KEY_SCALE
-                v_low, v_high = _hadamard(low + high, HALF).to(dtype), _hadamard(low - high, HALF).to(dtype)
+                v_low, v_high = hadamard(low + high, HALF).to(dtype), hadamard(low - high, HALF).to(dtype)
         v_low, v_high = v_low.to(cache), v_high.to(cache)
         if kv_head < num_retrieval:
             to = kv_head * tail_stride + tl.load(slots_ptr) * D + channel

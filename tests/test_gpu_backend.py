@@ -108,8 +108,8 @@ def test_a_backend_that_forgets_to_rotate_is_noticed(tmp_path):
     """In prefill or in decode: the tests above would see it."""
     tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (330,), generator=torch.Generator().manual_seed(7))
-    for name in ("_rotation", "_signs"):
-        pair = engines(tmp_path)
+    for name, kv in (("_rotation", "int4"), ("_signs", "int4"), ("_turns_values", "k5v3")):
+        pair = engines(tmp_path, kv=kv)
         setattr(pair[0].attention, name, None)
         fused, plain = run_both(pair, ids, [200, *[1] * 70, 60])
         assert rms_ratio(fused, plain) > 20 * TOLERANCE, name

@@ -22,7 +22,7 @@ from longrun.kernels.int4_decode import DecodePages, Workspace
 from longrun.kernels.int4_pages import ExactRun, PageRun
 from longrun.kernels.ring_decode import RingWorkspace, default_splits
 from longrun.quant.page_codec import exact_dtype
-from longrun.quant.rotation import key_rotation, random_signs
+from longrun.quant.rotation import random_signs
 
 
 class CudaAttention:
@@ -50,9 +50,7 @@ class CudaAttention:
         if cache.spec.page_format.rotates_keys:
             self._rotation = HeadRotation(spec.head_dim, compute_dtype, cache.device)
             self._signs = random_signs(spec.head_dim).to(cache.device)
-        self._turn_back: Tensor | None = None  # float32, of what decode finds among rotated values
-        if cache.spec.page_format.rotates_values:
-            self._turn_back = key_rotation(spec.head_dim)[0].T.to(cache.device).contiguous()
+        self._turns_values = cache.spec.page_format.rotates_values
         elements = spec.max_retrieval_heads * spec.scratch_tokens * spec.head_dim
         self._scratch = torch.empty(2, elements, dtype=compute_dtype, device=cache.device).fill_(0)
         self._fetching = DoubleBuffer(cache.fetch_buffer, kernels.on_gpu)
@@ -82,7 +80,6 @@ class CudaAttention:
         self._q = torch.zeros(shape, dtype=self.compute_dtype, device=device)
         self._out = torch.zeros(shape, device=device)
         self._part = torch.zeros(shape, device=device)
-        self._found = self._out if self._turn_back is None else torch.zeros(shape, device=device)
         self._lse, self._part_lse = torch.zeros(2, spec.num_qo_heads, device=device)
         self._workspaces = {
             n: Workspace.empty(n, self.kernels.default_splits(n), self.group, spec.head_dim, device) for n in counts
@@ -92,7 +89,6 @@ class CudaAttention:
             ring_heads * self.group, default_splits(cache.spec.ring_slots), spec.head_dim, device
         )
         held = [self._ring_workspace.partials, self._ring_workspace.counters]
-        held += [self._found] if self._turn_back is not None else []
         held += [self._q, self._out, self._part, self._lse, self._part_lse, *self._fetch_tables.values()]
         held += [tensor for space in self._workspaces.values() for tensor in (space.out, space.stats)]
         held_bytes = sum(tensor.nbytes for tensor in held)
@@ -105,7 +101,7 @@ class CudaAttention:
         split = heads * self.group
         if self._rotation is not None and pages is not None:
             self._rotation.turn_(q, k, heads)
-            if self._turn_back is not None:
+            if self._turns_values:
                 self._rotation.turn_values_(v, heads)
         k, v = (x.transpose(0, 1).to(self.exact).to(q.dtype) for x in (k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -118,7 +114,7 @@ class CudaAttention:
         if pages is not None:
             pages.begin_spill(step.start + step.num_tokens)
             self._prefill_pages(q[:, :split], k[:heads], v[:heads], pages, step.start, out[:, :split])
-            if self._rotation is not None and self._turn_back is not None:
+            if self._rotation is not None and self._turns_values:
                 self._rotation.turn_back_(out, split)
         self.cache.append(layer_idx, k, v, step.start)
         return out
@@ -223,7 +219,7 @@ class CudaAttention:
             None if pages is None else pages.tail_k, None if pages is None else pages.tail_v,
             None if ring is None else ring.k, None if ring is None else ring.v,
             state.slots, self.spec.num_qo_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, signs=self._signs,
-            rotate_values=self._turn_back is not None,
+            rotate_values=self._turns_values,
         )  # fmt: skip
         heads = 0 if pages is None else pages.num_heads
         split = heads * group
@@ -235,14 +231,14 @@ class CudaAttention:
             )  # fmt: skip
         if pages is not None:
             self._decode_pages(pages, heads, halves)
-            if self._turn_back is not None:
-                torch.mm(self._found[:split], self._turn_back, out=self._out[:split])
+            if self._turns_values:
+                self.kernels.turn_back_(self._out[:split], self._signs)
         return self._out.view(1, -1).to(self.compute_dtype)
 
     def _decode_pages(self, pages: PagedHeads, heads: int, halves: Iterator[Tensor]) -> None:
         group, dim = self.group, self.spec.head_dim
         split, shape = heads * group, (heads, group, dim)
-        q, out, lse = self._q[:split].view(shape), self._found[:split].view(shape), self._lse[:split].view(heads, group)
+        q, out, lse = self._q[:split].view(shape), self._out[:split].view(shape), self._lse[:split].view(heads, group)
         exact, name = (pages.sink_k, pages.sink_v, pages.tail_k, pages.tail_v), pages.fmt.name
         decode = partial(
             self.kernels.decode_attention, q, softmax_scale=self.softmax_scale, workspace=self._workspaces[heads]

@@ -58,7 +58,7 @@ class AttentionSpec:
         if not self.fused:
             return 0
         split_results = MAX_DECODE_PROGRAMS * self.group * (self.head_dim + 2) * 4
-        rows = 4 * self.num_qo_heads * (self.head_dim + 1) * 4  # queries, outputs, parts, outputs to be turned back
+        rows = 4 * self.num_qo_heads * (self.head_dim + 1) * 4
         ring_splits = -(-(self.sink_size + self.recent_size) // RING_TILE)
         rings = self.num_qo_heads * (ring_splits * (self.head_dim + 2) + 1) * 4
         return self.head_counts * split_results + rows + rings + 4 * self.fetch_table_pages
