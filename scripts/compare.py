@@ -192,7 +192,7 @@ class Comparison:
             self._loaded = (key, runtime)
         elif self._loaded[1].plan.device_type == "cuda":
             release_memory()
-        self._results.head["described"][row.name] = describe(row, self._loaded[1])
+        self._results.describe(row.name, describe(row, self._loaded[1]))
         return self._loaded[1]
 
     def _retrieval_documents(self, runtime: Runtime, length: int, group: str) -> list[TaskDocument]:
@@ -246,6 +246,7 @@ def describe(row: Row, runtime: Runtime) -> dict[str, Any]:
         "recent_size": split.recent_size,
         "kv_format": runtime.plan.kv_format,
         "kv_page_bytes": page.page_bytes,
+        "kv_rotated": ("keys and values" if page.rotates_values else "keys") if page.rotates_keys else None,
         "simulated": None
         if simulates is None
         else simulates.described(page.page_size, page.head_dim, cache.total_retrieval_heads),

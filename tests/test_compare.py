@@ -178,6 +178,15 @@ def test_a_stopped_run_goes_on_and_only_new_rows_are_measured(
             script.main(arguments)
     before = read(tmp_path / "out")["records"]
     assert [(r["row"], r["group"]) for r in before][-1] == ("map", "several")
+    # begun by a version whose pages were others: half a row of each would be no row
+    path = tmp_path / "out" / "results.json"
+    held = path.read_text()
+    other = json.loads(held)
+    assert other["described"]["map"].pop("kv_rotated") == "keys"
+    path.write_text(json.dumps(other))
+    with pytest.raises(InputError, match=r'row map measured with kv_rotated = null, now it is "keys": .* --force'):
+        script.main(arguments)
+    path.write_text(held)
     assert script.main(arguments) == 0
     assert script.main(options(planted, three, tmp_path / "out", *more)) == 0
     found = read(tmp_path / "out")

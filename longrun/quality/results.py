@@ -108,6 +108,23 @@ class QualityResults:
                 return record
         return None
 
+    def describe(self, row: str, described: dict[str, Any]) -> None:
+        """Note how a row is run.
+
+        Raises:
+            InputError: records of the row are there and were run otherwise, by an earlier version or on other defaults.
+        """
+        earlier = self.head["described"].get(row)
+        if earlier is not None and any(record["row"] == row for record in self.records):
+            for key in sorted({*earlier, *described}):
+                then, now = (json.dumps(one.get(key)) for one in (earlier, described))
+                if then != now:
+                    raise InputError(
+                        f"{self.folder / RESULTS_FILE} has row {row} measured with {key} = {then}, now it is {now}: "
+                        f"use another --out, or --force to start over"
+                    )
+        self.head["described"][row] = described
+
     def drop(self, row: str, length: int, group: str) -> None:
         """Forget a record that must be measured again."""
         self.records = [r for r in self.records if (r["row"], r["length"], r["group"]) != (row, length, group)]
