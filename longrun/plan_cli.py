@@ -14,7 +14,7 @@ from longrun.errors import InputError
 from longrun.plan import NoFitError, make_plan
 from longrun.plan_report import print_plan
 from longrun.plan_split import choose_split
-from longrun.quant.kv_format import KV_FORMATS
+from longrun.quant.kv_format import KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.units import parse_tokens
 
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help="share of the KV heads that keep all tokens; without a head map it is assumed to be reached",
     )
-    parser.add_argument("--kv", choices=KV_FORMATS, help="format of KV pages (default: the budget's)")
+    parser.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's)")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
     parser.add_argument("--chunk-size", type=int, metavar="N", help="tokens of a prefill step (default: the budget's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu for the budget cpu, else cuda")

@@ -43,6 +43,7 @@ from longrun.errors import ConfigError
 KV_FORMATS = ("int4", "k5v3", "bf16", "fp32")
 _BITS = {"int4": (4, 4), "k5v3": (5, 3)}  # of a key's and of a value's element
 QUANTIZED_KV_FORMATS = tuple(_BITS)
+KV_HELP = "format of KV pages; k5v3: keys with 5 bits, values with 3, in int4's bytes"
 PAGE_SIZES = (16, 32, 64, 128, 256)
 _EXACT_ITEMSIZE = {"int4": 2, "k5v3": 2, "bf16": 2, "fp32": 4}
 _SCALE_ITEMSIZE = 2
