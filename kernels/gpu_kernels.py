@@ -29,7 +29,7 @@ from longrun.kernels.ring_decode import ring_decode, ring_decode_reference
 from longrun.kernels.rope_store import rope_store, rope_store_reference
 from longrun.kernels.rotary import rotary_, rotary_reference
 from longrun.kernels.silu_mul import silu_mul_, silu_mul_reference
-from longrun.kernels.turn_back import turn_back_, turn_back_reference
+from longrun.kernels.turn_back import turn_back, turn_back_reference
 from longrun.kernels.vector_linear import vector_linear, vector_linear_reference
 from longrun.quant.kv_format import PageFormat
 
@@ -52,7 +52,7 @@ class GpuKernels:
     dequantize_run: Callable[..., None]
     merge_partial_: Callable[..., None]
     rope_store: Callable[..., None]
-    turn_back_: Callable[..., None]
+    turn_back: Callable[..., None]
     ring_decode: Callable[..., Any]
     banded_prefill: Callable[..., None]
     dense_attention: Callable[..., tuple[Tensor, Tensor]]
@@ -87,7 +87,7 @@ def load_gpu_kernels(head_dim: int, kv_format: str = "int4", overlap: bool = Tru
         dequantize_run=dequantize_run,
         merge_partial_=merge_partial_,
         rope_store=partial(rope_store, overlap=overlap),
-        turn_back_=turn_back_,
+        turn_back=turn_back,
         ring_decode=partial(ring_decode, overlap=overlap),
         banded_prefill=banded_prefill,
         dense_attention=attention_with_lse,
@@ -109,7 +109,7 @@ def reference_kernels() -> GpuKernels:
         dequantize_run=int4_pages.dequantize_run,
         merge_partial_=merge_partial_reference,
         rope_store=rope_store_reference,
-        turn_back_=turn_back_reference,
+        turn_back=turn_back_reference,
         ring_decode=ring_decode_reference,
         banded_prefill=banded_prefill_reference,
         dense_attention=attention_with_lse,

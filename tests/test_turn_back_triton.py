@@ -11,56 +11,63 @@ from longrun.errors import ConfigError
 
 pytest.importorskip("triton", reason="Triton is optional without a GPU")
 
-from longrun.kernels.turn_back import turn_back_, turn_back_kernel, turn_back_reference
+from longrun.kernels.turn_back import turn_back, turn_back_kernel, turn_back_reference
 from longrun.quant.rotation import random_signs, rotation_of, rotation_scales
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-def check(heads, dim, device="cpu"):
-    """Rotated rows come back, and nothing after them is touched."""
+
+def check(heads, turned, dim, dtype, device="cpu"):
+    """Rotated rows come back, the others as they are, and nothing after them is written."""
     signs = random_signs(dim, seed=dim).to(device)
-    plain = torch.randn(heads + 1, dim, generator=torch.Generator().manual_seed(heads)).to(device)
-    given = (plain.double() @ rotation_of(signs)[1].double()).float()
-    for turn in (turn_back_, turn_back_reference):
-        found = given.clone()
-        turn(found[:heads], signs)
-        assert error(found[:heads], plain[:heads]) < LIMIT[torch.float32]
-        assert torch.equal(found[heads:], given[heads:])
-    assert error(given[:heads], plain[:heads]) > 0.5
+    plain = torch.randn(heads, dim, generator=torch.Generator().manual_seed(heads)).to(device)
+    found = plain.clone()
+    found[:turned] = (plain[:turned].double() @ rotation_of(signs)[1].double()).float()
+    given = found.clone()
+    for turn in (turn_back, turn_back_reference):
+        out = torch.full((heads + 1, dim), float("nan"), dtype=dtype, device=device)
+        turn(found, signs, turned, out[:heads])
+        assert error(out[:heads], plain) < LIMIT[dtype]
+        assert out[heads:].isnan().all() and torch.equal(found, given)
+    assert turned == 0 or error(given[:turned], plain[:turned]) > 0.5
 
 
 if INTERPRETED:
 
+    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
-    @pytest.mark.parametrize("heads", [1, 9, 32])
-    def test_interpreted_turn_back(heads, dim):
-        check(heads, dim)
+    @pytest.mark.parametrize(("heads", "turned"), [(1, 1), (9, 6), (9, 0)])
+    def test_interpreted_turn_back(heads, turned, dim, dtype):
+        check(heads, turned, dim, dtype)
 
 
 @not_interpreted
 def test_kernel_through_the_interpreter():
-    assert interpreted_tests(__file__) == 15
+    assert interpreted_tests(__file__) == 45
 
 
 @not_interpreted
 def test_shapes_that_are_not_served_are_refused():
-    turn_back_(torch.zeros(0, 64), torch.ones(64))
+    turn_back(torch.zeros(0, 64), torch.ones(64), 0, torch.zeros(0, 64))
     with pytest.raises(ConfigError, match="head_dim 80"):
-        turn_back_(torch.zeros(1, 80), torch.ones(80))
+        turn_back(torch.zeros(1, 80), torch.ones(80), 1, torch.zeros(1, 80))
 
 
 @not_interpreted
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_it_compiles_without_a_gpu(dim, capability):
-    pointers = {"found_ptr": "*fp32", "signs_ptr": "*fp32"}
-    ptx = compiled(turn_back_kernel, capability, pointers, {"SCALE": rotation_scales(dim)[0], "D": dim}, 1, ())
-    assert {number for kind, number in accesses(ptx) if kind == "st"} == {dim // 2 // 32 * 4}
+    pointers = {"found_ptr": "*fp32", "signs_ptr": "*fp32", "out_ptr": "*bf16"}
+    constants = {"SCALE": rotation_scales(dim)[0], "D": dim}
+    ptx = compiled(turn_back_kernel, capability, pointers, constants, 1, ())
+    assert {number for kind, number in accesses(ptx) if kind == "st"} == {dim // 2 // 32 * 2}
     assert "local" not in ptx, "registers are spilled"
 
 
 @pytest.mark.gpu
 @not_interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("heads", [1, 9, 32])
-def test_turn_back_on_the_gpu(heads, dim):
-    check(heads, dim, "cuda")
+@pytest.mark.parametrize(("heads", "turned"), [(1, 1), (9, 6), (32, 16), (32, 32)])
+def test_turn_back_on_the_gpu(heads, turned, dim, dtype):
+    check(heads, turned, dim, dtype, "cuda")

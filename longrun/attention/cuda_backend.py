@@ -80,6 +80,7 @@ class CudaAttention:
         self._q = torch.zeros(shape, dtype=self.compute_dtype, device=device)
         self._out = torch.zeros(shape, device=device)
         self._part = torch.zeros(shape, device=device)
+        self._turned = torch.zeros(shape if self._turns_values else (0,), dtype=self.compute_dtype, device=device)
         self._lse, self._part_lse = torch.zeros(2, spec.num_qo_heads, device=device)
         self._workspaces = {
             n: Workspace.empty(n, self.kernels.default_splits(n), self.group, spec.head_dim, device) for n in counts
@@ -89,7 +90,7 @@ class CudaAttention:
             ring_heads * self.group, default_splits(cache.spec.ring_slots), spec.head_dim, device
         )
         held = [self._ring_workspace.partials, self._ring_workspace.counters]
-        held += [self._q, self._out, self._part, self._lse, self._part_lse, *self._fetch_tables.values()]
+        held += [self._q, self._out, self._part, self._turned, self._lse, self._part_lse, *self._fetch_tables.values()]
         held += [tensor for space in self._workspaces.values() for tensor in (space.out, space.stats)]
         held_bytes = sum(tensor.nbytes for tensor in held)
         assert held_bytes <= spec.decode_bytes(), (held_bytes, spec.decode_bytes())
@@ -232,7 +233,8 @@ class CudaAttention:
         if pages is not None:
             self._decode_pages(pages, heads, halves)
             if self._turns_values:
-                self.kernels.turn_back_(self._out[:split], self._signs)
+                self.kernels.turn_back(self._out, self._signs, split, self._turned)
+                return self._turned.view(1, -1)
         return self._out.view(1, -1).to(self.compute_dtype)
 
     def _decode_pages(self, pages: PagedHeads, heads: int, halves: Iterator[Tensor]) -> None:
