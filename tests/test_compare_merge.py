@@ -224,7 +224,7 @@ def test_the_shipped_tables_are_those_of_the_pages():
     assert [row.evicts.keep for row in split.values() if row.evicts] == [50, 25, 50, 25]
     window = [row for row in read_rows(ROOT / "scripts" / "compare_window.toml") if row.sink_size is not None]
     assert {(row.sink_size, row.recent_size) for row in window} == {
-        *((sinks, recent) for sinks in (16, 32, 64, 128) for recent in (64, 128, 256, 512)), (64, 1024),
+        *((sinks, recent) for sinks in (16, 32, 64, 128) for recent in (64, 128, 256, 512)), (64, 1024), (64, 4096),
     }  # fmt: skip
     assert len({row.head_map for row in window}) == len({row.retrieval_ratio for row in window}) == 1
     single = read_rows(ROOT / "scripts" / "compare_single.toml")
