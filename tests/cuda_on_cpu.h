@@ -1,0 +1,120 @@
+// What int4_decode.cu asks of a GPU, on a CPU: a GPU's thread is a thread, and what lanes exchange goes through a barrier
+// of their warp. Blocks run one after the other, so what is __shared__ may be static. tests/cuda_on_cpu.py puts the kernels
+// behind it in place of their PTX. Products are summed in float64: a tensor core's own rounding is not imitated.
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(n)
+struct uint2 { uint32_t x, y; };
+struct uint4 { uint32_t x, y, z, w; };
+struct float2 { float x, y; };
+struct Index { int x, y; };
+struct Warp {
+  std::barrier<> meet{32};
+  uint32_t a[32][6];
+};
+struct Block {
+  Block(int threads, size_t bytes) : meet(threads), warp(threads / 32), shared(bytes, 0xff) {}
+  std::barrier<> meet;
+  std::vector<Warp> warp;
+  std::vector<uint8_t> shared;  // poisoned
+};
+inline thread_local Index threadIdx, blockIdx;
+inline thread_local int thread_id;  // in its block
+inline thread_local Block* block;
+inline uint8_t* shared_base() { return block->shared.data(); }
+inline Warp& warp_() { return block->warp[thread_id / 32]; }
+inline int lane_() { return thread_id & 31; }
+template <typename Kernel> void launch(int blocks, int x, int y, size_t shared_bytes, Kernel kernel) {
+  for (int n = 0; n < blocks; n++) {
+    Block one(x * y, shared_bytes);
+    std::vector<std::thread> threads;
+    for (int i = 0; i < x * y; i++)
+      threads.emplace_back([&, i] {
+        block = &one, thread_id = i, threadIdx = {i % x, i / x}, blockIdx = {n, 0};
+        kernel();
+      });
+    for (auto& thread : threads) thread.join();
+  }
+}
+inline float as_float(uint32_t b) { float f; std::memcpy(&f, &b, 4); return f; }
+inline uint32_t as_bits(float f) { uint32_t b; std::memcpy(&b, &f, 4); return b; }
+inline float __uint_as_float(uint32_t b) { return as_float(b); }
+inline float __int_as_float(int b) { return as_float(uint32_t(b)); }
+inline float half_of(uint16_t h) { _Float16 f; std::memcpy(&f, &h, 2); return float(f); }
+inline uint16_t to_half(float x) { _Float16 f = _Float16(x); uint16_t h; std::memcpy(&h, &f, 2); return h; }
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s) {
+  const uint64_t both = uint64_t(y) << 32 | x;
+  uint32_t r = 0;
+  for (int i = 0; i < 4; i++) r |= uint32_t(both >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
+  return r;
+}
+inline uint32_t exchange(uint32_t v, int from) {
+  Warp& w = warp_();
+  w.a[lane_()][0] = v;
+  w.meet.arrive_and_wait();
+  const uint32_t r = w.a[from][0];
+  w.meet.arrive_and_wait();
+  return r;
+}
+inline float __shfl_xor_sync(uint32_t, float v, int d) { return as_float(exchange(as_bits(v), lane_() ^ d)); }
+inline float __shfl_sync(uint32_t, float v, int from) { return as_float(exchange(as_bits(v), from)); }
+inline int __shfl_sync(uint32_t, int v, int from) { return int(exchange(uint32_t(v), from)); }
+inline bool __any_sync(uint32_t, bool p) {
+  Warp& w = warp_();
+  w.a[lane_()][0] = p;
+  w.meet.arrive_and_wait();
+  bool any = false;
+  for (int i = 0; i < 32; i++) any |= w.a[i][0] != 0;
+  w.meet.arrive_and_wait();
+  return any;
+}
+inline void __syncwarp() { warp_().meet.arrive_and_wait(); }
+inline void __syncthreads() { block->meet.arrive_and_wait(); }
+template <typename T> inline T load_(uint32_t a) { T v; std::memcpy(&v, shared_base() + a, sizeof v); return v; }
+inline uint32_t lds32(uint32_t a) { return load_<uint32_t>(a); }
+inline uint2 lds64(uint32_t a) { return load_<uint2>(a); }
+inline uint4 lds128(uint32_t a) { return load_<uint4>(a); }
+inline void cp16(uint32_t to, const uint8_t* from) { std::memcpy(shared_base() + to, from, 16); }
+inline void commit() {}
+template <int N> inline void wait_group() {}
+inline uint32_t pack_half(float lo, float hi) { return to_half(lo) | uint32_t(to_half(hi)) << 16; }
+inline float half_lo(uint32_t a) { return half_of(uint16_t(a)); }
+inline float half_hi(uint32_t a) { return half_of(uint16_t(a >> 16)); }
+inline uint32_t hmul2(uint32_t a, uint32_t b) { return pack_half(half_lo(a) * half_lo(b), half_hi(a) * half_hi(b)); }
+inline float bf_lo(uint32_t a) { return as_float(a << 16); }
+inline float bf_hi(uint32_t a) { return as_float(a & 0xffff0000u); }
+inline float ex2(float x) { return std::exp2(x); }
+inline uint32_t transpose8(uint32_t v) {  // lane 4g + t holds row g, columns 2t and 2t + 1
+  Warp& w = warp_();
+  const int g = lane_() / 4, t = lane_() % 4;
+  w.a[lane_()][0] = v;
+  w.meet.arrive_and_wait();
+  auto at = [&](int row, int column) { return w.a[4 * row + column / 2][0] >> 16 * (column % 2) & 0xffff; };
+  const uint32_t r = at(2 * t, g) | at(2 * t + 1, g) << 16;
+  w.meet.arrive_and_wait();
+  return r;
+}
+inline void mma(float* c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {  // m16n8k16
+  Warp& w = warp_();
+  const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
+  std::memcpy(w.a[lane_()], mine, sizeof mine);
+  w.meet.arrive_and_wait();
+  const int g = lane_() / 4, t = lane_() % 4;
+  auto half = [&](int lane, int reg, int k) { return half_of(uint16_t(w.a[lane][reg] >> 16 * (k % 2))); };
+  for (int i = 0; i < 4; i++) {
+    const int row = g + 8 * (i / 2), n = 2 * t + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 16; k++)
+      sum += double(half(row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k)) * half(n * 4 + k % 8 / 2, 4 + k / 8, k);
+    c[i] = float(sum);
+  }
+  w.meet.arrive_and_wait();
+}
