@@ -79,9 +79,8 @@ def test_views_of_one_buffer_are_turned_in_place(tokens, dtype):
     fused = torch.randn(tokens, (group + 2) * kv, dim, generator=torch.Generator().manual_seed(tokens)).to(dtype)
     before = fused.clone()
     q, k, v = fused.split((group * kv, kv, kv), dim=1)
-    rotation = HeadRotation(dim, dtype, torch.device("cpu"))
-    rotation.turn_(q, k, heads)
-    rotation.turn_values_(v, heads)
+    rotation = HeadRotation(PageFormat("k5v3", 64, dim), dtype, torch.device("cpu"))
+    rotation.turn_(q, k, v, heads)
     expected = before.double()
     for_queries, for_keys = (matrix.double() for matrix in key_rotation(dim))
     expected[:, : heads * group] @= for_queries
@@ -96,6 +95,11 @@ def test_views_of_one_buffer_are_turned_in_place(tokens, dtype):
     back = before[:, -kv:]
     assert torch.equal(v[:, heads:], back[:, heads:])
     assert rms_ratio(v[:, :heads], back[:, :heads]) < (1e-6 if dtype == torch.float32 else 6e-3)
+    plain = HeadRotation(PageFormat("int4", 64, dim), dtype, torch.device("cpu"))
+    held = v.clone()
+    plain.turn_(q, k, v, heads)
+    plain.turn_back_(v, heads)
+    assert torch.equal(v, held)  # INT4 pages hold plain values
 
 
 def make(fmt, heads, group, capacity, kernels, device_share=1.0):

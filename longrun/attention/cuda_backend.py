@@ -48,7 +48,7 @@ class CudaAttention:
         self.compute_dtype = compute_dtype
         self._rotation, self._signs = None, None
         if cache.spec.page_format.rotates_keys:
-            self._rotation = HeadRotation(spec.head_dim, compute_dtype, cache.device)
+            self._rotation = HeadRotation(cache.spec.page_format, compute_dtype, cache.device)
             self._signs = random_signs(spec.head_dim).to(cache.device)
         self._turns_values = cache.spec.page_format.rotates_values
         elements = spec.max_retrieval_heads * spec.scratch_tokens * spec.head_dim
@@ -101,9 +101,7 @@ class CudaAttention:
         heads = 0 if pages is None else pages.num_heads
         split = heads * self.group
         if self._rotation is not None and pages is not None:
-            self._rotation.turn_(q, k, heads)
-            if self._turns_values:
-                self._rotation.turn_values_(v, heads)
+            self._rotation.turn_(q, k, v, heads)
         k, v = (x.transpose(0, 1).to(self.exact).to(q.dtype) for x in (k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if ring is not None:
@@ -115,7 +113,7 @@ class CudaAttention:
         if pages is not None:
             pages.begin_spill(step.start + step.num_tokens)
             self._prefill_pages(q[:, :split], k[:heads], v[:heads], pages, step.start, out[:, :split])
-            if self._rotation is not None and self._turns_values:
+            if self._rotation is not None:
                 self._rotation.turn_back_(out, split)
         self.cache.append(layer_idx, k, v, step.start)
         return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longrun.quant.kv_format import PageFormat
 from longrun.quant.rotation import key_rotation
 
 _TOKENS_AT_ONCE = 2048  # bounds the product that stands beside q or k
@@ -15,31 +16,33 @@ class HeadRotation:
     elements, which the plan counts among its small tensors.
 
     Args:
-        head_dim: of queries, keys and values.
-        dtype: theirs; the matrices are exact in it, products are rounded to it.
+        fmt: of the pages: whether values are turned, too, and head_dim.
+        dtype: of queries, keys and values; the matrices are exact in it, products are rounded to it.
         device: theirs.
     """
 
-    def __init__(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.for_queries, self.for_keys = (matrix.to(device, dtype) for matrix in key_rotation(head_dim))
+    def __init__(self, fmt: PageFormat, dtype: torch.dtype, device: torch.device) -> None:
+        assert fmt.rotates_keys
+        self.turns_values = fmt.rotates_values
+        self.for_queries, self.for_keys = (matrix.to(device, dtype) for matrix in key_rotation(fmt.head_dim))
 
-    def turn_(self, q: Tensor, k: Tensor, num_heads: int) -> None:
-        """Turn the first KV heads' keys and their queries after RoPE, in place: no score changes but by rounding.
+    def turn_(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> None:
+        """Turn the first KV heads' keys and their queries after RoPE, in place: no score changes but by rounding; and
+        their values, where the pages' format says so.
 
         Args:
-            q: [T, num_qo_heads, head_dim]; k: [T, num_kv_heads, head_dim]; any strides with contiguous channels.
+            q: [T, num_qo_heads, head_dim]; k, v: [T, num_kv_heads, head_dim]; any strides with contiguous channels.
             num_heads: KV heads that are turned, with the query heads of their groups.
         """
         _multiply_(q[:, : num_heads * (q.shape[1] // k.shape[1])], self.for_queries)
         _multiply_(k[:, :num_heads], self.for_keys)
-
-    def turn_values_(self, v: Tensor, num_heads: int) -> None:
-        """Turn the first KV heads' values [T, num_kv_heads, head_dim] in place, strides as above."""
-        _multiply_(v[:, :num_heads], self.for_keys)
+        if self.turns_values:
+            _multiply_(v[:, :num_heads], self.for_keys)
 
     def turn_back_(self, out: Tensor, num_qo_heads: int) -> None:
         """Turn back what the first query heads of out [T, heads, head_dim] found among turned values, in place."""
-        _multiply_(out[:, :num_qo_heads], self.for_queries.T)
+        if self.turns_values:
+            _multiply_(out[:, :num_qo_heads], self.for_queries.T)
 
 
 def _multiply_(x: Tensor, matrix: Tensor) -> None:

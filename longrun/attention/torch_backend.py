@@ -43,8 +43,7 @@ class TorchAttention:
         self.group = spec.num_qo_heads // spec.num_kv_heads
         self.exact = exact_dtype(cache.spec.page_format)
         fmt = cache.spec.page_format
-        self._rotation = HeadRotation(spec.head_dim, compute_dtype, cache.device) if fmt.rotates_keys else None
-        self._turns_values = fmt.rotates_values
+        self._rotation = HeadRotation(fmt, compute_dtype, cache.device) if fmt.rotates_keys else None
         elements = spec.max_retrieval_heads * spec.scratch_tokens * spec.head_dim
         self._scratch = torch.empty(2, elements, dtype=compute_dtype, device=cache.device).fill_(0)
         self._band: BandPlan | None = None
@@ -54,9 +53,7 @@ class TorchAttention:
         pages, _ = self.cache.layers[layer_idx]
         rotation = None if pages is None else self._rotation
         if pages is not None and rotation is not None:
-            rotation.turn_(q, k, pages.num_heads)
-            if self._turns_values:
-                rotation.turn_values_(v, pages.num_heads)
+            rotation.turn_(q, k, v, pages.num_heads)
         k = k.transpose(0, 1).to(self.exact)
         v = v.transpose(0, 1).to(self.exact)
         if step.num_tokens == 1:
@@ -65,7 +62,7 @@ class TorchAttention:
         else:
             out = self._prefill(layer_idx, q, k.to(q.dtype), v.to(q.dtype), step)
             self.cache.append(layer_idx, k, v, step.start)
-        if pages is not None and rotation is not None and self._turns_values:
+        if pages is not None and rotation is not None:
             rotation.turn_back_(out, pages.num_heads * self.group)
         return out
 
