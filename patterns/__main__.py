@@ -23,6 +23,7 @@ from longrun.patterns.identify_settings import (
     SHORTEST_WAY,
     IdentifySettings,
 )
+from longrun.units import parse_tokens
 
 
 def show(options: argparse.Namespace) -> int:
@@ -78,14 +79,18 @@ def identify_command(options: argparse.Namespace) -> int:
     from longrun.patterns.identify import identify
     from longrun.patterns.identify_progress import ProgressLine
 
+    context, min_context = (
+        None if text is None else parse_tokens(text, option)
+        for text, option in ((options.context, "--context"), (options.min_context, "--min-context"))
+    )
     settings = IdentifySettings(
         model_dir=options.model,
         out=options.out,
         method=options.method,
         sink_size=options.sink_size,
         recent_size=options.recent_size,
-        context=options.context,
-        min_context=options.min_context,
+        context=context,
+        min_context=min_context,
         steps=options.steps,
         seed=options.seed,
         text_files=tuple(options.text),
@@ -188,8 +193,8 @@ def _add_identify(command: argparse.ArgumentParser) -> None:
     add("--method", choices=METHODS, default="gates", help="gates: trained; reconstruction: scored (default: gates)")
     add("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text to use (default: Python's help texts, mixed "
         "with generated sentences)")  # fmt: skip
-    add("--context", type=int, metavar="N", help="tokens of the longest text")
-    add("--min-context", type=int, metavar="N", help="gates: tokens of the shortest text")
+    add("--context", metavar="TOKENS", help="of the longest text, like 4096 or 32K")
+    add("--min-context", metavar="TOKENS", help="gates: of the shortest text")
     add("--steps", type=int, metavar="N", help="training steps, or texts to score")
     add("--seed", type=int, default=0, metavar="N", help="decides texts and all that is drawn (default: 0)")
     add("--sink-size", type=int, default=DEFAULT_SINK_SIZE, metavar="N",

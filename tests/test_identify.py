@@ -292,7 +292,18 @@ def test_the_progress_line_tells_step_loss_heads_and_time_left() -> None:
 
 def test_the_command_identifies(settings: IdentifySettings, capsys) -> None:
     arguments = ["identify", "--model", settings.model_dir, "--out", settings.out, "--text", *settings.text_files]
-    arguments += ["--context", "384", "--min-context", "384", "--steps", "2", "--sink-size", "4", "--recent-size", "16"]
+    arguments += [
+        "--context",
+        "0.384K",
+        "--min-context",
+        "384",
+        "--steps",
+        "2",
+        "--sink-size",
+        "4",
+        "--recent-size",
+        "16",
+    ]
     assert (
         command.main([*arguments, "--num-keys", "2", "--device", "cpu", "--seed", "5", "--learning-rate", "0.02"]) == 0
     )
@@ -300,6 +311,8 @@ def test_the_command_identifies(settings: IdentifySettings, capsys) -> None:
     assert f"{settings.out}: 9 of 9 heads score at least 0.5" in out
     assert "step 2 of 2, loss" in err
     assert json.loads((Path(settings.out) / "config.json").read_text())["identification"]["seed"] == 5
+    with pytest.raises(InputError, match="--context '4Q'"):
+        command.main([*arguments[:-8], "--context", "4Q"])
 
 
 def test_rank_correlation_by_hand() -> None:
