@@ -40,6 +40,7 @@ from longrun.units import format_tokens, parse_tokens
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from longrun.plan import Plan
     from longrun.runtime import Runtime
 
 GROUPS = ("single", "several", "keyvalue", "text")
@@ -129,7 +130,7 @@ class Comparison:
         self._runtimes = Runtimes(
             arguments.model, arguments.adapter, budget, arguments.device, ctx=max(settings["lengths"]) + SPARE_TOKENS
         )
-        self._loaded: tuple[Row, Runtime] | None = None
+        self._loaded: tuple[Row, Runtime, Plan] | None = None
         self._told: set[str] = set()
         self._documents: dict[tuple[int, str], list[TaskDocument]] = {}
         self._texts: list[int] | None = None
@@ -189,11 +190,12 @@ class Comparison:
                 if notice not in self._told:
                     self._told.add(notice)
                     self._console.print(f"note: {notice}")
-            self._loaded = (key, runtime)
+            self._loaded = (key, runtime, runtime.plan)  # a session of another length gives the runtime another plan
         elif self._loaded[1].plan.device_type == "cuda":
             release_memory()
-        self._results.describe(row.name, describe(row, self._loaded[1]))
-        return self._loaded[1]
+        _, runtime, plan = self._loaded
+        self._results.describe(row.name, describe(row, runtime, plan))
+        return runtime
 
     def _retrieval_documents(self, runtime: Runtime, length: int, group: str) -> list[TaskDocument]:
         """The same for every row, so they are made once: a tokenizer takes about a second for 128K tokens."""
@@ -232,9 +234,9 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def describe(row: Row, runtime: Runtime) -> dict[str, Any]:
-    """How a row was run, as results.json records it."""
-    split, cache = runtime.split, runtime.plan.cache
+def describe(row: Row, runtime: Runtime, plan: Plan) -> dict[str, Any]:
+    """How a row is run, as results.json records it; `plan` is that of the longest of the comparison's lengths."""
+    split, cache = runtime.split, plan.cache
     page, simulates = cache.page_format, row.simulates
     return {
         "method": row.method,
@@ -244,15 +246,15 @@ def describe(row: Row, runtime: Runtime) -> dict[str, Any]:
         "kv_heads": split.num_layers * split.num_kv_heads,
         "sink_size": split.sink_size,
         "recent_size": split.recent_size,
-        "kv_format": runtime.plan.kv_format,
+        "kv_format": plan.kv_format,
         "kv_page_bytes": page.page_bytes,
         "kv_rotated": ("keys and values" if page.rotates_values else "keys") if page.rotates_keys else None,
         "simulated": None
         if simulates is None
         else simulates.described(page.page_size, page.head_dim, cache.total_retrieval_heads),
-        "weight_format": runtime.plan.weight_format,
-        "device": runtime.plan.device_type,
-        "chunk_size": runtime.plan.chunk_size,
+        "weight_format": plan.weight_format,
+        "device": plan.device_type,
+        "chunk_size": plan.chunk_size,
     }
 
 
