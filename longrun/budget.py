@@ -2,7 +2,7 @@
 
     [memory]  gpu = "80 GB" (required), host = "100 GiB"
     [weights] format = "int4"
-    [kv]      format = "int4", retrieval_ratio = 0.5, sink_size = 128, recent_size = 256, page_size = 64
+    [kv]      format = "k5v3", retrieval_ratio = 0.5, sink_size = 128, recent_size = 256, page_size = 64
     [prefill] chunk_size = 32768
 
 Everything but `[memory] gpu` may be left out; `Budget` says what it is then.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from longrun.errors import ConfigError, InputError
-from longrun.quant.kv_format import KV_FORMATS, PAGE_SIZES, QUANTIZED_KV_FORMATS
+from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, PAGE_SIZES, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.units import parse_bytes
 
@@ -47,7 +47,7 @@ class Budget:
         gpu_bytes: memory of the compute device; on the CPU, main memory for weights, activations and device pool.
         host_bytes: main memory for pages that the device pool does not hold. Default 0: no host pool.
         weight_format: one of `WEIGHT_FORMATS`, or None for the device's own (fp32 on the CPU, bf16 on a GPU).
-        kv_format: one of `KV_FORMATS`. Default int4.
+        kv_format: one of `KV_FORMATS`. Default k5v3.
         retrieval_ratio: share of the KV heads kept as retrieval heads where a head map is given, in (0, 1], or None
             (default) for the heads that score at least 0.5.
         sink_size, recent_size: window of the streaming heads in tokens, or None (default) for the head map's own.
@@ -62,7 +62,7 @@ class Budget:
     gpu_bytes: int
     host_bytes: int = 0
     weight_format: str | None = None
-    kv_format: str = "int4"
+    kv_format: str = DEFAULT_KV_FORMAT
     retrieval_ratio: float | None = None
     sink_size: int | None = None
     recent_size: int | None = None

@@ -23,7 +23,7 @@ from rich.console import Console
 from longrun.cli import run
 from longrun.documents import Document, check_text, read_document
 from longrun.errors import InputError
-from longrun.quant.kv_format import KV_FORMATS, KV_HELP
+from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.units import parse_tokens
 
@@ -260,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
         help="head map folder; auto measures the model once and keeps its map (default: full)",
     )
     model.add_argument("--retrieval-ratio", type=float, metavar="R", help="share of KV heads that keep all tokens")
-    model.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's, else int4)")
+    model.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's, else {DEFAULT_KV_FORMAT})")
     model.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
     model.add_argument("--chunk-size", type=int, metavar="N", help="tokens of a prefill step (default: the budget's)")
     model.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")

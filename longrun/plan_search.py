@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from longrun.errors import PlanError
 from longrun.patterns.head_map import HeadSplit
 from longrun.placement import PlanSettings, place
-from longrun.quant.kv_format import QUANTIZED_KV_FORMATS
+from longrun.quant.kv_format import DEFAULT_KV_FORMAT, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 
 MAX_CTX = 10**9  # where to stop looking: without retrieval heads the cache does not grow at all
@@ -60,7 +60,7 @@ def suggest(settings: PlanSettings, ctx: int, resplit: Callable[[float], HeadSpl
         _fewer_retrieval_heads(settings, ctx, resplit),
         _more_memory(settings, ctx, "host", "host_bytes"),
         _fewer_weight_bits(settings, ctx),
-        _int4_pages(settings, ctx),
+        _quantized_pages(settings, ctx),
         _smaller_chunk(settings, ctx),
     ]
     if not any(found):
@@ -132,10 +132,10 @@ def _fewer_weight_bits(settings: PlanSettings, ctx: int) -> Suggestion | None:
     return Suggestion("weights", option.weight_format, f"--weights {option.weight_format} with --ctx {most}")
 
 
-def _int4_pages(settings: PlanSettings, ctx: int) -> Suggestion | None:
-    if settings.kv_format in QUANTIZED_KV_FORMATS or not fits(replace(settings, kv_format="int4"), ctx):
+def _quantized_pages(settings: PlanSettings, ctx: int) -> Suggestion | None:
+    if settings.kv_format in QUANTIZED_KV_FORMATS or not fits(replace(settings, kv_format=DEFAULT_KV_FORMAT), ctx):
         return None
-    return Suggestion("kv", "int4", "--kv int4")
+    return Suggestion("kv", DEFAULT_KV_FORMAT, f"--kv {DEFAULT_KV_FORMAT}")
 
 
 def _smaller_chunk(settings: PlanSettings, ctx: int) -> Suggestion | None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from longrun.kernels.gpu_kernels import GpuKernels
 
 
-_UNFUSED = "the GPU kernels are for int4 pages; this run uses plain torch there, which is slower"
+_UNFUSED = "the GPU kernels are for int4 and k5v3 pages; this run uses plain torch there, which is slower"
 
 
 def load(
@@ -67,7 +67,7 @@ def load(
         head_map: folder in DuoAttention's format, `HeadMap`, "full" (also None): every head keeps every token, or
             "auto": the map of this model with this adapter, measured on the first call and kept (see
             `longrun.auto_head_map`). Where a map says that it was made for another model, a notice does.
-        kv_format: "int4", "k5v3", "bf16" or "fp32"; default: the budget's (int4 where it says nothing).
+        kv_format: "int4", "k5v3", "bf16" or "fp32"; default: the budget's (k5v3 where it says nothing).
         weight_format: "fp32", "bf16", "int8", "nf4" or "int4"; default: the budget's.
         device: "cpu" or "cuda"; default: cuda where there is one.
         ctx: capacity to plan for, tokens; default: the model's trained window (the adapter's, where it names one), or

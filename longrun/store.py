@@ -52,7 +52,7 @@ class SessionIdentity:
     _ADVICE: ClassVar[dict[str, str]] = {
         "model": "load the checkpoint it was made with",
         "head_split": "give the head map, ratio and window it was made with",
-        "kv_format": "give --kv as it was",
+        "kv_format": "give --kv {saved}",
         "page_size": "give the page_size it was made with",
         "weight_format": "give the weight format it was made with",
     }
@@ -63,7 +63,7 @@ class SessionIdentity:
             if saved.get(name) != own:
                 raise SessionError(
                     f"session {folder} was saved with {name.replace('_', ' ')} {saved.get(name)}, but this runtime has "
-                    f"{own}: {self._ADVICE[name]}"
+                    f"{own}: {self._ADVICE[name].format(saved=saved.get(name))}"
                 )
 
 

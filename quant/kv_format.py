@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from longrun.errors import ConfigError
 
 KV_FORMATS = ("int4", "k5v3", "bf16", "fp32")
+DEFAULT_KV_FORMAT = "k5v3"  # why: docs/experiments.md, "Pages of five-bit keys are the default"
 _BITS = {"int4": (4, 4), "k5v3": (5, 3)}  # of a key's and of a value's element
 QUANTIZED_KV_FORMATS = tuple(_BITS)
 KV_HELP = "format of KV pages; k5v3: keys with 5 bits, values with 3, in int4's bytes"

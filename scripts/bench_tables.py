@@ -36,6 +36,7 @@ _CEILINGS = (
     ("attention_tflops", 0, "TFLOP/s in attention"),
     ("host_to_device_gb_s", 1, "GB/s from the host"),
 )
+_TURNS = {"weight_format": "weights", "kv_format": "pages"}
 _BLOCK = re.compile(r"^<!-- table: (\w+) ([^>]*?) -->\n(.*?)^<!-- /table -->$", re.MULTILINE | re.DOTALL)
 _OPENING = re.compile(r"^<!-- table:.*$", re.MULTILINE)
 
@@ -56,6 +57,16 @@ def memory(row: Row) -> list[str]:
     return [format_bytes(found["used_bytes"]), f"{found['ratio_to_plan']:.0%}"]
 
 
+def unlike(results: Sequence[Row]) -> list[str]:
+    """What tells longrun's rows of one file from those of another: formats of weights and pages where files differ."""
+    said = [""] * len(results)
+    for key, name in _TURNS.items():
+        formats = [result["settings"][key] for result in results]
+        if len(set(formats)) > 1:
+            said = [f"{so_far}, {one} {name}" for so_far, one in zip(said, formats, strict=True)]
+    return said
+
+
 def context(row: Row) -> str:
     return format_tokens(row["length"]) + (", synthetic" if row.get("synthetic") else "")
 
@@ -71,14 +82,13 @@ def timed_tokens(row: Row) -> list[float]:
 
 
 def decode(results: Sequence[Row]) -> list[list[str]]:
-    rows = [(row, result["settings"]["weight_format"]) for result in results for row in result["rows"]]
-    formats = {weights for _, weights in rows}
+    rows = [(row, of_file) for result, of_file in zip(results, unlike(results), strict=True) for row in result["rows"]]
     peers = {row["length"]: row["ms"]["median"] for row, _ in rows if row["runner"] != "longrun" and "ms" in row}
     table = [["runner", "tokens", "ms/token, median (range)", "mean", "fewest bytes", "their time, ms", "of median",
               "of mean", "host ms", "transformers / longrun", "memory", "of plan"]]  # fmt: skip
-    for row, weights in rows:
+    for row, of_file in rows:
         own = row["runner"] == "longrun"
-        runner = f"longrun, {weights} weights" if own and len(formats) > 1 else row["runner"]
+        runner = f"{row['runner']}{of_file}" if own else row["runner"]
         if "error" in row:
             table.append([runner, context(row), row["error"], *[""] * 9])
             continue
@@ -98,13 +108,12 @@ def decode(results: Sequence[Row]) -> list[list[str]]:
 def prefill(results: Sequence[Row]) -> list[list[str]]:
     table = [["runner", "tokens", "seconds", "tokens/s", "TFLOP/s", "of a matrix product", "of product and attention",
               "needles right", "memory", "of plan"]]  # fmt: skip
-    formats = {result["settings"]["weight_format"] for result in results}
-    for row, weights in ((row, result["settings"]["weight_format"]) for result in results for row in result["rows"]):
+    rows = [(row, of_file) for result, of_file in zip(results, unlike(results), strict=True) for row in result["rows"]]
+    for row, of_file in rows:
         if "error" in row:
             table.append([row["runner"], context(row), row["error"], *[""] * 7])
             continue
-        own = len(formats) > 1 and row["runner"] == "longrun"
-        runner = f"longrun, {weights} weights" if own else row["runner"]
+        runner = f"{row['runner']}{of_file}" if row["runner"] == "longrun" else row["runner"]
         needles = f"{row['exact']} of {len(row['needles'])}" if "needles" in row else ""
         table.append([
             runner, context(row), number(row["seconds"]), number(row["tokens_per_s"], 0),
@@ -131,12 +140,18 @@ def offload(results: Sequence[Row]) -> list[list[str]]:
 
 
 def formats(results: Sequence[Row]) -> list[list[str]]:
-    table = [["weights", "tokens", "seconds, median of turns", "time beside bf16"]]
+    """Formats of weights or of pages that took turns: which of the two, the rows say, and so beside which one."""
+    rows = [row for result in results for row in result["rows"]]
+    beside = {key for row in rows for key in row if key.startswith("over_")}
+    kinds = {key for row in rows for key in _TURNS if key in row}
+    if len(beside) != 1 or len(kinds) != 1:
+        raise InputError("formats of weights and of pages, or beside unlike ones, are two tables: name files of one")
+    (over,), (kind,) = beside, kinds
+    table = [[_TURNS[kind], "tokens", "seconds, median of turns", f"time beside {over.removeprefix('over_')}"]]
     for result in results:
         for row in result["rows"]:
             table.append([
-                row["weight_format"], format_tokens(result["length"]), number(row["median_seconds"], 3),
-                share(row["over_bf16"]),
+                row[kind], format_tokens(result["length"]), number(row["median_seconds"], 3), share(row[over]),
             ])  # fmt: skip
     return table
 

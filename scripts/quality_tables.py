@@ -11,9 +11,9 @@ not there yet, the table says that it has not been measured.
     <!-- table: exact results/quality-split.json -->
     <!-- /table -->
 
-Kinds: provenance, verdicts (a line a row), pictures; and tables of a row by length: exact (all tasks), passkey, needle,
-several, keyvalue, difference (exact match less the reference's, all tasks), beside_int4 (less that of full attention
-with INT4 pages), kl, top1, perplexity, bytes.
+Kinds: provenance, verdicts (a line a row), pictures, pages (rows less their twins with INT4 pages, `quality_pages.py`);
+and tables of a row by length: exact (all tasks), passkey, needle, several, keyvalue, difference (exact match less the
+reference's, all tasks), beside_int4 (less that of full attention with INT4 pages), kl, top1, perplexity, bytes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bench_tables import rendered
 from compare_merge import missing
+from quality_pages import page_table
 
 from longrun import cli
 from longrun.errors import InputError
@@ -157,7 +158,7 @@ def render(kind: str, names: Sequence[str], folder: Path) -> str:
     Raises:
         InputError: an unknown kind, not one file, or a file that is no comparison's with its summary.
     """
-    known = ("provenance", "verdicts", "pictures", *CELLS)
+    known = ("provenance", "verdicts", "pictures", "pages", *CELLS)
     if kind not in known or len(names) != 1:
         raise InputError(f"table {kind!r} cannot be made: name one of {', '.join(known)} and one result file")
     path = folder / names[0]
@@ -170,6 +171,8 @@ def render(kind: str, names: Sequence[str], folder: Path) -> str:
         lines = [f"- {line}" for line in found["verdicts"]]
     elif kind == "pictures":
         lines = pictures(names[0], folder)
+    elif kind == "pages":
+        lines = page_table(found)
     else:
         lines = by_length(found, CELLS[kind])
     return "\n".join(["", *lines, "", ""])
@@ -224,7 +227,7 @@ def publish(source: Path, name: str, folder: Path) -> list[Path]:
 def _differences_to_int4(results: QualityResults) -> list[Found]:
     """Of all rows to full attention with INT4 pages, where that is a row."""
     described = results.head["described"]
-    full = Row("full int4").method
+    full = Row("full int4", kv="int4").method
     base = next((name for name, found in described.items() if found["method"] == full), None)
     return [] if base is None else beside(results, base)
 

@@ -111,6 +111,23 @@ def test_decode_rows_of_several_formats_name_theirs():
     assert last[2:] == ["4.00 (3.90 to 6.00)", "", "7.50 GB", "2.50", "62.5%", "", "0.00", "7.50", "", ""]
 
 
+def test_rows_of_unlike_pages_name_them_and_turns_of_pages_are_a_table():
+    both = [{**RESULTS["decode"], "settings": SETTINGS | {"kv_format": kv}} for kv in ("k5v3", "int4")]
+    assert {row[0] for row in bench_tables.decode(both)[1:]} >= {"longrun, k5v3 pages", "longrun, int4 pages"}
+    turns = {
+        "length": 64_000,
+        "rows": [
+            {"kv_format": "int4", "median_seconds": 3.1, "over_int4": 1.0},
+            {"kv_format": "k5v3", "median_seconds": 3.1124, "over_int4": 1.003},
+        ],
+    }
+    head, *rows = bench_tables.formats([turns])
+    assert head == ["pages", "tokens", "seconds, median of turns", "time beside int4"]
+    assert rows == [["int4", "64K", "3.100", "100.0%"], ["k5v3", "64K", "3.112", "100.3%"]]
+    with pytest.raises(InputError, match="two tables"):
+        bench_tables.formats([turns, {"length": 1, "rows": [{"weight_format": "nf4", "over_bf16": 1.0}]}])
+
+
 def test_a_clock_that_runs_through_counts_every_token():
     row = {"ms_repeats": [2.0, 3.0], "ms_tokens": [1.0, 2.0, 3.0, 4.0]}
     assert bench_tables.timed_tokens(row) == [2.0, 4.0]

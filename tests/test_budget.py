@@ -40,7 +40,7 @@ def test_every_key_is_read():
 def test_only_gpu_memory_is_required():
     budget = Budget.parse("[memory]\ngpu = 123456789\n")
     assert budget == Budget(gpu_bytes=123456789)
-    assert (budget.host_bytes, budget.kv_format, budget.page_size, budget.chunk_size) == (0, "int4", 64, 1024)
+    assert (budget.host_bytes, budget.kv_format, budget.page_size, budget.chunk_size) == (0, "k5v3", 64, 1024)
     assert budget.weight_format is budget.retrieval_ratio is budget.sink_size is budget.recent_size is None
 
 

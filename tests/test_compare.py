@@ -113,7 +113,7 @@ def test_the_right_map_keeps_everything_and_the_others_miss_what_is_beyond_the_w
         assert all(one == questions[0] for one in questions)  # the same for every row
     described = found["described"]
     assert (described["map"]["retrieval_heads"], described["streaming"]["retrieval_heads"]) == (1, 0)
-    assert described["reference"]["kv_format"] == "bf16" and described["map"]["kv_format"] == "int4"
+    assert described["reference"]["kv_format"] == "bf16" and described["map"]["kv_format"] == "k5v3"
 
 
 def test_the_report_says_so(whole):
@@ -121,7 +121,7 @@ def test_the_report_says_so(whole):
     assert NOTE in report
     lines = {line[2:].split(":")[0]: line for line in report.splitlines() if line.startswith("- ")}
     assert "exact 100%" in lines["map"] and "no difference to the reference seen" in lines["map"]
-    for name in ("inverted", "streaming", "random a", "TOVA 10%", "random map, int4, 25% of heads (2 rows)"):
+    for name in ("inverted", "streaming", "random a", "TOVA 10%", "random map, k5v3, 25% of heads (2 rows)"):
         assert "worse than the reference" in lines[name], lines[name]
     assert "exact 67%" in lines["streaming"]
     assert "-33.3 [" in lines["streaming"]
@@ -182,9 +182,11 @@ def test_a_stopped_run_goes_on_and_only_new_rows_are_measured(
     path = tmp_path / "out" / "results.json"
     held = path.read_text()
     other = json.loads(held)
-    assert other["described"]["map"].pop("kv_rotated") == "keys"
+    assert other["described"]["map"].pop("kv_rotated") == "keys and values"
     path.write_text(json.dumps(other))
-    with pytest.raises(InputError, match=r'row map measured with kv_rotated = null, now it is "keys": .* --force'):
+    with pytest.raises(
+        InputError, match=r'row map measured with kv_rotated = null, now it is "keys and values": .* --force'
+    ):
         script.main(arguments)
     path.write_text(held)
     assert script.main(arguments) == 0
@@ -214,6 +216,18 @@ def test_a_stopped_run_goes_on_and_only_new_rows_are_measured(
     (tmp_path / "out" / "reference" / f"{LENGTH}-0.npy").unlink()
     assert script.main(options(planted, three, tmp_path / "out", *more)) == 0
     assert measured == [("reference", "text")]
+
+
+def test_a_row_is_described_the_same_after_sessions_of_any_length(script, planted, settings_file, tmp_path):
+    """A prompt shorter than the longest is read in smaller chunks; its row has still not been run otherwise."""
+    rows = tmp_path / "rows.toml"
+    rows.write_text("[[row]]".join(settings_file.read_text().split("[[row]]")[:2]))
+    arguments = options(planted, rows, tmp_path / "out", "--tasks", "several,text")
+    arguments[arguments.index("--lengths") + 1] = f"{LENGTH // 2},{LENGTH}"
+    assert script.main(arguments) == 0
+    found = read(tmp_path / "out")
+    assert len(found["records"]) == 2 * 2 * 2
+    assert all(one["chunk_size"] > LENGTH for one in found["described"].values())
 
 
 @pytest.mark.parametrize(

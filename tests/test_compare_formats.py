@@ -147,7 +147,7 @@ def test_names_are_read_as_they_are_written():
     assert (row.stored_kv, row.method) == ("bf16", "full, sim:k3-token-rot/v2")
     fmt = row.simulates
     assert (fmt.key_bits, fmt.keys_per, fmt.rotate_keys, fmt.value_bits, fmt.rotate_values) == (3, "token", True, 2, 0)
-    assert Row("a").simulates is None and Row("a").stored_kv == "int4"
+    assert Row("a").simulates is None and Row("a").stored_kv == "k5v3"
     with pytest.raises(InputError, match="evicting caches hold exact tokens"):
         Row("a", kv=OWN, eviction="tova:5")
 

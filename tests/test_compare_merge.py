@@ -17,7 +17,7 @@ from longrun.quality.summary import summarize
 from longrun.quality.window_picture import WINDOW_PICTURE, windows
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = (REFERENCE_ROW, Row("full int4"), Row("half", "maps/gates", 0.5))
+ROWS = (REFERENCE_ROW, Row("full int4", kv="int4"), Row("half", "maps/gates", 0.5, "int4"))
 ENVIRONMENT = {"commit": "c0ffee", "device": "a GPU", "command": "python compare.py"}
 
 
@@ -185,7 +185,10 @@ def test_rows_that_differ_by_their_window_are_drawn_together(tmp_path):
 
 def test_the_curve_of_a_map_ends_at_full_attention(tmp_path):
     folder = comparison(
-        tmp_path / "own", (4000,), 4, (*ROWS, Row("less", "maps/gates", 0.15), Row("r", "random:0", 0.5))
+        tmp_path / "own",
+        (4000,),
+        4,
+        (*ROWS, Row("less", "maps/gates", 0.15, "int4"), Row("r", "random:0", 0.5, "int4")),
     )
     results = QualityResults.read(folder)
     rows = [summarize(results, [row["name"]], row["name"], 4000) for row in results.head["rows"]]

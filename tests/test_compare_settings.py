@@ -50,7 +50,7 @@ def test_bad_settings_are_named(tmp_path, text, said):
 def test_the_shipped_settings_can_be_read():
     rows = read_rows(ROOT / "scripts" / "compare_settings.toml")
     assert {"full int4", "all streaming", "SnapKV 25%", "TOVA 50%"} <= {row.name for row in rows}
-    assert rows[:2] == (Row("reference again", kv="bf16", chunk_size=1000), Row("full int4"))
+    assert rows[:2] == (Row("reference again", kv="bf16", chunk_size=1000), Row("full k5v3", kv="k5v3"))
     evicts = {row.name: row.evicts for row in rows}["SnapKV 25%"]
     assert evicts.keep_tokens(4096) == 1024 and not evicts.at_document
     assert Row("a", kv="bf16", eviction="snapkv:7@document").evicts.keep_tokens(9999) == 7
@@ -68,5 +68,5 @@ def test_maps_of_rows(planted):
     assert other.make_map(2, 4) == own.with_window(5, 70) != own
     assert Row("a", f"inverted:{planted.head_map}", recent_size=70).make_map(2, 4).sink_size == own.sink_size
     assert (Row("a", "x", 0.5).method, Row("a", "x", 0.5, sink_size=5).method) == (
-        "map x, int4", "map x, int4, varied window"
+        "map x, k5v3", "map x, k5v3, varied window"
     )  # fmt: skip

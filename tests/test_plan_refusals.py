@@ -46,8 +46,8 @@ def test_every_suggestion_fits_and_one_step_beyond_does_not():
     assert does_fit(LLAMA, replace(budget, host_bytes=found["host"]), ctx, split)
     assert not does_fit(LLAMA, replace(budget, host_bytes=found["host"] - 10**8), ctx, split)
 
-    assert found["kv"] == "int4"
-    assert does_fit(LLAMA, budget.override(kv_format="int4"), ctx, split)
+    assert found["kv"] == "k5v3"
+    assert does_fit(LLAMA, budget.override(kv_format="k5v3"), ctx, split)
     assert found["weights"] == "int4"
     assert does_fit(LLAMA, budget.override(weight_format="int4"), ctx, split)
 

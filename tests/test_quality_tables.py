@@ -30,6 +30,7 @@ KINDS = (
     "perplexity",
     "bytes",
     "pictures",
+    "pages",
 )
 
 
@@ -191,3 +192,28 @@ def test_only_what_was_asked_is_told(tasks, said):
     own = {"items": 2, "depths": [0.0, 0.5, 1.0], "texts": 4, "score_tokens": 256, "tasks": tasks}
     results = SimpleNamespace(head={"settings": {"lengths": [4000]}}, settings_at=lambda length: own)
     assert asked(results) == [said]
+
+
+def test_pages_are_compared_with_their_twins_question_by_question(script, tmp_path):
+    rows = (
+        ROWS[0], ROWS[1], Row("full five", kv="k5v3"), ROWS[2], Row("half five", "maps/gates", 0.5, "k5v3"),
+        Row("third five", "maps/gates", 0.35, "k5v3"), Row("half simulated", "maps/gates", 0.5, "sim:k4-channel/v4"),
+    )  # fmt: skip
+    found = json.loads((comparison(tmp_path / "run", (4000, 64000), 6, rows) / "results.json").read_text())
+    for one in found["records"]:
+        if one["row"] == "full five" and one["group"] == "text":
+            one["items"] = [item | {"kl": 0.08} for item in reversed(one["items"])]
+        if one["row"] == "full five" and one["group"] == "several":
+            one["items"][5]["exact"], one["items"][0]["exact"] = True, one["length"] == 4000  # its twin has 5 wrong
+    found["records"] = [one for one in found["records"] if (one["row"], one["length"]) != ("half five", 64000)]
+    assert script.page_table(found) == [
+        "| row | instead of | 4K | 64K | answers right |",
+        "| --- | --- | --- | --- | --- |",
+        "| full five | full int4 | -0.0200 [-0.0200, -0.0200] (-20%) | -0.0200 [-0.0200, -0.0200] (-20%) | "
+        "2 more, 1 fewer of 12 |",
+        "| half five | half | +0.0000 [+0.0000, +0.0000] (+0%) |  | 0 more, 0 fewer of 6 |",
+    ]
+    texts = [one["items"] for one in found["records"] if one["row"] == "full five" and one["group"] == "text"]
+    texts[0][0]["block"] = 7  # another text than its twin's
+    with pytest.raises(KeyError):
+        script.page_table(found)

@@ -217,7 +217,7 @@ def test_another_runtime_is_refused(saved, checkpoint, tmp_path):
     for options, match in (
         ({"head_map": "full"}, "head split"),
         ({"head_map": mixed_map(flip=True)}, "head split"),
-        ({"kv_format": "bf16"}, "kv format int4"),
+        ({"kv_format": "bf16"}, "kv format int4, but this runtime has bf16: give --kv int4"),
         ({"weight_format": "bf16"}, "weight format fp32"),
         ({"budget": longrun.Budget.parse('[memory]\ngpu="2 GB"\nhost="1 GB"\n[kv]\npage_size=32')}, "page size 64"),
     ):

@@ -13,7 +13,7 @@ from longrun.errors import InputError
 from longrun.patterns.baseline_maps import inverted_map, random_map, streaming_map
 from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadMap
 from longrun.quality.formats import SIMULATED_FORMATS, SimulatedFormat, is_simulated, simulated_format
-from longrun.quant.kv_format import KV_FORMATS, QUANTIZED_KV_FORMATS
+from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 
 REFERENCE = "reference"
@@ -64,7 +64,7 @@ class Row:
     name: str
     head_map: str = "full"
     retrieval_ratio: float | None = None
-    kv: str = "int4"
+    kv: str = DEFAULT_KV_FORMAT
     weights: str | None = None
     eviction: str = "none"
     sink_size: int | None = None
