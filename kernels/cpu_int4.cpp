@@ -4,8 +4,12 @@
 // are one product of a small float matrix with a nibble matrix, C[g][n] = sum_k A[g][k] * B[k][n]:
 //   scores   A = q * key scale (per channel), B = keys [D][P]    (the key minimum adds q . min to every token)
 //   output   A = p * value scale (per token), B = values [P][D]  (the value minimum adds sum(p * min) to every channel)
-// so that nibbles go from memory to fused multiply-add without a dequantized copy. Partial results of page ranges
-// are merged by log-sum-exp (FlashDecoding).
+// so that steps go from memory to fused multiply-add without a dequantized copy; only five-bit keys are put together
+// before, a byte each. Partial results of page ranges are merged by log-sum-exp (FlashDecoding).
+//
+// The product takes bytes as they lie, in lanes of four (two, one, where rows are short), and so its columns come in
+// lane order: token 0, 4, 8, .. of a row's first 32 bytes, then 1, 5, 9, .. Scores stay in that order, and so does the
+// output until the last page is through.
 //
 // Plain C interface, called through ctypes (kernels/cpu_int4.py). Built for the machine it runs on.
 
@@ -14,6 +18,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -23,6 +28,7 @@ namespace {
 
 typedef float v8f __attribute__((vector_size(32)));
 typedef int32_t v8i __attribute__((vector_size(32)));
+typedef uint32_t v8u __attribute__((vector_size(32)));
 typedef uint16_t v8h __attribute__((vector_size(16)));
 typedef uint8_t v8b __attribute__((vector_size(8)));
 constexpr int MAX_GROUP = 8;
@@ -30,35 +36,29 @@ constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 
 inline v8f load8(const float* p) { v8f r; std::memcpy(&r, p, 32); return r; }
 inline void store8(float* p, v8f v) { std::memcpy(p, &v, 32); }
-inline v8b bytes8(const uint8_t* p) { v8b r; std::memcpy(&r, p, 8); return r; }
 inline v8f splat(float x) { return v8f{x, x, x, x, x, x, x, x}; }
 inline float sum8(v8f v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 
-inline float half_to_float(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16;
-  const uint32_t magnitude = h & 0x7fff;
-  uint32_t bits;
-  if (magnitude >= 0x7c00) {
-    bits = sign | 0x7f800000 | (magnitude & 0x3ff) << 13;
-    float out; std::memcpy(&out, &bits, 4); return out;
-  }
-  bits = magnitude << 13;  // exponent still biased by 15; the product rebiases it and is exact for subnormals too
-  float out; std::memcpy(&out, &bits, 4);
-  out *= 0x1p112f;
-  std::memcpy(&bits, &out, 4);
-  bits |= sign;
-  std::memcpy(&out, &bits, 4);
+template <typename To, typename From>
+inline To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To out; std::memcpy(&out, &x, sizeof(To));
   return out;
 }
 
-inline float bf16_to_float(uint16_t h) {
-  const uint32_t bits = uint32_t(h) << 16;
-  float out; std::memcpy(&out, &bits, 4);
-  return out;
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = uint32_t(h & 0x7fff) << 13;
+  if (magnitude >= 0x7c00u << 13) return bits_as<float>(sign | 0x7f800000 | magnitude);
+  // the exponent is still biased by 15; the product rebiases it and is exact for subnormals too
+  return bits_as<float>(sign | bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f));
+}
+
+void halves_to_floats(const uint16_t* from, float* to, int n) {
+  for (int i = 0; i < n; i++) to[i] = half_to_float(from[i]);
 }
 
 inline uint16_t float_to_bf16(float x) {  // round to nearest even; inputs are finite
-  uint32_t bits; std::memcpy(&bits, &x, 4);
+  const uint32_t bits = bits_as<uint32_t>(x);
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
@@ -77,68 +77,105 @@ inline v8f exp8(v8f x) {
   p = p * r + splat(0.5f);
   p = p * r + splat(1.0f);
   p = p * r + splat(1.0f);
-  const v8i scale = (n + 127) << 23;
-  v8f s; std::memcpy(&s, &scale, 32);
-  return p * s;
+  return p * bits_as<v8f>((n + 127) << 23);
 }
 
-// Steps of 8 bytes. BITS 4: the nibbles; 3: their lower three bits; 5: bits 3 and 7 of `fifths` on top of them.
-template <int BITS>
-inline void unpack8(const uint8_t* bytes, const uint8_t* fifths, v8f& low, v8f& high) {
-  const v8h both = __builtin_convertvector(bytes8(bytes), v8h);  // in 16 bits: straight to 32, g++ 12 goes in halves
-  v8h lo = both & 15, hi = both >> 4;
-  if (BITS == 3) {
-    lo &= 7;
-    hi &= 7;
-  }
-  if (BITS == 5) {
-    const v8h top = __builtin_convertvector(bytes8(fifths), v8h);
-    lo |= (top & 8) << 1;
-    hi |= (top & 128) >> 3;
-  }
-  low = __builtin_convertvector(__builtin_convertvector(lo, v8i), v8f);
-  high = __builtin_convertvector(__builtin_convertvector(hi, v8i), v8f);
+// 8 * L bytes as 8 lanes of L bytes each.
+template <int L>
+inline v8u lanes(const uint8_t* p) {
+  if constexpr (L == 4) { v8u r; std::memcpy(&r, p, 32); return r; }
+  if constexpr (L == 2) { v8h r; std::memcpy(&r, p, 16); return __builtin_convertvector(r, v8u); }
+  v8b r; std::memcpy(&r, p, 8);
+  return __builtin_convertvector(__builtin_convertvector(r, v8h), v8u);  // at once, g++ 12 goes in halves
 }
 
-// C[g][n] += sum_k A[g][k] * B[k][n], n in [0, N); row k of B is N/2 bytes: n low nibble, n + N/2 high nibble. With
-// BITS 5, the bytes after B hold the fifth bits at the same offsets.
-template <int BITS, int G, int T>  // T vectors of 8 low and T of 8 high columns at a time
-void nibble_product(const float* A, int lda, const uint8_t* B, int K, int N, float* C, int ldc) {
-  const int half = N / 2, to_fifths = BITS == 5 ? K * half : 0;
-  for (int j = 0; j < half; j += 8 * T) {
-    v8f low[G][T], high[G][T];
-    for (int g = 0; g < G; g++)
-      for (int t = 0; t < T; t++) {
-        low[g][t] = load8(C + g * ldc + j + 8 * t);
-        high[g][t] = load8(C + g * ldc + half + j + 8 * t);
-      }
-    const uint8_t* row = B + j;
-    for (int k = 0; k < K; k++, row += half) {
-      v8f lo[T], hi[T];
-      for (int t = 0; t < T; t++) unpack8<BITS>(row + 8 * t, row + to_fifths + 8 * t, lo[t], hi[t]);
-      for (int g = 0; g < G; g++) {
-        const v8f a = splat(A[g * lda + k]);
-        for (int t = 0; t < T; t++) {
-          low[g][t] += a * lo[t];
-          high[g][t] += a * hi[t];
-        }
-      }
+// Steps are masked where they stand: byte b of a lane becomes a float of 256^b times its step, and the sums are divided
+// in the end. One instruction masks 8 steps, where widening bytes takes several.
+template <int BITS, int G, int L, int WIDTH, int FIRST>  // WIDTH of the chunk's 2 * L vectors at a time, from FIRST on
+inline void chunk_product(const float* A, int lda, const uint8_t* chunk, int to_high, const uint32_t* rows, int K,
+                          const uint8_t* next, float* C, int ldc) {
+  constexpr int W = std::min(WIDTH, 2 * L - FIRST);
+  v8f sums[G][W];
+  for (int g = 0; g < G; g++)
+    for (int w = 0; w < W; w++) sums[g][w] = splat(0.0f);
+  for (int k = 0; k < K; k++) {
+    const uint8_t* row = chunk + rows[k];
+    if (FIRST == 0) __builtin_prefetch(next + rows[k]);
+    v8u low{}, high{};
+    if (FIRST < L) low = lanes<L>(row);
+    if (FIRST + W > L) high = BITS == 5 ? lanes<L>(row + to_high) : lanes<L>(row) >> 4;
+    v8f x[W];
+    for (int w = 0; w < W; w++) {
+      const v8u step = (FIRST + w < L ? low : high) & (((1u << BITS) - 1) << 8 * ((FIRST + w) % L));
+      x[w] = __builtin_convertvector(v8i(step), v8f);
     }
-    for (int g = 0; g < G; g++)
-      for (int t = 0; t < T; t++) {
-        store8(C + g * ldc + j + 8 * t, low[g][t]);
-        store8(C + g * ldc + half + j + 8 * t, high[g][t]);
-      }
+    for (int g = 0; g < G; g++) {
+      const v8f a = splat(A[g * lda + k]);
+      for (int w = 0; w < W; w++) sums[g][w] += a * x[w];
+    }
+  }
+  for (int g = 0; g < G; g++)
+    for (int w = 0; w < W; w++) {
+      float* at = C + g * ldc + 8 * (FIRST + w);
+      store8(at, load8(at) + sums[g][w] * splat(1.0f / float(1u << 8 * ((FIRST + w) % L))));
+    }
+  if constexpr (FIRST + W < 2 * L)
+    chunk_product<BITS, G, L, WIDTH, FIRST + W>(A, lda, chunk, to_high, rows, K, next, C, ldc);
+}
+
+template <int BITS, int G, int L>
+void chunks_product(const float* A, int lda, const uint8_t* B, const uint32_t* rows, int K, int N,
+                    const uint8_t* next, float* C, int ldc) {
+  // G * WIDTH sums: enough to hide the latency of an addition, no more than AVX2's 16 registers hold beside the rest
+  constexpr int WIDTH = std::min(2 * L, G == 1 ? 8 : G == 2 ? 4 : G == 3 ? 3 : G <= 6 ? 2 : 1);
+  for (int j = 0; j < N / 2; j += 8 * L)
+    chunk_product<BITS, G, L, WIDTH, 0>(A, lda, B + j, K * N / 2, rows, K, next + j, C + 2 * j, ldc);
+}
+
+inline int lane_bytes(int N) { return N % 64 == 0 ? 4 : N % 32 == 0 ? 2 : 1; }
+
+// C[g][n] += sum_k A[g][k] * B[k][n], columns of C in lane order. Row k of B is the N/2 bytes at B + rows[k]: column n
+// in the low nibble, n + N/2 in the high one. With BITS 5 B is two planes of bytes, the second of columns from N/2 on.
+// Fetches what stands at `next` in rows like B's.
+template <int BITS, int G>
+void steps_product(const float* A, int lda, const uint8_t* B, const uint32_t* rows, int K, int N,
+                   const uint8_t* next, float* C, int ldc) {
+  switch (lane_bytes(N)) {
+    case 4: chunks_product<BITS, G, 4>(A, lda, B, rows, K, N, next, C, ldc); break;
+    case 2: chunks_product<BITS, G, 2>(A, lda, B, rows, K, N, next, C, ldc); break;
+    default: chunks_product<BITS, G, 1>(A, lda, B, rows, K, N, next, C, ldc);
   }
 }
 
-template <int BITS, int G>
-void nibble_product_for(const float* A, int lda, const uint8_t* B, int K, int N, float* C, int ldc) {
-  if (G <= 3 && N % 32 == 0)  // accumulators: 2 * G * T registers of 16 on AVX2
-    nibble_product<BITS, G, 2>(A, lda, B, K, N, C, ldc);
-  else
-    nibble_product<BITS, G, 1>(A, lda, B, K, N, C, ldc);
+// Puts N columns in lane order: that of a product's sums, which hold every 1st, 2nd, .. byte of the lanes of a chunk.
+template <typename T>
+inline void lane_order(const T* from, T* to, int N) {
+  const auto reorder = [=](int L) {
+    T* at = to;
+    for (int chunk = 0; chunk < N / 2; chunk += 8 * L)
+      for (int first = chunk; first < N; first += N / 2)
+        for (int b = 0; b < L; b++, at += 8)
+          for (int i = 0; i < 8; i++) at[i] = from[first + L * i + b];
+  };
+  if (lane_bytes(N) == 4) reorder(4);
+  else reorder(lane_bytes(N));
 }
+
+// What the pages of a call share: offsets of the rows of keys, and of values (in lane order, as scores are), in bytes;
+// the channels in lane order.
+struct Shape {
+  int D, P;
+  std::vector<uint32_t> key_rows, value_rows, channels;
+
+  Shape(int D, int P) : D(D), P(P), key_rows(D), value_rows(P), channels(D) {
+    std::vector<uint32_t> natural(std::max(D, P));
+    std::iota(natural.begin(), natural.end(), 0);
+    for (int d = 0; d < D; d++) key_rows[d] = uint32_t(d * P / 2);
+    lane_order(natural.data(), value_rows.data(), P);
+    for (uint32_t& row : value_rows) row *= uint32_t(D / 2);
+    lane_order(natural.data(), channels.data(), D);
+  }
+};
 
 // Online softmax state of G queries of one KV head.
 struct Running {
@@ -150,8 +187,13 @@ struct Running {
 inline void softmax_step(Running& run, float* scores, int G, int n, int D) {
   for (int g = 0; g < G; g++) {
     float* s = scores + g * n;
-    float top = run.max[g];
-    for (int i = 0; i < n; i++) top = std::max(top, s[i]);
+    v8f tops = splat(run.max[g]);
+    for (int i = 0; i < n; i += 8) {
+      const v8f raw = load8(s + i);
+      tops = raw > tops ? raw : tops;
+    }
+    float top = tops[0];
+    for (int i = 1; i < 8; i++) top = std::max(top, tops[i]);
     if (top > run.max[g]) {
       const float shrink = run.sum[g] > 0 ? std::exp(run.max[g] - top) : 0.0f;
       run.sum[g] *= shrink;
@@ -170,18 +212,29 @@ inline void softmax_step(Running& run, float* scores, int G, int n, int D) {
   }
 }
 
+// Five-bit keys as two planes of a byte a key: once a page, where a product reads its rows several times.
+inline void unpack_keys(const uint8_t* keys, const uint8_t* fifths, int size, uint8_t* planes) {
+  for (int i = 0; i < size; i += 32) {
+    const v8u four = lanes<4>(keys + i), fifth = lanes<4>(fifths + i);
+    const v8u low = (four & 0x0f0f0f0f) | ((fifth & 0x08080808) << 1);
+    const v8u high = ((four >> 4) & 0x0f0f0f0f) | ((fifth >> 3) & 0x10101010);
+    std::memcpy(planes + i, &low, 32);
+    std::memcpy(planes + size + i, &high, 32);
+  }
+}
+
+// Leaves run.acc in lane order. `next` is the payload of the page after this one.
 template <int KEY_BITS, int G>
-void quantized_page(Running& run, const float* q, const uint8_t* payload, const uint16_t* index, int D, int P,
-                    float* work) {
+void quantized_page(Running& run, const float* q, const uint8_t* payload, const uint16_t* index,
+                    const uint8_t* next, const Shape& shape, float* work) {
+  const int D = shape.D, P = shape.P;
   float* scaled = work;             // [G][D], then reused as [G][P]
   const int wide = std::max(D, P);
   float* scores = work + G * wide;  // [G][P]
   float* key_scale = scores + G * P;
   float* key_min = key_scale + D;
-  for (int d = 0; d < D; d++) key_scale[d] = half_to_float(index[d]);
-  for (int d = 0; d < D; d++) key_min[d] = half_to_float(index[D + d]);
+  halves_to_floats(index, key_scale, 2 * D);
   for (int g = 0; g < G; g++) {
-    float base = 0;
     const float* qg = q + g * D;
     v8f dot = splat(0.0f);
     for (int d = 0; d < D; d += 8) {
@@ -189,18 +242,25 @@ void quantized_page(Running& run, const float* q, const uint8_t* payload, const 
       store8(scaled + g * D + d, x * load8(key_scale + d));
       dot += x * load8(key_min + d);
     }
-    base = sum8(dot);
-    for (int t = 0; t < P; t += 8) store8(scores + g * P + t, splat(base));
+    const v8f base = splat(sum8(dot));
+    for (int t = 0; t < P; t += 8) store8(scores + g * P + t, base);
   }
-  nibble_product_for<KEY_BITS, G>(scaled, D, payload, D, P, scores, P);
+  const uint8_t *keys = payload, *values = payload + D * P / 2;
+  if (KEY_BITS == 5) {
+    uint8_t* planes = reinterpret_cast<uint8_t*>(key_min + wide);
+    unpack_keys(keys, values, D * P / 2, planes);
+    keys = planes;
+  }
+  steps_product<KEY_BITS, G>(scaled, D, keys, shape.key_rows.data(), D, P, next, scores, P);
   softmax_step(run, scores, G, P, D);
-  const uint8_t* values = payload + (int64_t)D * P / 2;
   uint16_t scales[512];
-  std::memcpy(scales, values + (int64_t)D * P / 2, 4 * P);
+  std::memcpy(scales, values + D * P / 2, 4 * P);
   float* value_scale = key_scale;
   float* value_min = key_scale + wide;
-  for (int t = 0; t < P; t++) value_scale[t] = half_to_float(scales[t]);
-  for (int t = 0; t < P; t++) value_min[t] = half_to_float(scales[P + t]);
+  float natural[512];
+  halves_to_floats(scales, natural, 2 * P);
+  lane_order(natural, value_scale, P);
+  lane_order(natural + P, value_min, P);
   for (int g = 0; g < G; g++) {
     v8f base = splat(0.0f);
     for (int t = 0; t < P; t += 8) {
@@ -211,15 +271,13 @@ void quantized_page(Running& run, const float* q, const uint8_t* payload, const 
     const v8f add = splat(sum8(base));
     for (int d = 0; d < D; d += 8) store8(run.acc + g * D + d, load8(run.acc + g * D + d) + add);
   }
-  nibble_product_for<8 - KEY_BITS, G>(scaled, P, values, P, D, run.acc, D);
+  steps_product<8 - KEY_BITS, G>(scaled, P, values, shape.value_rows.data(), P, D, next + D * P / 2, run.acc, D);
 }
 
 inline v8f exact8(const void* base, int64_t at, int itemsize) {
   if (itemsize == 4) return load8(static_cast<const float*>(base) + at);
   v8h raw; std::memcpy(&raw, static_cast<const uint16_t*>(base) + at, 16);
-  const v8i wide = __builtin_convertvector(raw, v8i) << 16;
-  v8f out; std::memcpy(&out, &wide, 32);
-  return out;
+  return bits_as<v8f>(__builtin_convertvector(raw, v8i) << 16);
 }
 
 // Attention over n tokens kept exact: k, v [n, D] of one head, bf16 (itemsize 2) or float32 (4).
@@ -249,18 +307,13 @@ void exact_run(Running& run, const float* q, int G, const void* k, const void* v
 }
 
 template <int KEY_BITS>
-void page_dispatch(Running& run, int G, const float* q, const uint8_t* payload, const uint16_t* index, int D, int P,
-                   float* work) {
-  switch (G) {
-    case 1: quantized_page<KEY_BITS, 1>(run, q, payload, index, D, P, work); break;
-    case 2: quantized_page<KEY_BITS, 2>(run, q, payload, index, D, P, work); break;
-    case 3: quantized_page<KEY_BITS, 3>(run, q, payload, index, D, P, work); break;
-    case 4: quantized_page<KEY_BITS, 4>(run, q, payload, index, D, P, work); break;
-    case 5: quantized_page<KEY_BITS, 5>(run, q, payload, index, D, P, work); break;
-    case 6: quantized_page<KEY_BITS, 6>(run, q, payload, index, D, P, work); break;
-    case 7: quantized_page<KEY_BITS, 7>(run, q, payload, index, D, P, work); break;
-    default: quantized_page<KEY_BITS, 8>(run, q, payload, index, D, P, work); break;
-  }
+constexpr decltype(&quantized_page<KEY_BITS, 1>) PAGE_OF_GROUP[MAX_GROUP] = {
+    quantized_page<KEY_BITS, 1>, quantized_page<KEY_BITS, 2>, quantized_page<KEY_BITS, 3>, quantized_page<KEY_BITS, 4>,
+    quantized_page<KEY_BITS, 5>, quantized_page<KEY_BITS, 6>, quantized_page<KEY_BITS, 7>, quantized_page<KEY_BITS, 8>};
+
+inline void store_as(int64_t itemsize, void* out, int64_t at, float x) {
+  if (itemsize == 4) static_cast<float*>(out)[at] = x;
+  else static_cast<uint16_t*>(out)[at] = float_to_bf16(x);
 }
 
 // Keys and values of one page, token-major, from element `at` on.
@@ -282,10 +335,7 @@ void dequantize_page(void* k_out, void* v_out, int64_t at, int64_t out_itemsize,
       }
     }
     for (int64_t t = 0; t < P; t++)
-      for (int64_t i = 0; i < 8; i++) {
-        if (out_itemsize == 4) static_cast<float*>(k_out)[at + t * D + d0 + i] = tile[i * P + t];
-        else static_cast<uint16_t*>(k_out)[at + t * D + d0 + i] = float_to_bf16(tile[i * P + t]);
-      }
+      for (int64_t i = 0; i < 8; i++) store_as(out_itemsize, k_out, at + t * D + d0 + i, tile[i * P + t]);
   }
   constexpr int mask = KEY_BITS == 5 ? 7 : 15;
   uint16_t value_scales[512];
@@ -294,14 +344,8 @@ void dequantize_page(void* k_out, void* v_out, int64_t at, int64_t out_itemsize,
     const float scale = half_to_float(value_scales[t]), minimum = half_to_float(value_scales[P + t]);
     const uint8_t* row = values + t * (D / 2);
     for (int64_t d = 0; d < D / 2; d++) {
-      const float low = minimum + scale * float(row[d] & mask), high = minimum + scale * float(row[d] >> 4 & mask);
-      if (out_itemsize == 4) {
-        static_cast<float*>(v_out)[at + t * D + d] = low;
-        static_cast<float*>(v_out)[at + t * D + D / 2 + d] = high;
-      } else {
-        static_cast<uint16_t*>(v_out)[at + t * D + d] = float_to_bf16(low);
-        static_cast<uint16_t*>(v_out)[at + t * D + D / 2 + d] = float_to_bf16(high);
-      }
+      store_as(out_itemsize, v_out, at + t * D + d, minimum + scale * float(row[d] & mask));
+      store_as(out_itemsize, v_out, at + t * D + D / 2 + d, minimum + scale * float(row[d] >> 4 & mask));
     }
   }
 }
@@ -327,16 +371,18 @@ void longrun_decode(const float* q, float* out, float* lse, int64_t heads, int64
   const int64_t splits = std::max<int64_t>(1, std::min(want, num_pages / 8));
   const int64_t state = group * (D + 2);  // per (head, split): acc [group][D], max [group], sum [group]
   std::vector<float> partial(size_t(heads * splits * state));
-  const auto decode_page = key_bits == 5 ? page_dispatch<5> : page_dispatch<4>;
+  const Shape shape{int(D), int(P)};
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> work(size_t(MAX_GROUP * (std::max(D, P) + std::max<int64_t>(P, 64)) + 2 * std::max(D, P) + 64));
+    std::vector<float> work(size_t(MAX_GROUP * (std::max(D, P) + std::max<int64_t>(P, 64)) + 2 * std::max(D, P) + 64) +
+                            size_t(D * P / 4));
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < heads * splits * parts; task++) {
       const int64_t part = task % parts, split = task / parts % splits, head = task / parts / splits;
       const int G = int(std::min<int64_t>(MAX_GROUP, group - part * MAX_GROUP));
       const float* qh = q + (head * group + part * MAX_GROUP) * D;
       float* base = partial.data() + (head * splits + split) * state;
+      const auto decode_page = key_bits == 5 ? PAGE_OF_GROUP<5>[G - 1] : PAGE_OF_GROUP<4>[G - 1];
       Running run;
       run.acc = base + part * MAX_GROUP * D;
       std::fill(run.acc, run.acc + G * D, 0.0f);
@@ -344,17 +390,22 @@ void longrun_decode(const float* q, float* out, float* lse, int64_t heads, int64
       const int64_t first = num_pages * split / splits, last = num_pages * (split + 1) / splits;
       for (int64_t page = first; page < last; page++) {
         const int64_t slot = table[head * table_stride + page];
-        decode_page(run, G, qh, pool + slot * payload_bytes, index + head * index_stride + page * 2 * D, int(D), int(P),
-                      work.data());
+        const int64_t next = page + 1 < last ? table[head * table_stride + page + 1] : slot;
+        decode_page(run, qh, pool + slot * payload_bytes, index + head * index_stride + page * 2 * D,
+                    pool + next * payload_bytes, shape, work.data());
       }
-      if (split == 0 && exact0_n > 0)
-        exact_run(run, qh, G, static_cast<const char*>(exact0_k) + head * exact0_stride * itemsize,
-                  static_cast<const char*>(exact0_v) + head * exact0_stride * itemsize, int(itemsize), int(exact0_n),
+      for (int g = 0; g < G; g++) {
+        float* acc = run.acc + g * D;
+        std::copy(acc, acc + D, work.data());
+        for (int64_t d = 0; d < D; d++) acc[shape.channels[size_t(d)]] = work[size_t(d)];
+      }
+      const auto exact = [&](const void* k, const void* v, int64_t stride, int64_t n) {
+        const int64_t at = head * stride * itemsize;
+        exact_run(run, qh, G, static_cast<const char*>(k) + at, static_cast<const char*>(v) + at, int(itemsize), int(n),
                   int(D), work.data());
-      if (split == splits - 1 && exact1_n > 0)
-        exact_run(run, qh, G, static_cast<const char*>(exact1_k) + head * exact1_stride * itemsize,
-                  static_cast<const char*>(exact1_v) + head * exact1_stride * itemsize, int(itemsize), int(exact1_n),
-                  int(D), work.data());
+      };
+      if (split == 0 && exact0_n > 0) exact(exact0_k, exact0_v, exact0_stride, exact0_n);
+      if (split == splits - 1 && exact1_n > 0) exact(exact1_k, exact1_v, exact1_stride, exact1_n);
       for (int g = 0; g < G; g++) {
         base[group * D + part * MAX_GROUP + g] = run.max[g];
         base[group * D + group + part * MAX_GROUP + g] = run.sum[g];

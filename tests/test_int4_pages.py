@@ -166,7 +166,7 @@ def test_a_fifth_bit_of_a_key_decides(cpu_kernels, head_dim, page_size, group):
 
 @pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 12])
-@pytest.mark.parametrize(("head_dim", "page_size"), [(16, 16), (64, 64), (80, 32), (128, 64), (128, 128)])
+@pytest.mark.parametrize(("head_dim", "page_size"), [(16, 16), (64, 64), (80, 32), (96, 64), (128, 64), (128, 128)])
 @pytest.mark.parametrize("pages", [0, 1, 45])
 def test_compiled_decode(cpu_kernels, name, group, head_dim, page_size, pages):
     heads, fmt = 3, PageFormat(name, page_size, head_dim)
