@@ -39,13 +39,14 @@ class Row:
 class Longrun:
     """longrun on the checkpoint; a new session a run."""
 
-    def __init__(self, name: str, model_dir: Path, head_map: HeadMap | str, length: int, new_tokens: int, chunk: int):
-        self.name, self.new_tokens = name, new_tokens
+    def __init__(self, heads: str, model_dir: Path, head_map: HeadMap | str, length: int, new_tokens: int, chunk: int):
+        self.new_tokens = new_tokens
         ratio = None if head_map == "full" else 0.5
         self.runtime = longrun.load(
-            model_dir, head_map=head_map, retrieval_ratio=ratio, kv_format="int4", weight_format="fp32", device="cpu",
+            model_dir, head_map=head_map, retrieval_ratio=ratio, weight_format="fp32", device="cpu",
             ctx=length + new_tokens + 2, chunk_size=chunk,
         )  # fmt: skip
+        self.name = f"longrun {self.runtime.plan.kv_format}, {heads}"
         self.kv_bytes = 0
 
     def run(self, token_ids: torch.Tensor) -> tuple[float, float]:
@@ -118,8 +119,8 @@ def compare(model_dir: Path, other: Transformers, length: int, args: argparse.Na
     half = HeadMap.uniform(config.num_layers, config.num_kv_heads, 0.5)
     runners = [
         other,
-        Longrun("longrun INT4, full map", model_dir, "full", length, args.new_tokens, args.chunk_size),
-        Longrun("longrun INT4, half streaming", model_dir, half, length, args.new_tokens, args.chunk_size),
+        Longrun("full map", model_dir, "full", length, args.new_tokens, args.chunk_size),
+        Longrun("half streaming", model_dir, half, length, args.new_tokens, args.chunk_size),
     ]
     token_ids = torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(length))
     for runner in runners:
