@@ -36,7 +36,7 @@ _CEILINGS = (
     ("attention_tflops", 0, "TFLOP/s in attention"),
     ("host_to_device_gb_s", 1, "GB/s from the host"),
 )
-_TURNS = {"weight_format": "weights", "kv_format": "pages"}
+_FORMATS = {"weight_format": "weights", "kv_format": "pages"}
 _BLOCK = re.compile(r"^<!-- table: (\w+) ([^>]*?) -->\n(.*?)^<!-- /table -->$", re.MULTILINE | re.DOTALL)
 _OPENING = re.compile(r"^<!-- table:.*$", re.MULTILINE)
 
@@ -60,7 +60,7 @@ def memory(row: Row) -> list[str]:
 def unlike(results: Sequence[Row]) -> list[str]:
     """What tells longrun's rows of one file from those of another: formats of weights and pages where files differ."""
     said = [""] * len(results)
-    for key, name in _TURNS.items():
+    for key, name in _FORMATS.items():
         formats = [result["settings"][key] for result in results]
         if len(set(formats)) > 1:
             said = [f"{so_far}, {one} {name}" for so_far, one in zip(said, formats, strict=True)]
@@ -143,11 +143,11 @@ def formats(results: Sequence[Row]) -> list[list[str]]:
     """Formats of weights or of pages that took turns: which of the two, the rows say, and so beside which one."""
     rows = [row for result in results for row in result["rows"]]
     beside = {key for row in rows for key in row if key.startswith("over_")}
-    kinds = {key for row in rows for key in _TURNS if key in row}
+    kinds = {key for row in rows for key in _FORMATS if key in row}
     if len(beside) != 1 or len(kinds) != 1:
         raise InputError("formats of weights and of pages, or beside unlike ones, are two tables: name files of one")
     (over,), (kind,) = beside, kinds
-    table = [[_TURNS[kind], "tokens", "seconds, median of turns", f"time beside {over.removeprefix('over_')}"]]
+    table = [[_FORMATS[kind], "tokens", "seconds, median of turns", f"time beside {over.removeprefix('over_')}"]]
     for result in results:
         for row in result["rows"]:
             table.append([
