@@ -12,6 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from longrun.quality.statistics import paired_difference
+from longrun.quality.summary import identity
 from longrun.quality.tasks import TEXT_TASK
 from longrun.units import format_tokens
 
@@ -50,7 +51,7 @@ def page_table(found: Found) -> list[str]:
                 both = [records.get((name, length, group)) for name in (row, twin)]
                 if None in both:
                     continue
-                answers = [(one["exact"], other["exact"]) for one, other in _pairs(*(r["items"] for r in both))]
+                answers = [(one["exact"], other["exact"]) for one, other in _pairs(*(r["items"] for r in both), length)]
                 asked += len(answers)
                 more += sum(one and not other for one, other in answers)
                 fewer += sum(other and not one for one, other in answers)
@@ -61,16 +62,15 @@ def page_table(found: Found) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines)]
 
 
-def _pairs(own: list[Found], other: list[Found]) -> list[tuple[Found, Found]]:
-    keys = ("task", "document", "depth", "expected", "block")
-    known = {tuple(item.get(key) for key in keys): item for item in other}
-    pairs = [(item, known[tuple(item.get(key) for key in keys)]) for item in own]
+def _pairs(own: list[Found], other: list[Found], length: int) -> list[tuple[Found, Found]]:
+    known = {identity(item, length): item for item in other}
+    pairs = [(item, known[identity(item, length)]) for item in own]
     assert len(pairs) == len(known) == len(own)  # the same questions, each once
     return pairs
 
 
 def _divergence(own: list[Found], other: list[Found], length: int) -> str:
-    pairs = _pairs(own, other)
+    pairs = _pairs(own, other, length)
     groups = [f"{length}/{one['document']}" for one, _ in pairs]
     difference = paired_difference([one["kl"] for one, _ in pairs], [two["kl"] for _, two in pairs], groups)
     share = difference.value * len(pairs) / sum(two["kl"] for _, two in pairs)

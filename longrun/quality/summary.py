@@ -85,7 +85,7 @@ def summarize(results: QualityResults, names: Iterable[str], label: str, length:
     if len(names) > 1:
         items = _averaged(items)
     reference = {
-        _identity(item, r["length"]): item for r in results.records if r["row"] == REFERENCE for item in r["items"]
+        identity(item, r["length"]): item for r in results.records if r["row"] == REFERENCE for item in r["items"]
     }
     compared = REFERENCE not in names
     tasks = {}
@@ -107,7 +107,8 @@ def summarize(results: QualityResults, names: Iterable[str], label: str, length:
     )  # fmt: skip
 
 
-def _identity(item: dict[str, Any], length: int) -> tuple[Any, ...]:
+def identity(item: dict[str, Any], length: int) -> tuple[Any, ...]:
+    """What makes items of two rows the same question, or the same stretch of a text."""
     if "task" in item:
         return (length, item["task"], item["document"], item["depth"], item["expected"])
     return (length, TEXT_TASK, item["document"], item["block"])
@@ -117,7 +118,7 @@ def _averaged(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Several rows answered the same questions, which are not that many independent ones: one item a question."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for item in items:
-        found.setdefault(_identity(item, item["length"]), []).append(item)
+        found.setdefault(identity(item, item["length"]), []).append(item)
     measured = ("exact", "token_accuracy", "nll", "kl", "top1")
     return [
         same[0] | {key: sum(one[key] for one in same) / len(same) for key in measured if key in same[0]}
@@ -143,7 +144,7 @@ def _task(
             by_depth[depth] = wilson(sum(there), len(there))
     exact, tokens = [float(item["exact"]) for item in own], [item["token_accuracy"] for item in own]
     differences: dict[str, Estimate | None] = {"exact": None, "token_accuracy": None}
-    others = [reference.get(_identity(item, item["length"])) for item in own] if reference is not None else []
+    others = [reference.get(identity(item, item["length"])) for item in own] if reference is not None else []
     both = [(item, other) for item, other in zip(own, others, strict=False) if other is not None]
     if both:
         for key in differences:
@@ -164,7 +165,7 @@ def _text(own: list[dict[str, Any]], reference: dict[tuple[Any, ...], dict[str, 
     groups = [item["group"] for item in own]
     nll = bootstrap([item["nll"] for item in own], groups)
     ratio = None
-    others = [reference.get(_identity(item, item["length"])) for item in own] if reference is not None else []
+    others = [reference.get(identity(item, item["length"])) for item in own] if reference is not None else []
     both = [(item, other) for item, other in zip(own, others, strict=False) if other is not None]
     if both:
         ratio = _exp(
@@ -209,7 +210,7 @@ def beside(results: QualityResults, base: str) -> list[dict[str, Any]]:
         both answered everything that was asked.
     """
     answers = {
-        (record["row"], *_identity(item, record["length"])): (item, f"{record['length']}/{item['document']}")
+        (record["row"], *identity(item, record["length"])): (item, f"{record['length']}/{item['document']}")
         for record in results.records
         for item in record["items"]
         if "task" in item
