@@ -51,6 +51,7 @@ def activation_bytes(
     weight_format: str = "fp32",
     token_slice: int = TOKEN_SLICE,
     fused: bool = False,
+    product_copy: int = 0,
 ) -> int:
     """Peak of live activations of one forward pass over `chunk_size` tokens, without attention's own scratch.
 
@@ -64,6 +65,8 @@ def activation_bytes(
         weight_format: format of the linears.
         token_slice: tokens worked on at a time where they are independent.
         fused: RoPE and head norms run as GPU kernels, in place.
+        product_copy: bytes an element that a product holds beside its result, see
+            `longrun.processor.bf16_product_copy_bytes`.
     """
     tokens, part = chunk_size, min(chunk_size, token_slice)
     whole = tokens * (config.hidden_size + config.q_size + 2 * config.kv_size) * itemsize
@@ -74,8 +77,11 @@ def activation_bytes(
     norm = part * config.hidden_size * norm_itemsize
     head_norm = part * config.q_size * norm_itemsize if config.qk_norm and not fused else 0
     turning = 0 if fused else part * (config.q_size + config.kv_size) * turn_itemsize
-    projecting = max(norm, head_norm, turning)
-    mlp = part * 2 * config.intermediate_size * itemsize + norm
+    normed = part * config.hidden_size * itemsize  # stands while it is multiplied
+    product = part * (config.q_size + 2 * config.kv_size) * product_copy
+    projecting = max(norm, head_norm, turning, normed + product)
+    wide = part * 2 * config.intermediate_size
+    mlp = wide * itemsize + max(norm, normed + wide * product_copy)
     logits = config.vocab_size * (4 if itemsize == 4 else 6)
     dense = 0
     if is_quantized(weight_format):

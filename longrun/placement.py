@@ -64,6 +64,8 @@ class PlanSettings:
         device_share: the most of a retrieval head's pages that may stand in the device pool, 0 to 1. Below 1 pages
             go to the host pool although the device has room, which is how the host path is exercised.
         gpu_kernels: on cuda, INT4 pages are served by the GPU kernels; False plans for plain torch.
+        bf16_product_copy: on the CPU, bytes an element that a bf16 product holds beside its result, see
+            `longrun.processor`.
     """
 
     config: ModelConfig
@@ -78,6 +80,7 @@ class PlanSettings:
     reserved_bytes: int = 0
     device_share: float = 1.0
     gpu_kernels: bool = True
+    bf16_product_copy: int = 0
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -87,6 +90,10 @@ class PlanSettings:
     def itemsize(self) -> int:
         """Bytes of an activation element."""
         return compute_itemsize(self.weight_format, self.device_type)
+
+    @property
+    def product_copy(self) -> int:
+        return self.bf16_product_copy if self.device_type == "cpu" and self.itemsize == 2 else 0
 
     @property
     def fused(self) -> bool:
@@ -212,7 +219,7 @@ def _items_beside_the_cache(settings: PlanSettings, attention: AttentionSpec) ->
     base_note = "libraries, measured" if settings.device_type == "cpu" else "CUDA context and libraries, measured"
     layers = activation_bytes(
         settings.config, attention.chunk_size, settings.itemsize, settings.weight_format,
-        TOKEN_SLICES[settings.device_type], settings.fused,
+        TOKEN_SLICES[settings.device_type], settings.fused, settings.product_copy,
     )  # fmt: skip
     yield PlanItem("weights", "device", settings.weight_bytes, settings.weight_format)
     yield PlanItem("prefill scratch", "device", attention.scratch_bytes(), "dequantized pages")

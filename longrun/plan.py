@@ -18,6 +18,7 @@ from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.placement import DEFAULT_WEIGHT_FORMAT, Placement, PlanItem, PlanSettings, place
 from longrun.plan_search import Suggestion, largest_ctx, suggest
 from longrun.plan_split import ChosenSplit, choose_split
+from longrun.processor import bf16_product_copy_bytes
 from longrun.units import format_bytes
 
 __all__ = ["ChosenSplit", "NoFitError", "Plan", "PlanItem", "Suggestion", "choose_split", "make_plan"]
@@ -187,6 +188,7 @@ def make_plan(
         reserved_bytes=reserved_bytes,
         device_share=device_share,
         gpu_kernels=gpu_kernels,
+        bf16_product_copy=bf16_product_copy_bytes(),
     )
     max_ctx = largest_ctx(settings)
     warnings = []

@@ -65,7 +65,7 @@ ROOMS = (
     Room("config", ("longrun.config",), light=True),
     Room(
         "specs",
-        ("longrun.cache.spec", "longrun.attention.spec", "longrun.model_bytes"),
+        ("longrun.cache.spec", "longrun.attention.spec", "longrun.model_bytes", "longrun.processor"),
         ("config", "formats"),
         light=True,
     ),
