@@ -6,13 +6,18 @@ translation with transformers' own classes, field by field.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longrun.errors import CheckpointError, ConfigError
+from longrun.config_options import ConfigWarning, refuse_other_arithmetic, refuse_own_code, warnings_of
+from longrun.config_values import SUPPORTED_ROPE_TYPES, Values
+from longrun.errors import CheckpointError, ConfigError, quoted, shortened
+from longrun.user_files import read_object
+
+__all__ = ["SUPPORTED_ARCHITECTURES", "SUPPORTED_ROPE_TYPES", "ConfigWarning", "ModelConfig", "WeightSpec"]
 
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -20,7 +25,6 @@ SUPPORTED_ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 # What a family's config.json means where it leaves a key out.
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -91,6 +95,7 @@ class ModelConfig:
         qkv_bias, out_bias, mlp_bias: whether these linear layers carry a bias.
         qk_norm: RMS norm of each query and key head over head_dim, before RoPE (Qwen3).
         sliding_window: the checkpoint's own attention window in tokens, None where it is absent or switched off.
+        warnings: what a person should hear of keys of config.json that are not followed.
     """
 
     architecture: str
@@ -111,6 +116,13 @@ class ModelConfig:
     qk_norm: bool
     sliding_window: int | None
     rope_type: str = "default"
+    warnings: tuple[ConfigWarning, ...] = ()
+
+    def arithmetic(self) -> dict[str, Any]:
+        """Every field that decides what is computed: what a model's fingerprint takes in."""
+        fields = asdict(self)
+        del fields["warnings"]
+        return fields
 
     @property
     def group_size(self) -> int:
@@ -136,28 +148,26 @@ class ModelConfig:
                 that is not supported.
             ConfigError: a value that is missing, of the wrong type, impossible, or asks for what is not supported.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            what = "is a file" if folder.exists() else "does not exist"
-            raise CheckpointError(f"model folder {folder} {what}: give a folder with config.json and *.safetensors")
-        file = folder / "config.json"
-        if not file.is_file():
-            raise CheckpointError(f"model folder {folder} holds no config.json: give a Hugging Face checkpoint folder")
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{file} cannot be read as JSON ({error}): fetch the checkpoint again") from error
-        if not isinstance(data, dict):
-            raise CheckpointError(f"{file} holds no JSON object: fetch the checkpoint again")
-        return cls.from_dict(data, str(file))
+        if not os.path.isdir(path):
+            what = "is a file" if os.path.exists(path) else "does not exist"
+            raise CheckpointError(
+                f"model folder {shortened(path, 160)} {what}: give a folder with config.json and *.safetensors"
+            )
+        file = Path(path) / "config.json"
+        if not os.path.isfile(file):
+            raise CheckpointError(
+                f"model folder {shortened(path, 160)} holds no config.json: give a Hugging Face checkpoint folder"
+            )
+        return cls.from_dict(read_object(file, CheckpointError, "fetch the checkpoint again"), str(file))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str) -> ModelConfig:
         """Config from the content of a config.json; `source` names it in errors. Raises as `from_dir`."""
-        architecture = _architecture(data, source)
+        architecture = _architecture(data, shortened(source, 160))
         model_type = SUPPORTED_ARCHITECTURES[architecture]
-        values = _Values({**_COMMON_DEFAULTS, **_FAMILY_DEFAULTS[model_type], **data}, source)
-        _refuse_unsupported(values, model_type)
+        refuse_own_code(data, source)
+        values = Values({**_COMMON_DEFAULTS, **_FAMILY_DEFAULTS[model_type], **data}, source)
+        refuse_other_arithmetic(values, model_type)
 
         hidden_size = values.count("hidden_size")
         num_qo_heads = values.count("num_attention_heads")
@@ -165,11 +175,13 @@ class ModelConfig:
         head_dim = values.count("head_dim", if_none=hidden_size // num_qo_heads)
         if num_qo_heads % num_kv_heads:
             raise ConfigError(
-                f"{source}: num_attention_heads {num_qo_heads} is not a multiple of num_key_value_heads "
+                f"{values.source}: num_attention_heads {num_qo_heads} is not a multiple of num_key_value_heads "
                 f"{num_kv_heads}, so query heads cannot be grouped: correct one of them"
             )
         if head_dim % 2:
-            raise ConfigError(f"{source}: head_dim {head_dim} is odd, and RoPE turns pairs of channels: correct it")
+            raise ConfigError(
+                f"{values.source}: head_dim {head_dim} is odd, and RoPE turns pairs of channels: correct it"
+            )
         attention_bias = values.flag("attention_bias") if model_type in ("llama", "qwen3") else False
         return cls(
             architecture=architecture,
@@ -193,7 +205,8 @@ class ModelConfig:
                 if model_type == "mistral" and values.data["sliding_window"] is not None
                 else None
             ),
-            rope_type=_rope_type(values),
+            rope_type=values.rope_type(),
+            warnings=warnings_of(values),
         )
 
     def layer_weights(self, layer_idx: int) -> Iterator[WeightSpec]:
@@ -229,101 +242,29 @@ class ModelConfig:
             yield WeightSpec("lm_head.weight", (self.vocab_size, self.hidden_size), "lm_head")
 
 
-class _Values:
-    """Typed reads from a config.json, with errors that name file, key and value."""
-
-    def __init__(self, data: dict[str, Any], source: str) -> None:
-        self.data = data
-        self.source = source
-
-    def fail(self, key: str, wanted: str) -> ConfigError:
-        return ConfigError(f"{self.source}: {key} is {self.data.get(key)!r}, and must be {wanted}")
-
-    def count(self, key: str, if_none: int | None = None) -> int:
-        value = self.data[key]
-        if value is None and if_none is not None:
-            return if_none
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.fail(key, "a whole number of at least 1")
-        return value
-
-    def positive(self, key: str) -> float:
-        value = self.data[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise self.fail(key, "a number above 0")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.data.get(key, False)
-        if not isinstance(value, bool):
-            raise self.fail(key, "true or false")
-        return value
-
-    def rope_dict(self, key: str) -> dict[str, Any]:
-        value = self.data.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise self.fail(key, "an object or null")
-        return value or {}
-
-
 def _architecture(data: dict[str, Any], source: str) -> str:
     """The one supported architecture that config.json names, or that its model_type implies."""
-    names = data.get("architectures")
+    model_type, names = data.get("model_type"), data.get("architectures")
     if names is None:
         by_type = {model_type: name for name, model_type in SUPPORTED_ARCHITECTURES.items()}
-        names = [by_type.get(data.get("model_type"), f"model_type {data.get('model_type')!r}")]
+        known = isinstance(model_type, str) and model_type in by_type
+        names = [by_type[model_type] if known else f"of model_type {quoted(model_type)}"]
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise CheckpointError(f"{source}: architectures is {names!r}, and must be a list of one name")
+        raise CheckpointError(f"{source}: architectures is {quoted(names)}, and must be a list of one name")
     if names[0] not in SUPPORTED_ARCHITECTURES:
         raise CheckpointError(
-            f"{source}: architecture {names[0]} is not supported: use a checkpoint of one of "
+            f"{source}: architecture {shortened(names[0])} is not supported: use a checkpoint of one of "
             f"{', '.join(SUPPORTED_ARCHITECTURES)}"
         )
-    model_type = data.get("model_type", SUPPORTED_ARCHITECTURES[names[0]])
-    if model_type != SUPPORTED_ARCHITECTURES[names[0]]:
+    meant = SUPPORTED_ARCHITECTURES[names[0]]
+    if model_type is None:
         raise CheckpointError(
-            f"{source}: architecture {names[0]} and model_type {model_type!r} contradict each other: "
-            f"model_type must be {SUPPORTED_ARCHITECTURES[names[0]]!r}"
+            f'{source} has no model_type, without which transformers would look for code to run: add "model_type": '
+            f'"{meant}" if the model is a plain {names[0]}'
+        )
+    if model_type != meant:
+        raise CheckpointError(
+            f"{source}: architecture {names[0]} and model_type {quoted(model_type)} contradict each other: "
+            f"model_type must be {meant!r}"
         )
     return names[0]
-
-
-def _refuse_unsupported(values: _Values, model_type: str) -> None:
-    """Options of the same architectures that would make another model than the decoder runs."""
-    data, source = values.data, values.source
-    if data.get("hidden_act") != "silu":
-        raise ConfigError(f"{source}: hidden_act {data.get('hidden_act')!r} is not supported: only silu is")
-    if data.get("quantization_config") is not None:
-        raise ConfigError(
-            f"{source}: quantization_config means weights that are already quantized, which is not supported: use the "
-            f"original checkpoint and ask for weight_format int8, nf4 or int4"
-        )
-    if model_type in ("qwen2", "qwen3") and values.flag("use_sliding_window"):
-        raise ConfigError(f"{source}: use_sliding_window true is not supported: only full attention models are")
-    layer_types = data.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise ConfigError(f"{source}: layer_types other than full_attention are not supported: {layer_types!r}")
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = values.rope_dict(key)
-        nested = [name for name, value in rope.items() if isinstance(value, dict)]
-        if nested:
-            raise ConfigError(f"{source}: {key} differs by layer type ({', '.join(nested)}), which is not supported")
-        if "mrope_section" in rope:
-            raise ConfigError(f"{source}: {key} has mrope_section of a multimodal model, which is not supported")
-    for place in (data, values.rope_dict("rope_parameters"), values.rope_dict("rope_scaling")):
-        if place.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise ConfigError(
-                f"{source}: partial_rotary_factor {place['partial_rotary_factor']!r} is not supported: only 1.0 is"
-            )
-
-
-def _rope_type(values: _Values) -> str:
-    """RoPE type in either spelling; `rope_scaling` (old) wins over `rope_parameters` (new), as in transformers."""
-    rope = values.rope_dict("rope_scaling") or values.rope_dict("rope_parameters")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise ConfigError(
-            f"{values.source}: RoPE type {rope_type!r} is not supported: use a checkpoint with one of "
-            f"{', '.join(SUPPORTED_ROPE_TYPES)}"
-        )
-    return rope_type

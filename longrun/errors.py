@@ -4,9 +4,23 @@ Command-line programs print the message and leave with status 2 (see `longrun.cl
 raised is a defect of ours and keeps its traceback.
 """
 
+from __future__ import annotations
+
+import reprlib
+
+MESSAGE_LIMIT = 500
+"""Characters of a message; of a longer one the middle is left out, so that what is wrong and what to do remain."""
+
+VALUE_LIMIT = 80
+"""Characters of a value that a message quotes."""
+
 
 class LongrunError(Exception):
-    """Base of every error that bad input, a bad file or a lack of memory can cause."""
+    """Base of every error that bad input, a bad file or a lack of memory can cause: one printable line of at most
+    `MESSAGE_LIMIT` characters, whatever a file or a person put into it."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shortened(message, MESSAGE_LIMIT))
 
 
 class InputError(LongrunError):
@@ -35,3 +49,39 @@ class SessionError(LongrunError):
 
 class ContextFullError(LongrunError):
     """The session's capacity is used up; the session itself is intact and can be saved."""
+
+
+def shortened(text: object, limit: int = VALUE_LIMIT) -> str:
+    """`text` on one printable line of at most `limit` characters, the middle left out where it is longer.
+
+    For names and paths, which stand in a message as they are; line breaks and control characters are escaped.
+    """
+    text = str(text)
+    if len(text) > 2 * limit:  # nothing of what lies between can remain
+        text = text[:limit] + "\0" + text[-limit:]
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(line) <= limit:
+        return line
+    tail = (limit - 5) // 3
+    return f"{line[: limit - 5 - tail]} ... {line[-tail:]}"
+
+
+def quoted(value: object, limit: int = VALUE_LIMIT) -> str:
+    """A value of any type as it stands in a message: its repr, cut to at most `limit` characters."""
+    return shortened(_SHORT.repr(value), limit)
+
+
+class _ShortRepr(reprlib.Repr):
+    """Bounded in depth, items and characters before anything long is written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = VALUE_LIMIT
+        self.maxdict = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out an int of more than 4,300 digits.
+        return repr(x) if x.bit_length() <= 128 else f"a number of about {int(x.bit_length() * 0.30103) + 1:,} digits"
+
+
+_SHORT = _ShortRepr()

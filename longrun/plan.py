@@ -201,6 +201,7 @@ def make_plan(
             f"{ctx:,} tokens are more than the {config.max_position_embeddings:,} that the model was trained for: "
             f"answers may degrade beyond that"
         )
+    warnings += [warning.text for warning in config.warnings if ctx > warning.above]
     placement = place(settings, ctx)
     if not placement.fits:
         raise _no_fit(settings, placement, budget, chosen)

@@ -5,6 +5,7 @@ from longrun.plan import choose_split
 
 LLAMA_JSON = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,
@@ -15,6 +16,7 @@ LLAMA_JSON = {
 }
 SMALL_JSON = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_hidden_layers": 6,

@@ -32,7 +32,14 @@ class Room:
 ROOMS = (
     Room(
         "base",
-        ("longrun.errors", "longrun.units", "longrun.paths", "longrun.cli", "longrun.interrupts"),
+        (
+            "longrun.errors",
+            "longrun.units",
+            "longrun.paths",
+            "longrun.user_files",
+            "longrun.cli",
+            "longrun.interrupts",
+        ),
         light=True,
     ),
     Room("formats", ("longrun.quant.*_format",), light=True),
@@ -62,7 +69,7 @@ ROOMS = (
         ("rich", "matplotlib"),
         light=True,
     ),
-    Room("config", ("longrun.config",), light=True),
+    Room("config", ("longrun.config", "longrun.config_*"), light=True),
     Room(
         "specs",
         ("longrun.cache.spec", "longrun.attention.spec", "longrun.model_bytes", "longrun.processor"),

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import transformers
 from tiny_models import FAMILIES, tiny_model
 
+from longrun.budget import Budget
 from longrun.config import SUPPORTED_ARCHITECTURES, ModelConfig
 from longrun.errors import CheckpointError, ConfigError
 from longrun.model.rope import RopeParameters
+from longrun.plan import make_plan
 
 NAMES = {model_type: name for name, model_type in SUPPORTED_ARCHITECTURES.items()}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -125,18 +128,75 @@ def test_weights_are_those_of_transformers(family, options):
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ConfigError, "layer type"),
         ({"rope_scaling": "linear"}, ConfigError, "rope_scaling"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ConfigError, "layer_types"),
+        ({"model_type": None}, CheckpointError, '"model_type": "llama"'),
+        ({"auto_map": {"AutoConfig": "own.OwnConfig"}}, CheckpointError, "auto_map.*never runs code"),
+        ({"attention_chunk_size": 8192}, ConfigError, "attention_chunk_size 8192"),
+        ({"attn_logit_softcapping": 30.0}, ConfigError, "attn_logit_softcapping 30.0"),
+        ({"embedding_multiplier": 12.0}, ConfigError, r"embedding_multiplier 12.0.*only 1"),
+        ({"rope_interleaved": True}, ConfigError, "rope_interleaved True"),
+        ({"is_causal": False}, ConfigError, "is_causal false"),
+        ({"num_local_experts": 8}, ConfigError, "num_local_experts 8"),
+        ({"qk_layernorm": True}, ConfigError, "qk_layernorm"),
+        ({"rope_theta": -1.0}, ConfigError, "rope_theta is -1.0"),
+        ({"rope_theta": "1e4"}, ConfigError, "rope_theta is '1e4'"),
+        ({"rope_parameters": {"rope_theta": 0}}, ConfigError, "rope_parameters.rope_theta is 0"),
+        ({"rope_scaling": {"type": "linear"}}, ConfigError, "lacks factor"),
+        ({"rope_scaling": {"type": "linear", "factor": float("inf")}}, ConfigError, "factor is inf"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0}}, ConfigError, "factor is 0"),
+        ({"rope_scaling": {"type": ["yarn"]}}, ConfigError, "RoPE type"),
+        ({"rms_norm_eps": float("nan")}, ConfigError, "rms_norm_eps is nan"),
+        ({"hidden_act": "x" * 100_000}, ConfigError, "hidden_act 'xxx"),
     ],
 )
 def test_what_cannot_run_is_refused_in_a_sentence(changes, error, message):
     with pytest.raises(error, match=message) as caught:
         ModelConfig.from_dict({**LLAMA, **changes}, "some/config.json")
     assert "some/config.json" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 500
+
+
+@pytest.mark.parametrize("count", [10**6, 10**9, 10**12, 10**30, -1, 1e30])
+@pytest.mark.parametrize(
+    "key", ["num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"]
+)
+def test_impossible_counts_are_refused_before_a_table_is_built(key, count):
+    began = time.perf_counter()
+    with pytest.raises(ConfigError, match=key):
+        ModelConfig.from_dict({**LLAMA, key: count}, "config.json")
+    assert time.perf_counter() - began < 0.1
+
+
+def test_keys_that_change_nothing_are_taken():
+    """What published checkpoints of these families carry."""
+    plain = ModelConfig.from_dict(LLAMA, "x")
+    extra = {
+        "pretraining_tp": 1, "rope_interleaved": False, "use_mrope": False, "attn_logit_softcapping": None,
+        "partial_rotary_factor": 1.0, "embedding_multiplier": 1, "is_llama_config": True, "num_experts": 0,
+        "attention_dropout": 0.1, "_attn_implementation_autoset": True, "torch_dtype": "bfloat16", "is_causal": True,
+        "transformers.js_config": {"dtype": "q4"}, "unsloth_fixed": True, "layer_types": ["full_attention"] * 32,
+    }  # fmt: skip
+    assert ModelConfig.from_dict({**LLAMA, **extra}, "x") == plain and plain.warnings == ()
+
+
+def test_a_key_that_acts_beyond_the_window_is_a_warning_there():
+    chunked = {"chunk_size": 2048, "original_max_position_embeddings": 1024}
+    with_key = ModelConfig.from_dict({**LLAMA, "dual_chunk_attention_config": chunked}, "x")
+    (warning,) = with_key.warnings
+    assert warning.above == 1024 and "dual_chunk_attention_config beyond 1,024 tokens" in warning.text
+    budget = Budget.load("cpu").override(host_bytes=10**12, gpu_bytes=10**12)
+    assert warning.text in make_plan(with_key, budget, 1025, device_type="cpu").warnings
+    assert warning.text not in make_plan(with_key, budget, 1024, device_type="cpu").warnings
+    assert with_key.arithmetic() == ModelConfig.from_dict(LLAMA, "x").arithmetic()
+
+
+def test_an_unknown_key_of_attention_is_named():
+    (warning,) = ModelConfig.from_dict({**LLAMA, "spiral_attention_turns": 3, "colour": "red"}, "x").warnings
+    assert warning.above == 0 and "spiral_attention_turns" in warning.text and "colour" not in warning.text
 
 
 def test_qwen_sliding_window_is_refused():
     with pytest.raises(ConfigError, match="use_sliding_window"):
-        ModelConfig.from_dict({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "x")
+        ModelConfig.from_dict({"model_type": "qwen2", "use_sliding_window": True}, "x")
 
 
 def test_folder_errors(tmp_path):

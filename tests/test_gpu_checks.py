@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GB = 10**9
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "hidden_size": 1024,
     "intermediate_size": 1024,
     "num_hidden_layers": 2,

@@ -115,7 +115,8 @@ def test_default_context_is_the_trained_window_or_what_fits():
 
 def test_a_sliding_window_checkpoint_runs_within_its_window_only():
     config = ModelConfig.from_dict(
-        {**SMALL_JSON, "architectures": ["MistralForCausalLM"], "sliding_window": 2048}, "config.json"
+        {**SMALL_JSON, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 2048},
+        "config.json",
     )
     budget = Budget(gpu_bytes=2 * 10**9)
     assert make_plan(config, budget, 2048, device_type="cpu").ctx == 2048

@@ -23,8 +23,9 @@ PAIRS = (
     ("gates", "reconstruction"),
 )
 SMOLLM2_135M = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+    "tie_word_embeddings": True,
 }  # fmt: skip
 FOLDERS = sorted(file.parent for file in MAPS.glob("*/*/config.json"))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -126,7 +125,7 @@ def model_fingerprint(model_dir: str | Path, adapter: Adapter | str | None = Non
     config = ModelConfig.from_dir(model_dir)
     tensors = find_tensors(model_dir, config)
     rope = RopeParameters.from_dir(model_dir)
-    digest = hashlib.sha256(json.dumps([asdict(config), rope.values], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([config.arithmetic(), rope.values], sort_keys=True).encode())
     _digest_tensors(digest, tensors, config)
     if adapter is not None:
         digest.update((adapter if isinstance(adapter, str) else adapter.digest()).encode())
