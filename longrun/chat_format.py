@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from longrun.encode_text import encode_in_pieces
 from longrun.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -136,10 +137,13 @@ class ChatFormat:
         """Ids of a user's text; one that continues another gets no begin-of-text space from the tokenizer."""
         if continues:
             anchor = self._encode(_ANCHOR)
-            ids = self._encode(_ANCHOR + text, split_special_tokens=True)
+            ids = self._encode_in_pieces(_ANCHOR + text)
             if ids[: len(anchor)] == anchor:
                 return ids[len(anchor) :]
-        return self._encode(text, split_special_tokens=True)
+        return self._encode_in_pieces(text)
+
+    def _encode_in_pieces(self, text: str) -> list[int]:
+        return encode_in_pieces(self._tokenizer, text, lambda piece: self._encode(piece, split_special_tokens=True))
 
     def _render_first(self, system: str | None) -> TurnText:
         rendered = self._render(system, [("user", _USER)])

@@ -83,7 +83,14 @@ ROOMS = (
         ("rich",),
         light=True,
     ),
-    Room("cache", ("longrun.cache", "longrun.cache.*"), ("kernels", "quant", "specs", "formats"), ("torch", "psutil")),
+    Room("host memory", ("longrun.cache.host_memory",), packages=("psutil",)),
+    Room(
+        "cache",
+        ("longrun.cache", "longrun.cache.*"),
+        ("host memory", "kernels", "quant", "specs", "formats"),
+        ("torch", "psutil"),
+    ),
+    Room("text", ("longrun.encode_text",), ("host memory",)),
     Room("attention interface", ("longrun.attention.interface",), packages=("torch",)),
     Room(
         "attention",
@@ -124,13 +131,25 @@ ROOMS = (
     Room(
         "auto head map",
         ("longrun.auto_head_map",),
-        ("trainers", "model", "cache", "config", "head map tools", "head maps"),
+        ("trainers", "model", "cache", "host memory", "config", "head map tools", "head maps"),
         ("torch",),
     ),
     Room(
         "runtime",
         ("longrun.runtime", "longrun.backend", "longrun.gpu_checks", "longrun.head_map_check"),
-        ("auto head map", "engine", "model", "attention", "cache", "kernels", "plan", "specs", "config", "head maps"),
+        (
+            "auto head map",
+            "engine",
+            "model",
+            "attention",
+            "cache",
+            "host memory",
+            "kernels",
+            "plan",
+            "specs",
+            "config",
+            "head maps",
+        ),
         ("torch", "transformers", "psutil"),
     ),
     Room(
@@ -144,7 +163,7 @@ ROOMS = (
             "longrun.report",
             "longrun.text_stream",
         ),
-        ("documents", "runtime", "auto head map", "engine", "model", "plan", "sampling", "formats"),
+        ("documents", "text", "runtime", "auto head map", "engine", "model", "plan", "sampling", "formats"),
         ("rich", "transformers"),
     ),
     Room(
