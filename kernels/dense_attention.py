@@ -25,16 +25,17 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_sc
     """
     assert not causal or q.shape[1] == k.shape[1]
     assert q.shape[0] % k.shape[0] == 0
-    if q.shape[0] != k.shape[0] and (q.device.type == "cpu" or q.dtype == torch.float32):
+    operator = dense_operator(q)
+    if q.shape[0] != k.shape[0] and operator in ("cpu", "efficient"):
         k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for x in (k, v))
-    q, k, v = q[None], k[None], v[None]
+    q_len, q, k, v = q.shape[1], q[None], k[None], v[None]
     aten = torch.ops.aten
-    if q.device.type == "cpu":
+    if operator == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=softmax_scale)
-    elif q.dtype == torch.float32:
+    elif operator == "efficient":
         found = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=softmax_scale)
-        out, lse = found[0], found[1][..., : q.shape[2]]  # rows are padded to a multiple of 32
-    elif _cudnn_pays(q):
+        out, lse = found[0], found[1][..., :q_len]  # rows are padded to a multiple of 32
+    elif operator == "cudnn":
         found = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=softmax_scale)
         out, lse = found[0], found[1][..., 0]
     else:
@@ -43,13 +44,22 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_sc
     return out[0], lse[0].float()
 
 
-def _cudnn_pays(q: Tensor) -> bool:
-    """Whether cuDNN serves q [num_heads, q_len, head_dim]. It plans anew, for tenths of a second, for every pair of
-    lengths it has not seen (https://github.com/modelscope/FunASR/issues/3704, torch 2.11): worth it for a long chunk,
-    never for a question or a token. `torch.backends.cuda.enable_cudnn_sdp(False)` turns it off altogether."""
-    if q.shape[1] < _CUDNN_ROWS or not torch.backends.cuda.cudnn_sdp_enabled():
-        return False
-    return torch.cuda.get_device_properties(q.device).major >= 9 and torch.backends.cudnn.is_available()
+def dense_operator(q: Tensor) -> str:
+    """Which of torch's operators serves the queries q [num_heads, q_len, head_dim]: cpu, efficient, cudnn or flash.
+
+    cuDNN plans anew, for tenths of a second, for every pair of lengths it has not seen
+    (https://github.com/modelscope/FunASR/issues/3704, torch 2.11): worth it for a long chunk, never for a question or
+    a token. `torch.backends.cuda.enable_cudnn_sdp(False)` turns it off altogether.
+    """
+    assert q.dim() == 3
+    if q.device.type == "cpu":
+        return "cpu"
+    if q.dtype == torch.float32:
+        return "efficient"
+    pays = q.shape[1] >= _CUDNN_ROWS and torch.backends.cuda.cudnn_sdp_enabled()
+    if pays and torch.cuda.get_device_properties(q.device).major >= 9 and torch.backends.cudnn.is_available():
+        return "cudnn"
+    return "flash"
 
 
 def reference_attention_with_lse(

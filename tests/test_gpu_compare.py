@@ -193,7 +193,7 @@ def test_a_runtime_over_shared_weights_is_the_loaded_one(served):
     row = Row("a", "random:3", 0.4, weights="bf16")
     own = shared.get(row)
     loaded = longrun.load(
-        served, budget, row.make_map(3, 3), "int4", "bf16", "cuda", ctx=900, retrieval_ratio=row.retrieval_ratio
+        served, budget, row.make_map(3, 3), row.kv, "bf16", "cuda", ctx=900, retrieval_ratio=row.retrieval_ratio
     )  # fmt: skip
     assert own._parts.decoder._layers[0].down is reference._parts.decoder._layers[0].down
     found = []
