@@ -7,6 +7,7 @@
     python scripts/bench.py offload --model DIR --gpu-budget "20 GiB"      decode with most pages in host memory
     python scripts/bench.py formats --model DIR --length 64K               reading, by weight format, in turns
     python scripts/bench.py kernels                                        every kernel alone, in one table
+    python scripts/bench.py shares                                         hot paths beside floors; status 1 below one
 
 `--synthetic-cache` fills the cache with random content instead of reading a text: rows then say "synthetic": true and
 are good for timing only. `--help` of each command lists its options. Ratios of `peer` are medians over pairs of runs.
@@ -108,6 +109,12 @@ def add_kernels(sub: argparse.ArgumentParser) -> None:
     sub.set_defaults(run=run)
 
 
+def add_shares(sub: argparse.ArgumentParser) -> None:
+    from bench_shares import add_options
+
+    add_options(sub)
+
+
 COMMANDS = {
     "peer": (add_peer, "side by side with transformers on the CPU"),
     "decode": (add_decode, "milliseconds a token at long contexts"),
@@ -115,6 +122,7 @@ COMMANDS = {
     "offload": (add_offload, "decode with pages in host memory"),
     "formats": (add_formats, "reading in several weight or page formats, by turns"),
     "kernels": (add_kernels, "every kernel alone"),
+    "shares": (add_shares, "the hot paths' shares of their ceilings, each beside its floor"),
 }
 
 

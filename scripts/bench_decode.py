@@ -16,7 +16,7 @@ from bench_common import (
     check_device,
     describe,
     figure,
-    finish,
+    finish_timed,
     load_runtime,
     memory_text,
     or_out_of_memory,
@@ -222,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
         rows.append(peer.decode(length, new, WARM_TOKENS, args.seed, args.synthetic_cache))
         save(result, args)
     console.print(table(rows))
-    return finish(result, args)
+    return finish_timed(result, args)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

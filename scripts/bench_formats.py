@@ -8,7 +8,19 @@ import time
 from typing import Any
 
 import torch
-from bench_common import check_device, describe, figure, finish, load_runtime, parse_lengths, percent, release, save
+from bench_ceilings import compute_ceilings
+from bench_common import (
+    check_device,
+    describe,
+    figure,
+    finish_timed,
+    load_runtime,
+    parse_lengths,
+    percent,
+    release,
+    save,
+)
+from bench_prefill import ideal_seconds, prefill_flops
 from rich.console import Console
 from rich.table import Table
 
@@ -67,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     axis, key = ("kv", "kv_format") if args.kv_formats else ("weight_format", "weight_format")
     formats = parse_kv_formats(args.kv_formats) if args.kv_formats else parse_formats(args.weight_formats)
     base, length = formats[0], lengths[0]
+    ceilings = compute_ceilings(device)
+    release(device)
     runtimes: dict[str, Runtime] = {}
     for name in formats:
         setattr(args, axis, name)
@@ -78,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     result = {
         "benchmark": "formats", "settings": describe(runtimes[base], args), "length": length, "repeats": args.repeats,
-        "rows": rows,
+        "ceilings": ceilings, "rows": rows,
     }  # fmt: skip
     result["settings"][key] = ", ".join(formats)
     for turn in range(args.repeats + 1):
@@ -86,23 +100,37 @@ def run(args: argparse.Namespace) -> int:
             taken = read_seconds(sessions[name], token_ids)
             if turn:  # the first compiles, and builds what libraries build for new shapes
                 seconds[name].append(taken)
+    ideal = ideal_seconds(prefill_flops(runtimes[base].config, runtimes[base].split, length), ceilings)
     for name in formats:
+        median = statistics.median(seconds[name])
         ratios = [own / base for own, base in zip(seconds[name], seconds[base], strict=True)]
         rows.append({
-            key: name, "seconds": seconds[name], "median_seconds": statistics.median(seconds[name]),
+            key: name, "seconds": seconds[name], "median_seconds": median, "of_matmul_and_attention": ideal / median,
             f"over_{base}": statistics.median(ratios),
         })  # fmt: skip
         save(result, args)
     del sessions, runtimes
     release(device)
     Console(width=120).print(table(rows, length, key, base))
-    return finish(result, args)
+    return finish_timed(result, args)
 
 
 def table(rows: list[dict[str, Any]], length: int, key: str, base: str) -> Table:
     """The rows as a person reads them."""
-    found = Table("pages" if key == "kv_format" else "weights", "seconds", "tokens/s", f"time beside {base}")
+    found = Table(
+        "pages" if key == "kv_format" else "weights",
+        "seconds",
+        "tokens/s",
+        f"time beside {base}",
+        "of product and attention",
+    )
     for row in rows:
         median = row["median_seconds"]
-        found.add_row(row[key], figure(median, 3), figure(length / median, 0), percent(row[f"over_{base}"]))
+        found.add_row(
+            row[key],
+            figure(median, 3),
+            figure(length / median, 0),
+            percent(row[f"over_{base}"]),
+            percent(row["of_matmul_and_attention"]),
+        )
     return found

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-from bench_common import finish
+from bench_common import finish_timed
 from torch import Tensor
 
 from longrun import cli
@@ -299,7 +299,7 @@ def main() -> int:
         speedup = "" if r["speedup"] is None else f"{r['speedup']:5.2f}x torch"
         print(f"{r['kernel']:22} {r['shape']:32} {r['microseconds']:10.2f} us {r['gb_per_s']:8.1f} GB/s "
               f"{r['fraction_of_ceiling']:6.1%} {setting} {speedup}")  # fmt: skip
-    return finish({
+    return finish_timed({
         "benchmark": "fused kernels", "rows": rows,
         "ceilings_bytes_per_s": ceilings, "ceilings_bytes_per_s_afterwards": again,
     }, args)  # fmt: skip

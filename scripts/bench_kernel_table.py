@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from bench_common import figure, finish, percent, release, save
+from bench_common import figure, finish_timed, percent, release, save
 from rich.console import Console
 from rich.table import Table
 
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         release(torch.device("cuda"))
         save({"benchmark": "kernels", "rows": rows, "problems": problems}, args)
     console.print(table(rows))
-    return finish({"benchmark": "kernels", "rows": rows, "problems": problems}, args)
+    return finish_timed({"benchmark": "kernels", "rows": rows, "problems": problems}, args)
 
 
 def amount_text(row: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from bench_common import (
     check_device,
     describe,
     figure,
-    finish,
+    finish_timed,
     load_runtime,
     memory_text,
     percent,
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
             f"{agreement['equal_tokens']} of {agreement['tokens']} tokens equal the all-resident session's; logits of "
             f"the first step differ by at most {agreement['logits_max_difference']:.2e}", highlight=False,
         )  # fmt: skip
-    return finish({**result, "agreement": agreement}, args)
+    return finish_timed({**result, "agreement": agreement}, args)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

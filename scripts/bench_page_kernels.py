@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from bench_common import finish
+from bench_common import finish_timed
 from bench_graph import copy_ceilings, graph_seconds
 
 from longrun import cli
@@ -103,7 +103,7 @@ def main() -> int:
         print(f"{r['kernel']:16} {r['kv_format']:5} D{r['head_dim']:<4} {r['dtype']:9} {r['tokens']:>7} tokens "
               f"{r['num_warps']} warps "
               f"{r['microseconds']:9.1f} us {r['tb_per_s']:6.3f} TB/s {r['fraction_of_copy']:6.1%}")  # fmt: skip
-    return finish({
+    return finish_timed({
         "benchmark": "page kernels", "rows": rows,
         "copy_bytes_per_s": ceilings, "copy_bytes_per_s_afterwards": again,
     }, args)  # fmt: skip

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 from bench_ceilings import cpu_ceilings
-from bench_common import finish
+from bench_common import finish_timed, percent
+from bench_decode import token_bytes
+from bench_prefill import prefill_flops
 from rich.console import Console
 from rich.table import Table
 
@@ -22,12 +24,15 @@ from longrun.units import format_bytes, format_tokens, parse_tokens
 
 @dataclass
 class Row:
-    """One runner at one length; times are medians, ratios are longrun's speed over transformers' (above 1: faster)."""
+    """One runner at one length; times are medians, ratios are longrun's speed over transformers' (above 1: faster).
+    `prefill_of_product`: of the speed of a float32 product; `decode_of_memory`: of the time the fewest bytes take."""
 
     runner: str
     length: int
     prefill_tokens_per_s: float
     decode_ms: float
+    prefill_of_product: float | None = None
+    decode_of_memory: float | None = None
     prefill_ratio: float | None = None
     decode_ratio: float | None = None
     kv_bytes: int = 0
@@ -108,13 +113,15 @@ def run(args: argparse.Namespace) -> int:
     other = Transformers(model_dir, args.new_tokens)
     rows: list[Row] = []
     for length in lengths:
-        rows += compare(model_dir, other, length, args)
+        rows += compare(model_dir, other, length, args, ceilings)
     print_rows(console, rows)
     result = {"benchmark": "peer", "model": model_dir.name, "ceilings": ceilings, "repeats": args.repeats}
-    return finish({**result, "new_tokens": args.new_tokens, "rows": [asdict(row) for row in rows]}, args)
+    return finish_timed({**result, "new_tokens": args.new_tokens, "rows": [asdict(row) for row in rows]}, args)
 
 
-def compare(model_dir: Path, other: Transformers, length: int, args: argparse.Namespace) -> list[Row]:
+def compare(
+    model_dir: Path, other: Transformers, length: int, args: argparse.Namespace, ceilings: dict[str, float]
+) -> list[Row]:
     config = longrun.load(model_dir, device="cpu", ctx=length).config
     half = HeadMap.uniform(config.num_layers, config.num_kv_heads, 0.5)
     runners = [
@@ -139,6 +146,10 @@ def compare(model_dir: Path, other: Transformers, length: int, args: argparse.Na
         row.bf16_kv_bytes = bf16
         if runner is not other:
             row.kv_bytes = runner.kv_bytes
+            flops = prefill_flops(config, runner.runtime.split, length)
+            row.prefill_of_product = sum(flops.values()) / statistics.median(prefills) / ceilings["gemm_gflops"] / 1e9
+            moved = sum(token_bytes(config, "fp32", "cpu", runner.runtime.plan.cache, length).values())
+            row.decode_of_memory = moved / statistics.median(decodes) / ceilings["memory_read_gb_s"] / 1e9
             pairs = list(zip(times[0], found, strict=True))
             row.prefill_ratio = statistics.median(a[0] / b[0] for a, b in pairs)
             row.decode_ratio = statistics.median(a[1] / b[1] for a, b in pairs)
@@ -147,13 +158,24 @@ def compare(model_dir: Path, other: Transformers, length: int, args: argparse.Na
 
 
 def print_rows(console: Console, rows: list[Row]) -> None:
-    table = Table("runner", "tokens", "prefill tokens/s", "x", "decode ms/token", "x", "KV bytes", "bf16 cache /")
+    table = Table(
+        "runner",
+        "tokens",
+        "prefill tokens/s",
+        "x",
+        "decode ms/token",
+        "x",
+        "of product",
+        "of memory",
+        "KV bytes",
+        "bf16 cache /",
+    )
     for row in rows:
         ratios = [f"{ratio:.2f}" if ratio else "" for ratio in (row.prefill_ratio, row.decode_ratio)]
         smaller = f"{row.bf16_kv_bytes / row.kv_bytes:.2f}" if row.kv_bytes else ""
         kv = format_bytes(row.kv_bytes) if row.kv_bytes else ""
         table.add_row(
             row.runner, format_tokens(row.length), f"{row.prefill_tokens_per_s:.0f}", ratios[0],
-            f"{row.decode_ms:.1f}", ratios[1], kv, smaller,
+            f"{row.decode_ms:.1f}", ratios[1], percent(row.prefill_of_product), percent(row.decode_of_memory), kv, smaller,
         )  # fmt: skip
     console.print(table)

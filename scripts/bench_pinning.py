@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from bench_ceilings import transfer_ceilings
 from torch import Tensor
 
 from longrun.cache.pinned import PIECE_BYTES, CudaRegistrar, pinned_bytes
@@ -70,8 +71,8 @@ def copies_across_pieces(words: Tensor) -> bool:
         return False
 
 
-def measure(gib: float, huge_pages: bool) -> dict[str, Any]:
-    """One row."""
+def measure(gib: float, huge_pages: bool, ceilings: dict[str, Any]) -> dict[str, Any]:
+    """One row; the shares are those of one large pinned copy in the same direction."""
     num_slots = int(gib * 2**30) // PAYLOAD_BYTES
     registrar = TimedRegistrar()
     begin = time.perf_counter()
@@ -92,6 +93,8 @@ def measure(gib: float, huge_pages: bool) -> dict[str, Any]:
         "read_gb_s": round(gigabytes_per_second(words, on_host, back, on_device), 1),
         "same": torch.equal(pages, back),
     }
+    row["write_share"] = row["write_gb_s"] / ceilings["device_to_host_gb_s"]
+    row["read_share"] = row["read_gb_s"] / ceilings["host_to_device_gb_s"]
     if buffer.nbytes > PIECE_BYTES:
         row["copies_across_pieces"] = copies_across_pieces(words)
     begin = time.perf_counter()
@@ -107,13 +110,15 @@ def main() -> int:
     parser.add_argument("--gib", type=float, nargs="+", default=[8.0], help="sizes of the pool")
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
-    rows = []
+    rows, ceilings = [], transfer_ceilings(torch.device("cuda"))
     for gib in arguments.gib:
         for huge_pages in (True, False):
-            rows.append(measure(gib, huge_pages))
+            rows.append(measure(gib, huge_pages, ceilings))
             print(json.dumps(rows[-1]), flush=True)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
+        arguments.json.write_text(
+            json.dumps({"environment": environment(), "ceilings": ceilings, "rows": rows}, indent=2) + "\n"
+        )
     return 0
 
 

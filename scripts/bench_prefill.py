@@ -14,7 +14,7 @@ from bench_common import (
     check_device,
     describe,
     figure,
-    finish,
+    finish_timed,
     load_runtime,
     memory_text,
     or_out_of_memory,
@@ -59,6 +59,12 @@ def prefill_flops(config: ModelConfig, split: HeadSplit, num_tokens: int) -> dic
     }
 
 
+def ideal_seconds(flops: dict[str, float], ceilings: dict[str, Any]) -> float:
+    """What the operations of `prefill_flops` take at the speeds of `compute_ceilings`."""
+    attention = flops["retrieval_attention"] + flops["streaming_attention"]
+    return (flops["linear"] / ceilings["matmul_tflops"] + attention / ceilings["attention_tflops"]) / 1e12
+
+
 def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceilings: dict, memory: MemoryWatch) -> dict:
     """Read one text in a session of its own; with needles also ask for them."""
     device = torch.device(args.device)
@@ -85,8 +91,7 @@ def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceiling
     seconds = ends[-1] - start
     chunks = [end - begin for begin, end in zip([start, *ends], ends, strict=False)]
     flops = prefill_flops(runtime.config, runtime.split, len(token_ids))
-    total, attention = sum(flops.values()), flops["retrieval_attention"] + flops["streaming_attention"]
-    ideal = flops["linear"] / ceilings["matmul_tflops"] + attention / ceilings["attention_tflops"]
+    total = sum(flops.values())
     return {
         "tokens": len(token_ids),
         "chunk_size": session.plan.chunk_size,
@@ -95,7 +100,7 @@ def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceiling
         "flops": flops,
         "tflops": total / seconds / 1e12,
         "of_matmul": total / seconds / 1e12 / ceilings["matmul_tflops"],
-        "of_matmul_and_attention": ideal / 1e12 / seconds,
+        "of_matmul_and_attention": ideal_seconds(flops, ceilings) / seconds,
         "chunk_seconds": chunks,
         "cache_bytes": session.cache_bytes,
         "memory": memory.measure(session.plan),
@@ -192,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
         rows.append(peer.prefill(torch.randint(0, vocab_size, (length,), generator=generator)))
         save(result, args)
     console.print(table(rows))
-    return finish(result, args)
+    return finish_timed(result, args)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import triton
-from bench_common import finish
+from bench_common import finish_timed
 from torch import Tensor
 
 from longrun import cli
@@ -249,8 +249,10 @@ def main() -> int:
     for r in rows:
         if "flop" in r:
             r["fraction_of_matmul"] = r["flop_per_s"] / found["matmul_flop_per_s"]
+        elif "bytes" in r:
+            r["fraction_of_copy"] = r["bytes_per_s"] / max(v for name, v in found.items() if "bytes" in name)
         print(describe(r))
-    return finish({"benchmark": "streaming kernels", "ceilings": found, "rows": rows}, args)
+    return finish_timed({"benchmark": "streaming kernels", "ceilings": found, "rows": rows}, args)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-from bench_common import finish
+from bench_common import finish_timed
 from bench_graph import copy_ceilings, graph_seconds
 from torch import Tensor
 
@@ -300,7 +300,7 @@ def main() -> int:
             shape = "rows {block_rows} k {block_k} warps {num_warps} stages {num_stages}".format(**r["tuning"])
         print(f"{r['format']:5} {r['matrix']:8} {r['kernel']:20} {r['microseconds']:9.1f} us "
               f"{r['bytes'] / 1e6:9.1f} MB {r['fraction_of_copy']:6.1%}  {shape}")  # fmt: skip
-    return finish({
+    return finish_timed({
         "benchmark": "vector linear", "rows": rows,
         "copy_bytes_per_s": ceilings, "copy_bytes_per_s_afterwards": again,
     }, args)  # fmt: skip

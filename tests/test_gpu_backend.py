@@ -69,9 +69,9 @@ def run_both(pair, ids, pieces):
 
 
 def apart_by_rounding(pair, plain, ids, pieces):
-    """RMS ratio between the plain engine's logits and the same with keys moved by a float32 rounding or so, the largest
-    of three. A rounding that falls the other way is a nibble, the tiny models are peaked, and where one falls depends on
-    the processor."""
+    """RMS ratio between the plain engine's logits and the same with keys moved by a float32 rounding or so, the
+    largest of three. A rounding that falls the other way is a nibble, the tiny models are peaked, and where one falls
+    depends on the processor."""
     engine, found = pair[1], []
     run = engine.attention.run
     for seed in range(3):
