@@ -176,6 +176,7 @@ def print_rows(console: Console, rows: list[Row]) -> None:
         kv = format_bytes(row.kv_bytes) if row.kv_bytes else ""
         table.add_row(
             row.runner, format_tokens(row.length), f"{row.prefill_tokens_per_s:.0f}", ratios[0],
-            f"{row.decode_ms:.1f}", ratios[1], percent(row.prefill_of_product), percent(row.decode_of_memory), kv, smaller,
+            f"{row.decode_ms:.1f}", ratios[1], percent(row.prefill_of_product), percent(row.decode_of_memory),
+            kv, smaller,
         )  # fmt: skip
     console.print(table)
