@@ -6,11 +6,13 @@ can therefore launch a step before the host has seen its token ("ahead"), and th
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from longrun.errors import logits_not_finite
 from longrun.model.decoder import Decoder
 from longrun.model.rope import RotaryTable
 
@@ -102,13 +104,18 @@ class DecodeGraph:
         return logits
 
     def choice(self) -> int | None:
-        """The likeliest token after the last `run`, as soon as that step has ended; None after `forget`."""
+        """The likeliest token after the last `run`, as soon as that step has ended; None after `forget`.
+
+        Raises:
+            CheckpointError: its logit is NaN or infinite.
+        """
         if not self._has_choice:
             return None
         if self._telling is not None:
             self._telling.synchronize()
         token_id, logit = self._told.tolist()
-        assert logit == logit, "the model produced NaN logits"
+        if not math.isfinite(logit):
+            raise logits_not_finite()
         return int(token_id)
 
     def forget(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longrun.attention.interface import Attention, Step
 from longrun.cache.dual import DualCache
-from longrun.errors import SessionError
+from longrun.errors import SessionError, logits_not_finite
 from longrun.interrupts import deferred_signals
 from longrun.model.decoder import Decoder
 from longrun.model.rope import RotaryTable
@@ -39,6 +39,7 @@ class Engine:
         self.cache, self.chunk_size = cache, chunk_size
         self.decode_graph = decode_graph
         self._broken: str | None = None
+        self._proven = False
 
     def run(
         self, token_ids: Tensor, all_positions: bool = False, on_chunk: Callable[[int, Tensor], None] | None = None,
@@ -59,11 +60,9 @@ class Engine:
 
         Raises:
             SessionError: an earlier step failed half way, so that the cache cannot be trusted.
+            CheckpointError: the first step gave logits that are not finite; `on_chunk` has not heard of it.
         """
-        if self._broken is not None:
-            raise SessionError(
-                f"this session stopped in the middle of a step ({self._broken}): load it again from where it was saved"
-            )
+        self.check_whole()
         rope_seq_len = self.cache.seq_len + len(token_ids)
         rows = []
         for chunk in token_ids.split(self.chunk_size):
@@ -74,6 +73,13 @@ class Engine:
             rows = [*rows, logits] if all_positions else [logits]
         return torch.cat(rows)
 
+    def check_whole(self) -> None:
+        """Raises SessionError where a step failed half way, until the cache is brought back to an earlier state."""
+        if self._broken is not None:
+            raise SessionError(
+                f"this session stopped in the middle of a step ({self._broken}): load it again from where it was saved"
+            )
+
     @torch.inference_mode()
     def _step(self, chunk: Tensor, rope_seq_len: int, all_positions: bool, ahead: bool) -> Tensor:
         try:
@@ -82,6 +88,8 @@ class Engine:
             else:
                 self._forget()
                 logits = self._forward(chunk, rope_seq_len, all_positions)
+            if not self._proven or self.cache.seq_len == 0:  # once: it waits for the device
+                self._check_finite(logits[-1])
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
             raise
@@ -94,6 +102,11 @@ class Engine:
         step = Step(start, len(chunk), cos, sin)
         hidden = self.decoder.forward(chunk.to(self.decoder.device), step, self.attention, all_positions=all_positions)
         return self.decoder.logits(hidden.view(-1, hidden.shape[-1]))
+
+    def _check_finite(self, logits: Tensor) -> None:
+        if not logits.isfinite().all():
+            raise logits_not_finite()
+        self._proven = True
 
     def choice(self) -> int | None:
         """The likeliest token after the last one, where a decode graph took that and chose already."""

@@ -85,3 +85,11 @@ class _ShortRepr(reprlib.Repr):
 
 
 _SHORT = _ShortRepr()
+
+
+def logits_not_finite() -> CheckpointError:
+    """What to raise where a model's logits hold NaN or an infinite number."""
+    return CheckpointError(
+        "the model's logits are not finite numbers: its weights (or its adapter's) hold NaN or infinite values, or "
+        "overflow in this weight format; check the files or load them with another weight format"
+    )

@@ -1,35 +1,94 @@
-"""Finish a step before a signal is heard: SIGINT and SIGTERM never leave a cache half written."""
+"""Finish a step before a signal is heard: SIGINT and SIGTERM never leave a session half changed."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@contextmanager
-def deferred_signals() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the block ends, then let the handlers that were installed have them.
+class HeldSignals:
+    """Takes signals in place of their handlers from `hold` to `release`, and hands them on then.
 
-    Outside the main thread Python delivers no signals, and this does nothing.
+    Handlers may raise at any moment before and after that. Where one does while they are exchanged, this object may
+    stay installed: it hands signals on at once, and the next one that holds them puts the handlers back.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[tuple[int, FrameType | None]] = []
-    before = {number: signal.signal(number, lambda *received: caught.append(received)) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for number, frame in caught[:1]:
-        handler = before[signal.Signals(number)]
+
+    def __init__(self, numbers: Sequence[signal.Signals]) -> None:
+        handlers = {number: _handler_of(number) for number in numbers}
+        # None: a handler that Python did not install and could not put back.
+        self._before = {number: handler for number, handler in handlers.items() if handler is not None}
+        self._caught: dict[int, FrameType | None] = {}
+        self._holding = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a signal has come and waits for the block to end."""
+        return bool(self._caught)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self._holding:
+            self._caught.setdefault(number, frame)
+        else:
+            self._deliver(number, frame)
+
+    def hold(self) -> None:
+        for number in self._before:
+            signal.signal(number, self)
+        self._holding = True
+
+    def release(self) -> None:
+        """Put the handlers back and let each have its signal, SIGTERM last: what it raises is what is seen."""
+        self._holding = False
+        try:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+        finally:
+            self._deliver_all([number for number in self._before if number in self._caught])
+
+    def handler_of(self, number: signal.Signals) -> Any:
+        """This object while it holds, afterwards the handler in whose place it stood."""
+        return self if self._holding else self._before[number]
+
+    def _deliver_all(self, numbers: list[signal.Signals]) -> None:
+        if numbers:
+            try:
+                self._deliver(numbers[0], self._caught[numbers[0]])
+            finally:
+                self._deliver_all(numbers[1:])
+
+    def _deliver(self, number: int, frame: FrameType | None) -> None:
+        handler = self._before[signal.Signals(number)]
         if callable(handler):
             handler(number, frame)
         elif handler == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+
+
+def _handler_of(number: signal.Signals) -> Any:
+    handler = signal.getsignal(number)
+    while isinstance(handler, HeldSignals) and handler.handler_of(number) is not handler:
+        handler = handler.handler_of(number)
+    return handler
+
+
+@contextmanager
+def deferred_signals() -> Iterator[HeldSignals]:
+    """Hold SIGINT and SIGTERM back until the block ends, then let the handlers that were installed have them.
+
+    Blocks may be nested: the outermost one lets go. Outside the main thread Python delivers no signals, and this does
+    nothing.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    held = HeldSignals(_SIGNALS if in_main else ())
+    try:
+        held.hold()
+        yield held
+    finally:
+        held.release()

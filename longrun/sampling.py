@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longrun.errors import InputError
+from longrun.errors import InputError, logits_not_finite
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def seen_tokens(token_ids: Sequence[int] | Tensor, vocab_size: int, device: torc
 def _penalise(logits: Tensor, penalty: float, previous: Sequence[int] | Tensor) -> Tensor:
     if not (isinstance(previous, Tensor) and previous.dtype == torch.bool):
         previous = seen_tokens(previous, logits.shape[0], logits.device)
-    return torch.where(previous, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    largest = torch.finfo(logits.dtype).max  # a tiny penalty must not make a logit infinite
+    penalised = torch.where(logits < 0, logits * penalty, logits / penalty).clamp(-largest, largest)
+    return torch.where(previous, penalised, logits)
 
 
 def probabilities(logits: Tensor, params: SamplingParams, previous: Sequence[int] | Tensor = ()) -> Tensor:
@@ -77,12 +79,16 @@ def probabilities(logits: Tensor, params: SamplingParams, previous: Sequence[int
         params: the settings.
         previous: token ids seen so far (prompt and answer), or bool [vocab_size] on the logits' device as
             `seen_tokens` makes it; only read where a repetition penalty is set.
+
+    Raises:
+        CheckpointError: the largest logit is NaN or infinite.
     """
     assert logits.dim() == 1 and logits.dtype == torch.float32, (logits.shape, logits.dtype)
     if params.repetition_penalty != 1:
         logits = _penalise(logits, params.repetition_penalty, previous)
     best = logits.argmax()
-    assert not logits[best].isnan(), "the model produced NaN logits"
+    if not logits[best].isfinite():  # NaN counts as the largest
+        raise logits_not_finite()
     if params.temperature == 0:
         return torch.nn.functional.one_hot(best, logits.shape[0]).float()
     # The largest logit becomes 0 first, or a tiny temperature would make several of them infinite.
@@ -109,13 +115,17 @@ def sample(
         params: the settings; temperature 0 is greedy (after the penalty) and leaves the generator alone.
         generator: where chance comes from; the draw happens on its device.
         previous: as in `probabilities`.
+
+    Raises:
+        CheckpointError: the largest logit is NaN or infinite.
     """
     if params.temperature == 0:
         if params.repetition_penalty != 1:
             logits = _penalise(logits, params.repetition_penalty, previous)
         best = logits.argmax()
         token_id, value = torch.stack((best.double(), logits[best].double())).tolist()  # one wait for the device
-        assert not math.isnan(value), "the model produced NaN logits"
+        if not math.isfinite(value):
+            raise logits_not_finite()
         return int(token_id)
     probs = probabilities(logits, params, previous)
     return int(torch.multinomial(probs.to(generator.device), 1, generator=generator))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from longrun.cache.dual import CacheMark, DualCache
 from longrun.engine import Engine
-from longrun.errors import ContextFullError, InputError, SessionError
+from longrun.errors import ContextFullError, InputError, SessionError, logits_not_finite
+from longrun.interrupts import deferred_signals
 from longrun.plan import Plan
 from longrun.sampling import SamplingParams, sample, seen_tokens
 from longrun.units import format_tokens
@@ -24,9 +26,9 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SessionMark:
-    """A point of a session to come back to with `Session.rewind`."""
+    """A point of a session to come back to with `Session.rewind`; of no use to another session."""
 
     cache: CacheMark
     num_tokens: int
@@ -50,6 +52,7 @@ class Session:
         self._store: SessionStore | None = None
         self._attached = False
         self._unsavable: str | None = None
+        self._marks: weakref.WeakSet[SessionMark] = weakref.WeakSet()  # those whose tokens still stand here
         self.extra: dict[str, Any] = {}
 
     @property
@@ -108,25 +111,19 @@ class Session:
         new = self._check_ids(token_ids)
         waiting = self._ids[self.seq_len :]
         self._check_room(len(waiting) + len(new))
-        done, total = 0, len(waiting) + len(new)
         todo = torch.cat((torch.tensor(waiting, dtype=torch.int64), new)) if waiting else new
-        del self._ids[self.seq_len :]
+        note, done = self._note_chunk(todo, len(waiting)), 0
 
         def on_chunk(count: int, logits: Tensor) -> None:
             nonlocal done
-            self._ids.extend(todo[done : done + count].tolist())
-            self._logits = logits[-1]
+            note(count, logits)
             done += count
             if self._attached:
                 self._save()
             if progress is not None:
-                progress(done, total)
+                progress(done, len(todo))
 
-        try:
-            self._engine.run(todo, on_chunk=on_chunk)
-        finally:
-            if done < len(waiting):  # interrupted before the waiting token was taken in: it still waits
-                self._ids.extend(waiting[done:])
+        self._engine.run(todo, on_chunk=on_chunk)
         assert self._logits is not None
         return self._logits
 
@@ -184,14 +181,11 @@ class Session:
         greedy = params.temperature == 0 and params.repetition_penalty == 1
         for left in range(max_new_tokens, 0, -1):
             self._catch_up(ahead=greedy and left > 1)
-            logits, choice = self._logits, self._engine.choice() if greedy else None
+            logits = self._logits
             assert logits is not None
             if params.repetition_penalty != 1 and isinstance(seen, tuple):
                 seen = seen_tokens(self._id_tensor(), logits.shape[0], logits.device)
-            token_id = sample(logits, params, self._generator, seen) if choice is None else choice
-            self._ids.append(token_id)
-            if isinstance(seen, Tensor):
-                seen[token_id] = True
+            token_id = self._draw(logits, params, seen)
             yield token_id
             if eos and token_id in self._eos:
                 return
@@ -201,14 +195,33 @@ class Session:
         if self.num_tokens > self.seq_len:
             waiting = torch.tensor(self._ids[self.seq_len :], dtype=torch.int64)
             self._check_room(len(waiting))
-            self._logits = self._engine.run(waiting, ahead=ahead)[-1]
+            self._engine.run(waiting, on_chunk=self._note_chunk(waiting, len(waiting)), ahead=ahead)
 
-    def _note_chunk(self, new: Tensor) -> Callable[[int, Tensor], None]:
+    def _draw(self, logits: Tensor, params: SamplingParams, seen: Tensor | tuple[()]) -> int:
+        """Choose the next token, which then waits. Whoever asked must get it: where a signal came meanwhile, that is
+        heard first, with nothing chosen."""
+        while True:
+            with deferred_signals() as signals:
+                before = self._generator.get_state()
+                greedy = params.temperature == 0 and params.repetition_penalty == 1
+                token_id = self._engine.choice() if greedy else None
+                if token_id is None:
+                    token_id = sample(logits, params, self._generator, seen)
+                if not signals.waiting:
+                    self._ids.append(token_id)
+                    if isinstance(seen, Tensor):
+                        seen[token_id] = True
+                    return token_id
+                self._generator.set_state(before)
+
+    def _note_chunk(self, todo: Tensor, num_known: int = 0) -> Callable[[int, Tensor], None]:
+        """What `Engine.run` calls after a chunk, before any signal is heard: the chunk's tokens count, and its logits
+        are the session's. The first `num_known` of `todo` stand in the session already."""
         done = 0
 
         def on_chunk(count: int, logits: Tensor) -> None:
             nonlocal done
-            self._ids.extend(new[done : done + count].tolist())
+            self._ids.extend(todo[max(done, num_known) : done + count].tolist())
             self._logits = logits[-1]
             done += count
 
@@ -232,21 +245,43 @@ class Session:
             )
 
     def mark(self) -> SessionMark:
-        """Remember this point; costs a copy of tails and rings in host memory, no page."""
+        """Remember this point; costs a copy of tails and rings in host memory, no page.
+
+        Raises:
+            SessionError: a step broke off, so that there is nothing whole to come back to.
+            ContextFullError: the token that waits to be taken in has no room.
+        """
         self._catch_up()
+        self._engine.check_whole()
         logits = None if self._logits is None else self._logits.clone()
-        return SessionMark(self.cache.mark(), self.num_tokens, logits, self._generator.get_state())
+        mark = SessionMark(self.cache.mark(), self.num_tokens, logits, self._generator.get_state())
+        self._marks.add(mark)
+        return mark
 
     def rewind(self, mark: SessionMark) -> None:
-        """Back to `mark`, as if nothing had been appended since: many questions over one document, for example."""
-        assert mark.num_tokens <= self.num_tokens
-        if self._store is not None:
-            self._store.forget_pages(mark.cache.num_pooled)
-        self.cache.rewind(mark.cache)
-        self._engine.rewound()
-        del self._ids[mark.num_tokens :]
-        self._logits = None if mark.logits is None else mark.logits.clone()
-        self._generator.set_state(mark.generator_state)
+        """Back to `mark`, as if nothing had been appended since: many questions over one document, for example.
+
+        Raises:
+            InputError: `mark` is of another session, or its tokens were dropped by a rewind to an earlier mark;
+                nothing was changed.
+        """
+        if not isinstance(mark, SessionMark):
+            raise InputError(f"rewind needs a mark that this session's mark() gave, not {type(mark).__name__}")
+        if mark not in self._marks:
+            raise InputError(
+                f"this mark at token {mark.num_tokens:,} is of another session, or its tokens were dropped by a rewind "
+                f"to an earlier mark: take a new one with mark()"
+            )
+        with deferred_signals():
+            if self._store is not None:
+                self._store.forget_pages(mark.cache.num_pooled)
+            self.cache.rewind(mark.cache)
+            self._engine.rewound()
+            del self._ids[mark.num_tokens :]
+            self._logits = None if mark.logits is None else mark.logits.clone()
+            self._generator.set_state(mark.generator_state)
+            for later in [other for other in self._marks if other.num_tokens > mark.num_tokens]:
+                self._marks.discard(later)
 
     def attach(self, path: str | Path) -> None:
         """Keep the folder `path` up to date from now on: prefill saves into it after every chunk.
@@ -285,10 +320,11 @@ class Session:
         """Take over what `snapshot` gave; the cache has been filled already."""
         assert not self._ids
         assert self.seq_len <= len(token_ids)
-        self._ids.extend(token_ids.tolist())
-        self._logits = None if logits is None else logits.to(self.cache.device)
-        self._generator.set_state(generator_state)
-        self.extra = extra
+        with deferred_signals():
+            self._ids.extend(token_ids.tolist())
+            self._logits = None if logits is None else logits.to(self.cache.device)
+            self._generator.set_state(generator_state)
+            self.extra = extra
 
     def adopt_store(self, store: SessionStore) -> None:
         """The session was loaded from this store: saving there again writes only what is new."""
@@ -309,4 +345,8 @@ class Session:
 
     def _save(self) -> None:
         assert self._store is not None
-        self._store.save(self)
+        self._engine.check_whole()
+        if self._logits is not None and not self._logits.isfinite().all():
+            raise logits_not_finite()
+        with deferred_signals():
+            self._store.save(self)
