@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from longrun.allocation import allocation_sentence, is_failed_allocation
 from longrun.errors import LongrunError
 
 
@@ -14,6 +15,11 @@ def run(main: Callable[[], int | None]) -> None:
         status = main() or 0
     except LongrunError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_failed_allocation(error):
+            raise
+        print(f"error: {allocation_sentence(error, 'on the way')}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longrun.allocation import failed_allocations
 from longrun.attention.interface import Attention, Step
 from longrun.cache.dual import DualCache
 from longrun.errors import SessionError, logits_not_finite
@@ -41,6 +42,7 @@ class Engine:
         self._broken: str | None = None
         self._proven = False
 
+    @failed_allocations("in the middle of a step")
     def run(
         self, token_ids: Tensor, all_positions: bool = False, on_chunk: Callable[[int, Tensor], None] | None = None,
         ahead: bool = False,
@@ -60,6 +62,7 @@ class Engine:
 
         Raises:
             SessionError: an earlier step failed half way, so that the cache cannot be trusted.
+            PlanError: memory ran out.
             CheckpointError: the first step gave logits that are not finite; `on_chunk` has not heard of it.
         """
         self.check_whole()

@@ -9,10 +9,8 @@ import warnings
 import torch
 
 from longrun.budget import Budget
-from longrun.cache.host_memory import available_bytes
 from longrun.config import ModelConfig
 from longrun.errors import ConfigError, InputError, PlanError
-from longrun.plan import Plan
 from longrun.units import format_bytes
 
 _OLDEST_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies to shared memory
@@ -121,33 +119,4 @@ def check_kernel_shapes(config: ModelConfig, budget: Budget) -> None:
         raise ConfigError(
             f"page_size {budget.page_size} of {budget.source} has no {kernel}, which serves {PAGE_SIZE}: "
             f"set page_size = {PAGE_SIZE} in its [kv] section, or {remedy}"
-        )
-
-
-def check_free_memory(plan: Plan) -> None:
-    """The machine has free now what the plan needs, so that nothing runs out of memory later.
-
-    Raises:
-        PlanError: it has not.
-    """
-    free_host = available_bytes()
-    if plan.device_type == "cpu":
-        if plan.total_bytes > free_host:
-            raise PlanError(
-                f"the plan needs {format_bytes(plan.total_bytes)} of main memory and {format_bytes(free_host)} are "
-                f"free: ask for a smaller context than {plan.ctx:,} tokens, or free memory"
-            )
-        return
-    free, total = torch.cuda.mem_get_info()
-    if plan.device_bytes > free:
-        raise PlanError(
-            f"the plan needs {format_bytes(plan.device_bytes)} of GPU memory, and {format_bytes(free)} of its "
-            f"{format_bytes(total)} are free, as {format_bytes(total - free)} are taken already: end what else uses "
-            f"the GPU, or give a budget with less in gpu of its [memory] section"
-        )
-    if plan.host_bytes > free_host:
-        raise PlanError(
-            f"the plan's host pool needs {format_bytes(plan.host_bytes)} of main memory and {format_bytes(free_host)} "
-            f"are free: ask for a smaller context than {plan.ctx:,} tokens, give a budget with less in host of its "
-            f"[memory] section, or free memory"
         )

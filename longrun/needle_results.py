@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from longrun.errors import InputError
-from longrun.user_files import RESULTS_BYTES, read_object
 
 RESULTS_FILE = "results.json"
 FORMAT = 1
@@ -45,10 +44,10 @@ class SweepResults:
         if force or not path.exists():
             return cls(folder, {"format": FORMAT, "settings": settings}, [])
         try:
-            found = read_object(path, InputError, "it holds no results", RESULTS_BYTES)
+            found = json.loads(path.read_text(encoding="utf-8"))
             cells, earlier = found.pop("cells"), found["settings"]
             results = cls(folder, found, cells)
-        except (InputError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path} cannot be read as a needle sweep's results: use another --out, or --force to start over"
             ) from error

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longrun.errors import HeadMapError, quoted, short_path
+from longrun.errors import HeadMapError
 from longrun.patterns.head_split import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, check_window
-from longrun.user_files import read_object, read_text
 
 SCORES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
@@ -46,8 +45,8 @@ def read_scores(folder: Path) -> list[list[float]]:
     Raises:
         HeadMapError: a missing folder or file, or a cell that is not a number (row and column named, from 1).
     """
-    if not os.path.isdir(folder):
-        raise HeadMapError(f"head map {short_path(folder)} is not a folder: give a folder that holds {SCORES_FILE}")
+    if not folder.is_dir():
+        raise HeadMapError(f"head map {folder} is not a folder: give a folder that holds {SCORES_FILE}")
     path = folder / SCORES_FILE
     rows = []
     for row_number, line in enumerate(_read_text(path).rstrip().splitlines(), start=1):
@@ -90,11 +89,16 @@ def write_folder(
 
 
 def _read_text(path: Path) -> str:
-    if not os.path.exists(path):
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
         raise HeadMapError(
-            f"head map {short_path(path.parent)} has no {path.name}: give a folder in DuoAttention's format"
-        )
-    return read_text(path, HeadMapError, "give a head map of DuoAttention's format")
+            f"head map {path.parent} has no {path.name}: give a folder in DuoAttention's format"
+        ) from None
+    except UnicodeDecodeError:
+        raise HeadMapError(f"{path} is not a text file: it must hold UTF-8 text") from None
+    except OSError as error:
+        raise HeadMapError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _number(cell: str, path: Path, row_number: int, column: int) -> float:
@@ -102,8 +106,7 @@ def _number(cell: str, path: Path, row_number: int, column: int) -> float:
         return float(cell)
     except ValueError:
         raise HeadMapError(
-            f"{short_path(path)}: row {row_number}, column {column} is {quoted(cell)}, not a number: rows are floats "
-            f"separated by tabs"
+            f"{path}: row {row_number}, column {column} is {cell!r}, not a number: rows are floats separated by tabs"
         ) from None
 
 
@@ -149,9 +152,15 @@ def read_origin(folder: Path) -> HeadMapOrigin | None:
 def _read_config(folder: Path) -> dict[str, Any] | None:
     """The object in `config.json`, or None where there is no such file."""
     path = folder / CONFIG_FILE
-    if not os.path.exists(path):
+    if not path.exists():
         return None
-    return read_object(path, HeadMapError, "it needs an object with sink_size and recent_size")
+    try:
+        data = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise HeadMapError(f"{path} is not valid JSON: line {error.lineno}: {error.msg}") from None
+    if not isinstance(data, dict):
+        raise HeadMapError(f"{path} holds no JSON object: it needs sink_size and recent_size")
+    return data
 
 
 def _write_synced(path: Path, text: str) -> None:

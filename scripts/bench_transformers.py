@@ -33,11 +33,7 @@ class TransformersPeer:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(
-            str(model_dir),
-            dtype=self.dtype,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
+            str(model_dir), dtype=self.dtype, attn_implementation="sdpa", local_files_only=True
         ).eval()
         self.model.to(self.device)
         return {}

@@ -54,17 +54,12 @@ class LoraModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.settings = settings
-        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True)
         original = type(config).from_dict(config.to_dict())
         config.rope_parameters = {**config.rope_parameters, "rope_theta": float(settings["rope_theta"])}
         config.max_position_embeddings = settings["max_position_embeddings"]
         self.model = AutoModelForCausalLM.from_pretrained(
-            str(model_dir),
-            config=config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
+            str(model_dir), config=config, dtype=dtype, attn_implementation="sdpa", local_files_only=True
         ).to(device)
         self.model.requires_grad_(False)
         rotary = self.model.model.rotary_emb

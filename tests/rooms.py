@@ -33,6 +33,7 @@ ROOMS = (
     Room(
         "base",
         (
+            "longrun.allocation",
             "longrun.errors",
             "longrun.units",
             "longrun.paths",
@@ -136,7 +137,7 @@ ROOMS = (
     ),
     Room(
         "runtime",
-        ("longrun.runtime", "longrun.backend", "longrun.gpu_checks", "longrun.head_map_check"),
+        ("longrun.runtime", "longrun.backend", "longrun.gpu_checks", "longrun.memory_checks", "longrun.head_map_check"),
         (
             "auto head map",
             "engine",

@@ -17,9 +17,13 @@ import longrun
 import longrun.runtime
 from longrun import gpu_checks
 from longrun.budget import Budget
+from longrun.cache import host_memory
 from longrun.chat import chat_command
 from longrun.cli import run
+from longrun.config import ModelConfig
 from longrun.errors import ConfigError, InputError, LongrunError, PlanError
+from longrun.memory_checks import check_free_memory
+from longrun.plan import make_plan
 from longrun.progress import PinProgress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +50,13 @@ class Card:
     minor: int = 0
     total_memory: int = 85 * GB
     free: int = 84 * GB
+    reserved: int = 0
+    allocated: int = 0
+
+
+def available(monkeypatch, free):
+    """A machine with so much main memory free."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": free})())
 
 
 @pytest.fixture
@@ -57,8 +68,10 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (card.free, card.total_memory))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 200 * GB})())
-    monkeypatch.setattr(gpu_checks, "available_bytes", lambda: psutil.virtual_memory().available)
+    available(monkeypatch, 200 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: card.reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: card.allocated)
+    monkeypatch.setattr(host_memory, "_OWN_CGROUPS", Path("/none"))
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: object() if name == "triton" else find_spec(name, *rest)
@@ -195,6 +208,25 @@ def test_gpu_memory_that_others_hold(card, folder, reached):
     assert len(reached) == 2
 
 
+def test_gpu_memory_that_is_this_runs_own_already(card):
+    """What torch keeps unused counts as free; weights, other sessions and compiled kernels are not asked for twice."""
+    config = ModelConfig.from_dict(LLAMA, "config.json")
+    plan = make_plan(config, Budget(gpu_bytes=20 * GB), 8000, device_type="cuda", reserved_bytes=3 * GB)
+    sizes = {item.name: item.bytes for item in plan.items}
+    held = sizes["weights"] + sizes["reserved"]
+    for loaded, compiled, own in (
+        (False, False, 0),
+        (True, False, held),
+        (True, True, held + sizes["runtime base"]),
+    ):
+        for kept in (0, GB):
+            card.reserved, card.allocated = own + kept, own
+            card.free = plan.device_bytes - own - kept
+            check_free_memory(plan, loaded, compiled)
+            card.free -= 1
+            refusal(PlanError, check_free_memory, plan, loaded, compiled)
+
+
 def test_host_memory_for_the_host_pool_only(card, folder, reached, monkeypatch):
     """On cuda the machine must hold the host pool, not the weights."""
     plans = []
@@ -202,8 +234,8 @@ def test_host_memory_for_the_host_pool_only(card, folder, reached, monkeypatch):
     longrun.load(folder(), budget, device="cuda", ctx=200_000, device_share=0.5, on_plan=plans.append)
     needed = plans[0].host_bytes
     assert 0 < needed < plans[0].device_bytes
-    for available, fits in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr(gpu_checks, "available_bytes", lambda available=available: available)
+    for free, fits in ((needed, True), (needed - 1, False)):
+        available(monkeypatch, free)
         if fits:
             longrun.load(folder(), budget, device="cuda", ctx=200_000, device_share=0.5)
             continue

@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_model
 
 import longrun
-from longrun.errors import CheckpointError, InputError, SessionError
+from longrun.errors import CheckpointError, InputError, PlanError, SessionError
 from longrun.sampling import SamplingParams, probabilities, sample
 
 
@@ -115,7 +115,7 @@ def test_a_broken_step_is_neither_marked_nor_saved(runtime, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(type(decoder), "forward", fails)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(PlanError):
             session.prefill(range(20))
     for call in (session.mark, lambda: session.save(tmp_path / "s")):
         with pytest.raises(SessionError, match="out of memory"):

@@ -26,6 +26,11 @@ class PinnedMemory:
         self._kept: PinnedBuffer | None = None
         self._owner: Callable[[], Any] = lambda: None
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that the next owner may have: pinned for one that is gone."""
+        return 0 if self._kept is None or self._owner() is not None else len(self._kept.tensor)
+
     def take(self, num_bytes: int, owner: object) -> Tensor:
         """uint8 [num_bytes], pinned, of any content, for as long as `owner` lives.
 

@@ -1,0 +1,50 @@
+"""An allocation that fails, as one sentence: whatever library it fails in."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from longrun.errors import PlanError
+from longrun.units import format_bytes
+
+_SAYINGS = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed", "cannot allocate memory")
+_REMEDY = "end what else uses memory, raise the limit (ulimit -v, the container's), or ask for a smaller context"
+
+
+def is_failed_allocation(error: BaseException) -> bool:
+    """Whether `error` says that memory could not be had: torch's on CPU and GPU, Python's own, the system's."""
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(saying in str(error).lower() for saying in _SAYINGS)
+
+
+def allocation_sentence(error: BaseException, when: str) -> str:
+    """One sentence: that memory ran out `when`, how much was asked for where the error says so, and what to do."""
+    asked = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", str(error))
+    size = ""
+    if asked is not None:
+        size = f" ({format_bytes(int(asked[1])) if asked[1] else asked[2]} more were asked for)"
+    return f"memory ran out {when}{size}: {_REMEDY}"
+
+
+@contextmanager
+def failed_allocations(when: str) -> Iterator[None]:
+    """Raise an allocation that fails inside as PlanError.
+
+    Args:
+        when: what was being done, like "while the weights were loaded".
+
+    Raises:
+        PlanError: memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_failed_allocation(error):
+            raise
+        raise PlanError(allocation_sentence(error, when)) from error
