@@ -9,7 +9,6 @@ measurement has done is kept beside the folder, and the next one goes on from th
 from __future__ import annotations
 
 import gc
-import json
 import math
 import re
 from collections.abc import Callable
@@ -21,13 +20,15 @@ import torch
 
 from longrun.cache.host_memory import available_bytes
 from longrun.config import ModelConfig
-from longrun.errors import HeadMapError, InputError, PlanError
+from longrun.errors import HeadMapError, InputError, PlanError, shortened
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import model_fingerprint
+from longrun.model.tokenizer import has_tokenizer
 from longrun.paths import cache_dir
 from longrun.patterns.head_map import HeadMap
 from longrun.patterns.head_map_folder import CONFIG_FILE
 from longrun.units import format_bytes
+from longrun.user_files import read_object
 
 if TYPE_CHECKING:
     from longrun.patterns.identify_settings import IdentifyProgress
@@ -42,7 +43,6 @@ LEAST_CONTEXT = 448
 """A shorter one has hardly a token outside sinks and window."""
 
 _BASE_BYTES = {"cpu": 300 * 10**6, "cuda": 10**9}  # libraries' own, as roughly seen
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def auto_head_map(
         _check_kept(folder, config, model_fingerprint(model_dir, adapter))
         tell(AutoHeadMap(folder, kept=True))
         return folder
-    if not any((model_dir / name).exists() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(model_dir):
         raise InputError(
             f"head map auto reads a text, and {model_dir} has no tokenizer: add its files, or give a head map folder"
         )
@@ -181,15 +181,15 @@ def _check_kept(folder: Path, config: ModelConfig, fingerprint: str) -> None:
     try:
         head_map = HeadMap.load(folder)
         head_map.check_shape(config.num_layers, config.num_kv_heads)
-        made: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["identification"]
+        made: dict[str, Any] = read_object(folder / CONFIG_FILE, HeadMapError, "it is needed")["identification"]
         ranked = tuple(map(tuple, rank_scores(made["raw_scores"])))
         fault = None
         if made["model_fingerprint"] != fingerprint:
             fault = "it names another model"
         elif ranked != head_map.scores:
             fault = "its scores are not those that were measured"
-    except (HeadMapError, OSError, ValueError, KeyError, TypeError) as error:
-        fault = f"{type(error).__name__}: {error}" if not isinstance(error, HeadMapError) else str(error)
+    except (HeadMapError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fault = shortened(f"{type(error).__name__}: {error}" if not isinstance(error, HeadMapError) else error, 200)
     if fault is not None:
         raise HeadMapError(
             f"the head map kept in {folder} is damaged ({fault}): delete that folder to have it measured again"

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import difflib
 import math
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from longrun.errors import ConfigError, InputError
+from longrun.errors import ConfigError, InputError, short_path
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, PAGE_SIZES, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.units import parse_bytes
+from longrun.user_files import parse_toml, read_text
 
 _SECTIONS: dict[str, dict[str, str]] = {
     "memory": {"gpu": "gpu_bytes", "host": "host_bytes"},
@@ -111,21 +111,12 @@ class Budget:
                 f"budget {text!r} is neither a file nor a shipped budget: use one of "
                 f"{', '.join(names)}{_hint(text, names)}, or the path of a TOML file"
             )
-        try:
-            return cls.parse(path.read_text("utf-8"), text)
-        except OSError as error:
-            raise InputError(f"budget {text} cannot be read: {error.strerror or error}") from error
-        except UnicodeDecodeError:
-            raise InputError(f"budget {text} is not a text file: it must hold TOML in UTF-8") from None
+        return cls.parse(read_text(path, InputError, "a budget holds TOML in UTF-8"), short_path(text))
 
     @classmethod
     def parse(cls, text: str, source: str = "budget") -> Budget:
         """A budget from TOML text; `source` names it in messages. Raises ConfigError as `load` does."""
-        try:
-            data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            message = str(error).replace("at end of document", f"at line {len(text.splitlines())}, end of document")
-            raise ConfigError(f"{source} is not valid TOML: {message}") from None
+        data = parse_toml(text, source, ConfigError)
         fields: dict[str, Any] = {}
         for section, keys in data.items():
             known = _known_section(section, keys, source)

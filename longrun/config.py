@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from longrun.config_options import ConfigWarning, refuse_other_arithmetic, refuse_own_code, warnings_of
 from longrun.config_values import SUPPORTED_ROPE_TYPES, Values
-from longrun.errors import CheckpointError, ConfigError, quoted, shortened
+from longrun.errors import CheckpointError, ConfigError, quoted, short_path, shortened
 from longrun.user_files import read_object
 
 __all__ = ["SUPPORTED_ARCHITECTURES", "SUPPORTED_ROPE_TYPES", "ConfigWarning", "ModelConfig", "WeightSpec"]
@@ -151,19 +151,19 @@ class ModelConfig:
         if not os.path.isdir(path):
             what = "is a file" if os.path.exists(path) else "does not exist"
             raise CheckpointError(
-                f"model folder {shortened(path, 160)} {what}: give a folder with config.json and *.safetensors"
+                f"model folder {short_path(path)} {what}: give a folder with config.json and *.safetensors"
             )
         file = Path(path) / "config.json"
         if not os.path.isfile(file):
             raise CheckpointError(
-                f"model folder {shortened(path, 160)} holds no config.json: give a Hugging Face checkpoint folder"
+                f"model folder {short_path(path)} holds no config.json: give a Hugging Face checkpoint folder"
             )
         return cls.from_dict(read_object(file, CheckpointError, "fetch the checkpoint again"), str(file))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str) -> ModelConfig:
         """Config from the content of a config.json; `source` names it in errors. Raises as `from_dir`."""
-        architecture = _architecture(data, shortened(source, 160))
+        architecture = _architecture(data, short_path(source))
         model_type = SUPPORTED_ARCHITECTURES[architecture]
         refuse_own_code(data, source)
         values = Values({**_COMMON_DEFAULTS, **_FAMILY_DEFAULTS[model_type], **data}, source)

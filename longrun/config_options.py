@@ -10,7 +10,7 @@ import re
 from typing import Any, NamedTuple
 
 from longrun.config_values import Values
-from longrun.errors import CheckpointError, ConfigError, quoted, shortened
+from longrun.errors import CheckpointError, ConfigError, quoted, short_path, shortened
 
 
 class ConfigWarning(NamedTuple):
@@ -109,7 +109,7 @@ def refuse_own_code(data: dict[str, Any], source: str) -> None:
     """
     if data.get("auto_map"):
         raise CheckpointError(
-            f"{shortened(source, 160)} names code of its own (auto_map {quoted(data['auto_map'])}), and longrun never "
+            f"{short_path(source)} names code of its own (auto_map {quoted(data['auto_map'])}), and longrun never "
             f"runs code of a checkpoint: if the model needs none, remove auto_map from that file"
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from longrun.errors import ConfigError, quoted, shortened
+from longrun.errors import ConfigError, quoted, short_path
 
 # A table has a row or a column for each of these, so a count of a damaged file is refused before one is built. The
 # largest published model of these families has 126 layers, 128 heads and 16,384 channels.
@@ -52,7 +52,7 @@ class Values:
 
     def __init__(self, data: dict[str, Any], source: str) -> None:
         self.data = data
-        self.source = shortened(source, 160)
+        self.source = short_path(source)
 
     def fail(self, key: str, wanted: str) -> ConfigError:
         return ConfigError(f"{self.source}: {key} is {quoted(self.data.get(key))}, and must be {wanted}")

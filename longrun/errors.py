@@ -66,6 +66,11 @@ def shortened(text: object, limit: int = VALUE_LIMIT) -> str:
     return f"{line[: limit - 5 - tail]} ... {line[-tail:]}"
 
 
+def short_path(path: object) -> str:
+    """A path, or another name of a file, as it stands in a message: at most twice as long as a value."""
+    return shortened(path, 2 * VALUE_LIMIT)
+
+
 def quoted(value: object, limit: int = VALUE_LIMIT) -> str:
     """A value of any type as it stands in a message: its repr, cut to at most `limit` characters."""
     return shortened(_SHORT.repr(value), limit)

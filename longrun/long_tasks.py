@@ -7,7 +7,6 @@ model's chat template. The training samples of scripts/long_samples.py are writt
 
 from __future__ import annotations
 
-import json
 import lzma
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from longrun import long_words as words
 from longrun.errors import InputError
+from longrun.user_files import RESULTS_BYTES, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,9 +53,9 @@ class Corpus:
         """
         folder = Path(folder)
         try:
-            head = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))[split]
+            head = read_object(folder / "corpus.json", InputError, "make it again", RESULTS_BYTES)[split]
             data = lzma.decompress((folder / f"{split}.tokens.xz").read_bytes())
-        except (OSError, ValueError, KeyError, lzma.LZMAError) as error:
+        except (InputError, OSError, ValueError, KeyError, lzma.LZMAError) as error:
             raise InputError(f"{folder} holds no readable corpus ({error}): make it with make_long_data.py") from error
         tokens = np.frombuffer(data, dtype="<u2")
         lengths, kinds = head["lengths"], head["kinds"]

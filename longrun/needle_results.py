@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longrun.errors import InputError
+from longrun.user_files import RESULTS_BYTES, read_object
 
 RESULTS_FILE = "results.json"
 FORMAT = 1
@@ -44,10 +45,10 @@ class SweepResults:
         if force or not path.exists():
             return cls(folder, {"format": FORMAT, "settings": settings}, [])
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_object(path, InputError, "it holds no results", RESULTS_BYTES)
             cells, earlier = found.pop("cells"), found["settings"]
             results = cls(folder, found, cells)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (InputError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path} cannot be read as a needle sweep's results: use another --out, or --force to start over"
             ) from error

@@ -41,6 +41,7 @@ from longrun.patterns.head_map import HeadMap
 from longrun.planted_tokenizer import BOS_ID, EOS_ID, UNK_ID, build_vocabulary, cue_words, write_tokenizer
 from longrun.planted_weights import NUM_OFFSETS, NUM_SLOTS, RMS_NORM_EPS, PlantedHeads, PlantedShape, PlantedWeights
 from longrun.shard_writer import write_shards
+from longrun.user_files import read_object
 
 NOTE = "planted model: retrieves by construction, tests machinery, never model quality"
 HEAD_MAP_FOLDER = "head_map"
@@ -162,10 +163,10 @@ def make_planted_model(
 def is_planted(model_dir: str | Path) -> bool:
     """Whether a checkpoint folder says in its config.json that it was planted."""
     try:
-        config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_object(Path(model_dir) / "config.json", CheckpointError, "fetch it again")
+    except CheckpointError:
         return False
-    return isinstance(config, dict) and config.get("longrun_planted") is True
+    return config.get("longrun_planted") is True
 
 
 def plan_head_map(shape: PlantedShape, heads: PlantedHeads, seed: int, sink_size: int, recent_size: int) -> HeadMap:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,13 +17,13 @@ from longrun.backend import Parts, build_engine
 from longrun.budget import Budget
 from longrun.cache.pinned_pool import PinnedMemory
 from longrun.config import ModelConfig
-from longrun.errors import CheckpointError, InputError
+from longrun.errors import InputError
 from longrun.head_map_check import other_model_notices
 from longrun.kernels.cpu_int4 import CpuInt4Kernels, KernelUnavailable
 from longrun.memory_checks import check_free_memory
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import load_decoder, model_fingerprint
-from longrun.model.rope import RopeParameters, RotaryTable
+from longrun.model.folder import ModelFolder, check_folder
 from longrun.model_bytes import TOKEN_SLICES
 from longrun.paths import cache_dir
 from longrun.patterns.head_map import HeadMap, HeadSplit
@@ -34,8 +33,6 @@ from longrun.store import SavedSession, SessionIdentity
 from longrun.units import parse_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from longrun.kernels.gpu_kernels import GpuKernels
 
 
@@ -117,12 +114,13 @@ def load(
             gpu_kernels=compiled_kernels,
         )  # fmt: skip
 
-    auto_notices = []
+    checked, auto_notices = None, []
     if isinstance(head_map, str) and head_map == "auto":
         if retrieval_ratio is None:
             retrieval_ratio = DEFAULT_RATIO if limits.retrieval_ratio is None else limits.retrieval_ratio
         if not kept_folder(folder, lora).exists():  # what does not fit is refused before the map is measured
             plan_for(choose_split(config, limits, None, retrieval_ratio, assume=True))
+        checked = check_folder(folder, config, lora)
         head_map = auto_head_map(folder, device_type, on_head_map, lora)
         if on_head_map is None:
             auto_notices.append(f"head map auto was measured on this model and is kept in {head_map}")
@@ -131,10 +129,11 @@ def load(
     if on_plan is not None:
         on_plan(plan)
     check_free_memory(plan)
+    checked = checked or check_folder(folder, config, lora)
     given = head_map is not None and head_map != "full"
     notices = [*plan.warnings, *(chosen.notes if given else ()), *auto_notices]
     with failed_allocations("while the model was loaded"):
-        return Runtime(folder, config, limits, chosen, plan, device_share, compiled_kernels, notices, on_pin, lora)
+        return Runtime(checked, limits, chosen, plan, device_share, compiled_kernels, notices, on_pin)
 
 
 class Runtime:
@@ -150,11 +149,12 @@ class Runtime:
     """
 
     def __init__(
-        self, folder: Path, config: ModelConfig, budget: Budget, chosen: Any, plan: Plan, device_share: float,
+        self, checked: ModelFolder, budget: Budget, chosen: ChosenSplit, plan: Plan, device_share: float,
         compiled_kernels: bool, notices: list[str], on_pin: Callable[[int, int], None] | None = None,
-        adapter: Adapter | None = None,
     ) -> None:  # fmt: skip
+        folder, config, adapter = checked.path, checked.config, checked.adapter
         self.model_dir, self.config, self.plan = folder, config, plan
+        self.tokenizer, self.eos_token_ids = checked.tokenizer, checked.eos_token_ids
         self.split: HeadSplit = chosen.split
         self.notices = notices
         self._budget, self._chosen, self._device_share = budget, chosen, device_share
@@ -172,15 +172,12 @@ class Runtime:
             adapter,
         )  # fmt: skip
         _return_freed_memory(self._device)
-        rope = RopeParameters.from_dir(folder)
-        if adapter is not None:
-            rope = adapter.adapted_rope(rope)
-        rotary_host = RotaryTable(rope, config.head_dim)
-        rotary = rotary_host if plan.device_type == "cpu" else RotaryTable(rope, config.head_dim, self._device)
+        rotary_host = checked.rotary
+        rotary = rotary_host if plan.device_type == "cpu" else rotary_host.to(self._device)
         pinned = PinnedMemory(on_pin) if plan.device_type == "cuda" else None
         self._parts = Parts(decoder, rotary, rotary_host, cpu_kernels, gpu_kernels, pinned)
-        self.tokenizer = self._load_tokenizer()
-        self.eos_token_ids = _eos_token_ids(folder)
+        if self.tokenizer is None:
+            self.notices.append(f"{folder} has no tokenizer: only token ids can be used")
         fingerprint = model_fingerprint(folder, adapter)
         self.notices += other_model_notices(chosen.head_map, fingerprint, folder, adapter and adapter.folder)
         self._identity = SessionIdentity(
@@ -198,20 +195,6 @@ class Runtime:
         except KernelUnavailable as error:
             self.notices.append(f"compiled CPU kernels are off ({error}): plain torch is used, which decodes slower")
             return None
-
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        if not any((self.model_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            self.notices.append(f"{self.model_dir} has no tokenizer: only token ids can be used")
-            return None
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(str(self.model_dir), local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise CheckpointError(
-                f"the tokenizer in {self.model_dir} cannot be loaded ({' '.join(str(error).split())[:200]}): restore "
-                f"the folder's tokenizer files"
-            ) from error
 
     def new_session(self, capacity: int | str | None = None) -> Session:
         """An empty session; its cache is allocated now, and nothing grows afterwards.
@@ -278,20 +261,3 @@ def _return_freed_memory(device: torch.device) -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _eos_token_ids(folder: Path) -> frozenset[int]:
-    """End-of-sequence ids: generation_config.json, else config.json; empty where neither names one."""
-    from transformers import GenerationConfig
-
-    ids: Any = None
-    if (folder / "generation_config.json").exists():
-        try:
-            ids = GenerationConfig.from_pretrained(str(folder), local_files_only=True).eos_token_id
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{folder / 'generation_config.json'} cannot be read: {error}") from error
-    if ids is None:
-        ids = json.loads((folder / "config.json").read_text()).get("eos_token_id")
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)

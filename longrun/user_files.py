@@ -12,10 +12,13 @@ import tomllib
 from pathlib import Path
 from typing import Any, NoReturn
 
-from longrun.errors import LongrunError, quoted, shortened
+from longrun.errors import LongrunError, quoted, short_path, shortened
 
 MAX_BYTES = 16 * 2**20
 """Of a file of settings. The index of the largest checkpoint of these families has 0.1 MB, a header 0.2 MB."""
+
+RESULTS_BYTES = 2**30
+"""Of a file of results that longrun wrote itself and adds to."""
 
 MAX_DEPTH = 64
 """Levels of objects and lists."""
@@ -58,9 +61,9 @@ def read_text(path: str | Path, error: type[LongrunError], advice: str, limit: i
         _refuse(path, error, f"it is not a text file in UTF-8, at byte {fault.start:,}", advice)
 
 
-def read_object(path: str | Path, error: type[LongrunError], advice: str) -> dict[str, Any]:
+def read_object(path: str | Path, error: type[LongrunError], advice: str, limit: int = MAX_BYTES) -> dict[str, Any]:
     """The JSON object that a file holds. Raises as `read_bytes` and `parse_object`."""
-    return parse_object(read_text(path, error, advice), str(path), error, advice)
+    return parse_object(read_text(path, error, advice, limit), str(path), error, advice)
 
 
 def parse_object(
@@ -109,7 +112,7 @@ def parse_toml(text: str, source: str, error: type[LongrunError]) -> dict[str, A
 
 
 def _refuse(source: str | Path, error: type[LongrunError], why: str, advice: str) -> NoReturn:
-    raise error(f"{shortened(source, 160)} cannot be used ({shortened(why, 160)}): {advice}") from None
+    raise error(f"{short_path(source)} cannot be used ({shortened(why, 160)}): {advice}") from None
 
 
 def _whole(digits: str) -> int:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longrun.errors import HeadMapError
+from longrun.errors import HeadMapError, quoted, short_path
 from longrun.patterns.head_split import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, check_window
+from longrun.user_files import read_object, read_text
 
 SCORES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
@@ -45,8 +46,8 @@ def read_scores(folder: Path) -> list[list[float]]:
     Raises:
         HeadMapError: a missing folder or file, or a cell that is not a number (row and column named, from 1).
     """
-    if not folder.is_dir():
-        raise HeadMapError(f"head map {folder} is not a folder: give a folder that holds {SCORES_FILE}")
+    if not os.path.isdir(folder):
+        raise HeadMapError(f"head map {short_path(folder)} is not a folder: give a folder that holds {SCORES_FILE}")
     path = folder / SCORES_FILE
     rows = []
     for row_number, line in enumerate(_read_text(path).rstrip().splitlines(), start=1):
@@ -89,16 +90,11 @@ def write_folder(
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+    if not os.path.exists(path):
         raise HeadMapError(
-            f"head map {path.parent} has no {path.name}: give a folder in DuoAttention's format"
-        ) from None
-    except UnicodeDecodeError:
-        raise HeadMapError(f"{path} is not a text file: it must hold UTF-8 text") from None
-    except OSError as error:
-        raise HeadMapError(f"{path} cannot be read: {error.strerror or error}") from error
+            f"head map {short_path(path.parent)} has no {path.name}: give a folder in DuoAttention's format"
+        )
+    return read_text(path, HeadMapError, "give a head map of DuoAttention's format")
 
 
 def _number(cell: str, path: Path, row_number: int, column: int) -> float:
@@ -106,7 +102,8 @@ def _number(cell: str, path: Path, row_number: int, column: int) -> float:
         return float(cell)
     except ValueError:
         raise HeadMapError(
-            f"{path}: row {row_number}, column {column} is {cell!r}, not a number: rows are floats separated by tabs"
+            f"{short_path(path)}: row {row_number}, column {column} is {quoted(cell)}, not a number: rows are floats "
+            f"separated by tabs"
         ) from None
 
 
@@ -152,15 +149,9 @@ def read_origin(folder: Path) -> HeadMapOrigin | None:
 def _read_config(folder: Path) -> dict[str, Any] | None:
     """The object in `config.json`, or None where there is no such file."""
     path = folder / CONFIG_FILE
-    if not path.exists():
+    if not os.path.exists(path):
         return None
-    try:
-        data = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise HeadMapError(f"{path} is not valid JSON: line {error.lineno}: {error.msg}") from None
-    if not isinstance(data, dict):
-        raise HeadMapError(f"{path} holds no JSON object: it needs sink_size and recent_size")
-    return data
+    return read_object(path, HeadMapError, "it needs an object with sink_size and recent_size")
 
 
 def _write_synced(path: Path, text: str) -> None:

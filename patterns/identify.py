@@ -33,19 +33,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longrun.config import ModelConfig
 from longrun.documents import read_document
-from longrun.errors import CheckpointError, HeadMapError, InputError
+from longrun.errors import CheckpointError, HeadMapError, InputError, LongrunError, short_path, shortened
 from longrun.model.adapter import Adapter
 from longrun.model.adapter_merge import load_merged
 from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
+from longrun.model.tokenizer import load_tokenizer
 from longrun.needles import generate_sentences
 from longrun.patterns.head_map import HeadMap
 from longrun.patterns.head_map_folder import CONFIG_FILE, IDENTIFICATION, SCORES_FILE
 from longrun.patterns.identify_checkpoint import Checkpoint
 from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, OnProgress
+from longrun.user_files import read_object
 
 __all__ = ["Checkpoint", "IdentifyProgress", "IdentifySettings", "MethodResult", "OnProgress", "identify"]
 
@@ -125,26 +127,6 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
     return head_map
 
 
-def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder.
-
-    Raises:
-        CheckpointError: the folder has none, or it cannot be loaded.
-    """
-    if not any((Path(model_dir) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise CheckpointError(
-            f"{model_dir} has no tokenizer, which is needed to turn text into tokens: put the model's tokenizer files "
-            f"there"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            f"the tokenizer in {model_dir} cannot be loaded ({' '.join(str(error).split())[:200]}): restore the "
-            f"folder's tokenizer files"
-        ) from error
-
-
 def load_model(settings: IdentifySettings, attn_implementation: str) -> PreTrainedModel:
     """The model, its adapter merged, in `settings.dtype` on `settings.device`, frozen and in eval mode.
 
@@ -160,9 +142,11 @@ def load_model(settings: IdentifySettings, attn_implementation: str) -> PreTrain
                 dtype=getattr(torch, settings.dtype),
                 attn_implementation=attn_implementation,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except LongrunError:
+        raise
+    except Exception as error:  # the library raises what it likes
         raise CheckpointError(
-            f"transformers cannot load {settings.model_dir} ({' '.join(str(error).split())[:200]}): check the folder"
+            f"transformers cannot load {short_path(settings.model_dir)} ({shortened(error, 200)}): check the folder"
         ) from error
     return model.to(settings.device).eval().requires_grad_(False)
 
@@ -223,9 +207,9 @@ def _finished(out: Path, deciding: Mapping[str, Any], force: bool) -> HeadMap | 
     if force or not (out / SCORES_FILE).is_file():
         return None
     try:
-        saved = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))[IDENTIFICATION]
+        saved = read_object(out / CONFIG_FILE, HeadMapError, "give a new folder with --out")[IDENTIFICATION]
         same = all(saved.get(key) == value for key, value in json.loads(json.dumps(deciding)).items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (HeadMapError, KeyError, TypeError, AttributeError):
         same = False
     if not same:
         raise HeadMapError(f"{out} holds another head map: give a new folder with --out, or overwrite with --force")

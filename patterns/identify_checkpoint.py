@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longrun.errors import InputError
+from longrun.errors import InputError, shortened
+from longrun.user_files import parse_object, read_object
 
 _SETTINGS = "settings.json"
 _STATE = "state.safetensors"
@@ -76,10 +77,14 @@ class Checkpoint:
             return None
         try:
             with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {})[_FACTS])
-                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            advice = f"delete {self.folder} to start again"
+            return tensors, parse_object(metadata[_FACTS], f"{_FACTS} of {path}", InputError, advice)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise InputError(f"{path} is damaged ({error}): delete {self.folder} to start again") from error
+            raise InputError(
+                f"{path} is damaged ({shortened(error, 160)}): delete {self.folder} to start again"
+            ) from error
 
     def remove(self) -> None:
         """Drop the folder: the map is written, or other settings take over."""
@@ -90,18 +95,17 @@ class Checkpoint:
         if not path.exists():
             return
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            saved = read_object(path, InputError, f"delete {self.folder} to start again")
+        except InputError:
             if force:
                 self.remove()
                 return
-            raise InputError(f"{path} cannot be read ({error}): delete {self.folder} to start again") from error
+            raise
         if saved == self._deciding:
             return
         if force:
             self.remove()
             return
-        saved = saved if isinstance(saved, dict) else {}
         differing = [key for key in {**saved, **self._deciding} if saved.get(key) != self._deciding.get(key)]
         shown = ", ".join(
             f"{key} {_short(saved.get(key))} there, {_short(self._deciding.get(key))} here" for key in differing

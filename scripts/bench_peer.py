@@ -81,7 +81,11 @@ class Transformers:
 
         self.new_tokens = new_tokens
         self.model = AutoModelForCausalLM.from_pretrained(
-            str(model_dir), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+            str(model_dir),
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
         ).eval()
 
     @torch.inference_mode()

@@ -33,7 +33,11 @@ class TransformersPeer:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(
-            str(model_dir), dtype=self.dtype, attn_implementation="sdpa", local_files_only=True
+            str(model_dir),
+            dtype=self.dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
         ).eval()
         self.model.to(self.device)
         return {}

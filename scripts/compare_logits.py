@@ -22,7 +22,9 @@ from rich.console import Console
 
 import longrun
 from longrun.cli import run
-from longrun.errors import InputError
+from longrun.config import ModelConfig
+from longrun.errors import CheckpointError, InputError
+from longrun.model.tokenizer import load_tokenizer
 from longrun.needles import Haystack, build_prompt, make_needles
 from longrun.planted import NOTE, is_planted
 from longrun.quant.kv_format import KV_FORMATS
@@ -59,14 +61,12 @@ def make_ids(args: argparse.Namespace) -> torch.Tensor:
     Raises:
         InputError: needle text is asked of a model without a tokenizer.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     if args.text == "random":
-        vocab_size = AutoConfig.from_pretrained(str(args.model), local_files_only=True).vocab_size
+        vocab_size = ModelConfig.from_dir(args.model).vocab_size
         return torch.randint(0, vocab_size, (args.tokens,), generator=torch.Generator().manual_seed(args.seed))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(args.model), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = load_tokenizer(args.model)
+    except CheckpointError as error:
         raise InputError(f"model folder {args.model} has no tokenizer to make text with: use --text random") from error
     prompt = build_prompt(tokenizer, Haystack.generated(args.seed), make_needles(3, args.seed), args.tokens, 0.5)
     question = prompt.questions[0]
@@ -81,7 +81,7 @@ def reference_logits(
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        str(model_dir), dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        str(model_dir), dtype=dtype, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
     ).eval()  # fmt: skip
     model.to(device)
     hidden = model.get_decoder()(token_ids[None].to(device), use_cache=False).last_hidden_state[0]

@@ -29,6 +29,7 @@ from longrun.cli import run
 from longrun.errors import InputError
 from longrun.long_tasks import Corpus
 from longrun.model.choice import choose_model
+from longrun.model.tokenizer import load_tokenizer
 from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
 
@@ -104,7 +105,6 @@ def read_bases(text: str | None) -> list[float | None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; status 0. Raises `LongrunError` on bad input."""
-    from transformers import AutoTokenizer
 
     arguments = parse_arguments(argv)
     choice = choose_model(arguments.model, arguments.adapter)
@@ -118,9 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     distances = [parse_tokens(text, "--distances") for text in arguments.distances.split(",")]
     corpus = Corpus.read(arguments.data, "held_out")
     bases = read_bases(arguments.rope_theta)
-    writer = SampleWriter(
-        AutoTokenizer.from_pretrained(str(choice.model_dir), local_files_only=True), AnswerWeights(1, 1, 1, 1)
-    )
+    writer = SampleWriter(load_tokenizer(choice.model_dir), AnswerWeights(1, 1, 1, 1))
     samples = [writer.training_sample(corpus, arguments.seed, number, length) for number in range(arguments.samples)]
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

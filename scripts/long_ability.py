@@ -12,6 +12,7 @@ from long_chat import TEST_PROMPTS
 from long_lora import LoraModel
 
 from longrun.long_tasks import Corpus
+from longrun.model.tokenizer import load_tokenizer
 
 WINDOW = 4096
 
@@ -25,8 +26,6 @@ def short_texts(
         windows: texts of 4,096 tokens for the perplexity; 0 leaves it out.
         chat_tokens: the most tokens of an answer; 0 leaves the answers out.
     """
-    from transformers import AutoTokenizer
-
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     lora = LoraModel.from_adapter(model_dir, adapter, dtype, device)
     found: dict[str, Any] = {}
@@ -35,7 +34,7 @@ def short_texts(
         found["perplexity_4k"] = {"original": before, "adapted": after, "ratio": after / before}
         print(f"perplexity at 4K: original {before:.3f}, adapted {after:.3f} ({after / before - 1:+.2%})", flush=True)
     if chat_tokens:
-        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
+        tokenizer = load_tokenizer(model_dir)
         found |= chat_answers(lora, tokenizer, chat_tokens)
         (same, tokens), (begun, prompts) = found["chat_agreement"], found["chat_begins_alike"]
         print(f"chat: {same} of {tokens} tokens and {begun} of {prompts} first tokens as the original", flush=True)

@@ -54,12 +54,17 @@ class LoraModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.settings = settings
-        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
         original = type(config).from_dict(config.to_dict())
         config.rope_parameters = {**config.rope_parameters, "rope_theta": float(settings["rope_theta"])}
         config.max_position_embeddings = settings["max_position_embeddings"]
         self.model = AutoModelForCausalLM.from_pretrained(
-            str(model_dir), config=config, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+            str(model_dir),
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
         ).to(device)
         self.model.requires_grad_(False)
         rotary = self.model.model.rotary_emb

@@ -296,11 +296,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build(out: Path, cache: Path, model: Path | None, sources: Sequence[Source]) -> None:
     """Fetch, read, split, tokenize and write."""
-    from transformers import AutoTokenizer
-
     from longrun.model.demo import demo_model_dir
+    from longrun.model.tokenizer import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(model or demo_model_dir()), local_files_only=True)
+    tokenizer = load_tokenizer(model or demo_model_dir())
     tokens: dict[str, io.BytesIO] = {split: io.BytesIO() for split in ("train", "held_out")}
     head: dict[str, dict[str, list]] = {split: {"lengths": [], "kinds": []} for split in tokens}
     manifest = []

@@ -45,6 +45,7 @@ from longrun.cli import run
 from longrun.errors import InputError
 from longrun.long_tasks import Corpus
 from longrun.model.checkpoint import weights_fingerprint
+from longrun.model.tokenizer import load_tokenizer
 
 STOPPED = 3  # exit status: stopped before the end, the same command goes on
 
@@ -61,7 +62,6 @@ class Trainer:
         Raises:
             InputError: a batch that the processes cannot share, or `out` is of a run with other settings.
         """
-        from transformers import AutoTokenizer
 
         recipe.check_world(ranks.world)
         self.out, self.recipe, self.ranks, self.device = out, recipe, ranks, ranks.device
@@ -74,7 +74,7 @@ class Trainer:
             "data": hashlib.sha256((data / "train.tokens.xz").read_bytes()).hexdigest(),
             "start_from": None if start_from is None else start_from.name,
         }
-        self.tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
+        self.tokenizer = load_tokenizer(model_dir)
         weights = AnswerWeights(*(numbers[f"{key}_weight"] for key in ("first", "rest", "around", "first_turn")))
         self.writer = SampleWriter(self.tokenizer, weights)
         pad = self.tokenizer.pad_token_id

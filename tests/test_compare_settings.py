@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
     ("text", "said"),
     [
         ("", r"must hold \[\[row\]\]"),
-        ("[[row]", "is not TOML"),
+        ("[[row]", "is not valid TOML"),
         ("x = 1\n[[row]]\nname = 'a'", r"must hold \[\[row\]\]"),
         ("[[row]]\nkv = 'int4'", "row 1 has no name"),
         ("[[row]]\nname = 'a'\nratio = 0.5", "ratio is unknown"),

@@ -12,9 +12,10 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 
 from longrun.errors import InputError
+from longrun.model.tokenizer import load_tokenizer
 from longrun.needles import generate_sentences
 from longrun.patterns.head_map import HeadMap
-from longrun.patterns.identify import MethodResult, identify, load_model, load_tokenizer, read_text
+from longrun.patterns.identify import MethodResult, identify, load_model, read_text
 from longrun.patterns.identify_checkpoint import Checkpoint
 from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings
 from longrun.patterns.reconstruction import ATTN_IMPLEMENTATION, identify_reconstruction, longest_context

@@ -96,3 +96,18 @@ def edit_config(folder: Path, **changes: Any) -> None:
         else:
             data[key] = value
     file.write_text(json.dumps(data))
+
+
+def save_tokenizer(folder: Path, vocab_size: int = 97) -> None:
+    """A tokenizer of single characters beside a tiny model: BOS 0, EOS 1, unknown 2; whatever is text comes back."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = [chr(code) for code in range(32, 127)][: vocab_size - 3]
+    vocab = {token: number for number, token in enumerate(["<s>", "</s>", "<unk>", *letters])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)

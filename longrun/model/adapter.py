@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor
 
 from longrun.config import ModelConfig
-from longrun.errors import CheckpointError
+from longrun.config_values import is_number
+from longrun.errors import CheckpointError, quoted, short_path, shortened
 from longrun.model.rope import RopeParameters
 from longrun.model.safetensors_file import StoredTensor, read_header
+from longrun.user_files import read_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -83,12 +86,13 @@ class Adapter:
         path = Path(path)
         folder = path.parent if path.name == WEIGHTS_FILE else path
         for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
+            if not os.path.isfile(folder / name):
                 raise CheckpointError(
-                    f"adapter folder {folder} holds no {name}: give a folder that peft (or train_long.py) wrote"
+                    f"adapter folder {short_path(folder)} holds no {name}: give a folder that peft (or train_long.py) "
+                    f"wrote"
                 )
-        source = folder / CONFIG_FILE
-        settings = _read_json(source)
+        settings = read_object(folder / CONFIG_FILE, CheckpointError, "fetch the adapter again")
+        source = short_path(folder / CONFIG_FILE)
         _refuse_variants(settings, source)
         rank = _number(settings, "r", source, whole=True)
         if rank > MAX_RANK:
@@ -97,23 +101,28 @@ class Adapter:
         targets = _targets(settings, source)
         own = settings.get("longrun") or {}
         if not isinstance(own, dict):
-            raise CheckpointError(f"{source}: longrun is {own!r}, and must be an object")
+            raise CheckpointError(f"{source}: longrun is {quoted(own)}, and must be an object")
         unknown = set(own) - {"rope_theta", "max_position_embeddings", "base_weights", "notes"}
         if unknown:
-            raise CheckpointError(f"{source}: longrun holds the unknown key {sorted(unknown)[0]}: remove it")
+            raise CheckpointError(f"{source}: longrun holds the unknown key {shortened(sorted(unknown)[0])}: remove it")
+        base_weights = own.get("base_weights")
+        if base_weights is not None and not isinstance(base_weights, str):
+            raise CheckpointError(
+                f"{source}: base_weights is {quoted(base_weights)}, and must be a fingerprint or null"
+            )
         return cls(
             folder=folder,
             rank=rank,
             scale=scale,
             targets=targets,
             pairs=_find_pairs(folder / WEIGHTS_FILE, config, targets, rank),
-            rope_theta=None if own.get("rope_theta") is None else float(_number(own, "rope_theta", source)),
+            rope_theta=None if own.get("rope_theta") is None else float(_number(own, "rope_theta", source, most=1e38)),
             max_position_embeddings=(
                 None
                 if own.get("max_position_embeddings") is None
                 else _number(own, "max_position_embeddings", source, whole=True)
             ),
-            base_weights=own.get("base_weights"),
+            base_weights=base_weights,
         )
 
     def adapted_config(self, config: ModelConfig) -> ModelConfig:
@@ -167,61 +176,57 @@ def _read(stored: StoredTensor, rows: slice, device: torch.device) -> Tensor:
     return target.to(device, torch.float32)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON ({error}): fetch the adapter again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} holds no JSON object: fetch the adapter again")
-    return data
-
-
-def _number(data: dict[str, Any], key: str, source: Path, whole: bool = False) -> Any:
+def _number(data: dict[str, Any], key: str, source: str, whole: bool = False, most: float = 1e9) -> Any:
     value = data.get(key)
-    kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
-        raise CheckpointError(f"{source}: {key} is {value!r}, and must be a {'whole ' if whole else ''}number above 0")
+    if not is_number(value) or (whole and not isinstance(value, int)) or not 0 < value <= most:
+        raise CheckpointError(
+            f"{source}: {key} is {quoted(value)}, and must be a {'whole ' if whole else ''}number above 0, of at most "
+            f"{most:g}"
+        )
     return value
 
 
-def _targets(settings: dict[str, Any], source: Path) -> tuple[str, ...]:
+def _targets(settings: dict[str, Any], source: str) -> tuple[str, ...]:
     names = settings.get("target_modules")
     if names == "all-linear":
         return TARGETS
     if not isinstance(names, list) or not names or any(name not in TARGETS for name in names):
         raise CheckpointError(
-            f"{source}: target_modules is {names!r}, and must be a list of names out of {', '.join(TARGETS)}"
+            f"{source}: target_modules is {quoted(names)}, and must be a list of names out of {', '.join(TARGETS)}"
         )
     return tuple(name for name in TARGETS if name in names)
 
 
-def _refuse_variants(settings: dict[str, Any], source: Path) -> None:
+def _refuse_variants(settings: dict[str, Any], source: str) -> None:
     """Everything but plain LoRA, and every key that is not known and not empty, is refused by name."""
     if settings.get("peft_type") != "LORA":
-        raise CheckpointError(f"{source}: peft_type is {settings.get('peft_type')!r}: only LORA adapters are supported")
+        raise CheckpointError(
+            f"{source}: peft_type is {quoted(settings.get('peft_type'))}: only LORA adapters are supported"
+        )
     for key, value in settings.items():
         if not value or (key == "bias" and value == "none"):
             continue
         if key in _VARIANTS:
             raise CheckpointError(
-                f"{source}: {key} {value!r} ({_VARIANTS[key]}) is not supported: merge the adapter with peft and load "
-                f"the merged checkpoint"
+                f"{source}: {key} {quoted(value)} ({_VARIANTS[key]}) is not supported: merge the adapter with peft "
+                f"and load the merged checkpoint"
             )
         if key == "init_lora_weights" and value not in (True, "gaussian"):
             raise CheckpointError(
-                f"{source}: init_lora_weights {value!r} changes the base weights, which is not supported: merge the "
-                f"adapter with peft and load the merged checkpoint"
+                f"{source}: init_lora_weights {quoted(value)} changes the base weights, which is not supported: merge "
+                f"the adapter with peft and load the merged checkpoint"
             )
         if key not in _READ and key not in _NEUTRAL:
-            raise CheckpointError(f"{source}: key {key} ({value!r}) is not known here, so its effect would be lost")
+            raise CheckpointError(
+                f"{source}: key {shortened(key)} ({quoted(value)}) is not known here, so its effect would be lost"
+            )
 
 
 def _find_pairs(
     file: Path, config: ModelConfig, targets: tuple[str, ...], rank: int
 ) -> dict[str, tuple[StoredTensor, StoredTensor]]:
     """A and B of every adapted weight, after checking that the file holds exactly these."""
-    tensors = read_header(file)
+    tensors, where = read_header(file), short_path(file)
     pairs = {}
     for spec in config.weights():
         module = spec.name.removesuffix(".weight")
@@ -233,11 +238,11 @@ def _find_pairs(
             name = f"{_PREFIX}{module}.{part}.weight"
             tensor = tensors.pop(name, None)
             if tensor is None:
-                raise CheckpointError(f"{file} lacks tensor {name}, which {CONFIG_FILE} calls for: fetch it again")
+                raise CheckpointError(f"{where} lacks tensor {name}, which {CONFIG_FILE} calls for: fetch it again")
             if tensor.shape != shape:
                 raise CheckpointError(
-                    f"{file}: tensor {name} has shape {list(tensor.shape)} where model and {CONFIG_FILE} call for "
-                    f"{list(shape)}: this adapter belongs to another model"
+                    f"{where}: tensor {name} has shape {quoted(list(tensor.shape))} where model and {CONFIG_FILE} "
+                    f"call for {list(shape)}: this adapter belongs to another model"
                 )
             _ = tensor.torch_dtype  # refuses what no weight comes in
             pair.append(tensor)
@@ -245,7 +250,7 @@ def _find_pairs(
     if tensors:
         more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
         raise CheckpointError(
-            f"{file} holds tensor {min(tensors)}{more}, which model and {CONFIG_FILE} have no place for: this adapter "
-            f"belongs to another model"
+            f"{where} holds tensor {shortened(min(tensors))}{more}, which model and {CONFIG_FILE} have no place for: "
+            f"this adapter belongs to another model"
         )
     return pairs

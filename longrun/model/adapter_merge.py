@@ -34,12 +34,14 @@ def load_merged(model_dir: str | Path, adapter: Adapter | None, **options: Any) 
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True)
+    config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
     if adapter is not None:
         rope = adapter.adapted_rope(RopeParameters.from_dir(model_dir))
         config.rope_parameters = dict(rope.values)
         config.max_position_embeddings = rope.max_position_embeddings
-    model = AutoModelForCausalLM.from_pretrained(str(model_dir), config=config, local_files_only=True, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(model_dir), config=config, local_files_only=True, trust_remote_code=False, **options
+    )
     if adapter is not None:
         merge_weights(model, model_dir, adapter)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longrun.config import ModelConfig
-from longrun.errors import CheckpointError
+from longrun.errors import CheckpointError, quoted, short_path, shortened
 from longrun.model.adapter import Adapter
 from longrun.model.decoder import Decoder, DecoderKernels, DecoderLayer
 from longrun.model.rope import RopeParameters
@@ -19,6 +20,7 @@ from longrun.model.safetensors_file import StoredTensor, read_header
 from longrun.model_bytes import TOKEN_SLICE
 from longrun.quant.linear import QuantLinear
 from longrun.quant.weight_format import compute_itemsize
+from longrun.user_files import read_object
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -87,15 +89,18 @@ def find_tensors(model_dir: str | Path, config: ModelConfig) -> dict[str, Stored
     for file in _weight_files(folder):
         for name, tensor in read_header(file).items():
             if name in tensors:
-                raise CheckpointError(f"{file} and {tensors[name].file.name} both hold tensor {name}: remove one")
+                raise CheckpointError(
+                    f"{short_path(file)} and {shortened(tensors[name].file.name)} both hold tensor "
+                    f"{shortened(name)}: remove one"
+                )
             tensors[name] = tensor
 
     wanted = {spec.name: spec.shape for spec in config.weights()}
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise CheckpointError(
-            f"checkpoint {folder} lacks tensor {missing[0]}{_and_more(missing)}, which config.json calls for: "
-            f"fetch it again or correct config.json"
+            f"checkpoint {short_path(folder)} lacks tensor {missing[0]}{_and_more(missing)}, which config.json calls "
+            f"for: fetch it again or correct config.json"
         )
     allowed = dict(wanted)
     if config.tie_word_embeddings:
@@ -103,14 +108,17 @@ def find_tensors(model_dir: str | Path, config: ModelConfig) -> dict[str, Stored
     extra = [name for name in tensors if name not in allowed and not name.endswith(".rotary_emb.inv_freq")]
     if extra:
         raise CheckpointError(
-            f"{tensors[extra[0]].file} holds tensor {extra[0]}{_and_more(extra)}, which a {config.architecture} of "
-            f"this config.json does not have: correct config.json or use another checkpoint"
+            f"{short_path(tensors[extra[0]].file)} holds tensor {shortened(extra[0])}{_and_more(extra)}, which a "
+            f"{config.architecture} of this config.json does not have: correct config.json or use another checkpoint"
         )
     for name, shape in allowed.items():
-        if name in tensors and tensors[name].shape != shape:
+        if name not in tensors:
+            continue
+        _ = tensors[name].torch_dtype  # refuses what no weight comes in
+        if tensors[name].shape != shape:
             raise CheckpointError(
-                f"{tensors[name].file}: tensor {name} has shape {list(tensors[name].shape)} where config.json calls "
-                f"for {list(shape)}: correct config.json or fetch the checkpoint again"
+                f"{short_path(tensors[name].file)}: tensor {name} has shape {quoted(list(tensors[name].shape))} where "
+                f"config.json calls for {list(shape)}: correct config.json or fetch the checkpoint again"
             )
     return tensors
 
@@ -166,28 +174,40 @@ def _digest_tensors(digest: hashlib._Hash, tensors: dict[str, StoredTensor], con
 
 def _weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards that model.safetensors.index.json names."""
+    name = short_path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"model folder {folder} does not exist: give a folder with config.json and *.safetensors")
+        raise CheckpointError(f"model folder {name} does not exist: give a folder with config.json and *.safetensors")
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     index = folder / _INDEX
     if not index.is_file():
+        shards = sorted(file.name for file in folder.glob("*.safetensors"))
+        if shards:
+            raise CheckpointError(
+                f"model folder {name} holds {shortened(shards[0])}{_and_more(shards)} but no {_INDEX}, which says what "
+                f"belongs together: fetch that file, too"
+            )
         other = sorted(file.name for pattern in ("*.bin", "*.pth", "*.gguf") for file in folder.glob(pattern))
-        found = f" (only {other[0]}{_and_more(other)})" if other else ""
+        found = f" (only {shortened(other[0])}{_and_more(other)})" if other else ""
         raise CheckpointError(
-            f"model folder {folder} holds no {_SINGLE} and no {_INDEX}{found}: only safetensors checkpoints are read"
+            f"model folder {name} holds no {_SINGLE} and no {_INDEX}{found}: only safetensors checkpoints are read"
         )
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("weight_map names no files of this folder")
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be used ({error}): fetch it again") from error
-    for name in names:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"shard {folder / name}, which {_INDEX} names, is missing: fetch it again")
-    return [folder / name for name in names]
+    weight_map = read_object(index, CheckpointError, "fetch it again").get("weight_map")
+    files = set(weight_map.values()) if _maps_to_names(weight_map) else set()
+    if not files or any(Path(file).name != file for file in files):
+        raise CheckpointError(
+            f"{short_path(index)} cannot be used (weight_map names no files of this folder): fetch it again"
+        )
+    for file in sorted(files):
+        if not os.path.isfile(folder / file):
+            raise CheckpointError(
+                f"shard {short_path(folder / file)}, which {_INDEX} names, is missing: fetch it again"
+            )
+    return [folder / file for file in sorted(files)]
+
+
+def _maps_to_names(weight_map: object) -> bool:
+    return isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
 
 
 def _and_more(names: Sequence[str]) -> str:

@@ -170,7 +170,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    where = {"gguf_file": gguf.name, "local_files_only": True}
+    where = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     source = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **where)
     # The reader leaves a quantization_config behind, with which save_pretrained refuses: a clean model takes over.
     settings = source.config.to_dict()

@@ -5,6 +5,7 @@ In float32, position times frequency is off by a quarter radian at three million
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longrun.config import SUPPORTED_ROPE_TYPES
-from longrun.errors import CheckpointError, ConfigError
+from longrun.config import SUPPORTED_ROPE_TYPES, ModelConfig
+from longrun.errors import CheckpointError, ConfigError, LongrunError, quoted, short_path, shortened
+from longrun.user_files import read_object
 
 # The library computes in float32: a power, a division and a blend, each rounded.
 _CHECK_TOLERANCE = 3e-5
@@ -36,7 +38,7 @@ class RopeParameters:
     def __post_init__(self) -> None:
         if self.rope_type not in SUPPORTED_ROPE_TYPES:
             raise ConfigError(
-                f"RoPE type {self.rope_type!r} is not supported: use a checkpoint with one of "
+                f"RoPE type {quoted(self.rope_type)} is not supported: use a checkpoint with one of "
                 f"{', '.join(SUPPORTED_ROPE_TYPES)}"
             )
 
@@ -46,22 +48,27 @@ class RopeParameters:
 
     @classmethod
     def from_dir(cls, model_dir: str | Path) -> RopeParameters:
-        """Read by transformers' AutoConfig from `model_dir`, in the old and the new spelling; never from a network.
+        """Read by the family's class in transformers, in the old and the new spelling; from `model_dir` and no network,
+        and without running code of the checkpoint.
 
         Raises:
             CheckpointError: transformers cannot read the folder's config.json.
-            ConfigError: a RoPE type outside `SUPPORTED_ROPE_TYPES`.
+            ConfigError: a RoPE type outside `SUPPORTED_ROPE_TYPES`, or whatever `ModelConfig.from_dict` refuses.
         """
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING
 
+        file = Path(model_dir) / "config.json"
+        data = read_object(file, CheckpointError, "fetch the checkpoint again")
+        model_type = ModelConfig.from_dict(data, str(file)).model_type
         try:
-            config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+            config = CONFIG_MAPPING[model_type].from_dict(data)
+            return cls(dict(config.rope_parameters), config.max_position_embeddings)
+        except LongrunError:
+            raise
+        except Exception as error:  # the library's checks raise what they like
             raise CheckpointError(
-                f"transformers cannot read {Path(model_dir) / 'config.json'}: {_one_line(error)}"
+                f"transformers cannot read {short_path(file)} ({shortened(error, 200)}): correct that file"
             ) from error
-        return cls(dict(config.rope_parameters), config.max_position_embeddings)
 
 
 class RotaryTable:
@@ -78,12 +85,20 @@ class RotaryTable:
         self.device = torch.device(device)
         try:
             self._inv_freq, self.scaling = _frequencies(params, head_dim, params.max_position_embeddings)
-        except (KeyError, TypeError, ZeroDivisionError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise ConfigError(
-                f"RoPE of type {params.rope_type} lacks or misstates {error} in {params.values}: correct config.json"
+                f"RoPE of type {params.rope_type} lacks or misstates {shortened(error)} in "
+                f"{quoted(params.values, 160)}: correct config.json"
             ) from error
         _check_against_transformers(params, head_dim, self._inv_freq, self.scaling)
         self._inv_freq = self._inv_freq.to(self.device)
+
+    def to(self, device: torch.device | str) -> RotaryTable:
+        """The same table on another device."""
+        moved = copy.copy(self)
+        moved.device = torch.device(device)
+        moved._inv_freq = self._inv_freq.to(moved.device)
+        return moved
 
     def cos_sin(self, start: int, num_tokens: int, rope_seq_len: int) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions `start` .. `start + num_tokens - 1`, times the type's attention scaling.
@@ -220,18 +235,21 @@ def _check_against_transformers(params: RopeParameters, head_dim: int, inv_freq:
         max_position_embeddings=params.max_position_embeddings,
         rope_parameters=dict(params.values),
     )
-    if params.rope_type == "default":
-        theirs, their_scaling = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
-    else:
-        theirs, their_scaling = ROPE_INIT_FUNCTIONS[params.rope_type](config)
+    try:
+        if params.rope_type == "default":
+            theirs, their_scaling = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+        else:
+            theirs, their_scaling = ROPE_INIT_FUNCTIONS[params.rope_type](config)
+    except Exception as error:  # the library's checks raise what they like
+        raise ConfigError(
+            f"transformers cannot use the RoPE parameters {quoted(params.values, 160)} ({shortened(error, 160)}): "
+            f"correct config.json"
+        ) from error
     difference = ((theirs.double() - inv_freq) / inv_freq).abs().max().item()
     if not difference <= _CHECK_TOLERANCE or not math.isclose(scaling, their_scaling, rel_tol=_CHECK_TOLERANCE):
         raise ConfigError(
-            f"RoPE frequencies of {params.values} differ from the installed transformers' by {difference:.1e} (limit "
+            f"RoPE frequencies of {quoted(params.values, 160)} differ from the installed transformers' by "
+            f"{difference:.1e} (limit "
             f"{_CHECK_TOLERANCE:.0e}; scaling {scaling} against {their_scaling}): use a transformers version that "
             f"longrun supports"
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -8,7 +8,6 @@ one piece.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -17,14 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longrun.errors import CheckpointError
+from longrun.errors import CheckpointError, quoted, short_path, shortened
+from longrun.user_files import MAX_BYTES, parse_object
 
-_MAX_HEADER_BYTES = 100_000_000
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ITEMSIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
+_MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class StoredTensor:
         """Raises `CheckpointError` for a dtype that weights of these families do not come in."""
         if self.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{self.file}: tensor {self.name} has dtype {self.dtype}, and must be one of {', '.join(_DTYPES)}"
+                f"{short_path(self.file)}: tensor {shortened(self.name)} has dtype {self.dtype}, and must be one of "
+                f"{', '.join(_DTYPES)}"
             )
         return _DTYPES[self.dtype]
 
@@ -73,7 +74,8 @@ class StoredTensor:
                     count = file.readinto(buffer[done:])
                     if not count:
                         raise CheckpointError(
-                            f"{self.file} ends inside tensor {self.name}: the file is truncated, fetch it again"
+                            f"{short_path(self.file)} ends inside tensor {self.name}: the file is truncated, fetch it "
+                            f"again"
                         )
                     done += count
         except OSError as error:
@@ -87,22 +89,20 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: no such file, a damaged header, offsets that leave gaps or do not fit shape and dtype, or a
             file shorter or longer than its header says.
     """
+    where = short_path(path)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            if size < 8 or length > min(size - 8, MAX_BYTES):
                 raise CheckpointError(
-                    f"{path} is truncated or no safetensors file (header of {length:,} bytes in a file of {size:,}): "
+                    f"{where} is truncated or no safetensors file (header of {length:,} bytes in a file of {size:,}): "
                     f"fetch it again"
                 )
-            header = json.loads(file.read(length).decode("utf-8"))
+            text = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): fetch it again") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} has a damaged safetensors header ({error}): fetch it again") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a damaged safetensors header (no JSON object): fetch it again")
+        raise CheckpointError(f"{where} cannot be read ({error.strerror}): fetch it again") from error
+    header = parse_object(text, f"safetensors header of {where}", CheckpointError, "fetch it again", unique_keys=True)
     header.pop("__metadata__", None)
     data_start = 8 + length
     tensors = {name: _entry(path, name, entry, data_start) for name, entry in header.items()}
@@ -110,26 +110,34 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     end = data_start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.num_bytes)):
         if tensor.offset != end:
-            raise CheckpointError(f"{path}: the header leaves a gap or an overlap before tensor {tensor.name}")
+            raise CheckpointError(
+                f"{where}: the header leaves a gap or an overlap before tensor {shortened(tensor.name)}"
+            )
         end += tensor.num_bytes
         if end > size:
             raise CheckpointError(
-                f"{path} ends inside tensor {tensor.name} ({size:,} bytes where the header needs at least {end:,}): "
-                f"the file is truncated, fetch it again"
+                f"{where} ends inside tensor {shortened(tensor.name)} ({size:,} bytes where the header needs at least "
+                f"{end:,}): the file is truncated, fetch it again"
             )
     if end != size:
-        raise CheckpointError(f"{path} is {size:,} bytes where its header says {end:,}: fetch it again")
+        raise CheckpointError(f"{where} is {size:,} bytes where its header says {end:,}: fetch it again")
     return tensors
 
 
 def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTensor:
+    where = f"{short_path(path)}: the header's entry of tensor {shortened(name)}"
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[index]
-        numbers = (*shape, begin, end)
-        sound = all(isinstance(n, int) and n >= 0 for n in numbers)
-        sound = sound and end - begin == math.prod(shape) * _ITEMSIZES[dtype]
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
+        known = isinstance(dtype, str)
+        sound = known and isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS
+        sound = sound and all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"{path}: the header's entry of tensor {name} is damaged ({entry}): fetch the file again")
-    return StoredTensor(path, name, dtype, shape, data_start + begin, end - begin)
+        known = sound = False
+    if known and dtype not in _ITEMSIZES:
+        raise CheckpointError(
+            f"{where} has dtype {quoted(dtype)}, which is none that weights come in ({', '.join(_DTYPES)}): use "
+            f"another checkpoint"
+        )
+    if not sound or end - begin != math.prod(shape) * _ITEMSIZES[dtype]:
+        raise CheckpointError(f"{where} is damaged ({quoted(entry)}): fetch the file again")
+    return StoredTensor(path, name, dtype, tuple(shape), data_start + begin, end - begin)

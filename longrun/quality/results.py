@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longrun.errors import InputError
+from longrun.user_files import RESULTS_BYTES, read_object
 
 RESULTS_FILE = "results.json"
 FORMAT = 1
@@ -81,12 +82,12 @@ class QualityResults:
         """
         path = folder / RESULTS_FILE
         try:
-            head = json.loads(path.read_text(encoding="utf-8"))
+            head = read_object(path, InputError, "it holds no results", RESULTS_BYTES)
             records = head.pop("records")
             keys = [(record["row"], record["length"], record["group"]) for record in records]
             known = {row["name"] for row in head["rows"]}
             sound = head["format"] == FORMAT and isinstance(head["settings"], dict)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (InputError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path} cannot be read as a comparison's results: name the folder of one, or compare anew with --force"
             ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, He
 from longrun.quality.formats import SIMULATED_FORMATS, SimulatedFormat, is_simulated, simulated_format
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.user_files import parse_toml, read_text
 
 REFERENCE = "reference"
 _EVICTION = re.compile(r"(snapkv|tova):(\d+(?:\.\d+)?)(%?)(@document)?")
@@ -186,12 +186,8 @@ def read_rows(path: Path) -> tuple[Row, ...]:
     Raises:
         InputError: a file that cannot be read, an unknown key, a name given twice or kept for the reference.
     """
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"settings file {path} cannot be read ({error.strerror}): name a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"settings file {path} is not TOML ({error}): see scripts/compare_settings.toml") from error
+    advice = "see scripts/compare_settings.toml"
+    found = parse_toml(read_text(path, InputError, advice), f"settings file {path}", InputError)
     tables = found.pop("row", None)
     if found or not isinstance(tables, list) or not tables:
         raise InputError(

@@ -1,0 +1,99 @@
+"""All that a model is loaded from, checked before the first of its weights is read.
+
+Whatever is wrong with config.json, tokenizer, generation config, RoPE parameters, adapter, or with the name, shape,
+dtype or place of any tensor in any shard, is heard of within seconds, and not after minutes of loading.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longrun.config import ModelConfig
+from longrun.errors import CheckpointError, ConfigError, quoted, short_path
+from longrun.model.adapter import Adapter
+from longrun.model.checkpoint import check_base, find_tensors
+from longrun.model.rope import RopeParameters, RotaryTable
+from longrun.model.tokenizer import has_tokenizer, load_tokenizer
+from longrun.user_files import read_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checkpoint folder, and an adapter with it, that can be loaded.
+
+    Attributes:
+        path: the checkpoint.
+        config: its shape, with what the adapter overrides.
+        adapter: what is added to the weights, or None.
+        rotary: RoPE of checkpoint and adapter, on the CPU.
+        tokenizer: transformers' tokenizer, or None where the folder has none.
+        eos_token_ids: what ends a generation.
+    """
+
+    path: Path
+    config: ModelConfig
+    adapter: Adapter | None
+    rotary: RotaryTable
+    tokenizer: PreTrainedTokenizerBase | None
+    eos_token_ids: frozenset[int]
+
+
+def check_folder(model_dir: str | Path, config: ModelConfig, adapter: Adapter | None = None) -> ModelFolder:
+    """Check everything but the weights' values.
+
+    Args:
+        config: `ModelConfig.from_dir(model_dir)`, with what the adapter overrides.
+
+    Raises:
+        CheckpointError: tensors that are not the ones config.json describes, an adapter of another checkpoint, a
+            tokenizer or generation config that cannot be used.
+        ConfigError: RoPE parameters that are impossible or that the installed transformers understands otherwise.
+    """
+    path = Path(model_dir)
+    eos_token_ids = read_eos_token_ids(path, config)
+    tensors = find_tensors(path, config)
+    if adapter is not None:
+        check_base(adapter, tensors, config, path)
+    rope = RopeParameters.from_dir(path)
+    if adapter is not None:
+        rope = adapter.adapted_rope(rope)
+    rotary = RotaryTable(rope, config.head_dim)
+    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
+    return ModelFolder(path, config, adapter, rotary, tokenizer, eos_token_ids)
+
+
+def read_eos_token_ids(model_dir: Path, config: ModelConfig) -> frozenset[int]:
+    """End-of-sequence ids: generation_config.json's, else config.json's; empty where neither names one.
+
+    Raises:
+        CheckpointError: a file that is damaged, or ids that are no token ids of this model.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = model_dir / name
+        if os.path.exists(file):
+            value = read_object(file, CheckpointError, "fetch the file again").get("eos_token_id")
+            if value is not None:
+                return token_ids(value, "eos_token_id", file, config.vocab_size)
+    return frozenset()
+
+
+def token_ids(value: Any, key: str, file: Path, vocab_size: int) -> frozenset[int]:
+    """One token id or a list of them, as a settings file of a model holds them.
+
+    Raises:
+        ConfigError: anything else than whole numbers from 0 to vocab_size - 1.
+    """
+    ids = value if isinstance(value, list) else [value]
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            raise ConfigError(
+                f"{short_path(file)}: {key} is {quoted(value)}, and must be one token id or a list of them, whole "
+                f"numbers from 0 to {vocab_size - 1:,}"
+            )
+    return frozenset(ids)

@@ -1,0 +1,70 @@
+"""The tokenizer of a checkpoint folder: checked files, no code of the checkpoint, and one sentence where it fails."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longrun.config_options import refuse_own_code
+from longrun.errors import CheckpointError, short_path, shortened
+from longrun.user_files import read_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ONE_OF = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TRIAL = "A trial: 1 + 1 = 2.\n"
+_ADVICE = "restore the folder's tokenizer files"
+
+
+def has_tokenizer(model_dir: str | Path) -> bool:
+    """Whether the folder holds the vocabulary of a tokenizer, in any of the usual files."""
+    return any(os.path.exists(Path(model_dir) / name) for name in _ONE_OF)
+
+
+def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
+    """transformers' tokenizer of a checkpoint folder, after a text went through it and back.
+
+    Code of the checkpoint is never run, and nothing is asked for on stdin.
+
+    Raises:
+        CheckpointError: the folder has none, it calls for code of its own, its files are damaged or of a version that
+            the installed libraries do not read.
+    """
+    folder = Path(model_dir)
+    if not has_tokenizer(folder):
+        raise CheckpointError(
+            f"{short_path(folder)} has no tokenizer, which is needed to turn text into tokens: put the model's "
+            f"tokenizer files there"
+        )
+    for name in _SETTINGS:
+        if os.path.exists(folder / name):
+            refuse_own_code(read_object(folder / name, CheckpointError, _ADVICE), str(folder / name))
+    try:
+        return _load(folder)
+    except BaseException as error:
+        # tokenizers raises plain Exception, and where its Rust code panics a class that is no Exception at all.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        why = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | AssertionError) else error
+        raise CheckpointError(
+            f"the tokenizer in {short_path(folder)} cannot be loaded ({shortened(why, 200)}): {_ADVICE}, or use "
+            f"newer versions of tokenizers and transformers"
+        ) from error
+
+
+def _load(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    template: Any = tokenizer.chat_template
+    if template is not None and not isinstance(template, str | dict):
+        raise ValueError(f"chat_template is of type {type(template).__name__}")
+    ids = tokenizer(_TRIAL)["input_ids"]
+    if not isinstance(tokenizer.decode(ids), str) or not all(isinstance(token_id, int) for token_id in ids):
+        raise ValueError("a text does not come back as text")
+    if not ids:
+        raise ValueError("a text becomes no tokens")
+    return tokenizer
