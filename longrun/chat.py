@@ -99,8 +99,10 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
 
     options = _answer_options(args)
     folder = None if args.session is None else Path(args.session).expanduser()
-    if folder is not None:
-        SessionStore(folder)  # refuses a folder that is no session before minutes of loading
+    claimed = None
+    if folder is not None:  # a folder that is no session, or another's, is refused before minutes of loading
+        claimed = SessionStore(folder)
+        claimed.claim()
     started = time.perf_counter()
     choice = choose_model(args.model, args.adapter)
     if choice.notice is not None:
@@ -109,6 +111,8 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
         args, choice, ctx, lambda plan: print_plan(plan, console), PinProgress(console), HeadMapProgress(console)
     )
     promised = runtime.plan
+    if claimed is not None:
+        claimed.release()  # to the session
     runner = ChatRunner(runtime, options, console, args.system, folder, ctx)
     runner.load_seconds = time.perf_counter() - started
     plan = runner.session.plan

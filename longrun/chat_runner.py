@@ -156,8 +156,6 @@ class ChatRunner:
         if not self.session.num_tokens:
             raise InputError("there is nothing to save yet: ask or read something first")
         self.session.save(folder)
-        if self._folder is not None:
-            self.session.attach(self._folder)
         self.tell(f"saved {self.session.num_tokens:,} tokens in {folder}")
 
     def load(self, folder: Path) -> None:
@@ -183,6 +181,8 @@ class ChatRunner:
                 self._begin()
                 raise
         self._stop_keeping()
+        if self._conversation is not None:
+            self.session.detach()
         self._conversation = conversation
         self.tell(self._describe(folder))
 
@@ -214,6 +214,8 @@ class ChatRunner:
         self._conversation = self._converse(self.runtime.new_session(self._capacity), self._system)
 
     def _drop(self) -> None:
+        if self._conversation is not None:
+            self.session.detach()
         self._conversation = self.last_report = None
         gc.collect()
 

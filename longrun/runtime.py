@@ -29,7 +29,8 @@ from longrun.paths import cache_dir
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan import ChosenSplit, Plan, choose_split, make_plan
 from longrun.session import Session
-from longrun.store import SavedSession, SessionIdentity
+from longrun.store import SavedSession
+from longrun.store_manifest import SessionIdentity
 from longrun.units import parse_tokens
 
 if TYPE_CHECKING:
@@ -233,7 +234,8 @@ class Runtime:
         """A session saved by `Session.save`, ready to go on with the very next token.
 
         Args:
-            path: its folder; later saves to the same folder write only what is new.
+            path: its folder; later saves to the same folder write only what is new. Another session may own it: then
+                this one is a copy that can be saved elsewhere.
             capacity: tokens; default as it was saved.
 
         Raises:

@@ -21,7 +21,8 @@ from longrun.sampling import SamplingParams, sample, seen_tokens
 from longrun.units import format_tokens
 
 if TYPE_CHECKING:
-    from longrun.store import SessionIdentity, SessionStore
+    from longrun.store import SessionStore
+    from longrun.store_manifest import SessionIdentity
 
 Progress = Callable[[int, int], None]
 
@@ -119,7 +120,8 @@ class Session:
             note(count, logits)
             done += count
             if self._attached:
-                self._save()
+                assert self._store is not None
+                self._save(self._store)
             if progress is not None:
                 progress(done, len(todo))
 
@@ -284,24 +286,44 @@ class Session:
                 self._marks.discard(later)
 
     def attach(self, path: str | Path) -> None:
-        """Keep the folder `path` up to date from now on: prefill saves into it after every chunk.
+        """Own the folder `path` and keep it up to date from now on: prefill saves into it after every chunk.
 
         Raises:
-            SessionError: the folder holds something that is not a session.
+            SessionError: the folder holds something that is not a session, another session owns it, or it cannot be
+                written.
         """
-        self._open_store(path)
-        self._attached = True
+        store = self._store_at(path)
+        store.claim()
+        self._keep(store, attached=True)
+
+    def detach(self) -> None:
+        """Leave the folder this session was attached or saved to as it is: another session may own it."""
+        if self._store is not None:
+            self._store.release()
+        self._attached = False
 
     def save(self, path: str | Path) -> None:
         """Write the session to the folder `path`, atomically: a crash or a full disk leaves what was there before.
 
-        Saving again to the folder it was last saved to writes only what is new.
+        The session owns the folder from then on, until `detach`, a save to another folder, or its end; saving there
+        again writes only what is new. A session that is attached keeps its folder and leaves a copy in `path`.
 
         Raises:
-            SessionError: the folder holds something else, or writing failed.
+            SessionError: the folder holds something else, another session owns it, `extra` holds what JSON does not
+                keep, a step broke off, or writing failed.
+            CheckpointError: the logits are not finite.
         """
-        self._open_store(path)
-        self._save()
+        store = self._store_at(path)
+        try:
+            self._save(store)
+        except BaseException:
+            if store is not self._store:
+                store.release()
+            raise
+        if store is self._store or not self._attached:
+            self._keep(store, self._attached)
+        else:
+            store.release()
 
     def snapshot(self) -> dict[str, Tensor]:
         """What beside the cache makes the session: int32 token ids, logits if there are any, random state."""
@@ -332,21 +354,25 @@ class Session:
 
     def forbid_saving(self, why: str) -> None:
         """From now on `save` and `attach` raise SessionError with `why`, a clause; a session attached is detached."""
-        self._unsavable, self._store, self._attached = why, None, False
+        self.detach()
+        self._unsavable, self._store = why, None
 
-    def _open_store(self, path: str | Path) -> None:
+    def _store_at(self, path: str | Path) -> SessionStore:
         from longrun.store import SessionStore
 
         if self._unsavable is not None:
             raise SessionError(f"this session cannot be saved: {self._unsavable}")
-        if self._store is None or self._store.folder != Path(path).absolute():
-            self._store = SessionStore(path)
-            self._attached = False
+        store = SessionStore(path)
+        return self._store if self._store is not None and self._store.folder == store.folder else store
 
-    def _save(self) -> None:
-        assert self._store is not None
+    def _keep(self, store: SessionStore, attached: bool) -> None:
+        if self._store is not None and self._store is not store:
+            self._store.release()
+        self._store, self._attached = store, attached
+
+    def _save(self, store: SessionStore) -> None:
         self._engine.check_whole()
         if self._logits is not None and not self._logits.isfinite().all():
             raise logits_not_finite()
         with deferred_signals():
-            self._store.save(self)
+            store.save(self)

@@ -17,7 +17,8 @@ from tiny_models import tiny_model
 import longrun
 from longrun.errors import InputError, SessionError
 from longrun.patterns.head_map import HeadMap
-from longrun.store import VERSION, _digest, is_session
+from longrun.store import is_session
+from longrun.store_manifest import VERSION, _digest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,6 +102,7 @@ def test_saving_again_writes_only_what_is_new(saved):
     second = {path.name: path.stat().st_mtime_ns for path in folder.glob("pages-*")}
     assert first.items() < second.items()
     assert len(list(folder.glob("state-*"))) == 1
+    session.detach()
     resumed = runtime.load_session(folder)
     resumed.prefill(token_ids(100, seed=3))
     resumed.save(folder)
@@ -123,10 +125,12 @@ def test_rewound_pages_are_written_anew(saved):
 
 
 def test_another_conversation_replaces_the_old_one_whole(saved):
-    runtime, _, folder = saved
+    runtime, session, folder = saved
+    session.detach()
     other = runtime.new_session()
     other.prefill(token_ids(90, seed=8))
     other.save(folder)
+    other.detach()
     assert runtime.load_session(folder).token_ids == token_ids(90, seed=8).tolist()
     assert len(list(folder.iterdir())) == 2  # 90 tokens: no pooled page, a state file and a manifest
 
@@ -203,6 +207,7 @@ def test_exact_pages_of_version_1_are_those_of_version_2(checkpoint, tmp_path):
     session = runtime.new_session()
     session.prefill(token_ids(200))
     session.save(tmp_path / "s")
+    session.detach()
     as_version(tmp_path / "s", 1)
     again = runtime.load_session(tmp_path / "s")
     assert list(again.generate(4)) == list(session.generate(4))
