@@ -76,6 +76,7 @@ def card(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: object() if name == "triton" else find_spec(name, *rest)
     )
+    monkeypatch.setattr(longrun.runtime, "check_folder", lambda *args: None)  # there is a config.json and nothing else
     monkeypatch.setattr(longrun.runtime, "load_decoder", lambda *args: pytest.fail("a weight was read"))
     return card
 
@@ -84,9 +85,7 @@ def card(monkeypatch):
 def reached(monkeypatch):
     """The plans of loads that passed all checks; `Runtime` itself is not made."""
     plans = []
-    monkeypatch.setattr(
-        longrun.runtime, "Runtime", lambda folder, config, limits, chosen, plan, *rest: plans.append(plan)
-    )
+    monkeypatch.setattr(longrun.runtime, "Runtime", lambda checked, limits, chosen, plan, *rest: plans.append(plan))
     return plans
 
 
