@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Measured on an H100 and an H200 with torch 2.11 (docs/experiments.md, "Prefill at its speed again"): cuDNN's attention
+# takes about a second for 620e12 operations, torch's FlashAttention for 350e12, and cuDNN plans 0.06 s for every shape
+# that it has not seen (https://github.com/modelscope/FunASR/issues/3704).
+_CUDNN_SECONDS, _FLASH_SECONDS, _PLAN_SECONDS = 1 / 620e12, 1 / 350e12, 0.06
 _CUDNN_ROWS = 1024
+_PLAN_USES = 16  # calls that share a plan: layers with as many heads, chunk after chunk
+_LAST_PLAN_USES = 8  # of a last chunk's length
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float) -> tuple[Tensor, Tensor]:
@@ -25,7 +31,7 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_sc
     """
     assert not causal or q.shape[1] == k.shape[1]
     assert q.shape[0] % k.shape[0] == 0
-    operator = dense_operator(q)
+    operator = dense_operator(q, k.shape[1], causal)
     if q.shape[0] != k.shape[0] and operator in ("cpu", "efficient"):
         k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for x in (k, v))
     q_len, q, k, v = q.shape[1], q[None], k[None], v[None]
@@ -44,22 +50,45 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_sc
     return out[0], lse[0].float()
 
 
-def dense_operator(q: Tensor) -> str:
-    """Which of torch's operators serves the queries q [num_heads, q_len, head_dim]: cpu, efficient, cudnn or flash.
-
-    cuDNN plans anew, for tenths of a second, for every pair of lengths it has not seen
-    (https://github.com/modelscope/FunASR/issues/3704, torch 2.11): worth it for a long chunk, never for a question or
-    a token. `torch.backends.cuda.enable_cudnn_sdp(False)` turns it off altogether.
-    """
+def dense_operator(q: Tensor, kv_len: int, causal: bool) -> str:
+    """Which of torch's operators serves q [num_heads, q_len, head_dim] over `kv_len` keys: cpu, efficient, cudnn or
+    flash. cuDNN's is the fastest, where a plan of its own pays; for a question it plans longer than it attends."""
     assert q.dim() == 3
     if q.device.type == "cpu":
         return "cpu"
     if q.dtype == torch.float32:
         return "efficient"
-    pays = q.shape[1] >= _CUDNN_ROWS and torch.backends.cuda.cudnn_sdp_enabled()
-    if pays and torch.cuda.get_device_properties(q.device).major >= 9 and torch.backends.cudnn.is_available():
-        return "cudnn"
-    return "flash"
+    operations = attention_operations(*q.shape, kv_len, causal)
+    saved = operations * (_FLASH_SECONDS - _CUDNN_SECONDS) * _PLAN_USES
+    pays = q.shape[1] >= _CUDNN_ROWS and saved > _PLAN_SECONDS
+    return "cudnn" if pays and cudnn_serves(q.device) else "flash"
+
+
+def cudnn_serves(device: torch.device) -> bool:
+    """Whether cuDNN's attention is there and faster than FlashAttention: from Hopper on.
+    `torch.backends.cuda.enable_cudnn_sdp(False)` turns it off."""
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        return False
+    return torch.cuda.get_device_properties(device).major >= 9 and torch.backends.cudnn.is_available()
+
+
+def attention_operations(num_heads: int, q_len: int, head_dim: int, kv_len: int, causal: bool) -> float:
+    """Floating-point operations, a multiply-add counting two."""
+    return 4.0 * num_heads * head_dim * q_len * kv_len / (2 if causal else 1)
+
+
+def padded_rows(num_heads: int, q_len: int, head_dim: int, start: int, chunk_size: int) -> int:
+    """Rows that attention of `q_len` queries at positions `start` ... should run over where cuDNN serves: `chunk_size`
+    where rows of padding cost less than plans for a new shape, or than FlashAttention; else `q_len`.
+
+    A text's last chunk is of any length; the chunks before it have brought the plans for full ones.
+    """
+    if start == 0 or not _CUDNN_ROWS <= q_len < chunk_size:
+        return q_len
+    per_row = attention_operations(num_heads, 1, head_dim, start + chunk_size // 2, False)
+    plans = 3 * _PLAN_SECONDS / _LAST_PLAN_USES  # for the chunk itself and two lengths of past pieces
+    others = min(q_len * per_row * (_FLASH_SECONDS - _CUDNN_SECONDS), plans)
+    return chunk_size if (chunk_size - q_len) * per_row * _CUDNN_SECONDS < others else q_len
 
 
 def reference_attention_with_lse(

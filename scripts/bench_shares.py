@@ -72,7 +72,8 @@ def dense_attention(kv_len: int) -> Reached:
     q, k, v = attention_tensors(kv_len)
     causal = kv_len == CHUNK
     flops = causal_flops(q[None]) if causal else 4 * HEAD_DIM * Q_HEADS * CHUNK * kv_len
-    own = gpu_seconds(lambda: attention_with_lse(q, k, v, causal, HEAD_DIM**-0.5))
+    rows = q if causal else q.view(KV_HEADS, -1, HEAD_DIM)  # as prefill asks
+    own = gpu_seconds(lambda: attention_with_lse(rows, k, v, causal, HEAD_DIM**-0.5))
     repeated = [x.repeat_interleave(Q_HEADS // KV_HEADS, dim=0)[None] for x in (k, v)]
     best = float("inf")
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
@@ -182,15 +183,18 @@ def planted_model() -> str:
 
 
 def whole_prefill() -> Reached:
-    """128K tokens really read by 4 layers, beside the time of their operations at the ceilings' speeds."""
+    """131,072 tokens really read by 4 layers, beside the time of their operations at the ceilings' speeds. The second
+    reading counts: over so few layers, what libraries plan and load for new shapes would be half of the first."""
     import bench_prefill
     from bench_common import load_runtime
 
-    args = whole_model("prefill", "--lengths", "128K")
+    length = 4 * CHUNK
+    args = whole_model("prefill", "--lengths", str(length))
     ceilings = compute_ceilings(torch.device("cuda"))
     release(torch.device("cuda"))
-    runtime = load_runtime(args, 128_000 + bench_prefill.SPARE_TOKENS)
-    row = bench_prefill.prefill_row(runtime, 128_000, args, ceilings, MemoryWatch(torch.device("cuda")))
+    runtime, memory = load_runtime(args, length + bench_prefill.SPARE_TOKENS), MemoryWatch(torch.device("cuda"))
+    for _ in range(2):
+        row = bench_prefill.prefill_row(runtime, length, args, ceilings, memory)
     ideal = row["tokens"] / row["seconds"] / row["of_matmul_and_attention"]
     return Reached(row["tokens_per_s"], ideal, "tokens/s")
 
@@ -217,8 +221,8 @@ SHARES: tuple[Share, ...] = (
     Share("linears of one token, bf16", "device copy", 0.80, partial(token_linears, "bf16")),
     Share("linear of a chunk, int4", "a plain product", 0.80, chunk_linear),
     Share("pages fetched from the host", "pinned copy", 0.80, fetch),
-    Share("prefill of 128K tokens, 4 layers", "product and attention", 0.72, whole_prefill),
-    Share("decode at 1M tokens, 4 layers", "device copy", 0.60, whole_decode),
+    Share("prefill of 131,072 tokens, 4 layers", "product and attention", 0.72, whole_prefill),
+    Share("decode at 1M tokens, 4 layers", "device copy", 0.75, whole_decode),
 )
 
 

@@ -9,6 +9,7 @@ from tiny_models import tiny_model
 pytest.importorskip("triton", reason="the GPU backend needs Triton, which is optional without a GPU")
 
 from longrun import backend
+from longrun.attention import cuda_backend
 from longrun.backend import Parts, build_engine
 from longrun.budget import Budget
 from longrun.config import ModelConfig
@@ -148,6 +149,26 @@ def test_many_rounds_of_fetched_pages(tmp_path):
     pair = engines(tmp_path, "full", 0.1, fetch_pages=12)
     assert pair[0].attention._rounds[3][2] > 2
     check_agreement(pair, ids, [400, *[1] * 40, 100, *[1] * 100])
+
+
+def test_a_chunk_in_a_full_ones_shape_gives_the_same(tmp_path, monkeypatch):
+    """Rows of padding stand behind the last token and are seen by nobody; q, k and v are given in that shape."""
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (260,), generator=torch.Generator().manual_seed(8))
+    pair = engines(tmp_path)
+    attention, lengths = pair[0].attention, []
+    attention._pads_chunks = True
+    monkeypatch.setattr(cuda_backend, "padded_rows", lambda heads, q_len, head_dim, start, chunk_size: chunk_size)
+    dense = attention.kernels.dense_attention
+
+    def watched(q, k, v, causal, softmax_scale):
+        lengths.append(q.shape[1])
+        assert not causal or k.shape[1] == v.shape[1] == q.shape[1]
+        return dense(q, k, v, causal, softmax_scale)
+
+    attention.kernels = dataclasses.replace(attention.kernels, dense_attention=watched)
+    check_agreement(pair, ids, [100, 63, 1, 96])
+    assert set(lengths) == {100, 2 * 100}  # over the past the group's queries stand in one row
 
 
 def test_one_token_at_a_time_from_an_empty_cache(tmp_path):

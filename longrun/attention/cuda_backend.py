@@ -17,6 +17,7 @@ from longrun.attention.rotation import HeadRotation
 from longrun.attention.spec import AttentionSpec
 from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
+from longrun.kernels.dense_attention import cudnn_serves, padded_rows
 from longrun.kernels.gpu_kernels import GpuKernels
 from longrun.kernels.int4_decode import DecodePages, Workspace
 from longrun.kernels.int4_pages import ExactRun, PageRun
@@ -50,6 +51,7 @@ class CudaAttention:
         if cache.spec.page_format.rotates_keys:
             self._rotation = HeadRotation(cache.spec.page_format, compute_dtype, cache.device)
             self._signs = random_signs(spec.head_dim).to(cache.device)
+        self._pads_chunks = kernels.on_gpu and cudnn_serves(cache.device)
         self._turns_values = cache.spec.page_format.rotates_values
         elements = spec.max_retrieval_heads * spec.scratch_tokens * spec.head_dim
         self._scratch = torch.empty(2, elements, dtype=compute_dtype, device=cache.device).fill_(0)
@@ -120,9 +122,13 @@ class CudaAttention:
 
     def _prefill_pages(self, q: Tensor, k: Tensor, v: Tensor, pages: PagedHeads, start: int, out: Tensor) -> None:
         """q, out [T, num_heads * group, head_dim]; k, v [num_heads, T, head_dim]."""
-        dense = self.kernels.dense_attention
-        q = q.permute(1, 0, 2).contiguous()
-        found, lse = dense(q, k, v, True, self.softmax_scale)
+        dense, tokens = self.kernels.dense_attention, len(q)
+        rows = tokens
+        if self._pads_chunks:
+            rows = padded_rows(q.shape[1], tokens, q.shape[2], start, self.spec.chunk_size)
+        q = _with_rows(q.permute(1, 0, 2), rows)
+        k, v = (_with_rows(x, rows) if rows > tokens else x for x in (k, v))
+        found, lse = dense(q, k, v, True, self.softmax_scale)  # causal: no query sees the padding, which stands last
         if start == 0:
             out.copy_(found.permute(1, 0, 2))
             return
@@ -135,7 +141,7 @@ class CudaAttention:
             found, found_lse = dense(q, past_k, past_v, False, self.softmax_scale)
             self.kernels.merge_partial_(total, lse, found.contiguous(), found_lse.contiguous())
             del found, found_lse
-        out.copy_(total.view(out.shape[1], out.shape[0], out.shape[2]).permute(1, 0, 2))
+        out.copy_(total.view(out.shape[1], rows, out.shape[2])[:, :tokens].permute(1, 0, 2))
 
     def _dequantize(self, run: PageRun, k: Tensor, v: Tensor) -> None:
         self.kernels.dequantize_run(run, k, v)
@@ -256,3 +262,12 @@ class CudaAttention:
             fetched = DecodePages(half, self._fetch_tables[heads], pages.index, *exact, lengths, kv_format=name)
             decode(fetched, out=part, lse=part_lse)
             self.kernels.merge_partial_(out, lse, part, part_lse)
+
+
+def _with_rows(x: Tensor, rows: int) -> Tensor:
+    """x [heads, T, head_dim], contiguous, with zeros behind up to `rows`."""
+    if rows == x.shape[1]:
+        return x.contiguous()
+    found = x.new_zeros(x.shape[0], rows, x.shape[2])
+    found[:, : x.shape[1]] = x
+    return found
