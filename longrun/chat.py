@@ -6,6 +6,11 @@ Answers go to stdout, everything else to stderr. Exit status: 0; 2 for bad input
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from longrun.interrupts import leave_at_once
+
+    leave_at_once()  # during the imports below, too
+
 import argparse
 import contextlib
 import io
@@ -18,16 +23,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console
-
 from longrun.cli import run
 from longrun.documents import Document, check_text, read_document
 from longrun.errors import InputError
+from longrun.interrupts import leaving_at_once
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.units import parse_tokens
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from longrun.answer import AnswerOptions
     from longrun.auto_head_map import AutoHeadMap
     from longrun.chat_runner import ChatRunner
@@ -61,13 +67,19 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
         sys.stdin.reconfigure(errors="surrogateescape")  # a bad line becomes an error of that line
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end an answer
+    with leaving_at_once():
+        _import_libraries()
+    from rich.console import Console
+
+    from longrun.chat_runner import Terminated
+
     console = Console(stderr=True)
     if not console.is_terminal:
         console.width = 120
 
-    from longrun.chat_runner import Terminated
-
     def on_sigterm(number: int, frame: Any) -> NoReturn:
+        for heard in (signal.SIGTERM, signal.SIGINT):  # what is saved now is not interrupted again
+            signal.signal(heard, signal.SIG_IGN)
         raise Terminated
 
     signal.signal(signal.SIGTERM, on_sigterm)
@@ -87,6 +99,17 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
         if runner is not None:
             runner.save_if_kept()
         return _BROKEN_PIPE
+
+
+def _import_libraries() -> None:
+    """All that takes long to import, here rather than where it is needed first."""
+    import rich.console  # noqa: F401
+    import transformers
+
+    import longrun.chat_runner
+    import longrun.runtime  # noqa: F401
+
+    transformers.AutoTokenizer, transformers.GenerationConfig, transformers.PreTrainedTokenizerFast  # noqa: B018
 
 
 def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) -> ChatRunner:

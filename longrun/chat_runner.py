@@ -16,6 +16,7 @@ from longrun.answer import INTERRUPTED, AnswerOptions, stream_answer
 from longrun.conversation import Conversation, Reading
 from longrun.documents import Document
 from longrun.errors import InputError, PlanError
+from longrun.interrupts import deferred_signals
 from longrun.progress import PrefillProgress
 from longrun.report import TurnReport
 from longrun.store import is_session
@@ -134,10 +135,11 @@ class ChatRunner:
             answer = stream_answer(self.session, self._tokenizer, self.runtime.eos_token_ids, self.options, emit)
             finished = answer.stop_reason != INTERRUPTED
         finally:
-            if finished or keep_unfinished:
-                self.conversation.answered()
-            elif mark is not None:
-                self.session.rewind(mark)
+            with deferred_signals():
+                if finished or keep_unfinished:
+                    self.conversation.answered()
+                elif mark is not None:
+                    self.session.rewind(mark)
         count, seconds, resumed_at = self._prefilled
         self.last_report = TurnReport(
             answer, self.session, prompt_tokens, count, seconds, self.load_seconds, resumed_at

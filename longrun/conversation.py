@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from longrun.chat_format import ChatFormat, TurnText
 from longrun.documents import Document
 from longrun.errors import InputError, SessionError
+from longrun.interrupts import deferred_signals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -208,9 +209,10 @@ class Conversation:
         documents = self._read_documents()  # one that was cut is forgotten
         for document, stop in zip(new, stops, strict=False):
             documents.append({"name": document.name, "sha256": document.sha256, "stop": at + stop})
-        self._state["documents"] = documents
-        self._state["turn"] = {"start": start, "stop": at + len(ids), "asks": question is not None}
-        self._rest = ids
+        with deferred_signals():
+            self._state["documents"] = documents
+            self._state["turn"] = {"start": start, "stop": at + len(ids), "asks": question is not None}
+            self._rest = ids
 
     def _read_documents(self) -> list[dict[str, Any]]:
         return [entry for entry in self._state["documents"] if entry["stop"] <= self.session.num_tokens]

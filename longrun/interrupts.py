@@ -1,7 +1,9 @@
-"""Finish a step before a signal is heard: SIGINT and SIGTERM never leave a session half changed."""
+"""Finish a step before a signal is heard: SIGINT and SIGTERM never leave a session half changed, and while libraries
+load they end the process at once."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -10,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_DEFAULTS: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+_WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 class HeldSignals:
@@ -92,3 +96,32 @@ def deferred_signals() -> Iterator[HeldSignals]:
         yield held
     finally:
         held.release()
+
+
+def leave_at_once() -> None:
+    """From now on SIGINT and SIGTERM end the process with one line and status 130 or 143: while libraries are imported
+    there is nothing to save, and what an exception meets in the middle of an import may print or swallow it.
+
+    Only the handlers that Python starts with are replaced; outside the main thread nothing is.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in _DEFAULTS.items():
+            if signal.getsignal(number) == handler:
+                signal.signal(number, _leave)
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """`leave_at_once` until the block ends; then Python's own handlers are back, also where it was called before."""
+    leave_at_once()
+    try:
+        yield
+    finally:
+        for number, handler in _DEFAULTS.items():
+            if signal.getsignal(number) is _leave:
+                signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(2, f"{_WORDS[signal.Signals(number)]}\n".encode())
+    os._exit(128 + number)

@@ -60,7 +60,7 @@ def chat_here(
     model: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Done]]:
     """The fixture `chat`: a call that runs the command in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def call(*arguments: str | Path, stdin: str = "") -> Done:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -71,7 +71,8 @@ def chat_here(
         return Done(left.value.code, captured.out, captured.err)
 
     yield call
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def saved_tokens(folder: Path) -> int:

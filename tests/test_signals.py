@@ -6,9 +6,12 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ import longrun
 from longrun.interrupts import deferred_signals
 from longrun.patterns.head_map import HeadMap
 
+ROOT = Path(__file__).resolve().parents[1]
 WATCHED = {"session.py", "engine.py", "interrupts.py", "dual.py", "store.py"}
 TEXT = list(range(3, 93)) * 2
 POINTS = 40
@@ -193,6 +197,19 @@ def test_a_block_that_fails_still_lets_its_signals_go():
     with pytest.raises(Terminated) as caught:
         work()
     assert isinstance(caught.value.__context__, ValueError)
+
+
+@pytest.mark.parametrize(("number", "status", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
+def test_a_signal_while_libraries_load_ends_the_chat_with_one_line(number, status, word):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "longrun.chat", "--prompt", "x"], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "torch" not in maps.read_text():  # torch has begun to load
+        time.sleep(0.002)
+    process.send_signal(number)
+    assert process.communicate()[1] == f"{word}\n"
+    assert process.returncode == status
 
 
 def test_outside_the_main_thread_nothing_is_touched(runtime):
