@@ -11,14 +11,15 @@ Everything but `[memory] gpu` may be left out; `Budget` says what it is then.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from longrun.errors import ConfigError, InputError, short_path
+from longrun.arguments import MAX_INTEGER, integer, number
+from longrun.errors import ConfigError, InputError, quoted, short_path, shortened
+from longrun.paths import user_path
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, PAGE_SIZES, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.units import parse_bytes
@@ -88,10 +89,10 @@ class Budget:
             self._fail("page_size", f"is not supported: use one of {sizes} (nearest: {nearest})")
         ratio = self.retrieval_ratio
         if ratio is not None:
-            if not isinstance(ratio, int | float) or isinstance(ratio, bool):
-                self._fail("retrieval_ratio", "must be a number above 0 and at most 1, like 0.5")
-            if not math.isfinite(ratio) or not 0 < ratio <= 1:
-                self._fail("retrieval_ratio", "must lie above 0 and be at most 1: 0.5 keeps half the KV heads")
+            try:
+                number(ratio, "ratio", 0, 1, above=True)
+            except InputError:
+                self._fail("retrieval_ratio", "must be a number above 0 and at most 1: 0.5 keeps half the KV heads")
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Budget:
@@ -102,13 +103,13 @@ class Budget:
             ConfigError: broken TOML, an unknown section or key, a wrong type, an impossible value.
         """
         text = str(name_or_path)
-        if text in shipped_budgets():
+        if isinstance(name_or_path, str) and text in shipped_budgets():
             return cls.parse(resources.files("longrun.budgets").joinpath(f"{text}.toml").read_text("utf-8"), text)
-        path = Path(name_or_path)
+        path = user_path(name_or_path, "budget")
         if not path.is_file():
             names = shipped_budgets()
             raise InputError(
-                f"budget {text!r} is neither a file nor a shipped budget: use one of "
+                f"budget {quoted(text)} is neither a file nor a shipped budget: use one of "
                 f"{', '.join(names)}{_hint(text, names)}, or the path of a TOML file"
             )
         return cls.parse(read_text(path, InputError, "a budget holds TOML in UTF-8"), short_path(text))
@@ -150,13 +151,14 @@ class Budget:
         raise ConfigError(f"{self.source}: [{section}] {key} = {_toml(getattr(self, field))} {why}")
 
     def _check_whole(self, field: str, least: int) -> None:
-        value = getattr(self, field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            self._fail(field, f"must be a whole number of at least {least}")
+        try:
+            object.__setattr__(self, field, integer(getattr(self, field), field, least))
+        except InputError:
+            self._fail(field, f"must be a whole number of at least {least} and at most {MAX_INTEGER:,}")
 
     def _check_name(self, field: str, names: tuple[str, ...]) -> None:
         value = getattr(self, field)
-        if value not in names:
+        if not isinstance(value, str) or value not in names:
             self._fail(field, f"is not a known format: use one of {', '.join(names)}{_hint(str(value), names)}")
 
 
@@ -231,4 +233,4 @@ def _toml(value: Any) -> str:
     """A value as it stands in the file, near enough to be found there."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    return f'"{shortened(value)}"' if isinstance(value, str) else quoted(value)

@@ -1,7 +1,8 @@
 """`python -m longrun.chat`: talk with a model about long texts, or ask one question with --prompt.
 
-Answers go to stdout, everything else to stderr. Exit status: 0; 2 for bad input; 130 after Ctrl-C; 143 after SIGTERM
-(with --session the state is saved first).
+Answers go to stdout, everything else to stderr; with --json stdout gets one object and the answer's text goes to stderr
+as it comes. Exit status as `longrun.cli` says, 1 also where a message of a chat met a defect of ours, and 143 after
+SIGTERM; with --session the state is saved first.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from longrun.cli import run
+from longrun.arguments import COUNT, SEED, SHARE, real, whole
+from longrun.cli import EXIT_STATUS, INTERRUPTED, Parser, StdoutLost, run
 from longrun.documents import Document, check_text, read_document
 from longrun.errors import InputError
 from longrun.interrupts import leaving_at_once
+from longrun.paths import user_path
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.units import parse_tokens
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from longrun.plan import Plan
     from longrun.runtime import Runtime
 
-_TERMINATED, _INTERRUPTED, _BROKEN_PIPE = 143, 130, 141
+_TERMINATED = 143
 
 
 def chat_command(argv: Sequence[str] | None = None) -> int:
@@ -59,14 +60,10 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
     if args.prompt is not None and not check_text(args.prompt, "--prompt").strip():
         raise InputError("--prompt is empty: give a question")
     check_text(args.system or "", "--system")
-    if args.seed is not None and not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed {args.seed} must be between 0 and 2**63 - 1")
     documents = [read_document(path) for path in args.file]
     ctx = None if args.ctx is None else parse_tokens(args.ctx, "--ctx")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a bad line becomes an error of that line
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end an answer
     with leaving_at_once():
         _import_libraries()
     from rich.console import Console
@@ -94,11 +91,10 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
             runner.save_if_kept()
         print("terminated", file=sys.stderr)
         return _TERMINATED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except StdoutLost:
         if runner is not None:
             runner.save_if_kept()
-        return _BROKEN_PIPE
+        raise
 
 
 def _import_libraries() -> None:
@@ -121,7 +117,7 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
     from longrun.store import SessionStore
 
     options = _answer_options(args)
-    folder = None if args.session is None else Path(args.session).expanduser()
+    folder = None if args.session is None else user_path(args.session, "--session")
     claimed = None
     if folder is not None:  # a folder that is no session, or another's, is refused before minutes of loading
         claimed = SessionStore(folder)
@@ -183,14 +179,12 @@ def _answer_options(args: argparse.Namespace) -> AnswerOptions:
     from longrun.text_stream import StopStrings
 
     StopStrings(args.stop)
-    if args.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
     sampling = SamplingParams(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     return AnswerOptions(args.max_new_tokens, sampling, tuple(args.stop), args.seed)
 
 
 def _answer_once(runner: ChatRunner, documents: Sequence[Document], prompt: str, as_json: bool) -> int:
-    from longrun.answer import CONTEXT_FULL, INTERRUPTED
+    from longrun import answer
 
     try:
         runner.read(documents, prompt)
@@ -198,20 +192,21 @@ def _answer_once(runner: ChatRunner, documents: Sequence[Document], prompt: str,
         unread = runner.conversation.unread
         runner.save_if_kept()
         runner.tell(f"reading stopped with {unread:,} tokens unread" + _how_to_go_on(runner))
-        return _INTERRUPTED
-    report = runner.answer(_emit, keep_unfinished=False)
-    _emit("\n")
+        return INTERRUPTED
+    emit = _emit_to_stderr if as_json else _emit
+    report = runner.answer(emit, keep_unfinished=False)
+    emit("\n")
     stop_reason = report.answer.stop_reason
-    if stop_reason == CONTEXT_FULL:
+    if stop_reason == answer.CONTEXT_FULL:
         runner.tell(
             f"the context is full ({runner.session.capacity:,} tokens) and ends the answer: give a larger --ctx"
         )
-    elif stop_reason == INTERRUPTED:
+    elif stop_reason == answer.INTERRUPTED:
         runner.tell("the answer was stopped" + _how_to_go_on(runner))
     runner.tell(report.line())
     if as_json:
         _emit(json.dumps(report.to_dict()) + "\n")
-    return _INTERRUPTED if stop_reason == INTERRUPTED else 0
+    return INTERRUPTED if stop_reason == answer.INTERRUPTED else 0
 
 
 def _how_to_go_on(runner: ChatRunner) -> str:
@@ -228,7 +223,7 @@ def _chat(runner: ChatRunner, documents: Sequence[Document], prompt: str | None,
         loop.run(documents, prompt)
     except KeyboardInterrupt:
         runner.save_if_kept()
-        return 0 if interactive else _INTERRUPTED
+        return 0 if interactive else INTERRUPTED
     runner.save_if_kept()
     if interactive:
         print(file=sys.stderr)
@@ -237,7 +232,7 @@ def _chat(runner: ChatRunner, documents: Sequence[Document], prompt: str | None,
         raise InputError(
             "stdin holds no question and is no terminal: pass --prompt TEXT, or pipe in one message a line"
         )
-    return 2 if loop.errors else 0
+    return 1 if loop.defects else 2 if loop.errors else 0
 
 
 def _line_reader(interactive: bool) -> Callable[[], str | None]:
@@ -260,12 +255,18 @@ def _emit(text: str) -> None:
     sys.stdout.flush()
 
 
+def _emit_to_stderr(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m longrun.chat",
         description="Talk with a model about long texts. With --prompt: one answer on stdout, everything else on "
         "stderr. Without it: an interactive chat on a terminal; otherwise every line of stdin is a message or a "
         "command, and the exit status is 2 if one of them failed.",
+        epilog=f"{EXIT_STATUS} After SIGTERM it is 143.",
     )
     model = parser.add_argument_group("model and memory")
     model.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint folder (default: a demo model of 135M)")
@@ -286,10 +287,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR|full|auto",
         help="head map folder; auto measures the model once and keeps its map (default: full)",
     )
-    model.add_argument("--retrieval-ratio", type=float, metavar="R", help="share of KV heads that keep all tokens")
+    model.add_argument("--retrieval-ratio", type=SHARE, metavar="R", help="share of KV heads that keep all tokens")
     model.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's, else {DEFAULT_KV_FORMAT})")
     model.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
-    model.add_argument("--chunk-size", type=int, metavar="N", help="tokens of a prefill step (default: the budget's)")
+    model.add_argument("--chunk-size", type=COUNT, metavar="N", help="tokens of a prefill step (default: the budget's)")
     model.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     talk = parser.add_argument_group("what to talk about")
     talk.add_argument("--file", action="append", default=[], metavar="F", help="UTF-8 text to read first; repeatable")
@@ -300,14 +301,20 @@ def _parser() -> argparse.ArgumentParser:
         "--session", metavar="DIR", help="keep the session in this folder, and go on with the one that is in it"
     )
     answer = parser.add_argument_group("answers")
-    answer.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: 512")
-    answer.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, the likeliest token")
-    answer.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all tokens")
-    answer.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1, all tokens")
-    answer.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
+    answer.add_argument("--max-new-tokens", type=COUNT, default=512, metavar="N", help="default: 512")
+    answer.add_argument("--temperature", type=real(0), default=0.0, metavar="T", help="default: 0, the likeliest token")
+    answer.add_argument("--top-k", type=whole(), default=0, metavar="K", help="default: 0, all tokens")
+    answer.add_argument("--top-p", type=real(0, 1, above=True), default=1.0, metavar="P", help="default: 1, all tokens")
+    penalty = real(0, above=True)
+    answer.add_argument("--repetition-penalty", type=penalty, default=1.0, metavar="X", help="default: 1, none")
     answer.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this text; repeatable")
-    answer.add_argument("--seed", type=int, metavar="N", help="of the random draws")
-    answer.add_argument("--json", action="store_true", help="after the answer one line of JSON (with --prompt)")
+    answer.add_argument("--seed", type=SEED, metavar="N", help="of the random draws")
+    answer.add_argument(
+        "--json",
+        action="store_true",
+        help="stdout gets one line of JSON alone: answer, counts, what was resumed, plan; the text streams to stderr "
+        "(with --prompt)",
+    )
     return parser
 
 

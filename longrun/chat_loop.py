@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TextIO
 
+from longrun.allocation import allocation_sentence, is_failed_allocation
 from longrun.answer import CONTEXT_FULL, INTERRUPTED
 from longrun.chat_runner import ChatRunner
 from longrun.conversation import Reading
 from longrun.documents import Document, check_text, read_document
-from longrun.errors import InputError, LongrunError
+from longrun.errors import InputError, LongrunError, quoted, shortened
+from longrun.paths import user_path
 
 HELP = """\
 /file PATH   read a text file into the message; the next line you type ends the message and asks
@@ -38,12 +40,12 @@ class ChatLoop:
     def __init__(self, runner: ChatRunner, read_line: Callable[[], str | None], out: TextIO, interactive: bool) -> None:
         self._runner, self._read_line, self._out, self._interactive = runner, read_line, out, interactive
         self._tell = runner.tell
-        self.turns = self.errors = 0
+        self.turns = self.errors = self.defects = 0
         self._commands: dict[str, tuple[Callable[[str], None], bool]] = {
             "/file": (self._file, True),
             "/continue": (lambda _: self._continue(), False),
-            "/save": (lambda path: runner.save(Path(path).expanduser()), True),
-            "/load": (lambda path: runner.load(Path(path).expanduser()), True),
+            "/save": (lambda path: runner.save(user_path(path)), True),
+            "/load": (lambda path: runner.load(user_path(path)), True),
             "/stats": (lambda _: self._stats(), False),
             "/reset": (lambda _: runner.reset(), False),
             "/help": (lambda _: self._tell(HELP), False),
@@ -81,6 +83,16 @@ class ChatLoop:
         except LongrunError as error:
             self.errors += 1
             self._tell(f"error: {error}")
+        except Exception as error:
+            if is_failed_allocation(error):
+                self.errors += 1
+                self._tell(f"error: {allocation_sentence(error, 'on the way')}")
+                return
+            self.defects += 1
+            self._tell(
+                f"{traceback.format_exc()}error: this is a defect of longrun ({type(error).__name__}): please report "
+                f"what stands above; the conversation is still here, and /save DIR keeps it"
+            )
         except KeyboardInterrupt:
             if not self._interactive:
                 raise
@@ -95,12 +107,12 @@ class ChatLoop:
         argument = argument.strip()
         if name not in self._commands:
             near = difflib.get_close_matches(name, [*self._commands, "/exit"], n=1, cutoff=0.0)[0]
-            raise InputError(f"there is no command {name}: did you mean {near}? /help lists all")
+            raise InputError(f"there is no command {shortened(name)}: did you mean {near}? /help lists all")
         command, wants_argument = self._commands[name]
         if wants_argument and not argument:
             raise InputError(f"{name} needs a path after it")
         if argument and not wants_argument:
-            raise InputError(f"{name} takes nothing after it, but {argument!r} was given")
+            raise InputError(f"{name} takes nothing after it, but {quoted(argument)} was given")
         command(argument)
 
     def _file(self, path: str) -> None:

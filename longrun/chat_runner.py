@@ -15,7 +15,7 @@ from rich.markup import escape
 from longrun.answer import INTERRUPTED, AnswerOptions, stream_answer
 from longrun.conversation import Conversation, Reading
 from longrun.documents import Document
-from longrun.errors import InputError, PlanError
+from longrun.errors import InputError, PlanError, SessionError
 from longrun.interrupts import deferred_signals
 from longrun.progress import PrefillProgress
 from longrun.report import TurnReport
@@ -66,8 +66,10 @@ class ChatRunner:
         self.load_seconds = 0.0
         self.last_report: TurnReport | None = None
         self._conversation: Conversation | None = None
+        self._saved_tokens = 0
         if folder is not None and is_session(folder):
             self._conversation = self._converse(runtime.load_session(folder, capacity), system)
+            self._saved_tokens = self.session.num_tokens
             self.tell(self._describe(folder))
         else:
             self._begin()
@@ -76,7 +78,8 @@ class ChatRunner:
 
     @property
     def conversation(self) -> Conversation:
-        assert self._conversation is not None
+        if self._conversation is None:
+            raise SessionError("there is no conversation in memory: /reset begins one, /load DIR takes a saved one")
         return self._conversation
 
     @property
@@ -100,6 +103,7 @@ class ChatRunner:
             LongrunError: see `Conversation.prepare` and `Session.prefill`.
         """
         reading = self.conversation.prepare(documents, question, strict)
+        self._already_read = (*self._already_read, *reading.already_read)
         for name in reading.already_read:
             self.tell(f"{name} was read before: not read again")
         if reading.resumed_of:
@@ -142,15 +146,16 @@ class ChatRunner:
                     self.session.rewind(mark)
         count, seconds, resumed_at = self._prefilled
         self.last_report = TurnReport(
-            answer, self.session, prompt_tokens, count, seconds, self.load_seconds, resumed_at
-        )
-        self._prefilled = (0, 0.0, 0)
+            answer, self.session, prompt_tokens, count, seconds, self.load_seconds, resumed_at, self._saved_tokens,
+            self._already_read,
+        )  # fmt: skip
+        self._prefilled, self._already_read = (0, 0.0, 0), ()
         self.save_if_kept()
         return self.last_report
 
     def save_if_kept(self) -> None:
         """Save into the folder that is kept up to date, if there is one and the session holds anything."""
-        if self._folder is not None and self.session.num_tokens:
+        if self._folder is not None and self._conversation is not None and self.session.num_tokens:
             self.session.save(self._folder)
 
     def save(self, folder: Path) -> None:
@@ -170,7 +175,7 @@ class ChatRunner:
         try:
             conversation = self._open(folder)
         except PlanError as error:
-            if self.session.num_tokens:
+            if self._conversation is not None and self.session.num_tokens:
                 raise InputError(
                     f"session {folder} does not fit in memory beside this conversation: /save this one if it is "
                     f"needed, then /reset and /load again"
@@ -185,7 +190,7 @@ class ChatRunner:
         self._stop_keeping()
         if self._conversation is not None:
             self.session.detach()
-        self._conversation = conversation
+        self._conversation, self._saved_tokens = conversation, conversation.session.num_tokens
         self.tell(self._describe(folder))
 
     def reset(self) -> None:
@@ -193,6 +198,7 @@ class ChatRunner:
         self._stop_keeping()
         self._drop()
         self._begin()
+        self._saved_tokens = 0
         self.tell("a new conversation begins")
 
     def status(self) -> str:
@@ -206,7 +212,8 @@ class ChatRunner:
         return f"going on with the session in {folder}: {self.status()}"
 
     def _converse(self, session: Session, system: str | None) -> Conversation:
-        self._prefilled = (0, 0.0, 0)
+        self._prefilled: tuple[int, float, int] = (0, 0.0, 0)
+        self._already_read: tuple[str, ...] = ()
         return Conversation(session, self._tokenizer, self.runtime.eos_token_ids, system)
 
     def _open(self, folder: Path) -> Conversation:

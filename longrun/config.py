@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from longrun.config_options import ConfigWarning, refuse_other_arithmetic, refuse_own_code, warnings_of
 from longrun.config_values import SUPPORTED_ROPE_TYPES, Values
 from longrun.errors import CheckpointError, ConfigError, quoted, short_path, shortened
+from longrun.paths import user_path
 from longrun.user_files import read_object
 
 __all__ = ["SUPPORTED_ARCHITECTURES", "SUPPORTED_ROPE_TYPES", "ConfigWarning", "ModelConfig", "WeightSpec"]
@@ -148,12 +149,13 @@ class ModelConfig:
                 that is not supported.
             ConfigError: a value that is missing, of the wrong type, impossible, or asks for what is not supported.
         """
+        path = user_path(path, "model folder", CheckpointError)
         if not os.path.isdir(path):
             what = "is a file" if os.path.exists(path) else "does not exist"
             raise CheckpointError(
                 f"model folder {short_path(path)} {what}: give a folder with config.json and *.safetensors"
             )
-        file = Path(path) / "config.json"
+        file = path / "config.json"
         if not os.path.isfile(file):
             raise CheckpointError(
                 f"model folder {short_path(path)} holds no config.json: give a Hugging Face checkpoint folder"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longrun.errors import InputError
+from longrun.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def read_document(path: str | Path) -> Document:
         InputError: missing, a folder or a device, unreadable, empty, binary (a NUL byte) or not UTF-8; the message
             names the file, and the byte offset where there is one.
     """
-    file = Path(path).expanduser()
+    file = user_path(path, "file")
     try:
         if file.is_dir():
             raise InputError(f"{path} is a folder: name a text file in it")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from longrun.arguments import choice, integer, number
 from longrun.attention.spec import AttentionSpec
 from longrun.budget import Budget
 from longrun.cache.spec import CacheSpec
@@ -19,7 +20,7 @@ from longrun.placement import DEFAULT_WEIGHT_FORMAT, Placement, PlanItem, PlanSe
 from longrun.plan_search import Suggestion, largest_ctx, suggest
 from longrun.plan_split import ChosenSplit, choose_split
 from longrun.processor import bf16_product_copy_bytes
-from longrun.units import format_bytes
+from longrun.units import format_bytes, parse_tokens
 
 __all__ = ["ChosenSplit", "NoFitError", "Plan", "PlanItem", "Suggestion", "choose_split", "make_plan"]
 
@@ -173,7 +174,10 @@ def make_plan(
         NoFitError: the budget does not hold it; with the shortfall and what would fit.
         PlanError: a context that the model's own sliding window or the page tables do not allow.
     """
-    assert ctx is None or ctx >= 1
+    ctx = None if ctx is None else parse_tokens(ctx, "ctx")
+    choice(device_type, "device_type", ("cpu", "cuda"))
+    device_share = number(device_share, "device_share", 0, 1)
+    reserved_bytes = integer(reserved_bytes, "reserved_bytes")
     chosen = _with_origin(split, config, budget)
     settings = PlanSettings(
         config=config,

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from longrun.arguments import COUNT, SHARE
 from longrun.budget import Budget, shipped_budgets
+from longrun.cli import EXIT_STATUS, Parser
 from longrun.config import ModelConfig
-from longrun.errors import InputError
 from longrun.plan import NoFitError, make_plan
 from longrun.plan_report import print_plan
 from longrun.plan_split import choose_split
@@ -48,9 +49,10 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m longrun.plan",
         description="Memory plan of a model at a context length, byte by byte, from its config.json alone.",
+        epilog=EXIT_STATUS,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder; only config.json is read")
     parser.add_argument("--ctx", metavar="TOKENS", help="context, like 128K or 3.3M (default: the trained window)")
@@ -63,20 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--head-map", metavar="DIR|full", help="head map folder (default: full attention)")
     parser.add_argument(
         "--retrieval-ratio",
-        type=_ratio,
+        type=SHARE,
         metavar="R",
         help="share of the KV heads that keep all tokens; without a head map it is assumed to be reached",
     )
     parser.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's)")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
-    parser.add_argument("--chunk-size", type=int, metavar="N", help="tokens of a prefill step (default: the budget's)")
+    parser.add_argument(
+        "--chunk-size", type=COUNT, metavar="N", help="tokens of a prefill step (default: the budget's)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu for the budget cpu, else cuda")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
-
-
-def _ratio(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"--retrieval-ratio {text!r} is not a number: write it like 0.5") from None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
+from longrun.arguments import number
 from longrun.budget import Budget
 from longrun.config import ModelConfig
-from longrun.errors import InputError
+from longrun.errors import HeadMapError, InputError, quoted
 from longrun.patterns.head_map import HeadMap, HeadSplit
 
 
@@ -52,6 +54,10 @@ def choose_split(
         HeadMapError: a map that cannot be read, has another shape than the model, or a ratio outside [0, 1].
         InputError: a ratio without a head map to apply it to.
     """
+    if retrieval_ratio is not None:
+        retrieval_ratio = number(retrieval_ratio, "retrieval ratio", 0, 1, error=HeadMapError)
+    if not isinstance(head_map, HeadMap | str | PathLike | None):
+        raise InputError(f'head map {quoted(head_map)} is neither a HeadMap nor a folder: give one, or "full"')
     shape = (config.num_layers, config.num_kv_heads)
     if head_map is None and retrieval_ratio is not None and assume:
         assumed = HeadMap.uniform(*shape, retrieval_ratio).with_window(budget.sink_size, budget.recent_size)

@@ -21,6 +21,7 @@ class TurnReport:
         prompt_tokens: tokens that stood in the session when the answer began.
         prefilled_tokens: those of them that were read in this turn; resumed_at: those of an interrupted message that
             had been read before.
+        saved_tokens: tokens that the session held when it was loaded; already_read: documents given now that it held.
         prefill_seconds: wall time of reading, checkpoints included; load_seconds: of loading model and session.
     """
 
@@ -31,6 +32,8 @@ class TurnReport:
     prefill_seconds: float
     load_seconds: float
     resumed_at: int = 0
+    saved_tokens: int = 0
+    already_read: tuple[str, ...] = ()
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -62,6 +65,11 @@ class TurnReport:
                 "generated": self.answer.num_tokens,
                 "total": self.session.num_tokens,
                 "capacity": self.session.capacity,
+            },
+            "resumed": {
+                "session_tokens": self.saved_tokens,
+                "message_tokens": self.resumed_at,
+                "documents_already_read": list(self.already_read),
             },
             "timings": {
                 "load_s": self.load_seconds,

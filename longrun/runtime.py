@@ -12,12 +12,13 @@ import torch
 
 from longrun import gpu_checks
 from longrun.allocation import failed_allocations
+from longrun.arguments import callback, check_platform, choice, flag, number
 from longrun.auto_head_map import DEFAULT_RATIO, AutoHeadMap, auto_head_map, kept_folder
 from longrun.backend import Parts, build_engine
 from longrun.budget import Budget
 from longrun.cache.pinned_pool import PinnedMemory
 from longrun.config import ModelConfig
-from longrun.errors import InputError
+from longrun.errors import InputError, SessionError
 from longrun.head_map_check import other_model_notices
 from longrun.kernels.cpu_int4 import CpuInt4Kernels, KernelUnavailable
 from longrun.memory_checks import check_free_memory
@@ -25,7 +26,7 @@ from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import load_decoder, model_fingerprint
 from longrun.model.folder import ModelFolder, check_folder
 from longrun.model_bytes import TOKEN_SLICES
-from longrun.paths import cache_dir
+from longrun.paths import cache_dir, user_path
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan import ChosenSplit, Plan, choose_split, make_plan
 from longrun.session import Session
@@ -88,21 +89,23 @@ def load(
         PlanError: the budget or the machine's free memory cannot hold it; nothing has been loaded.
         CheckpointError, ConfigError, HeadMapError, InputError: a file, an argument or the GPU cannot be used.
     """
-    device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device_type not in ("cpu", "cuda"):
-        raise InputError(f"device {device!r} is unknown: use cpu or cuda")
+    check_platform()
+    device_type = choice(device or ("cuda" if torch.cuda.is_available() else "cpu"), "device", ("cpu", "cuda"))
     if device_type == "cuda":
         gpu_checks.check_gpu()
-    if not 0 <= device_share <= 1:
-        raise InputError(f"device_share {device_share} must be between 0 and 1")
-    if isinstance(ctx, str):
-        ctx = parse_tokens(ctx, "ctx")
-    folder = Path(model_dir)
+    device_share = number(device_share, "device_share", 0, 1)
+    flag(compiled_kernels, "compiled_kernels")
+    for name, called in (("on_plan", on_plan), ("on_pin", on_pin), ("on_head_map", on_head_map)):
+        callback(called, name)
+    ctx = None if ctx is None else parse_tokens(ctx, "ctx")
+    folder = user_path(model_dir, "model_dir")
     config = ModelConfig.from_dir(folder)
-    lora = None if adapter is None else Adapter.open(adapter, config)
+    lora = None if adapter is None else Adapter.open(user_path(adapter, "adapter"), config)
     if lora is not None:
         config = lora.adapted_config(config)
-    limits = budget if isinstance(budget, Budget) else Budget.load(budget or gpu_checks.default_budget(device_type))
+    if budget is None:
+        budget = gpu_checks.default_budget(device_type)
+    limits = budget if isinstance(budget, Budget) else Budget.load(budget)
     limits = limits.override(kv_format=kv_format, weight_format=weight_format, chunk_size=chunk_size)
     if device_type == "cuda":
         gpu_checks.check_budget(limits)
@@ -193,7 +196,7 @@ class Runtime:
     def _build_cpu_kernels(self) -> CpuInt4Kernels | None:
         try:
             return CpuInt4Kernels(cache_dir() / "kernels")
-        except KernelUnavailable as error:
+        except (KernelUnavailable, InputError) as error:  # no compiler, or no place to keep what it makes
             self.notices.append(f"compiled CPU kernels are off ({error}): plain torch is used, which decodes slower")
             return None
 
@@ -242,7 +245,7 @@ class Runtime:
             SessionError: no session there, damaged files, or one of another model, head split or format.
             PlanError: it does not fit in the budget, or in free memory.
         """
-        saved = SavedSession.open(path, self._identity)
+        saved = SavedSession.open(user_path(path, "session folder", SessionError), self._identity)
         capacity = saved.capacity if capacity is None else parse_tokens(capacity, "capacity")
         if capacity < saved.seq_len:
             raise InputError(

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longrun.errors import InputError, logits_not_finite
+from longrun.arguments import integer, number
+from longrun.errors import logits_not_finite
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,13 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise InputError(f"{name} {value!r} is not a finite number")
-        if self.temperature < 0:
-            raise InputError(f"temperature {self.temperature} is negative: give 0 for greedy, or a number above 0")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise InputError(f"top_k {self.top_k!r} is not a whole number of at least 0: give 0 to keep every token")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p {self.top_p} is not above 0 and at most 1: give 1 to keep every token")
-        if self.repetition_penalty <= 0:
-            raise InputError(f"repetition_penalty {self.repetition_penalty} is not above 0: give 1 for no penalty")
+        for name, value in (  # frozen, and of plain types from here on
+            ("temperature", number(self.temperature, "temperature", 0)),
+            ("top_k", integer(self.top_k, "top_k")),
+            ("top_p", number(self.top_p, "top_p", 0, 1, above=True)),
+            ("repetition_penalty", number(self.repetition_penalty, "repetition_penalty", 0, above=True)),
+        ):
+            object.__setattr__(self, name, value)
 
 
 def seen_tokens(token_ids: Sequence[int] | Tensor, vocab_size: int, device: torch.device | str = "cpu") -> Tensor:

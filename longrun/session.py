@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from longrun.arguments import MAX_SEED, callback, flag, integer
 from longrun.cache.dual import CacheMark, DualCache
 from longrun.engine import Engine
 from longrun.errors import ContextFullError, InputError, SessionError, logits_not_finite
 from longrun.interrupts import deferred_signals
+from longrun.paths import user_path
 from longrun.plan import Plan
 from longrun.sampling import SamplingParams, sample, seen_tokens
+from longrun.token_ids import token_id_tensor
 from longrun.units import format_tokens
 
 if TYPE_CHECKING:
@@ -98,18 +101,19 @@ class Session:
         """Append tokens, chunk by chunk; a session that is attached to a folder is saved after each.
 
         Args:
-            token_ids: at least one token id.
+            token_ids: at least one token id, as `longrun.token_ids` takes them.
             progress: called with (tokens done, tokens in all) after every chunk.
 
         Returns:
             float32 [vocab_size], logits of the last position.
 
         Raises:
-            InputError: no token, or an id outside the vocabulary.
+            InputError: no token, something else than integers in one dimension, or an id outside the vocabulary.
             ContextFullError: more tokens than the capacity has room for; nothing was appended.
             SessionError: a checkpoint could not be written, or an earlier step broke off.
         """
-        new = self._check_ids(token_ids)
+        callback(progress, "progress")
+        new = token_id_tensor(token_ids, self.vocab_size)
         waiting = self._ids[self.seq_len :]
         self._check_room(len(waiting) + len(new))
         todo = torch.cat((torch.tensor(waiting, dtype=torch.int64), new)) if waiting else new
@@ -138,7 +142,7 @@ class Session:
         Raises:
             As `prefill`; InputError also for a session without any token yet.
         """
-        new = self._check_ids(token_ids)
+        new = token_id_tensor(token_ids, self.vocab_size)
         self._check_room(len(new) + self.num_tokens - self.seq_len)
         before = self.logits
         if before is None:
@@ -170,8 +174,9 @@ class Session:
             ContextFullError: the capacity is used up; every token yielded so far is part of the session.
         """
         params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens {max_new_tokens} must be at least 1")
+        max_new_tokens = integer(max_new_tokens, "max_new_tokens", 1)
+        seed = None if seed is None else integer(seed, "seed", 0, MAX_SEED)
+        flag(eos, "eos")
         if not self._ids:
             raise InputError("there is nothing to continue: prefill at least one token before generating")
         if seed is not None:
@@ -228,15 +233,6 @@ class Session:
             done += count
 
         return on_chunk
-
-    def _check_ids(self, token_ids: Sequence[int] | Tensor) -> Tensor:
-        ids = torch.as_tensor(token_ids, dtype=torch.int64).reshape(-1)
-        if len(ids) == 0:
-            raise InputError("no tokens were given: prefill needs at least one")
-        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
-            bad = ids[(ids < 0) | (ids >= self.vocab_size)][0]
-            raise InputError(f"token id {int(bad)} is outside the model's vocabulary of {self.vocab_size:,}")
-        return ids
 
     def _check_room(self, count: int) -> None:
         if self.seq_len + count > self.capacity:
@@ -362,7 +358,7 @@ class Session:
 
         if self._unsavable is not None:
             raise SessionError(f"this session cannot be saved: {self._unsavable}")
-        store = SessionStore(path)
+        store = SessionStore(user_path(path, "session folder", SessionError))
         return self._store if self._store is not None and self._store.folder == store.folder else store
 
     def _keep(self, store: SessionStore, attached: bool) -> None:

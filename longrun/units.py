@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-from longrun.errors import InputError
+from longrun.arguments import integer
+from longrun.errors import InputError, quoted
+
+MAX_TOKENS = 10**9
+"""Of a context. What is addressed by token stays within 64 bits by far, and float64 angles exact enough."""
+
+MAX_MEMORY = 10**15
+"""Of a memory size in bytes: a petabyte."""
 
 _TOKEN_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 _BYTE_UNITS = {
@@ -23,38 +30,48 @@ _BYTE_UNITS = {
 
 
 def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", text, re.ASCII)
     if match is None or match.group(2).upper() not in units:
-        raise InputError(f"{what} {text!r} is not a number with a known unit: write it like {example}")
+        raise InputError(f"{what} {quoted(text)} is not a number with a known unit: write it like {example}")
     value = Decimal(match.group(1)) * units[match.group(2).upper()]
+    if value > MAX_MEMORY:
+        return MAX_MEMORY + 1  # too large for any use; an int of so many digits cannot be written out
     if value != int(value):
-        raise InputError(f"{what} {text!r} is {value} and not a whole number: write it like {example}")
+        raise InputError(f"{what} {quoted(text)} is {value:f} and not a whole number: write it like {example}")
     return int(value)
 
 
 def parse_tokens(text: str | int, what: str = "token count") -> int:
-    """Token count from `8192`, `128K` (1K = 1,000) or `3.3M`; at least 1.
+    """Token count from `8192`, `128K` (1K = 1,000) or `3.3M`; from 1 to `MAX_TOKENS`.
 
     Raises:
-        InputError: not a number, an unknown unit, or less than one token.
+        InputError: neither a text nor an integer, an unknown unit, or a count out of range.
     """
-    count = text if isinstance(text, int) else _parse(text, _TOKEN_UNITS, what, "8192, 128K or 3.3M")
+    example = "8192, 128K or 3.3M"
+    count = _parse(text, _TOKEN_UNITS, what, example) if isinstance(text, str) else integer(text, what, 1)
     if count < 1:
-        raise InputError(f"{what} {text!r} must be at least 1: write it like 8192, 128K or 3.3M")
+        raise InputError(f"{what} {quoted(text)} must be at least 1: write it like {example}")
+    if count > MAX_TOKENS:
+        raise InputError(f"{what} {quoted(text)} must be at most {MAX_TOKENS:,} tokens: write it like {example}")
     return count
 
 
 def parse_bytes(text: str | int, what: str = "memory size") -> int:
-    """Bytes from `80 GB` (10**9), `100 GiB` (2**30) or a plain number; zero is allowed.
+    """Bytes from `80 GB` (10**9), `100 GiB` (2**30) or a plain number; from 0 to `MAX_MEMORY`.
 
     Raises:
-        InputError: not a number, an unknown unit, or negative.
+        InputError: neither a text nor an integer, an unknown unit, negative, or more than any machine has.
     """
-    if isinstance(text, int):
-        if text < 0:
-            raise InputError(f"{what} {text} is negative: write it like 80 GB or 100 GiB")
-        return text
-    return _parse(text, _BYTE_UNITS, what, "80 GB or 100 GiB")
+    example = "80 GB or 100 GiB"
+    if isinstance(text, str):
+        size = _parse(text, _BYTE_UNITS, what, example)
+    else:
+        size = integer(text, what, -MAX_MEMORY, 2 * MAX_MEMORY)
+    if size < 0:
+        raise InputError(f"{what} {quoted(text)} is negative: write it like {example}")
+    if size > MAX_MEMORY:
+        raise InputError(f"{what} {quoted(text)} is more than a petabyte: write it like {example}")
+    return size
 
 
 def format_tokens(count: int) -> str:

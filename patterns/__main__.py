@@ -11,7 +11,8 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from longrun.cli import run
+from longrun.arguments import COUNT, SEED, SHARE, real, whole
+from longrun.cli import EXIT_STATUS, Parser, run
 from longrun.patterns.compare_maps import DEFAULT_RATIOS, compare_maps, draw_comparison
 from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, DEFAULT_THRESHOLD, HeadMap
 from longrun.patterns.identify_settings import (
@@ -161,8 +162,10 @@ def compare_command(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m longrun.patterns", description="Measure head maps, look at them, compare them."
+    parser = Parser(
+        prog="python -m longrun.patterns",
+        description="Measure head maps, look at them, compare them.",
+        epilog=EXIT_STATUS,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_show(commands.add_parser("show", help="print and draw a head map with its split"))
@@ -176,8 +179,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_show(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="DIR", help="head map folder in DuoAttention's format")
     rule = command.add_mutually_exclusive_group()
-    rule.add_argument("--retrieval-ratio", type=float, metavar="R", help="share of the heads to keep, best first")
-    rule.add_argument("--threshold", type=float, metavar="T", help="keep heads that score at least T (default: 0.5)")
+    rule.add_argument("--retrieval-ratio", type=SHARE, metavar="R", help="share of the heads to keep, best first")
+    rule.add_argument("--threshold", type=SHARE, metavar="T", help="keep heads that score at least T (default: 0.5)")
     command.add_argument("--png", metavar="FILE", help="draw the map into this file")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     command.set_defaults(main=show)
@@ -195,22 +198,22 @@ def _add_identify(command: argparse.ArgumentParser) -> None:
         "with generated sentences)")  # fmt: skip
     add("--context", metavar="TOKENS", help="of the longest text, like 4096 or 32K")
     add("--min-context", metavar="TOKENS", help="gates: of the shortest text")
-    add("--steps", type=int, metavar="N", help="training steps, or texts to score")
-    add("--seed", type=int, default=0, metavar="N", help="decides texts and all that is drawn (default: 0)")
-    add("--sink-size", type=int, default=DEFAULT_SINK_SIZE, metavar="N",
+    add("--steps", type=COUNT, metavar="N", help="training steps, or texts to score")
+    add("--seed", type=SEED, default=0, metavar="N", help="decides texts and all that is drawn (default: 0)")
+    add("--sink-size", type=whole(), default=DEFAULT_SINK_SIZE, metavar="N",
         help="first tokens that a streaming head keeps (default: %(default)s)")  # fmt: skip
-    add("--recent-size", type=int, default=DEFAULT_RECENT_SIZE, metavar="N",
+    add("--recent-size", type=COUNT, default=DEFAULT_RECENT_SIZE, metavar="N",
         help="last tokens that a streaming head keeps (default: %(default)s)")  # fmt: skip
     add("--device", choices=DEVICES, help="default: cuda where there is one")
     add("--dtype", choices=DTYPES, help="of the model (default: float32 on cpu, bfloat16 on cuda)")
     defaults = {name: field.default for name, field in IdentifySettings.__dataclass_fields__.items()}
     rate = f"{LEARNING_RATE}, or {SHORTEST_WAY} / steps in shorter runs"
-    add("--learning-rate", type=float, metavar="X", help=f"gates: AdamW's highest rate (default: {rate})")
-    add("--regularization", type=float, default=defaults["regularization"], metavar="X",
+    add("--learning-rate", type=real(0, above=True), metavar="X", help=f"gates: AdamW's highest rate (default: {rate})")
+    add("--regularization", type=real(0), default=defaults["regularization"], metavar="X",
         help="gates: weight of mean |gate|, higher pushes more heads to 0 (default: %(default)s)")  # fmt: skip
-    add("--num-keys", type=int, default=defaults["num_keys"], metavar="N",
+    add("--num-keys", type=COUNT, default=defaults["num_keys"], metavar="N",
         help="gates: pass keys a text (default: %(default)s)")  # fmt: skip
-    add("--save-every", type=int, default=defaults["save_every"], metavar="N",
+    add("--save-every", type=COUNT, default=defaults["save_every"], metavar="N",
         help="steps between two writings of the progress (default: %(default)s)")  # fmt: skip
     add("--force", action="store_true", help="overwrite another map, drop another run's progress")
     command.set_defaults(main=identify_command)
@@ -220,7 +223,7 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("a", metavar="A", help="head map folder")
     command.add_argument("b", metavar="B", help="head map folder of the same model")
     shown = " ".join(f"{ratio:g}" for ratio in DEFAULT_RATIOS)
-    command.add_argument("--retrieval-ratio", type=float, nargs="+", metavar="R",
+    command.add_argument("--retrieval-ratio", type=SHARE, nargs="+", metavar="R",
                          help=f"shares of the heads to keep (default: {shown})")  # fmt: skip
     command.add_argument("--png", metavar="FILE", help="draw both maps into this file")
     command.add_argument("--json", action="store_true", help="print one JSON object")

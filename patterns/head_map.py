@@ -12,9 +12,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
-from longrun.errors import HeadMapError
+from longrun.arguments import number
+from longrun.errors import HeadMapError, quoted
+from longrun.paths import user_path
 from longrun.patterns.head_map_folder import (
     CONFIG_FILE,
     SCORES_FILE,
@@ -66,10 +70,7 @@ class HeadMap:
         check_window(self.sink_size, self.recent_size, "head map")
         for layer, row in enumerate(self.scores):
             for head, score in enumerate(row):
-                if not 0.0 <= score <= 1.0:
-                    raise HeadMapError(
-                        f"head map: the score of layer {layer}, KV head {head} is {score}: scores must lie in [0, 1]"
-                    )
+                number(score, f"head map: layer {layer}, KV head {head}: score", 0, 1, error=HeadMapError)
 
     @classmethod
     def from_scores(
@@ -80,13 +81,20 @@ class HeadMap:
         notes: Sequence[str] = (),
         source: str = "head map",
     ) -> HeadMap:
-        """A map from raw scores ([num_layers][num_kv_heads]): clipped to [0, 1], with a note where that changed one.
+        """A map from raw scores, clipped to [0, 1], with a note where that changed one.
+
+        Args:
+            scores: [num_layers][num_kv_heads] of numbers, also as array or tensor.
 
         Raises:
             HeadMapError: empty or ragged rows, NaN or infinity (row and column named, counted from 1), a bad window.
         """
-        rows = [[float(score) for score in row] for row in scores]
-        check_rows(rows, source)
+        scores = _plain(scores)
+        if isinstance(scores, list | tuple):
+            scores = [_plain(row) for row in scores]
+        check_rows(scores, source)
+        rows = [[_score(score, f"{source}: a score of row {number}") for score in row]
+                for number, row in enumerate(scores, start=1)]  # fmt: skip
         for row_number, row in enumerate(rows, start=1):
             for column, score in enumerate(row, start=1):
                 if not math.isfinite(score):
@@ -131,7 +139,7 @@ class HeadMap:
             HeadMapError: a missing folder or file, ragged rows, something that is not a finite number (file, row and
                 column named), or an impossible sink_size or recent_size.
         """
-        folder = Path(folder)
+        folder = user_path(folder, "head map", HeadMapError)
         rows = read_scores(folder)
         loaded = cls.from_scores(rows, *read_window(folder), source=str(folder / SCORES_FILE))
         return replace(loaded, origin=read_origin(folder))
@@ -150,7 +158,7 @@ class HeadMap:
             HeadMapError: the folder holds another map and `force` is false, it holds the `config.json` of something
                 else, or it cannot be written.
         """
-        folder = Path(folder)
+        folder = user_path(folder, "head map folder", HeadMapError)
         target = Path(os.path.realpath(folder))
         if target.exists() and not target.is_dir():
             raise HeadMapError(f"head map {folder} is a file: give a folder to save to")
@@ -205,8 +213,7 @@ class HeadMap:
             )
         else:
             threshold = DEFAULT_THRESHOLD if threshold is None else threshold
-            if not 0.0 <= threshold <= 1.0:
-                raise HeadMapError(f"threshold {threshold} is outside [0, 1]: scores lie in that range")
+            threshold = number(threshold, "threshold", 0, 1, error=HeadMapError)
             bits = tuple(tuple(score >= threshold for score in row) for row in self.scores)
         return HeadSplit(bits, self.sink_size, self.recent_size)
 
@@ -224,3 +231,18 @@ class HeadMap:
         except HeadMapError:
             return False
         return replace(saved, notes=()) == replace(self, notes=()) and not saved.notes
+
+
+def _score(value: Any, what: str) -> float:
+    """A score as float; NaN and infinity are told by their row and column later."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise HeadMapError(f"{what} is {quoted(value)}: every score must be a number")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _plain(values: Any) -> Any:
+    """Lists for arrays and tensors; anything else as it is."""
+    return values.tolist() if hasattr(values, "tolist") else values

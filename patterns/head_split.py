@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from longrun.errors import HeadMapError
+from longrun.arguments import integer, number
+from longrun.errors import HeadMapError, quoted
 
 DEFAULT_SINK_SIZE = 64
 DEFAULT_RECENT_SIZE = 256
@@ -93,13 +94,14 @@ def spread_retrieval_heads(num_layers: int, num_kv_heads: int, retrieval_ratio: 
 
 def count_for_ratio(retrieval_ratio: float, total: int) -> int:
     """`round(retrieval_ratio * total)` heads; HeadMapError for a ratio outside [0, 1]."""
-    if not 0.0 <= retrieval_ratio <= 1.0:
-        raise HeadMapError(f"retrieval ratio {retrieval_ratio} is outside [0, 1]: 0.5 keeps half the KV heads")
+    retrieval_ratio = number(retrieval_ratio, "retrieval ratio", 0, 1, error=HeadMapError)
     return round(retrieval_ratio * total)
 
 
 def check_rows(rows: Sequence[Sequence[object]], source: str) -> None:
     """Raise HeadMapError unless `rows` is a non-empty rectangle."""
+    if isinstance(rows, str | bytes) or not isinstance(rows, Sequence) or not all(_is_row(row) for row in rows):
+        raise HeadMapError(f"{source} is {quoted(rows)}: it must be a sequence of rows, one a layer")
     if not rows or not rows[0]:
         raise HeadMapError(f"{source} is empty: it needs a row per layer and a column per KV head")
     for row_number, row in enumerate(rows, start=1):
@@ -113,5 +115,8 @@ def check_rows(rows: Sequence[Sequence[object]], source: str) -> None:
 def check_window(sink_size: int, recent_size: int, source: str) -> None:
     """Raise HeadMapError unless sink_size is a whole number >= 0 and recent_size one >= 1."""
     for name, value, least in (("sink_size", sink_size, 0), ("recent_size", recent_size, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise HeadMapError(f"{source}: {name} is {value!r}: it must be a whole number of at least {least}")
+        integer(value, f"{source}: {name}", least, error=HeadMapError)
+
+
+def _is_row(row: object) -> bool:
+    return isinstance(row, Sequence) and not isinstance(row, str | bytes)

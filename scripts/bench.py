@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from longrun import cli
+from longrun.arguments import COUNT, whole
 
 
 def add_peer(sub: argparse.ArgumentParser) -> None:
@@ -32,9 +33,9 @@ def add_peer(sub: argparse.ArgumentParser) -> None:
 
     sub.add_argument("--model", help="checkpoint folder (default: the demo model)")
     sub.add_argument("--lengths", default="4K,8K", help="prompt lengths in tokens (1K = 1,000)")
-    sub.add_argument("--repeats", type=int, default=5)
-    sub.add_argument("--new-tokens", type=int, default=24)
-    sub.add_argument("--chunk-size", type=int, default=1024)
+    sub.add_argument("--repeats", type=COUNT, default=5)
+    sub.add_argument("--new-tokens", type=COUNT, default=24)
+    sub.add_argument("--chunk-size", type=COUNT, default=1024)
     add_json_option(sub)
     sub.set_defaults(run=run)
 
@@ -52,8 +53,8 @@ def add_decode(sub: argparse.ArgumentParser) -> None:
 
 def add_decode_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--synthetic-cache", action="store_true", help="random cache content instead of a prefill")
-    sub.add_argument("--new-tokens", type=int, default=64, help="tokens timed in one repeat")
-    sub.add_argument("--repeats", type=int, default=3, help="repeats, one after the other in the same session")
+    sub.add_argument("--new-tokens", type=COUNT, default=64, help="tokens timed in one repeat")
+    sub.add_argument("--repeats", type=COUNT, default=3, help="repeats, one after the other in the same session")
 
 
 def add_prefill(sub: argparse.ArgumentParser) -> None:
@@ -63,7 +64,9 @@ def add_prefill(sub: argparse.ArgumentParser) -> None:
     add_model_options(sub)
     sub.add_argument("--lengths", default="128K,512K,1M", help="tokens read")
     sub.add_argument("--peer-lengths", help="lengths at which transformers reads, too, in chunks of 16,384")
-    sub.add_argument("--needles", type=int, default=0, metavar="N", help="read a text that hides N numbers, and ask")
+    sub.add_argument(
+        "--needles", type=whole(), default=0, metavar="N", help="read a text that hides N numbers, and ask"
+    )
     sub.add_argument(
         "--depth", default="0.5", metavar="D|D,D,...|spread",
         help="where the needles are hidden, 0 to 1: one depth, one a needle, or spread evenly from 0 to 1",
@@ -96,7 +99,7 @@ def add_formats(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--kv-formats", metavar="LIST", help="vary the pages instead, the first named being compared with: int4,k5v3"
     )
-    sub.add_argument("--repeats", type=int, default=5, help="turns of every format, after one that is not counted")
+    sub.add_argument("--repeats", type=COUNT, default=5, help="turns of every format, after one that is not counted")
     sub.set_defaults(run=run)
 
 
@@ -128,7 +131,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that is asked for. Status 0; bad input raises a LongrunError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (add, text) in COMMANDS.items():
         add(commands.add_parser(name, help=text, description=text))

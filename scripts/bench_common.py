@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 import longrun
+from longrun.arguments import SEED, SHARE
 from longrun.budget import Budget
 from longrun.config import ModelConfig
 from longrun.errors import InputError
+from longrun.paths import path_option
 from longrun.patterns.head_map import HeadMap
 from longrun.plan import Plan
 from longrun.planted import NOTE, is_planted
@@ -33,10 +35,12 @@ DEFAULT_BUDGETS = {"cpu": "cpu", "cuda": "h100-80g"}
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Options of the commands that run a model."""
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="checkpoint folder")
-    parser.add_argument("--head-map", type=Path, metavar="DIR", help="head map folder (default: every head is kept)")
+    parser.add_argument("--model", required=True, type=path_option, metavar="DIR", help="checkpoint folder")
     parser.add_argument(
-        "--retrieval-ratio", type=float, metavar="R",
+        "--head-map", type=path_option, metavar="DIR", help="head map folder (default: every head is kept)"
+    )
+    parser.add_argument(
+        "--retrieval-ratio", type=SHARE, metavar="R",
         help="share of the KV heads to keep; without --head-map an arbitrary choice, which is good for timing only",
     )  # fmt: skip
     parser.add_argument("--weight-format", choices=WEIGHT_FORMATS, help="default: the budget's")
@@ -44,12 +48,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk-size", type=parse_tokens, metavar="N", help="tokens of a prefill step")
     parser.add_argument("--budget", metavar="NAME_OR_FILE", help="default: h100-80g on cuda, cpu on cpu")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     add_json_option(parser)
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON object here as well")
+    parser.add_argument("--json", type=path_option, metavar="FILE", help="write the JSON object here as well")
 
 
 def parse_lengths(text: str | None, option: str = "--lengths") -> list[int]:

@@ -12,7 +12,6 @@ well; the sweep of programs for page copies always runs.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -29,6 +28,7 @@ from bench_common import finish_timed
 from torch import Tensor
 
 from longrun import cli
+from longrun.arguments import COUNT, real
 from longrun.errors import InputError
 from longrun.kernels.dense_attention import merge_partial
 from longrun.kernels.merge_partial import merge_into, merge_into_reference, merge_partial_, merge_partial_reference
@@ -37,6 +37,7 @@ from longrun.kernels.rope_store import rope_store, rope_store_reference
 from longrun.kernels.rotary import rotary_, rotary_reference
 from longrun.kernels.silu_mul import silu_mul_, silu_mul_reference
 from longrun.model.rope import apply_rope_, signed_sin
+from longrun.paths import path_option
 from longrun.quant.rotation import random_signs
 
 REPEATS = 11
@@ -281,12 +282,12 @@ def measure(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--rows", type=int, default=4 * 131072)
-    parser.add_argument("--pool-gib", type=float, default=2.0)
+    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=COUNT, default=8192)
+    parser.add_argument("--rows", type=COUNT, default=4 * 131072)
+    parser.add_argument("--pool-gib", type=real(0, above=True), default=2.0)
     parser.add_argument("--sweep", action="store_true", help="also tile sizes and warps other than the defaults")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=path_option)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("no CUDA device is visible to torch: run this benchmark on a machine with a GPU")

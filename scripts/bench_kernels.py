@@ -10,7 +10,6 @@ torch reference on poisoned outputs. `--variants` times other settings of the ke
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -25,10 +24,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from longrun.cli import Parser, run
+from longrun.errors import InputError
 from longrun.kernels import int4_decode
 from longrun.kernels.int4_decode import DecodePages, Workspace
 from longrun.kernels.int4_decode_cuda import CudaInt4Decode
 from longrun.kernels.int4_pages import ExactRun, PageRun, decode_attention
+from longrun.paths import path_option
 from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
 from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
@@ -191,16 +193,16 @@ def bench_int4_decode(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", default="512K,3.3M", help="tokens, comma-separated")
     parser.add_argument("--kv", default=",".join(QUANTIZED_KV_FORMATS), help="page formats, comma-separated")
     parser.add_argument("--variants", action="store_true", help="time other settings of the kernels, too")
-    parser.add_argument("--json", type=Path, help="write the JSON object here as well")
+    parser.add_argument("--json", type=path_option, help="write the JSON object here as well")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("bench_kernels needs an NVIDIA GPU, and torch sees none")
+        raise InputError("bench_kernels needs an NVIDIA GPU, and torch sees none")
     if unknown := set(args.kv.split(",")) - set(QUANTIZED_KV_FORMATS):
-        sys.exit(f"--kv {unknown.pop()} has no decode kernel: choose among {', '.join(QUANTIZED_KV_FORMATS)}")
+        raise InputError(f"--kv {unknown.pop()} has no decode kernel: choose among {', '.join(QUANTIZED_KV_FORMATS)}")
     ceilings = measure_ceilings()
     print(", ".join(f"{name.removesuffix('_tb_s')} {value:.3f} TB/s" for name, value in ceilings.items()), flush=True)
     lengths = [parse_tokens(x) for x in args.lengths.split(",")]
@@ -228,4 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,7 +9,6 @@ copies, its bytes read and written. Keys and values lie as a fused projection le
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from functools import partial
@@ -22,10 +21,12 @@ from bench_common import finish_timed
 from bench_graph import copy_ceilings, graph_seconds
 
 from longrun import cli
+from longrun.arguments import COUNT
 from longrun.errors import InputError
 from longrun.kernels.int4_pages import PageRun
 from longrun.kernels.page_dequantize import dequantize_run
 from longrun.kernels.page_store import reference_store_pages, store_pages
+from longrun.paths import path_option
 from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
 from longrun.units import parse_tokens
 
@@ -79,11 +80,11 @@ def measure(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--heads", type=int, default=8)
+    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--heads", type=COUNT, default=8)
     parser.add_argument("--tokens", default="4096,32768,524288")
     parser.add_argument("--warps", default="2,4")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=path_option)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("no CUDA device is visible to torch: run this benchmark on a machine with a GPU")

@@ -18,6 +18,7 @@ from rich.table import Table
 
 import longrun
 from longrun.model.demo import demo_model_dir
+from longrun.paths import user_path
 from longrun.patterns.head_map import HeadMap
 from longrun.units import format_bytes, format_tokens, parse_tokens
 
@@ -106,7 +107,7 @@ class Transformers:
 
 def run(args: argparse.Namespace) -> int:
     """The command `peer`."""
-    model_dir = Path(args.model) if args.model else demo_model_dir()
+    model_dir = user_path(args.model, "--model") if args.model else demo_model_dir()
     lengths = [parse_tokens(text.strip(), "--lengths") for text in args.lengths.split(",")]
     console = Console(stderr=False)
     ceilings = cpu_ceilings()

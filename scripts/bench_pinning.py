@@ -6,12 +6,10 @@ GB/s at which a kernel reads and writes randomly chosen pages of 8,448 bytes str
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +18,10 @@ import triton.language as tl
 from bench_ceilings import transfer_ceilings
 from torch import Tensor
 
+from longrun.arguments import real
 from longrun.cache.pinned import PIECE_BYTES, CudaRegistrar, pinned_bytes
-from longrun.cli import run
+from longrun.cli import Parser, run
+from longrun.paths import path_option
 from longrun.report_env import environment
 
 PAYLOAD_BYTES = 8448  # INT4, head_dim 128
@@ -106,9 +106,9 @@ def measure(gib: float, huge_pages: bool, ceilings: dict[str, Any]) -> dict[str,
 
 def main() -> int:
     """Print one line of JSON a row, and write all of them with the environment to --json."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--gib", type=float, nargs="+", default=[8.0], help="sizes of the pool")
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gib", type=real(0, above=True), nargs="+", default=[8.0], help="sizes of the pool")
+    parser.add_argument("--json", type=path_option, help="file to write")
     arguments = parser.parse_args()
     rows, ceilings = [], transfer_ceilings(torch.device("cuda"))
     for gib in arguments.gib:

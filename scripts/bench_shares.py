@@ -23,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from longrun.cli import Parser
 from longrun.errors import InputError
+from longrun.paths import path_option
 
 Q_HEADS, KV_HEADS, HEAD_DIM, CHUNK, PAST = 16, 4, 128, 32_768, 65_536  # Llama-3-8B, half of its heads kept
 TOKENS = 1_000_000
@@ -163,7 +165,7 @@ def whole_model(command: str, *options: str) -> argparse.Namespace:
     import bench
 
     model = planted_model()
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     bench.COMMANDS[command][0](parser)
     return parser.parse_args([
         "--model", model, "--head-map", str(Path(model) / "head_map"), "--retrieval-ratio", "0.5",
@@ -228,7 +230,7 @@ SHARES: tuple[Share, ...] = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="TEXT", help="shares whose name holds this text (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON object here as well")
+    parser.add_argument("--json", type=path_option, metavar="FILE", help="write the JSON object here as well")
     parser.set_defaults(run=run)
 
 

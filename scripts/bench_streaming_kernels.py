@@ -12,7 +12,6 @@ one CUDA graph. Every row is compared with the torch reference on poisoned outpu
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -32,6 +31,7 @@ from longrun.errors import InputError
 from longrun.kernels.banded_attention import banded_attention, plan_band
 from longrun.kernels.banded_prefill import BandConfig, banded_prefill, banded_prefill_reference, default_config
 from longrun.kernels.ring_decode import RingWorkspace, default_splits, ring_decode, ring_decode_reference
+from longrun.paths import path_option
 from longrun.units import parse_tokens
 
 REPEATS, WARM_SECONDS = 15, 0.1
@@ -231,12 +231,12 @@ def describe(r: dict) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", default="4096,32768")
     parser.add_argument("--start", default="3000000")
     parser.add_argument("--head-dims", default="128")
     parser.add_argument("--settings", choices=("all", "default"), default="all")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=path_option)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("no CUDA device is visible to torch: run this benchmark on a machine with a GPU")

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from longrun import cli
 from longrun.errors import InputError
+from longrun.paths import path_option
 from longrun.units import format_bytes, format_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,9 +242,9 @@ def _blocks(text: str) -> Iterator[re.Match[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite or check the document. Status 1 where --check finds it not current."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, only compare")
-    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    parser.add_argument("--document", type=path_option, default=ROOT / "docs" / "benchmarks.md")
     args = parser.parse_args(argv)
     text = args.document.read_text(encoding="utf-8")
     wanted = rendered(text, args.document.parent)

@@ -37,6 +37,7 @@ from longrun import cli
 from longrun.errors import InputError
 from longrun.kernels.vector_linear import Tuning, default_tuning, vector_linear
 from longrun.kernels.weight_dequantize import dequantize_int8_reference
+from longrun.paths import path_option
 from longrun.quant.int4_weight import dequantize_int4
 from longrun.quant.linear import QuantLinear
 from longrun.quant.weight_format import is_quantized, linear_bytes
@@ -274,11 +275,11 @@ def compile_all(weight_formats: Sequence[str], sweep: bool, share: str | None) -
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--formats", default="nf4,int4,int8,bf16")
     parser.add_argument("--no-sweep", action="store_true")
     parser.add_argument("--compile-share", help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=path_option)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("no CUDA device is visible to torch: run this benchmark on a machine with a GPU")

@@ -24,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from compare_runtimes import Runtimes, comparison_budget
 
-from longrun.cli import run
+from longrun.arguments import COUNT, SEED, whole
+from longrun.cli import Parser, run
 from longrun.errors import InputError
 from longrun.model.choice import choose_model
 from longrun.needles import Haystack
+from longrun.paths import path_option
 from longrun.quality.measures import SPARE_TOKENS, ReferenceLogits, measure_retrieval, measure_text
 from longrun.quality.report import write_report
 from longrun.quality.results import QualityResults
@@ -47,27 +49,33 @@ GROUPS = ("single", "several", "keyvalue", "text")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="LoRA adapter of every row, or none")
-    parser.add_argument("--settings", required=True, type=Path, metavar="FILE", help="TOML file with [[row]] tables")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=path_option, metavar="DIR", help="checkpoint folder (default: the demo model)")
+    parser.add_argument("--adapter", type=path_option, metavar="DIR", help="LoRA adapter of every row, or none")
+    parser.add_argument(
+        "--settings", required=True, type=path_option, metavar="FILE", help="TOML file with [[row]] tables"
+    )
     parser.add_argument("--lengths", required=True, metavar="4K,8K,...", help="prompt lengths in the model's tokens")
-    parser.add_argument("--depths", type=int, default=5, metavar="N", help="evenly spaced depths from 0 to 1")
-    parser.add_argument("--items", type=int, default=8, metavar="N", help="questions of a task, depth and length")
-    parser.add_argument("--texts", type=int, default=4, metavar="N", help="texts to be predicted, a length")
-    parser.add_argument("--score-tokens", type=int, default=256, metavar="N", help="last tokens of a text, predicted")
+    parser.add_argument("--depths", type=COUNT, default=5, metavar="N", help="evenly spaced depths from 0 to 1")
+    parser.add_argument("--items", type=whole(), default=8, metavar="N", help="questions of a task, depth and length")
+    parser.add_argument("--texts", type=whole(), default=4, metavar="N", help="texts to be predicted, a length")
+    parser.add_argument(
+        "--score-tokens", type=whole(), default=256, metavar="N", help="last tokens of a text, predicted"
+    )
     parser.add_argument("--tasks", default=",".join(GROUPS), help="some of single,several,keyvalue,text")
     parser.add_argument(
-        "--text", nargs="+", type=Path, metavar="FILE", help="texts to predict (default: Python's docs)"
+        "--text", nargs="+", type=path_option, metavar="FILE", help="texts to predict (default: Python's docs)"
     )
-    parser.add_argument("--haystack", nargs="+", type=Path, metavar="FILE", help="text files instead of generated text")
+    parser.add_argument(
+        "--haystack", nargs="+", type=path_option, metavar="FILE", help="text files instead of generated text"
+    )
     parser.add_argument("--budget", metavar="NAME_OR_FILE")
     parser.add_argument("--chunk-size", metavar="N", help="tokens of a prefill step (default: the budget's)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--out", required=True, type=path_option, metavar="DIR")
     parser.add_argument(
-        "--logits", type=Path, metavar="DIR", help="reference's distributions, large (default: in --out)"
+        "--logits", type=path_option, metavar="DIR", help="reference's distributions, large (default: in --out)"
     )
     parser.add_argument("--force", action="store_true", help="start over where --out holds another comparison")
     return parser.parse_args(argv)

@@ -21,11 +21,13 @@ from bench_common import DEFAULT_BUDGETS, check_device, finish, release, save
 from rich.console import Console
 
 import longrun
-from longrun.cli import run
+from longrun.arguments import SEED, SHARE
+from longrun.cli import Parser, run
 from longrun.config import ModelConfig
 from longrun.errors import CheckpointError, InputError
 from longrun.model.tokenizer import load_tokenizer
 from longrun.needles import Haystack, build_prompt, make_needles
+from longrun.paths import path_option
 from longrun.planted import NOTE, is_planted
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.session import Session
@@ -39,19 +41,19 @@ Rows = Callable[[int, torch.Tensor], None]
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="checkpoint folder")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, type=path_option, metavar="DIR", help="checkpoint folder")
     parser.add_argument("--tokens", type=parse_tokens, default=8192, metavar="N", help="length of the text")
     parser.add_argument("--text", choices=["needles", "random"], default="needles", help="random: token ids")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="weights and arithmetic of both")
     parser.add_argument("--kv", default="bf16", metavar="F,...", help="page formats, each in a run of its own")
     parser.add_argument("--head-map", default="full", metavar="DIR|full")
-    parser.add_argument("--retrieval-ratio", type=float, metavar="R")
+    parser.add_argument("--retrieval-ratio", type=SHARE, metavar="R")
     parser.add_argument("--chunk-size", type=parse_tokens, metavar="N", help="tokens of a step")
     parser.add_argument("--budget", metavar="NAME_OR_FILE")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON object here as well")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--json", type=path_option, metavar="FILE", help="write the JSON object here as well")
     return parser.parse_args(argv)
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from longrun.cli import run
+from longrun.cli import Parser, run
 from longrun.errors import InputError
+from longrun.paths import path_option
 from longrun.quality.report import write_report
 from longrun.quality.results import FORMAT, RESULTS_FILE, QualityResults
 from longrun.quality.summary import not_measured, sentences
@@ -32,9 +33,9 @@ _FREE = ("chunk_size",)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="--out of a comparison")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a folder of its own")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=path_option, metavar="DIR", help="--out of a comparison")
+    parser.add_argument("--out", required=True, type=path_option, metavar="DIR", help="a folder of its own")
     return parser.parse_args(argv)
 
 

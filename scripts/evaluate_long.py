@@ -27,10 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from long_ability import short_texts
 
 import longrun
-from longrun.cli import run
+from longrun.arguments import COUNT, SEED, whole
+from longrun.cli import Parser, run
 from longrun.errors import InputError
 from longrun.long_tasks import Corpus, TaskWriter, TestDocument, TestQuestion
 from longrun.model.choice import choose_model
+from longrun.paths import path_option
 from longrun.placement import DEFAULT_WEIGHT_FORMAT
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
@@ -157,12 +159,12 @@ def read_densities(per_depth: str, trials: str) -> list[tuple[int, int]]:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Held-out recall by length and depth; short-text ability.")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="or none: the original model's recall alone")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="what make_long_data.py wrote")
+    parser = Parser(description="Held-out recall by length and depth; short-text ability.")
+    parser.add_argument("--model", type=path_option, metavar="DIR", help="checkpoint folder (default: the demo model)")
+    parser.add_argument("--adapter", type=path_option, metavar="DIR", help="or none: the original model's recall alone")
+    parser.add_argument("--data", required=True, type=path_option, metavar="DIR", help="what make_long_data.py wrote")
     parser.add_argument("--lengths", default="8K,32K,64K,128K", metavar="8K,...")
-    parser.add_argument("--depths", type=int, default=5, metavar="N")
+    parser.add_argument("--depths", type=COUNT, default=5, metavar="N")
     parser.add_argument(
         "--per-depth",
         default="6,1",
@@ -173,11 +175,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv", default="bf16", choices=KV_FORMATS)
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--budget", metavar="NAME_OR_FILE")
-    parser.add_argument("--windows", type=int, default=32, metavar="N", help="of the perplexity; 0 leaves it out")
-    parser.add_argument("--chat-tokens", type=int, default=80, metavar="N", help="0 leaves the answers out")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--windows", type=whole(), default=32, metavar="N", help="of the perplexity; 0 leaves it out")
+    parser.add_argument("--chat-tokens", type=whole(), default=80, metavar="N", help="0 leaves the answers out")
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="results as JSON")
+    parser.add_argument("--out", type=path_option, metavar="FILE", help="results as JSON")
     return parser.parse_args(argv)
 
 

@@ -25,11 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from long_lora import LoraModel
 from long_samples import AnswerWeights, Sample, SampleWriter
 
-from longrun.cli import run
+from longrun.arguments import COUNT, SEED
+from longrun.cli import Parser, run
 from longrun.errors import InputError
 from longrun.long_tasks import Corpus
 from longrun.model.choice import choose_model
 from longrun.model.tokenizer import load_tokenizer
+from longrun.paths import path_option
 from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
 
@@ -76,17 +78,17 @@ def measure(lora: LoraModel, samples: Sequence[Sample], distances: Sequence[int]
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Distances at which an adapted model still reads, by RoPE base.")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="default: the demo model's")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="what make_long_data.py wrote")
+    parser = Parser(description="Distances at which an adapted model still reads, by RoPE base.")
+    parser.add_argument("--model", type=path_option, metavar="DIR", help="checkpoint folder (default: the demo model)")
+    parser.add_argument("--adapter", type=path_option, metavar="DIR", help="default: the demo model's")
+    parser.add_argument("--data", required=True, type=path_option, metavar="DIR", help="what make_long_data.py wrote")
     parser.add_argument("--length", default="3K", metavar="3K", help="tokens of a sample")
-    parser.add_argument("--samples", type=int, default=3, metavar="N")
+    parser.add_argument("--samples", type=COUNT, default=3, metavar="N")
     parser.add_argument("--distances", default="128K,256K,512K,1M", metavar="128K,...")
     parser.add_argument("--rope-theta", metavar="4e6,...", help="RoPE bases to try (default: the adapter's)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="results as JSON")
+    parser.add_argument("--out", type=path_option, metavar="FILE", help="results as JSON")
     return parser.parse_args(argv)
 
 

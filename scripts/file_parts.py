@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -15,8 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from longrun.cli import run
+from longrun.arguments import COUNT
+from longrun.cli import Parser, run
 from longrun.errors import InputError
+from longrun.paths import path_option
 
 PART_BYTES = 48 * 10**6
 
@@ -58,16 +59,16 @@ def join(folder: Path, name: str, target: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The two commands; status 0."""
-    parser = argparse.ArgumentParser(description="Split a file into parts, join parts into a file.")
+    parser = Parser(description="Split a file into parts, join parts into a file.")
     commands = parser.add_subparsers(dest="command", required=True)
     cutting = commands.add_parser("split")
-    cutting.add_argument("file", type=Path)
-    cutting.add_argument("folder", type=Path)
-    cutting.add_argument("--part-bytes", type=int, default=PART_BYTES)
+    cutting.add_argument("file", type=path_option)
+    cutting.add_argument("folder", type=path_option)
+    cutting.add_argument("--part-bytes", type=COUNT, default=PART_BYTES)
     joining = commands.add_parser("join")
-    joining.add_argument("folder", type=Path)
+    joining.add_argument("folder", type=path_option)
     joining.add_argument("name")
-    joining.add_argument("target", type=Path)
+    joining.add_argument("target", type=path_option)
     arguments = parser.parse_args(argv)
     if arguments.command == "split":
         for part in split(arguments.file, arguments.folder, arguments.part_bytes):

@@ -9,7 +9,6 @@ Needs apt-get, dpkg-deb and pip. Example: python scripts/make_long_data.py --out
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import io
@@ -31,8 +30,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from longrun.cli import run
+from longrun.cli import Parser, run
 from longrun.errors import InputError
+from longrun.paths import path_option
 
 HELD_OUT_SHARE = 0.05  # of the documents of a source that names no held-out ones
 MIN_CHARS = 1200
@@ -285,10 +285,10 @@ def _is_no_english(text: str) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Build everything; prints a line a source. Raises `LongrunError` where a package or the tokenizer is missing."""
-    parser = argparse.ArgumentParser(description="Text of Debian and PyPI packages as training data.")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="downloads (default: OUT/packages)")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="whose tokenizer (default: the demo model)")
+    parser = Parser(description="Text of Debian and PyPI packages as training data.")
+    parser.add_argument("--out", required=True, type=path_option, metavar="DIR")
+    parser.add_argument("--cache", type=path_option, metavar="DIR", help="downloads (default: OUT/packages)")
+    parser.add_argument("--model", type=path_option, metavar="DIR", help="whose tokenizer (default: the demo model)")
     arguments = parser.parse_args(argv)
     build(arguments.out, arguments.cache or arguments.out / "packages", arguments.model, SOURCES)
     return 0

@@ -13,21 +13,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from longrun.cli import run
+from longrun.arguments import COUNT, SEED, SHARE
+from longrun.cli import Parser, run
 from longrun.errors import InputError
+from longrun.paths import path_option
 from longrun.planted import NOTE, SHAPES, make_planted_model
 from longrun.units import format_bytes, format_tokens
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Write a checkpoint that retrieves by construction.")
+    parser = Parser(description="Write a checkpoint that retrieves by construction.")
     parser.add_argument("--shape", required=True, choices=list(SHAPES))
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--layers", type=int, metavar="N", help="number of layers, at least 2 (default: the shape's)")
+    parser.add_argument("--out", required=True, type=path_option, metavar="DIR")
+    parser.add_argument("--layers", type=COUNT, metavar="N", help="number of layers, at least 2 (default: the shape's)")
     parser.add_argument(
-        "--retrieval-ratio", type=float, metavar="R", help="share of KV heads that the head map scores above 0.5"
+        "--retrieval-ratio", type=SHARE, metavar="R", help="share of KV heads that the head map scores above 0.5"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", help="where weights are made: cpu or cuda (much faster at 8B)")
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")

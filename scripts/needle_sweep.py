@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from longrun.cli import run
+from longrun.arguments import COUNT, SEED, SHARE
+from longrun.cli import Parser, run
 from longrun.errors import InputError
 from longrun.needle_report import draw_heatmap, grid, summary
 from longrun.needle_results import SweepResults
 from longrun.needles import Haystack, NeedlePrompt, NeedleQuestion, build_prompt, make_needles
+from longrun.paths import path_option
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.report_env import environment
@@ -39,31 +41,33 @@ SPARE_TOKENS = 4  # generated beyond the key, to see that the number ends where 
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Needle x depth x length grid, scored by exact match.")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)")
+    parser = Parser(description="Needle x depth x length grid, scored by exact match.")
+    parser.add_argument("--model", type=path_option, metavar="DIR", help="checkpoint folder (default: the demo model)")
     parser.add_argument(
         "--adapter",
-        type=Path,
+        type=path_option,
         metavar="DIR|none",
         help="LoRA adapter folder (default: the demo model's, for that alone)",
     )
     parser.add_argument("--lengths", required=True, metavar="1K,4K,...", help="prompt lengths in the model's tokens")
-    parser.add_argument("--depths", type=int, default=5, metavar="N", help="evenly spaced depths from 0 to 1")
-    parser.add_argument("--needles", type=int, default=3, metavar="N", help="needles a cell")
+    parser.add_argument("--depths", type=COUNT, default=5, metavar="N", help="evenly spaced depths from 0 to 1")
+    parser.add_argument("--needles", type=COUNT, default=3, metavar="N", help="needles a cell")
     parser.add_argument(
         "--one-document", action="store_true", help="one text a length with the needles of every depth, read once"
     )
     parser.add_argument("--chunk-size", metavar="N", help="tokens of a prefill step (default: the budget's)")
     parser.add_argument("--head-map", default="full", metavar="DIR|full|auto")
-    parser.add_argument("--retrieval-ratio", type=float, metavar="R", help="share of the map's KV heads to keep")
+    parser.add_argument("--retrieval-ratio", type=SHARE, metavar="R", help="share of the map's KV heads to keep")
     parser.add_argument("--kv", choices=KV_FORMATS, help="KV page format (default: the budget's)")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="default: the budget's")
     parser.add_argument("--budget", metavar="NAME_OR_FILE")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--haystack", nargs="+", type=Path, metavar="FILE", help="text files instead of generated text")
+    parser.add_argument(
+        "--haystack", nargs="+", type=path_option, metavar="FILE", help="text files instead of generated text"
+    )
     parser.add_argument("--control", choices=["full"], help="the same grid under full attention with bf16 pages")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--out", required=True, type=path_option, metavar="DIR")
     parser.add_argument("--force", action="store_true", help="start over where --out holds another sweep")
     return parser.parse_args(argv)
 

@@ -11,7 +11,6 @@ highest score: the share of the truly highest pages that are among the same numb
 
 from __future__ import annotations
 
-import argparse
 import pydoc_data.topics
 import sys
 from pathlib import Path
@@ -24,9 +23,11 @@ from torch import Tensor
 
 import longrun
 from longrun import cli
+from longrun.arguments import COUNT
 from longrun.attention.interface import Step
 from longrun.errors import InputError
 from longrun.model.demo import demo_model_dir
+from longrun.paths import path_option
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import encode_pages
 from longrun.quant.rotation import key_rotation
@@ -75,11 +76,11 @@ def found_share(q: Tensor, k: Tensor, top: int, rotate: bool) -> Tensor:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of text that are read")
-    parser.add_argument("--top", type=int, default=8, help="pages that are looked for")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=path_option, metavar="DIR", help="checkpoint folder (default: the demo model)")
+    parser.add_argument("--tokens", type=COUNT, default=4096, help="tokens of text that are read")
+    parser.add_argument("--top", type=COUNT, default=8, help="pages that are looked for")
+    parser.add_argument("--json", type=path_option, metavar="FILE")
     args = parser.parse_args()
     if not (args.top + 1) * PAGE + QUERIES < args.tokens:
         raise InputError(f"--tokens {args.tokens} are too few for {args.top} of many pages: give more")

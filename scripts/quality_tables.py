@@ -35,6 +35,7 @@ from quality_pages import page_table
 
 from longrun import cli
 from longrun.errors import InputError
+from longrun.paths import path_option
 from longrun.quality.report import BYTES_PICTURE, RATIO_PICTURE, asked
 from longrun.quality.results import QualityResults
 from longrun.quality.settings import REFERENCE, Row
@@ -234,10 +235,10 @@ def _differences_to_int4(results: QualityResults) -> list[Found]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Publish, rewrite or check. Status 1 where --check finds the document not current."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, only compare")
     parser.add_argument("--publish", nargs=2, metavar=("DIR", "NAME"), help="--out of a comparison, and its name here")
-    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "quality.md")
+    parser.add_argument("--document", type=path_option, default=ROOT / "docs" / "quality.md")
     args = parser.parse_args(argv)
     folder = args.document.parent
     if args.publish and args.check:

@@ -41,11 +41,13 @@ from long_ranks import Ranks, world_size
 from long_recipe import DEFAULT_RECIPE, Recipe
 from long_samples import AnswerWeights, SampleWriter
 
-from longrun.cli import run
+from longrun.arguments import COUNT, real
+from longrun.cli import Parser, run
 from longrun.errors import InputError
 from longrun.long_tasks import Corpus
 from longrun.model.checkpoint import weights_fingerprint
 from longrun.model.tokenizer import load_tokenizer
+from longrun.paths import path_option
 
 STOPPED = 3  # exit status: stopped before the end, the same command goes on
 
@@ -303,14 +305,18 @@ class Trainer:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="LoRA training on long texts; see the recipe file.")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="what make_long_data.py wrote")
-    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, metavar="FILE")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--start-from", type=Path, metavar="DIR", help="an adapter to train on, with a fresh optimizer")
-    parser.add_argument("--stop-after", type=float, default=math.inf, metavar="SECONDS", help="stop in time and save")
-    parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
+    parser = Parser(description="LoRA training on long texts; see the recipe file.")
+    parser.add_argument("--model", type=path_option, metavar="DIR", help="checkpoint folder (default: the demo model)")
+    parser.add_argument("--data", required=True, type=path_option, metavar="DIR", help="what make_long_data.py wrote")
+    parser.add_argument("--recipe", type=path_option, default=DEFAULT_RECIPE, metavar="FILE")
+    parser.add_argument("--out", required=True, type=path_option, metavar="DIR")
+    parser.add_argument(
+        "--start-from", type=path_option, metavar="DIR", help="an adapter to train on, with a fresh optimizer"
+    )
+    parser.add_argument(
+        "--stop-after", type=real(0, above=True), default=math.inf, metavar="SECONDS", help="stop in time and save"
+    )
+    parser.add_argument("--save-every", type=COUNT, default=50, metavar="STEPS")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the frozen weights (default: bf16 on cuda)")
     parser.add_argument(

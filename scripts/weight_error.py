@@ -14,7 +14,6 @@ those look better on it than on weights that were never quantized: hence `--also
 
 from __future__ import annotations
 
-import argparse
 import pydoc_data.topics
 import sys
 from collections.abc import Callable, Iterable
@@ -32,8 +31,10 @@ from torch import Tensor
 
 import longrun
 from longrun import cli
+from longrun.arguments import COUNT
 from longrun.errors import InputError
 from longrun.model.demo import demo_model_dir
+from longrun.paths import path_option
 from longrun.quant.linear import QuantLinear
 from longrun.quant.weight_format import linear_bytes
 
@@ -185,12 +186,14 @@ def matrices_of(file: Path) -> list[Tensor]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the demo model)")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of text that are read")
-    parser.add_argument("--also", type=Path, metavar="FILE", help="safetensors file of weights to measure as well")
+    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=path_option, metavar="DIR", help="checkpoint folder (default: the demo model)")
+    parser.add_argument("--tokens", type=COUNT, default=1024, help="tokens of text that are read")
+    parser.add_argument(
+        "--also", type=path_option, metavar="FILE", help="safetensors file of weights to measure as well"
+    )
     parser.add_argument("--also-name", metavar="NAME", help="what to call them (default: the file's name)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=path_option, metavar="FILE")
     args = parser.parse_args()
     if not 8 <= args.tokens <= ROWS:
         raise InputError(f"--tokens {args.tokens} is out of range: give 8 to {ROWS}")

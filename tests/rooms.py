@@ -35,6 +35,7 @@ ROOMS = (
         (
             "longrun.allocation",
             "longrun.errors",
+            "longrun.arguments",
             "longrun.units",
             "longrun.paths",
             "longrun.user_files",
@@ -117,6 +118,7 @@ ROOMS = (
             "longrun.store",
             "longrun.store_*",
             "longrun.synthetic_session",
+            "longrun.token_ids",
         ),
         ("model", "attention", "attention interface", "cache", "plan", "sampling"),
         ("torch", "safetensors"),

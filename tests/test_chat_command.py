@@ -10,16 +10,17 @@ import pytest
 from planted_chat import ENVIRONMENT, NEEDLES, ask, command, spaced
 
 
-def test_prompt_gives_the_answer_on_stdout_and_json_last(planted, text_file):
+def test_json_is_all_of_stdout_and_the_answer_streams_to_stderr(planted, text_file):
     arguments = ["--ctx", "4K", "--file", text_file, "--prompt", ask(0), "--stop", ".", "--json", "--chunk-size", "512"]
     arguments += ["--retrieval-ratio", "0.5", "--head-map", planted.path / "head_map"]
     done = subprocess.run(
         command(planted.path, *arguments), capture_output=True, text=True, timeout=120, env=ENVIRONMENT
     )
     assert done.returncode == 0, done.stderr
-    *answer, last = done.stdout.splitlines()
-    result = json.loads(last)
-    assert answer == [spaced(NEEDLES[0].key)] and result["text"] == answer[0]
+    result = json.loads(done.stdout)
+    answer = spaced(NEEDLES[0].key)
+    assert result["text"] == answer and f"\n{answer}\n" in done.stderr
+    assert result["resumed"] == {"session_tokens": 0, "message_tokens": 0, "documents_already_read": []}
     assert result["stop_reason"] == "stop string"
     tokens, timings = result["tokens"], result["timings"]
     assert tokens["generated"] == 8 and tokens["total"] == tokens["prompt"] + 8 and tokens["capacity"] == 4000
@@ -37,16 +38,17 @@ def test_prompt_gives_the_answer_on_stdout_and_json_last(planted, text_file):
     [
         (["--ctx", "0"], "--ctx '0' must be at least 1"),
         (["--ctx", "-5"], "--ctx '-5' is not a number"),
+        (["--ctx", "9" * 5000], "must be at most 1,000,000,000 tokens"),
         (["--ctx", "3.3X"], "--ctx '3.3X' is not a number"),
-        (["--temperature", "-1"], "temperature -1.0 is negative"),
-        (["--top-p", "2"], "top_p 2.0"),
-        (["--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
+        (["--temperature", "-1"], "--temperature: value -1.0 is outside the range"),
+        (["--top-p", "2"], "--top-p: value 2.0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: value 0 is too small"),
         (["--stop", ""], "stop string is empty"),
         (["--file", "/nowhere/a.txt"], "there is no file /nowhere/a.txt"),
         (["--session", "FULL"], "is not a session and not empty"),
         (["--prompt", " "], "--prompt is empty"),
         (["--prompt", "caf\udce9"], "--prompt is not UTF-8 (byte 0xe9 after 3 characters)"),
-        (["--seed", "-1"], "--seed -1 must be between 0 and"),
+        (["--seed", "-1"], "--seed: value -1 is too small"),
         (["--interactive"], "--interactive needs a terminal"),
         (["--model", "/nowhere"], "/nowhere"),
     ],

@@ -34,10 +34,13 @@ def check_resumption(chat, arguments: list, folder: Path, text_file: Path) -> No
     tokens = done.result["tokens"]
     assert done.result["text"] == spaced(NEEDLES[0].key)
     assert f"resuming at token {at:,} of {tokens['prompt']:,}" in done.err
+    assert done.result["resumed"] == {"session_tokens": at, "message_tokens": at, "documents_already_read": []}
     assert tokens["resumed_at"] == at and tokens["prefilled"] == tokens["prompt"] - at
 
     done = chat(*arguments)
     assert f"{text_file} was read before: not read again" in done.err
+    resumed = {"session_tokens": tokens["total"], "message_tokens": 0, "documents_already_read": [str(text_file)]}
+    assert done.result["resumed"] == resumed
     assert done.result["text"] == spaced(NEEDLES[0].key) and done.result["tokens"]["prefilled"] < 20
 
 
@@ -87,12 +90,12 @@ def test_a_signal_while_answering_leaves_the_question_to_be_answered(
 
     def emit_and_signal(text: str) -> None:
         pieces.append(text)
-        sys.stdout.write(text)
+        sys.stderr.write(text)
         if len(pieces) == 3:
             signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr("longrun.chat._emit", emit_and_signal)
+        patch.setattr("longrun.chat._emit_to_stderr", emit_and_signal)
         done = chat(*arguments, "--session", folder)
     assert done.status == status
     if number == signal.SIGINT:

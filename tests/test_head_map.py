@@ -83,10 +83,10 @@ def test_damaged_scores_name_file_row_and_column(tmp_path, rows, words):
     [
         ("[]", "no JSON object"),
         ('{"sink_size": ', "line 1"),
-        ('{"sink_size": -1, "recent_size": 256}', "sink_size is -1"),
-        ('{"sink_size": 0, "recent_size": 0}', "recent_size is 0"),
-        ('{"sink_size": 1.5, "recent_size": 256}', "sink_size is 1.5"),
-        ('{"sink_size": true, "recent_size": 256}', "sink_size is True"),
+        ('{"sink_size": -1, "recent_size": 256}', "sink_size -1"),
+        ('{"sink_size": 0, "recent_size": 0}', "recent_size 0"),
+        ('{"sink_size": 1.5, "recent_size": 256}', "sink_size 1.5"),
+        ('{"sink_size": true, "recent_size": 256}', "sink_size True"),
     ],
 )
 def test_damaged_config_names_the_key(tmp_path, config, word):
@@ -150,7 +150,7 @@ def test_shape_check_names_both_shapes():
 
 
 def test_maps_built_by_hand_are_checked():
-    with pytest.raises(HeadMapError, match="layer 0, KV head 1 is nan"):
+    with pytest.raises(HeadMapError, match="layer 0, KV head 1: score nan is not a finite number"):
         HeadMap(((0.5, float("nan")),))
     with pytest.raises(HeadMapError, match="row 2"):
         HeadMap(((0.5, 0.5), (1.0,)))

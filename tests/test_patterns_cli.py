@@ -103,8 +103,8 @@ def test_notes_are_shown(folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--retrieval-ratio", "1.5"], "retrieval ratio 1.5 is outside [0, 1]"),
-        (["--threshold", "-1"], "threshold -1.0 is outside [0, 1]"),
+        (["--retrieval-ratio", "1.5"], "--retrieval-ratio: value 1.5 is outside the range: give a number from 0 to 1"),
+        (["--threshold", "-1"], "--threshold: value -1.0 is outside the range: give a number from 0 to 1"),
         (["--retrieval-ratio", "0.5", "--threshold", "0.5"], "not allowed with"),
         (["--png", "/no/such/folder/map.png"], "/no/such/folder/map.png cannot be written"),
     ],

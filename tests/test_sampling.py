@@ -114,7 +114,7 @@ def test_minus_infinite_logits_are_never_drawn():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -0.1}, "temperature -0.1 is negative"),
+        ({"temperature": -0.1}, "temperature -0.1 is outside the range: give a number at least 0"),
         ({"temperature": math.nan}, "temperature nan is not a finite number"),
         ({"temperature": math.inf}, "temperature inf is not a finite number"),
         ({"top_k": -1}, "top_k -1"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longrun.model.demo import demo_adapter, demo_model_dir
+from longrun.paths import user_path
 
 NO_ADAPTER = "none"
 """As an adapter's folder: none, also where one would be taken by itself. (A folder of that name is `./none`.)"""
@@ -41,9 +42,9 @@ def choose_model(model: str | Path | None, adapter: str | Path | None) -> ModelC
     Raises:
         CheckpointError: the demo model cannot be made, or its adapter is incomplete.
     """
-    named = None if adapter is None or str(adapter) == NO_ADAPTER else Path(adapter)
+    named = None if adapter is None or str(adapter) == NO_ADAPTER else user_path(adapter, "--adapter")
     if model is not None:
-        return ModelChoice(Path(model), named)
+        return ModelChoice(user_path(model, "--model"), named)
     shipped = demo_adapter() if adapter is None else None
     notice = None
     if shipped is not None:
