@@ -20,7 +20,7 @@ class ConfigWarning(NamedTuple):
     text: str
 
 
-# Another model whatever the length, unless the value is one of these (null always is, and so is false).
+# Another model whatever the length, unless the value is one of these (null always is, and false where 1 is none).
 _OTHER_ARITHMETIC: dict[str, tuple[Any, ...]] = {
     # attention
     "partial_rotary_factor": (1,),
@@ -184,7 +184,9 @@ def _check_rope(rope: dict[str, Any], key: str, source: str) -> None:
 
 def _refuse_unless(place: dict[str, Any], key: str, neutral: tuple[Any, ...], source: str) -> None:
     value = place.get(key)
-    if value is None or value is False or any(value == other and not isinstance(value, bool) for other in neutral):
+    if value is None or (value is False and 1 not in neutral):
+        return
+    if not isinstance(value, bool) and value in neutral:
         return
     only = f" (only {' or '.join(map(str, neutral))})" if neutral else ""
     raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from longrun.user_files import read_object, read_text
 
 SCORES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
+_NUMBER = re.compile(r"\s*[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf(?:inity)?)\s*", re.ASCII | re.IGNORECASE)
 IDENTIFICATION = "identification"
 """Key of `config.json` under which `longrun.patterns.identify` writes how the map was made."""
 
@@ -98,13 +100,13 @@ def _read_text(path: Path) -> str:
 
 
 def _number(cell: str, path: Path, row_number: int, column: int) -> float:
-    try:
+    # Python's float takes 0_5 for 5 and digits of every script, which no program writes.
+    if _NUMBER.fullmatch(cell):
         return float(cell)
-    except ValueError:
-        raise HeadMapError(
-            f"{short_path(path)}: row {row_number}, column {column} is {quoted(cell)}, not a number: rows are floats "
-            f"separated by tabs"
-        ) from None
+    raise HeadMapError(
+        f"{short_path(path)}: row {row_number}, column {column} is {quoted(cell)}, not a number: rows are floats "
+        f"separated by tabs"
+    )
 
 
 def read_window(folder: Path) -> tuple[int, int, list[str]]:

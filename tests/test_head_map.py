@@ -66,6 +66,7 @@ def test_missing_window_is_assumed_with_a_note(tmp_path, config, window, notes):
         ("1\t0\n1\n", ["full_attention_heads.tsv", "row 2 has 1 columns", "row 1 has 2"]),
         ("1\t0\n\n1\t0\n", ["row 2, column 1 is ''"]),
         ("1\t0\n0.5\tabc\n", ["row 2, column 2 is 'abc'", "not a number"]),
+        ("1\t0_5\n", ["row 1, column 2 is '0_5'", "not a number"]),
         ("1\t0\n0.5\tnan\n", ["row 2, column 2", "layer 1, KV head 1", "nan", "finite"]),
         ("1\t-inf\n", ["row 1, column 2", "-inf"]),
         ("", ["is empty"]),

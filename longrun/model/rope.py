@@ -240,12 +240,12 @@ def _check_against_transformers(params: RopeParameters, head_dim: int, inv_freq:
             theirs, their_scaling = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
         else:
             theirs, their_scaling = ROPE_INIT_FUNCTIONS[params.rope_type](config)
+        difference = ((theirs.double() - inv_freq) / inv_freq).abs().max().item()
     except Exception as error:  # the library's checks raise what they like
         raise ConfigError(
             f"transformers cannot use the RoPE parameters {quoted(params.values, 160)} ({shortened(error, 160)}): "
             f"correct config.json"
         ) from error
-    difference = ((theirs.double() - inv_freq) / inv_freq).abs().max().item()
     if not difference <= _CHECK_TOLERANCE or not math.isclose(scaling, their_scaling, rel_tol=_CHECK_TOLERANCE):
         raise ConfigError(
             f"RoPE frequencies of {quoted(params.values, 160)} differ from the installed transformers' by "
