@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longrun import long_words as words
+from longrun.chat_template import has_template, render_chats
 from longrun.errors import InputError
+from longrun.text_encoder import TextEncoder
 from longrun.user_files import RESULTS_BYTES, read_object
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class Corpus:
     @classmethod
     def of_texts(cls, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], kind: str = "prose") -> Corpus:
         """A corpus in memory, each text a document."""
-        ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+        ids = [TextEncoder(tokenizer).ids(text) for text in texts]
         ends = np.cumsum([len(one) for one in ids])
         return cls(np.asarray([token for one in ids for token in one], dtype=np.uint16), ends, (kind,) * len(ids))
 
@@ -145,9 +147,8 @@ class TaskWriter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         roles = ("user", "assistant", "user")
-        messages = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
-        if getattr(tokenizer, "chat_template", None):
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if has_template(tokenizer):
+            (text,) = render_chats(tokenizer, [list(zip(roles, _MARKS, strict=True))])
         else:
             text = f"{_MARKS[0]}\nAnswer: {_MARKS[1]}\n\n{_MARKS[2]}\nAnswer: "
         self.head, rest = text.split(_MARKS[0])

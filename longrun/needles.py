@@ -17,8 +17,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longrun.errors import InputError
+from longrun.chat_template import TemplateError, cut_at, has_template, render_chats
+from longrun.errors import CheckpointError, InputError
 from longrun.needle_words import NAMES, PATTERNS, SLOTS
+from longrun.text_encoder import TextEncoder, leading_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -330,40 +332,58 @@ class _PromptWriter:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        if getattr(tokenizer, "chat_template", None):
-            marker = "<<document>>"
-            rendered = tokenizer.apply_chat_template(
-                [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
-            )
-            self._before, self._after = rendered.split(marker)
-            self._special_ids: list[int] = []  # the template writes them itself
+        self._encoder = TextEncoder(tokenizer)
+        if has_template(tokenizer):
+            marker = "LongrunDocumentMarker"
+            try:
+                (rendered,) = render_chats(tokenizer, [[("user", marker)]])
+            except TemplateError as error:
+                raise CheckpointError(f"the checkpoint's chat template cannot be rendered: {error}") from error
+            before, after = cut_at(rendered, marker)
+            ends = [match.end() for match in self._encoder.pattern.finditer(before)]
+            first = self._encoder.pattern.search(after)
+            head, start = ends[-1] if ends else 0, first.start() if first else len(after)
+            self._start_ids, self._before = self._encode(before[:head]), before[head:]
+            self._after_control = head > 0
+            self._after, self._template_end = after[:start], after[start:]
         else:
-            self._before, self._after = "", "\n"
-            plain, special = self._encode("a"), tokenizer("a", verbose=False)["input_ids"]
-            self._special_ids = special[: special.index(plain[0])] if plain[0] in special else []
+            self._start_ids, self._before, self._after_control = leading_ids(tokenizer), "", False
+            self._after, self._template_end = "\n", ""
         # Most tokenizers merge "." with the newlines after it or keep newlines in one token: take the cut they respect.
         probe = f"The end.{_SEPARATOR}Question: What"
         for cut in (probe.index("Question"), probe.index(_SEPARATOR)):
-            head = self._encode(probe[:cut])
-            if self._encode(probe)[: len(head)] == head:
+            head = self._encoder.ids(probe[:cut])
+            if self._encoder.ids(probe)[: len(head)] == head:
                 break
         self._document_end, self._question_start = (
             (_SEPARATOR, "") if probe[cut:].startswith("Question") else ("", _SEPARATOR)
         )
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        """Ids of the template's own text, with control tokens."""
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
     def document_ids(self, text: str) -> list[int]:
-        return self._special_ids + self._encode(f"{self._before}{HEAD}{_SEPARATOR}{text}{self._document_end}")
+        text = f"{self._before}{HEAD}{_SEPARATOR}{text}{self._document_end}"
+        return self._start_ids + self._encoder.ids(text, after_control=self._after_control)
 
     def question_ids(self, needle: Needle, anchor: str) -> tuple[list[int], list[int]]:
         """Ids of the question after a document that ends with `anchor`, and ids of the right answer after it."""
         head = anchor + self._document_end
-        asked = f"{head}{self._question_start}{needle.question}{self._after}{needle.answer_prefix}"
-        head_ids, asked_ids, told_ids = (self._encode(text) for text in (head, asked, f"{asked} {needle.key}"))
+        asked = f"{head}{self._question_start}{needle.question}{self._after}"
+        head_ids = self._encoder.ids(head)
+        asked_ids, told_ids = (
+            self._with_answer(asked, answer)
+            for answer in (needle.answer_prefix, f"{needle.answer_prefix} {needle.key}")
+        )
         if asked_ids[: len(head_ids)] != head_ids:
-            asked_ids = head_ids + self._encode(asked[len(head) :])
+            asked_ids = head_ids + self._with_answer(asked[len(head) :], needle.answer_prefix)
         if told_ids[: len(asked_ids)] != asked_ids:
-            told_ids = asked_ids + self._encode(f" {needle.key}")
+            told_ids = asked_ids + self._encoder.ids(f" {needle.key}")
         return asked_ids[len(head_ids) :], told_ids[len(asked_ids) :]
+
+    def _with_answer(self, text: str, answer: str) -> list[int]:
+        """Ids of a text, what the template puts after it, and the beginning of an answer."""
+        if not self._template_end:
+            return self._encoder.ids(text + answer)
+        return self._encoder.ids(text) + self._encode(self._template_end + answer)

@@ -35,6 +35,8 @@ from longrun.store_manifest import SessionIdentity
 from longrun.units import parse_tokens
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from longrun.kernels.gpu_kernels import GpuKernels
 
 
@@ -58,6 +60,7 @@ def load(
     on_plan: Callable[[Plan], None] | None = None,
     on_pin: Callable[[int, int], None] | None = None,
     on_head_map: Callable[[AutoHeadMap], None] | None = None,
+    on_tokenizer: Callable[[PreTrainedTokenizerBase | None], None] | None = None,
 ) -> Runtime:
     """Plan, then load a checkpoint of the Llama family.
 
@@ -82,6 +85,7 @@ def load(
         compiled_kernels: use the compiled kernels of the CPU or the GPU; False runs plain torch.
         on_plan: shown the plan before the first weight is read.
         on_pin: called with (bytes pinned, bytes in all) while a session pins its host pool, on cuda only.
+        on_tokenizer: shown the tokenizer before the first weight is read; what it raises goes through.
         on_head_map: told of the map of "auto" and of the progress of measuring it; without it a notice says where the
             map is kept.
 
@@ -134,8 +138,10 @@ def load(
         on_plan(plan)
     check_free_memory(plan)
     checked = checked or check_folder(folder, config, lora)
+    if on_tokenizer is not None:
+        on_tokenizer(checked.tokenizer)
     given = head_map is not None and head_map != "full"
-    notices = [*plan.warnings, *(chosen.notes if given else ()), *auto_notices]
+    notices = [*plan.warnings, *(chosen.notes if given else ()), *auto_notices, *checked.notices]
     with failed_allocations("while the model was loaded"):
         return Runtime(checked, limits, chosen, plan, device_share, compiled_kernels, notices, on_pin)
 
@@ -148,7 +154,8 @@ class Runtime:
         split: which KV heads are retrieval heads.
         plan: the memory plan, of the newest session or of the context asked for at load.
         tokenizer: transformers' tokenizer, or None where the folder has none.
-        eos_token_ids: what ends a generation, from the generation config.
+        eos_token_ids: what ends a generation: the tokens that generation_config.json, config.json and the tokenizer
+            name, and the one that the chat template puts behind an answer.
         notices: sentences that a person should be shown once.
     """
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from longrun.errors import InputError
 from longrun.needle_words import NAMES, SLOTS
 from longrun.patterns.identify_settings import IdentifySettings
+from longrun.text_encoder import TextEncoder, leading_ids
 
 KEY = "The pass key of {name} is:"
 QUESTION = "\n\nThe text ends here. These are the pass keys that were hidden in it.\n\n"
@@ -54,11 +55,10 @@ class GateTexts:
         """text_ids: int64 [num_tokens], at least `settings.context` of them."""
         if settings.num_keys > len(NAMES):
             raise InputError(f"num_keys {settings.num_keys} is above {len(NAMES)}, the names there are: give fewer")
-        self._tokenizer = tokenizer
+        self._encode = TextEncoder(tokenizer).ids
         self._text = text_ids.tolist()
         self._settings = settings
-        plain, special = self._encode("a"), tokenizer("a", verbose=False)["input_ids"]
-        self._special = special[: special.index(plain[0])] if plain[0] in special else []
+        self._special = leading_ids(tokenizer)
         self._question = self._encode(QUESTION)
 
     def text(self, step: int) -> GateText:
@@ -111,9 +111,6 @@ class GateTexts:
         head = KEY.format(name=name)
         asked, told, line = (self._encode(text) for text in (head, f"{head} {key}", f"{head} {key}.\n"))
         return line, _common(asked, line), _common(told, line)
-
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _common(head: Sequence[int], whole: Sequence[int]) -> int:

@@ -47,6 +47,7 @@ from longrun.patterns.head_map import HeadMap
 from longrun.patterns.head_map_folder import CONFIG_FILE, IDENTIFICATION, SCORES_FILE
 from longrun.patterns.identify_checkpoint import Checkpoint
 from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, OnProgress
+from longrun.text_encoder import TextEncoder
 from longrun.user_files import read_object
 
 __all__ = ["Checkpoint", "IdentifyProgress", "IdentifySettings", "MethodResult", "OnProgress", "identify"]
@@ -172,7 +173,7 @@ def read_text(tokenizer: PreTrainedTokenizerBase, settings: IdentifySettings) ->
     else:
         text = "".join(_default_text(settings))
         what = "the default text"
-    token_ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    token_ids = torch.tensor(TextEncoder(tokenizer).ids(text), dtype=torch.int64)
     if len(token_ids) < settings.context:
         raise InputError(
             f"{what} has {len(token_ids):,} tokens and a context of {settings.context:,} needs at least as many: add "

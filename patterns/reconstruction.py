@@ -26,6 +26,7 @@ from longrun.patterns.reconstruction_scores import (
     rank_scores,
     repeat_parts,
 )
+from longrun.text_encoder import TextEncoder
 
 ATTN_IMPLEMENTATION = "sdpa"  # what the model is loaded with; `Reconstruction` brings its own while it runs
 
@@ -123,5 +124,5 @@ def _prepare(
     begin = tokenizer.bos_token_id
     if begin is not None and tokenizer.encode("")[:1] == [begin]:
         ids = [begin, *ids[:-1]]
-    parts = repeat_parts(ids, lambda text: tokenizer.encode(text, add_special_tokens=False), method)
+    parts = repeat_parts(ids, TextEncoder(tokenizer).ids, method)
     return Reconstruction(model, ids, parts, method)

@@ -35,8 +35,9 @@ from longrun.quality.report import write_report
 from longrun.quality.results import QualityResults
 from longrun.quality.settings import REFERENCE, REFERENCE_ROW, Row, read_rows
 from longrun.quality.summary import sentences
-from longrun.quality.tasks import TaskDocument, held_out_text, leading_ids, retrieval_documents, text_documents
+from longrun.quality.tasks import TaskDocument, held_out_text, retrieval_documents, text_documents
 from longrun.report_env import environment
+from longrun.text_encoder import TextEncoder, leading_ids
 from longrun.units import format_tokens, parse_tokens
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ class Comparison:
     def _text_ids(self, runtime: Runtime) -> list[int]:
         if self._texts is None:
             text = held_out_text([path.read_text(encoding="utf-8") for path in self._arguments.text or []])
-            self._texts = runtime.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            self._texts = TextEncoder(runtime.tokenizer).ids(text)
         return self._texts
 
 

@@ -94,7 +94,18 @@ ROOMS = (
         ("host memory", "kernels", "quant", "specs", "formats"),
         ("torch", "psutil"),
     ),
-    Room("text", ("longrun.encode_text",), ("host memory",)),
+    Room(
+        "text",
+        (
+            "longrun.encode_text",
+            "longrun.text_encoder",
+            "longrun.chat_template",
+            "longrun.template_child",
+            "longrun.turn_end",
+        ),
+        ("host memory",),
+        ("tokenizers", "transformers", "jinja2"),
+    ),
     Room("attention interface", ("longrun.attention.interface",), packages=("torch",)),
     Room(
         "attention",
@@ -124,8 +135,8 @@ ROOMS = (
         ("torch", "safetensors"),
     ),
     Room("documents", ("longrun.documents",), light=True),
-    Room("needles", ("longrun.needles", "longrun.needle_words"), packages=("transformers",)),
-    Room("long tasks", ("longrun.long_tasks", "longrun.long_words"), packages=("numpy", "transformers")),
+    Room("needles", ("longrun.needles", "longrun.needle_words"), ("text",), ("transformers",)),
+    Room("long tasks", ("longrun.long_tasks", "longrun.long_words"), ("text",), ("numpy", "transformers")),
     Room(
         "trainers",
         (
@@ -137,7 +148,7 @@ ROOMS = (
             "longrun.patterns.reconstruction",
             "longrun.patterns.reconstruction_*",
         ),
-        ("needles", "documents", "model", "kernels", "config", "head map tools", "head maps"),
+        ("needles", "text", "documents", "model", "kernels", "config", "head map tools", "head maps"),
         ("torch", "transformers", "safetensors"),
     ),
     Room(
@@ -152,6 +163,7 @@ ROOMS = (
         (
             "auto head map",
             "engine",
+            "text",
             "model",
             "attention",
             "cache",
@@ -198,7 +210,7 @@ ROOMS = (
     Room(
         "quality",
         ("longrun.quality", "longrun.quality.*"),
-        ("needles", "runtime", "engine", "attention", "cache", "quant", "head maps", "formats"),
+        ("needles", "text", "runtime", "engine", "attention", "cache", "quant", "head maps", "formats"),
         ("torch", "numpy", "matplotlib", "transformers"),
     ),
     Room("package", ("longrun",), ("runtime", "engine", "plan", "head maps"), light=True),

@@ -7,7 +7,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from longrun.errors import InputError
 from longrun.needles import Haystack
-from longrun.quality.tasks import held_out_text, leading_ids, retrieval_documents, text_documents
+from longrun.quality.tasks import held_out_text, retrieval_documents, text_documents
+from longrun.text_encoder import leading_ids
 
 
 @pytest.fixture(scope="module")

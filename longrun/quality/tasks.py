@@ -144,13 +144,6 @@ def held_out_text(files: Sequence[str] = ()) -> str:
     return "\n\n".join(files or (topics[name] for name in sorted(topics)))
 
 
-def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before a text (a beginning-of-sequence token, or nothing)."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    return whole[: whole.index(plain[0])] if plain[0] in whole else []
-
-
 def text_documents(token_ids: Sequence[int], length: int, count: int, before: Sequence[int] = ()) -> list[list[int]]:
     """`count` documents of `length` tokens: `before`, and a stretch of the text; the stretches are evenly spread over
     it, as little overlapping as it allows.
