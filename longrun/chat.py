@@ -151,6 +151,7 @@ def _load(
     on_pin: Callable[[int, int], None],
     on_head_map: Callable[[AutoHeadMap], None],
 ) -> Runtime:
+    from longrun.chat_runner import check_model
     from longrun.model.choice import DEMO_CONTEXT
     from longrun.runtime import load
 
@@ -170,6 +171,7 @@ def _load(
         on_plan=on_plan,
         on_pin=on_pin,
         on_head_map=on_head_map,
+        on_tokenizer=lambda tokenizer: check_model(tokenizer, choice.model_dir, args.system),
     )
 
 

@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from longrun.answer import INTERRUPTED, AnswerOptions, stream_answer
+from longrun.chat_format import ChatFormat
+from longrun.chat_template import has_template
 from longrun.conversation import Conversation, Reading
 from longrun.documents import Document
-from longrun.errors import InputError, PlanError, SessionError
+from longrun.errors import InputError, PlanError, SessionError, short_path
 from longrun.interrupts import deferred_signals
 from longrun.progress import PrefillProgress
 from longrun.report import TurnReport
@@ -26,6 +28,21 @@ if TYPE_CHECKING:
 
     from longrun.runtime import Runtime
     from longrun.session import Session
+
+
+def check_model(
+    tokenizer: PreTrainedTokenizerBase | None, model_dir: Path, system: str | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, if a chat with this system prompt can begin; to be asked before weights are read.
+
+    Raises:
+        InputError: there is no tokenizer, or its template does not take the system prompt.
+        CheckpointError: the chat template cannot be used.
+    """
+    if tokenizer is None:
+        raise InputError(f"{short_path(model_dir)} has no tokenizer: chat needs one, add the model's tokenizer files")
+    ChatFormat(tokenizer, system)
+    return tokenizer
 
 
 class Terminated(BaseException):
@@ -58,15 +75,18 @@ class ChatRunner:
         folder: Path | None = None,
         capacity: int | None = None,
     ) -> None:
-        if runtime.tokenizer is None:
-            raise InputError(f"{runtime.model_dir} has no tokenizer: chat needs one, add the model's tokenizer files")
+        self._tokenizer = check_model(runtime.tokenizer, runtime.model_dir, system)
         self.runtime, self.options, self._console = runtime, options, console
-        self._tokenizer: PreTrainedTokenizerBase = runtime.tokenizer
         self._system, self._capacity, self._folder = system, capacity, folder
         self.load_seconds = 0.0
         self.last_report: TurnReport | None = None
         self._conversation: Conversation | None = None
         self._saved_tokens = 0
+        if not has_template(self._tokenizer):
+            self.tell(
+                "note: this model has no chat template, so messages are given to it as plain text: it continues them "
+                "as a text, and may not end its answers"
+            )
         if folder is not None and is_session(folder):
             self._conversation = self._converse(runtime.load_session(folder, capacity), system)
             self._saved_tokens = self.session.num_tokens

@@ -60,7 +60,7 @@ def load(
     on_plan: Callable[[Plan], None] | None = None,
     on_pin: Callable[[int, int], None] | None = None,
     on_head_map: Callable[[AutoHeadMap], None] | None = None,
-    on_tokenizer: Callable[[PreTrainedTokenizerBase | None], None] | None = None,
+    on_tokenizer: Callable[[PreTrainedTokenizerBase | None], object] | None = None,
 ) -> Runtime:
     """Plan, then load a checkpoint of the Llama family.
 

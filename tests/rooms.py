@@ -116,7 +116,7 @@ ROOMS = (
     Room(
         "model",
         ("longrun.model", "longrun.model.*"),
-        ("attention interface", "quant", "specs", "config", "formats"),
+        ("attention interface", "quant", "text", "specs", "config", "formats"),
         ("torch", "numpy", "transformers", "huggingface_hub"),
     ),
     Room("sampling", ("longrun.sampling",), packages=("torch",)),
@@ -163,7 +163,6 @@ ROOMS = (
         (
             "auto head map",
             "engine",
-            "text",
             "model",
             "attention",
             "cache",

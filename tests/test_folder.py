@@ -18,7 +18,7 @@ import longrun
 from longrun.config import ModelConfig
 from longrun.errors import MESSAGE_LIMIT, CheckpointError, LongrunError
 from longrun.model.adapter_merge import load_merged
-from longrun.model.folder import check_folder
+from longrun.model.folder import check_folder, ends_and_notices
 from longrun.model.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -220,3 +220,35 @@ def test_check_folder_is_what_load_uses(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
     assert check_folder(folder, config).tokenizer is None
+
+
+def template(text: str, **names: str):
+    return lambda folder: (
+        (folder / "chat_template.jinja").write_text(text),
+        edit(folder / "tokenizer_config.json", **names),
+    )
+
+
+@pytest.mark.parametrize("generation", [None, 1])
+def test_what_ends_a_turn_is_whatever_any_of_the_files_says(folder, generation):
+    edit(folder / "generation_config.json", eos_token_id=generation)
+    edit_config(folder, eos_token_id=[5])
+    template("{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}", eos_token="</s>")(folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.save_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    checked = check_folder(folder, ModelConfig.from_dir(folder))
+    assert checked.eos_token_ids == {1, 5, end} and not checked.notices
+    assert longrun.load(folder, device="cpu", ctx=64).eos_token_ids == {1, 5, end}
+
+
+def test_an_endless_template_is_found_before_weights_and_one_that_refuses_is_told(folder):
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    template("{{ 'x' * 10**10 }}")(folder)
+    with pytest.raises(CheckpointError, match="chat template needed more than 512 MB of memory"):
+        ends_and_notices(load_tokenizer(folder))
+    template("{{ raise_exception('tools only') }}")(folder)
+    ends, notices = ends_and_notices(load_tokenizer(folder))
+    assert ends == {1} and len(notices) == 1 and "refuses a question and its answer (tools only)" in notices[0]

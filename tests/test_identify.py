@@ -224,17 +224,23 @@ def test_a_text_too_short_is_refused_with_both_numbers(settings: IdentifySetting
         identify(replace(settings, text_files=(str(short),)))
 
 
-def test_the_default_text_is_long_enough_for_any_context(settings: IdentifySettings) -> None:
-    def in_bytes(text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": list(text.encode())}
+def test_the_default_text_is_long_enough_for_any_context(settings: IdentifySettings, monkeypatch) -> None:
+    class InBytes:
+        def __init__(self, tokenizer: object) -> None:
+            pass
+
+        def ids(self, text: str) -> list[int]:
+            return list(text.encode())
+
+    monkeypatch.setattr("longrun.patterns.identify.TextEncoder", InBytes)
 
     chosen = replace(settings, text_files=(), context=1024).resolved(False)
-    token_ids, facts = read_text(in_bytes, chosen)
+    token_ids, facts = read_text(None, chosen)
     assert facts["num_tokens"] == len(token_ids) > 500_000
-    again, same = read_text(in_bytes, chosen)
+    again, same = read_text(None, chosen)
     assert torch.equal(token_ids, again) and same == facts
-    assert read_text(in_bytes, replace(chosen, seed=1))[1]["sha256"] != facts["sha256"]
-    longer, _ = read_text(in_bytes, replace(chosen, context=200_000))
+    assert read_text(None, replace(chosen, seed=1))[1]["sha256"] != facts["sha256"]
+    longer, _ = read_text(None, replace(chosen, context=200_000))
     assert len(longer) >= 12 * 200_000  # however long a tokenizer's tokens are
     assert torch.equal(longer[: len(token_ids)], token_ids)
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longrun.chat_template import TemplateError
 from longrun.config import ModelConfig
 from longrun.errors import CheckpointError, ConfigError, quoted, short_path
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import check_base, find_tensors
 from longrun.model.rope import RopeParameters, RotaryTable
 from longrun.model.tokenizer import has_tokenizer, load_tokenizer
+from longrun.turn_end import template_ends, tokenizer_ends
 from longrun.user_files import read_object
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ class ModelFolder:
         adapter: what is added to the weights, or None.
         rotary: RoPE of checkpoint and adapter, on the CPU.
         tokenizer: transformers' tokenizer, or None where the folder has none.
-        eos_token_ids: what ends a generation.
+        eos_token_ids: what ends a generation: the tokens that generation_config.json, config.json and the tokenizer
+            name, and the one that the chat template puts behind an answer.
+        notices: sentences that a person should be shown once.
     """
 
     path: Path
@@ -42,6 +46,7 @@ class ModelFolder:
     rotary: RotaryTable
     tokenizer: PreTrainedTokenizerBase | None
     eos_token_ids: frozenset[int]
+    notices: tuple[str, ...] = ()
 
 
 def check_folder(model_dir: str | Path, config: ModelConfig, adapter: Adapter | None = None) -> ModelFolder:
@@ -56,7 +61,7 @@ def check_folder(model_dir: str | Path, config: ModelConfig, adapter: Adapter | 
         ConfigError: RoPE parameters that are impossible or that the installed transformers understands otherwise.
     """
     path = Path(model_dir)
-    eos_token_ids = read_eos_token_ids(path, config)
+    ends = read_eos_token_ids(path, config)
     tensors = find_tensors(path, config)
     if adapter is not None:
         check_base(adapter, tensors, config, path)
@@ -65,22 +70,40 @@ def check_folder(model_dir: str | Path, config: ModelConfig, adapter: Adapter | 
         rope = adapter.adapted_rope(rope)
     rotary = RotaryTable(rope, config.head_dim)
     tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
-    return ModelFolder(path, config, adapter, rotary, tokenizer, eos_token_ids)
+    more, notices = (frozenset(), ()) if tokenizer is None else ends_and_notices(tokenizer)
+    return ModelFolder(path, config, adapter, rotary, tokenizer, ends | more, notices)
+
+
+def ends_and_notices(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], tuple[str, ...]]:
+    """What ends a turn by the tokenizer and its chat template, and what a person should be told of the template.
+
+    Raises:
+        CheckpointError: the template goes beyond its bounds.
+    """
+    ends = tokenizer_ends(tokenizer)
+    try:
+        return ends | template_ends(tokenizer), ()
+    except TemplateError as error:
+        return ends, (
+            f"the chat template refuses a question and its answer ({error}): what ends an answer is known from the "
+            f"other files alone",
+        )
 
 
 def read_eos_token_ids(model_dir: Path, config: ModelConfig) -> frozenset[int]:
-    """End-of-sequence ids: generation_config.json's, else config.json's; empty where neither names one.
+    """End-of-sequence ids that generation_config.json and config.json name; empty where neither names one.
 
     Raises:
         CheckpointError: a file that is damaged, or ids that are no token ids of this model.
     """
+    found: frozenset[int] = frozenset()
     for name in ("generation_config.json", "config.json"):
         file = model_dir / name
         if os.path.exists(file):
             value = read_object(file, CheckpointError, "fetch the file again").get("eos_token_id")
             if value is not None:
-                return token_ids(value, "eos_token_id", file, config.vocab_size)
-    return frozenset()
+                found |= token_ids(value, "eos_token_id", file, config.vocab_size)
+    return found
 
 
 def token_ids(value: Any, key: str, file: Path, vocab_size: int) -> frozenset[int]:
