@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from longrun.cache.host_memory import still_needed
+from longrun.cache.host_memory import resident_bytes, still_needed
 from longrun.errors import PlanError
 from longrun.plan import Plan
 from longrun.units import format_bytes
+
+_NOTICED_BYTES = 10**8  # what the system keeps of freed memory is less
 
 
 def check_free_memory(plan: Plan, loaded: bool = False, compiled: bool = False, pinned_bytes: int = 0) -> None:
@@ -27,7 +29,7 @@ def check_free_memory(plan: Plan, loaded: bool = False, compiled: bool = False, 
         held.add("runtime base")
     already = sum(item.bytes for item in plan.items if item.name in held)
     if plan.device_type == "cpu":
-        needed, free = still_needed(plan.total_bytes, already)
+        needed, free = still_needed(plan.total_bytes, already, loaded)
         if needed > free:
             raise PlanError(
                 f"the plan needs {_more(plan.total_bytes, needed)} of main memory and {format_bytes(free)} are "
@@ -35,13 +37,30 @@ def check_free_memory(plan: Plan, loaded: bool = False, compiled: bool = False, 
             )
         return
     _check_gpu_memory(plan, already)
-    needed, free = still_needed(plan.host_bytes, pinned_bytes)
+    needed, free = still_needed(plan.host_bytes, pinned_bytes, loaded)
     if plan.host_bytes and needed > free:
         raise PlanError(
             f"the plan's host pool needs {_more(plan.host_bytes, needed)} of main memory and {format_bytes(free)} "
             f"are free: ask for a smaller context than {plan.ctx:,} tokens, give a budget with less in host of its "
             f"[memory] section, or free memory"
         )
+
+
+def library_notice(plan: Plan, before: int) -> list[str]:
+    """A sentence where libraries hold clearly more here than the plan counts, once a model is loaded on the CPU.
+
+    Args:
+        before: `resident_bytes` when loading began; what exceeds the plan's base there is the caller's own.
+    """
+    sizes = {item.name: item.bytes for item in plan.items}
+    base = sizes["runtime base"]
+    found = resident_bytes() - sizes["weights"] - max(0, before - base)
+    if plan.device_type != "cpu" or found <= base + _NOTICED_BYTES:
+        return []
+    return [
+        f"libraries hold {format_bytes(found)} of main memory here, and the plan counts {format_bytes(base)} for them: "
+        f"this run holds {format_bytes(found - base)} more than planned"
+    ]
 
 
 def _check_gpu_memory(plan: Plan, already: int) -> None:

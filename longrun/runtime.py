@@ -16,12 +16,13 @@ from longrun.arguments import callback, check_platform, choice, flag, number
 from longrun.auto_head_map import DEFAULT_RATIO, AutoHeadMap, auto_head_map, kept_folder
 from longrun.backend import Parts, build_engine
 from longrun.budget import Budget
+from longrun.cache.host_memory import resident_bytes
 from longrun.cache.pinned_pool import PinnedMemory
 from longrun.config import ModelConfig
 from longrun.errors import InputError, SessionError
 from longrun.head_map_check import other_model_notices
 from longrun.kernels.cpu_int4 import CpuInt4Kernels, KernelUnavailable
-from longrun.memory_checks import check_free_memory
+from longrun.memory_checks import check_free_memory, library_notice
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import load_decoder, model_fingerprint
 from longrun.model.folder import ModelFolder, check_folder
@@ -163,6 +164,7 @@ class Runtime:
         self, checked: ModelFolder, budget: Budget, chosen: ChosenSplit, plan: Plan, device_share: float,
         compiled_kernels: bool, notices: list[str], on_pin: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
+        before = resident_bytes()
         folder, config, adapter = checked.path, checked.config, checked.adapter
         self.model_dir, self.config, self.plan = folder, config, plan
         self.tokenizer, self.eos_token_ids = checked.tokenizer, checked.eos_token_ids
@@ -183,6 +185,7 @@ class Runtime:
             adapter,
         )  # fmt: skip
         _return_freed_memory(self._device)
+        self.notices += library_notice(plan, before)
         rotary_host = checked.rotary
         rotary = rotary_host if plan.device_type == "cpu" else rotary_host.to(self._device)
         pinned = PinnedMemory(on_pin) if plan.device_type == "cuda" else None

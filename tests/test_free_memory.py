@@ -14,7 +14,7 @@ from longrun.allocation import failed_allocations, is_failed_allocation
 from longrun.cache import host_memory
 from longrun.cli import run
 from longrun.errors import PlanError
-from longrun.memory_checks import check_free_memory
+from longrun.memory_checks import check_free_memory, library_notice
 
 BIG = 400_000  # tokens: 1.4 GB of fp32 pages
 
@@ -88,6 +88,20 @@ def test_a_session_needs_free_memory(runtime, tmp_path, monkeypatch):
     assert runtime.plan == before
     again = runtime.load_session(tmp_path / "session")
     assert torch.equal(again.logits, session.logits)
+
+
+def test_libraries_that_hold_more_than_planned_are_told_of(runtime, monkeypatch):
+    plan = runtime.plan
+    sizes = {item.name: item.bytes for item in plan.items}
+    base, weights = sizes["runtime base"], sizes["weights"]
+    for before, now, told in (
+        (300 * 10**6, weights + base + 50 * 10**6, False),
+        (300 * 10**6, weights + base + 150 * 10**6, True),
+        (base + 10**10, weights + base + 10**10, False),  # a caller with 10 GB of its own
+    ):
+        own_memory(monkeypatch, now, 0, 0)
+        notices = library_notice(plan, before)
+        assert ["150 MB more than planned" in notice for notice in notices] == [True] * told
 
 
 @pytest.mark.parametrize("kind", [resource.RLIMIT_AS, resource.RLIMIT_DATA])

@@ -98,7 +98,7 @@ def test_a_budget_that_cannot_hold_the_weights_says_so():
     assert found == {"weights": "int4"}
     assert does_fit(LLAMA, replace(budget, weight_format="int4"), 8192, None)
     assert not does_fit(LLAMA, replace(budget, weight_format="int8"), 8192, None)
-    _, found = refused(LLAMA, budget, 8192, None, device_type="cpu")
+    _, found = refused(LLAMA, replace(budget, gpu_bytes=10_200 * 10**6), 8192, None, device_type="cpu")
     assert found == {"weights": "nf4"}  # where it is the faster one of the two with 4 bits
 
 

@@ -27,7 +27,12 @@ def available_bytes() -> int:
     return max(0, min([_machine_bytes(), *_left_in_limits()]))
 
 
-def still_needed(planned: int, held: int) -> tuple[int, int]:
+def resident_bytes() -> int:
+    """Main memory of this process, pages of files included."""
+    return psutil.Process().memory_info().rss
+
+
+def still_needed(planned: int, held: int, libraries_loaded: bool = False) -> tuple[int, int]:
     """What must still be taken of `planned` bytes, and what can be, of the limit that comes closest.
 
     Args:
@@ -35,11 +40,13 @@ def still_needed(planned: int, held: int) -> tuple[int, int]:
         held: bytes of them that stand in this process already, as planned. What the system does not see there (a
             library that is not loaded yet) is still needed. Pages of files are not held for the machine and its
             containers, as they count them as free.
+        libraries_loaded: no more libraries are to come.
     """
     own = psutil.Process().memory_info()
     own_memory = own.rss - getattr(own, "shared", 0)
     pairs = [(planned - min(held, own_memory), _machine_bytes())]
-    pairs += [(planned - min(held, own.rss), left - _UNTOUCHED_BYTES) for left in _left_in_limits()]
+    untouched = 0 if libraries_loaded else _UNTOUCHED_BYTES
+    pairs += [(planned - min(held, own.rss), left - untouched) for left in _left_in_limits()]
     needed, free = max(pairs, key=lambda pair: pair[0] - pair[1])
     return needed, max(0, free)
 
