@@ -4,10 +4,8 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -267,37 +265,3 @@ def test_a_full_disk_leaves_the_older_session(saved, monkeypatch, fail_at):
     assert runtime.load_session(folder).token_ids == token_ids(500).tolist()
     session.save(folder)
     assert runtime.load_session(folder).num_tokens == 800
-
-
-def test_kill_in_mid_prefill_loses_at_most_a_chunk(checkpoint, tmp_path):
-    """kill -9 at several moments of a long prefill with a checkpoint a chunk: every time what is on disk loads and
-    goes on to the very same logits."""
-    folder, chunk, total = tmp_path / "s", 50, 3000
-    code = f"""
-import sys, torch
-sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
-from test_store import load, token_ids
-runtime = load({str(checkpoint)!r}, ctx=3100, chunk_size={chunk})
-session = runtime.new_session()
-session.attach({str(folder)!r})
-session.prefill(token_ids({total}), progress=lambda done, _: print(done, flush=True))
-"""
-    runtime = load(checkpoint, ctx=3100, chunk_size=chunk)
-    whole = runtime.new_session()
-    expected = whole.prefill(token_ids(total))
-    for after in (1, 7, 20):
-        shutil.rmtree(folder, ignore_errors=True)
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for _ in range(after):
-            done = int(child.stdout.readline())
-        time.sleep(0.003 * after)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        told = [int(line) for line in child.stdout.read().split()]
-        session = runtime.load_session(folder)
-        session.cache.check()
-        assert session.seq_len >= (told or [done])[-1]  # everything that was reported as read is there
-        assert session.token_ids == token_ids(total)[: session.seq_len].tolist()
-        session.attach(folder)
-        assert torch.equal(session.prefill(token_ids(total)[session.seq_len :]), expected)
-        del session
