@@ -7,7 +7,6 @@ and holds between two owners of one process as well. Released, the file is remov
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shlex
@@ -78,6 +77,8 @@ def _open_locked(path: Path) -> int:
         BlockingIOError: (errno, who holds it).
         OSError: it cannot be had at all.
     """
+    import fcntl  # not at the top: Windows lacks it, and is refused in a sentence of its own
+
     while True:
         # Never through a link, and never waiting for whoever reads a pipe.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -95,7 +95,9 @@ def load(
         CheckpointError, ConfigError, HeadMapError, InputError: a file, an argument or the GPU cannot be used.
     """
     check_platform()
-    device_type = choice(device or ("cuda" if torch.cuda.is_available() else "cpu"), "device", ("cpu", "cuda"))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device_type = choice(device, "device", ("cpu", "cuda"))
     if device_type == "cuda":
         gpu_checks.check_gpu()
     device_share = number(device_share, "device_share", 0, 1)

@@ -213,3 +213,38 @@ def test_a_question_without_answer_is_told_and_can_be_answered(runtime, text_fil
     chat = Chat(runtime, folder=tmp_path / "kept")
     told = chat.type("/continue")
     assert "has no answer yet" in told and chat.out.getvalue() == f"{spaced(NEEDLES[0].key)}.\n"
+
+
+@pytest.mark.parametrize("path", ["~nobody-here/x", "n" * 300, "a\0b", "/nowhere/" + "d/" * 3000, "/proc/self/mem"])
+def test_no_path_ends_a_chat(runtime, path):
+    chat = Chat(runtime, max_new_tokens=2)
+    chat.type("The magic number of")
+    tokens = chat.runner.session.num_tokens
+    told = chat.type(f"/file {path}", f"/save {path}", f"/load {path}", "/stats")
+    assert told.count("error: ") == 3 and chat.loop.errors == 3 and chat.loop.defects == 0
+    assert "Traceback" not in told and len(told) < 2000
+    assert f"{tokens:,} of 6,000 tokens used" in told
+
+
+def test_a_defect_of_ours_is_told_with_its_traceback_and_the_conversation_lives(runtime, tmp_path, monkeypatch):
+    chat = Chat(runtime, max_new_tokens=2)
+    chat.type("The magic number of")
+    tokens = chat.runner.session.num_tokens
+    with monkeypatch.context() as patch:
+        patch.setattr("longrun.chat_loop.read_document", lambda path: {}["not there"])
+        told = chat.type("/file x")
+    assert "Traceback" in told and "KeyError: 'not there'" in told and "defect of longrun (KeyError)" in told
+    assert chat.loop.defects == 1
+    chat.type(f"/save {tmp_path / 'saved'}")
+    assert saved_tokens(tmp_path / "saved") == tokens and chat.loop.defects == 0
+
+
+def test_a_conversation_that_was_lost_can_be_begun_anew(runtime, monkeypatch):
+    chat = Chat(runtime, max_new_tokens=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(runtime), "new_session", lambda self, capacity: {}["no room"])
+        told = chat.type("/reset", "hello", "/stats", "/save x")
+    assert told.count("there is no conversation in memory: /reset begins one") == 3
+    chat.runner.reset()
+    chat.type("hello")
+    assert chat.loop.errors == chat.loop.defects == 0 and chat.runner.session.num_tokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +56,8 @@ def _machine_bytes() -> int:
 
 def _left_in_limits() -> Iterator[int]:
     """Bytes left within `ulimit -v` (address space) and `ulimit -d` (data), where they are set."""
+    import resource  # not at the top: Windows lacks it, and is refused in a sentence of its own
+
     own = psutil.Process().memory_info()
     for kind, used in ((resource.RLIMIT_AS, own.vms), (resource.RLIMIT_DATA, getattr(own, "data", 0))):
         limit = resource.getrlimit(kind)[0]
