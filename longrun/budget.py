@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from longrun.arguments import MAX_INTEGER, integer, number
-from longrun.errors import ConfigError, InputError, quoted, short_path, shortened
+from longrun.errors import VALUE_LIMIT, ConfigError, InputError, quoted, short_path, shortened
 from longrun.paths import user_path
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, PAGE_SIZES, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
@@ -102,10 +102,10 @@ class Budget:
             InputError: neither a shipped name nor a file, or a file that cannot be read.
             ConfigError: broken TOML, an unknown section or key, a wrong type, an impossible value.
         """
-        text = str(name_or_path)
-        if isinstance(name_or_path, str) and text in shipped_budgets():
-            return cls.parse(resources.files("longrun.budgets").joinpath(f"{text}.toml").read_text("utf-8"), text)
-        path = user_path(name_or_path, "budget")
+        if isinstance(name_or_path, str) and name_or_path in shipped_budgets():
+            file = resources.files("longrun.budgets").joinpath(f"{name_or_path}.toml")
+            return cls.parse(file.read_text("utf-8"), name_or_path)
+        path, text = user_path(name_or_path, "budget"), str(name_or_path)
         if not path.is_file():
             names = shipped_budgets()
             raise InputError(
@@ -117,13 +117,15 @@ class Budget:
     @classmethod
     def parse(cls, text: str, source: str = "budget") -> Budget:
         """A budget from TOML text; `source` names it in messages. Raises ConfigError as `load` does."""
+        source = short_path(source)
         data = parse_toml(text, source, ConfigError)
         fields: dict[str, Any] = {}
         for section, keys in data.items():
             known = _known_section(section, keys, source)
             for key, value in keys.items():
                 if key not in known:
-                    raise ConfigError(f"{source}: [{section}] {key} is not a known key: {_where_to(key, section)}")
+                    name = shortened(key)
+                    raise ConfigError(f"{source}: [{section}] {name} is not a known key: {_where_to(name, section)}")
                 fields[known[key]] = value
         for field in ("gpu_bytes", "host_bytes"):
             if field in fields:
@@ -159,7 +161,7 @@ class Budget:
     def _check_name(self, field: str, names: tuple[str, ...]) -> None:
         value = getattr(self, field)
         if not isinstance(value, str) or value not in names:
-            self._fail(field, f"is not a known format: use one of {', '.join(names)}{_hint(str(value), names)}")
+            self._fail(field, f"is not a known format: use one of {', '.join(names)}{_hint(quoted(value), names)}")
 
 
 def shipped_budgets() -> tuple[str, ...]:
@@ -169,6 +171,7 @@ def shipped_budgets() -> tuple[str, ...]:
 
 
 def _known_section(section: str, keys: Any, source: str) -> dict[str, str]:
+    section = shortened(section)
     if not isinstance(keys, dict):
         if section in _SECTIONS:
             raise ConfigError(
@@ -214,7 +217,7 @@ def _similarity(one: str, other: str) -> float:
 
 
 def _hint(text: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(text, list(names), n=1)
+    near = difflib.get_close_matches(text[:VALUE_LIMIT], list(names), n=1)
     return f" (nearest: {near[0]})" if near else ""
 
 

@@ -118,5 +118,7 @@ class Values:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value of a JSON file is a finite number (true and false are none)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value of a JSON file is a number that a float can hold (true and false are none)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value.bit_length() <= 1023  # math.isfinite of a longer one is an OverflowError
+    return isinstance(value, float) and math.isfinite(value)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrun.chat_format import ChatFormat, TurnText
 from longrun.documents import Document
-from longrun.errors import InputError, SessionError
+from longrun.errors import InputError, SessionError, quoted
 from longrun.interrupts import deferred_signals
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class Conversation:
             session.extra[_KEY] = saved
         elif system is not None and system != saved["system"]:
             raise InputError(
-                f"the saved conversation began with the system prompt {saved['system']!r}: give the same --system or "
-                f"none"
+                f"the saved conversation began with the system prompt {quoted(saved['system'])}: give the same "
+                f"--system or none"
             )
         else:
             self._format = ChatFormat(tokenizer, saved["system"], TurnText(*saved["first"]))

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from longrun.errors import CheckpointError, ConfigError
+from longrun.errors import CheckpointError, ConfigError, quoted
 from longrun.patterns.head_map import HeadMap
 from longrun.planted_tokenizer import BOS_ID, EOS_ID, UNK_ID, build_vocabulary, cue_words, write_tokenizer
 from longrun.planted_weights import NUM_OFFSETS, NUM_SLOTS, RMS_NORM_EPS, PlantedHeads, PlantedShape, PlantedWeights
@@ -201,7 +201,7 @@ def _resolve_shape(
 ) -> PlantedShape:
     if isinstance(shape, str):
         if shape not in SHAPES:
-            raise ConfigError(f"shape {shape!r} is unknown: choose one of {', '.join(SHAPES)}")
+            raise ConfigError(f"shape {quoted(shape)} is unknown: choose one of {', '.join(SHAPES)}")
         shape = SHAPES[shape]
     changes = {"num_layers": layers, "retrieval_ratio": retrieval_ratio, "dtype": dtype}
     shape = replace(shape, **{key: value for key, value in changes.items() if value is not None})
@@ -210,7 +210,7 @@ def _resolve_shape(
     if not 0.0 < shape.retrieval_ratio <= 1.0:
         raise ConfigError(f"retrieval ratio {shape.retrieval_ratio} is outside (0, 1]: give a share of the KV heads")
     if shape.dtype not in _DTYPES:
-        raise ConfigError(f"dtype {shape.dtype!r} is unknown: choose float32 or bfloat16")
+        raise ConfigError(f"dtype {quoted(shape.dtype)} is unknown: choose float32 or bfloat16")
     if shape.code_size < 2 * NUM_SLOTS or shape.code_size % NUM_SLOTS or shape.moving_pairs < 2:
         raise ConfigError(
             f"{shape.moving_pairs} moving pairs of head_dim {shape.head_dim} leave {shape.code_size} still dims: "

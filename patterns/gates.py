@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longrun.errors import ConfigError, InputError
+from longrun.errors import ConfigError, InputError, quoted
 from longrun.patterns.gate_texts import GateText, GateTexts
 from longrun.patterns.gated_attention import ATTN_IMPLEMENTATION, Gates
 from longrun.patterns.identify import MethodResult
@@ -245,7 +245,7 @@ def set_cublas() -> None:
     value = os.environ.setdefault(CUBLAS_SETTING, CUBLAS_VALUES[0])
     if value not in CUBLAS_VALUES:
         raise InputError(
-            f"{CUBLAS_SETTING} is {value!r}, and gates repeat to the bit with {' or '.join(CUBLAS_VALUES)} only: "
+            f"{CUBLAS_SETTING} is {quoted(value)}, and gates repeat to the bit with {' or '.join(CUBLAS_VALUES)} only: "
             f"unset it"
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from longrun.errors import InputError
+from longrun.errors import InputError, quoted
 from longrun.patterns.head_split import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, check_window
 
 METHODS = ("gates", "reconstruction")
@@ -88,7 +88,7 @@ class IdentifySettings:
             ("dtype", dtype, DTYPES),
         ):
             if value not in known:
-                raise InputError(f"{name} {value!r} is unknown: use {' or '.join(known)}")
+                raise InputError(f"{name} {quoted(value)} is unknown: use {' or '.join(known)}")
         if device == "cuda" and not cuda_available:
             raise InputError("device cuda was asked for and torch finds no GPU: use --device cpu")
         check_window(self.sink_size, self.recent_size, "identify")

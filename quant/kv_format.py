@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longrun.errors import ConfigError
+from longrun.errors import ConfigError, quoted
 
 KV_FORMATS = ("int4", "k5v3", "bf16", "fp32")
 DEFAULT_KV_FORMAT = "k5v3"  # why: docs/experiments.md, "Pages of five-bit keys are the default"
@@ -65,7 +65,7 @@ class PageFormat:
 
     def __post_init__(self) -> None:
         if self.name not in KV_FORMATS:
-            raise ConfigError(f"KV format {self.name!r} is unknown: use one of {', '.join(KV_FORMATS)}")
+            raise ConfigError(f"KV format {quoted(self.name)} is unknown: use one of {', '.join(KV_FORMATS)}")
         if self.page_size not in PAGE_SIZES:
             raise ConfigError(f"page_size {self.page_size} is not supported: use one of {PAGE_SIZES}")
         if self.head_dim <= 0 or self.head_dim % 16:

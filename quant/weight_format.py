@@ -12,7 +12,7 @@ Biases stay in the compute dtype.
 
 from __future__ import annotations
 
-from longrun.errors import ConfigError
+from longrun.errors import ConfigError, quoted
 
 WEIGHT_FORMATS = ("fp32", "bf16", "int8", "nf4", "int4")
 NF4_GROUP = 64
@@ -25,7 +25,7 @@ _INT4_SCALE_ITEMSIZE = 2
 def check_weight_format(weight_format: str) -> None:
     """Raise `ConfigError` for a name outside `WEIGHT_FORMATS`."""
     if weight_format not in WEIGHT_FORMATS:
-        raise ConfigError(f"weight format {weight_format!r} is unknown: use one of {', '.join(WEIGHT_FORMATS)}")
+        raise ConfigError(f"weight format {quoted(weight_format)} is unknown: use one of {', '.join(WEIGHT_FORMATS)}")
 
 
 def is_quantized(weight_format: str) -> bool:
@@ -45,7 +45,7 @@ def compute_itemsize(weight_format: str, device_type: str) -> int:
     """
     check_weight_format(weight_format)
     if device_type not in ("cpu", "cuda"):
-        raise ConfigError(f"device type {device_type!r} is not supported: use cpu or cuda")
+        raise ConfigError(f"device type {quoted(device_type)} is not supported: use cpu or cuda")
     if weight_format == "fp32":
         return 4
     if weight_format == "bf16":

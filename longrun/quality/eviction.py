@@ -5,7 +5,7 @@ from __future__ import annotations
 from longrun.attention.eviction_backend import EvictionAttention, EvictionSettings, Method
 from longrun.cache.evicting import EvictingCache, EvictingSpec
 from longrun.engine import Engine
-from longrun.errors import InputError, PlanError
+from longrun.errors import InputError, PlanError, quoted
 from longrun.quant.page_codec import exact_dtype
 from longrun.runtime import Runtime
 from longrun.session import Session
@@ -41,7 +41,7 @@ def make_session(
         PlanError: the cache does not fit in the budget beside the runtime's weights.
     """
     if method not in ("snapkv", "tova"):
-        raise InputError(f"eviction method {method!r} is unknown: use snapkv or tova")
+        raise InputError(f"eviction method {quoted(method)} is unknown: use snapkv or tova")
     if keep < 1:
         raise InputError(f"{method} cannot keep {keep} tokens: give at least 1")
     if not runtime.split.is_full:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
-from longrun.errors import InputError
+from longrun.errors import InputError, quoted
 
 PREFIX = "sim:"
 KEY_BITS = (8, 5, 4, 3, 2)
@@ -113,7 +113,8 @@ def simulated_format(name: str) -> SimulatedFormat:
     if name not in _FORMATS:
         nearest = difflib.get_close_matches(name, SIMULATED_FORMATS, n=1, cutoff=0.0)[0]
         raise InputError(
-            f"simulated format {name!r} is unknown: write {PREFIX}k4-channel/v4 with 8, 5, 4, 3 or 2 bits for keys and "
+            f"simulated format {quoted(name)} is unknown: write {PREFIX}k4-channel/v4 with 8, 5, 4, 3 or 2 bits for "
+            f"keys and "
             f"4, 3 or 2 for values, keys per channel or token, and -rot after what is rotated (nearest: {nearest})"
         )
     return _FORMATS[name]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from longrun.errors import InputError
+from longrun.errors import InputError, quoted
 from longrun.patterns.baseline_maps import inverted_map, random_map, streaming_map
 from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadMap
 from longrun.quality.formats import SIMULATED_FORMATS, SimulatedFormat, is_simulated, simulated_format
@@ -77,20 +77,20 @@ class Row:
         if self.simulates is None and self.kv not in KV_FORMATS:
             nearest = difflib.get_close_matches(self.kv, (*KV_FORMATS, *SIMULATED_FORMATS), n=1, cutoff=0.0)[0]
             raise InputError(
-                f"row {self.name}: kv {self.kv!r} is unknown: use one of {', '.join(KV_FORMATS)} or a simulated format "
-                f"like {SIMULATED_FORMATS[0]} (nearest: {nearest})"
+                f"row {self.name}: kv {quoted(self.kv)} is unknown: use one of {', '.join(KV_FORMATS)} or a simulated "
+                f"format like {SIMULATED_FORMATS[0]} (nearest: {nearest})"
             )
         if self.weights not in (None, *WEIGHT_FORMATS):
             raise InputError(
-                f"row {self.name}: weights {self.weights!r} is unknown: use one of {', '.join(WEIGHT_FORMATS)}"
+                f"row {self.name}: weights {quoted(self.weights)} is unknown: use one of {', '.join(WEIGHT_FORMATS)}"
             )
         kind, _, rest = self.head_map.partition(":")
         if kind == "random" and not rest.isdecimal():
-            raise InputError(f"row {self.name}: {self.head_map!r} has no seed: write random:0")
+            raise InputError(f"row {self.name}: {quoted(self.head_map)} has no seed: write random:0")
         if kind == "random" and self.retrieval_ratio is None:
             raise InputError(f"row {self.name}: a random map needs a retrieval_ratio: its scores mean nothing")
         if kind == "inverted" and not rest:
-            raise InputError(f"row {self.name}: {self.head_map!r} names no map: write inverted:FOLDER")
+            raise InputError(f"row {self.name}: {quoted(self.head_map)} names no map: write inverted:FOLDER")
         if kind in ("full", "streaming") and self.retrieval_ratio is not None:
             raise InputError(f"row {self.name}: head_map {kind} leaves nothing to choose: leave retrieval_ratio out")
         if self._has_window and kind == "full":
@@ -126,11 +126,11 @@ class Row:
         found = _EVICTION.fullmatch(self.eviction)
         if found is None or (found[4] and found[1] == "tova") or float(found[2]) <= 0:
             raise InputError(
-                f"row {self.name}: eviction {self.eviction!r} is unknown: use none, snapkv:512, snapkv:25%, "
+                f"row {self.name}: eviction {quoted(self.eviction)} is unknown: use none, snapkv:512, snapkv:25%, "
                 f"snapkv:512@document, tova:512 or tova:25%"
             )
         if not found[3] and "." in found[2]:
-            raise InputError(f"row {self.name}: eviction {self.eviction!r} keeps no whole number of tokens")
+            raise InputError(f"row {self.name}: eviction {quoted(self.eviction)} keeps no whole number of tokens")
         return Eviction(found[1], float(found[2]), bool(found[3]), bool(found[4]))
 
     @property
@@ -202,7 +202,7 @@ def read_rows(path: Path) -> tuple[Row, ...]:
             raise InputError(f"{path}, row {number} has no name: every row needs one")
         row = Row(**table)
         if row.name == REFERENCE or row.name in {other.name for other in rows}:
-            raise InputError(f"{path}: the name {row.name!r} is taken: give every row one of its own")
+            raise InputError(f"{path}: the name {quoted(row.name)} is taken: give every row one of its own")
         rows.append(row)
     return tuple(rows)
 
@@ -225,7 +225,7 @@ def _check_type(row: Row, name: str) -> None:
     if value is default:
         return
     if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
-        raise InputError(f"row {row.name}: {name} is {value!r}, which is of the wrong type")
+        raise InputError(f"row {row.name}: {name} is {quoted(value)}, which is of the wrong type")
 
 
 REFERENCE_ROW = Row(REFERENCE, kv="bf16")
