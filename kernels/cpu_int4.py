@@ -9,13 +9,13 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from longrun.kernels.int4_pages import ExactRun, PageRun
+from longrun.kernels.kept_library import load_kept_library
 
 _SOURCE = Path(__file__).with_name("cpu_int4.cpp")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-std=c++17")
@@ -34,26 +34,25 @@ def _cpu_name() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _build(cache_dir: Path) -> Path:
+def _load(cache_dir: Path | None) -> tuple[ctypes.CDLL, list[str]]:
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise KernelUnavailable("no C++ compiler found (g++, clang++ or $CXX)")
     key = hashlib.sha256("\0".join((_SOURCE.read_text(), compiler, *_FLAGS, _cpu_name())).encode()).hexdigest()[:16]
-    library = cache_dir / f"cpu_int4-{key}.so"
-    if library.exists():
-        return library
+
+    def compile_to(path: Path) -> None:
+        command = [compiler, *_FLAGS, "-o", str(path), str(_SOURCE)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise KernelUnavailable(f"building with {compiler} failed: {error}") from error
+        if done.returncode:
+            raise KernelUnavailable(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
+
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-            built = Path(scratch) / "kernel.so"
-            command = [compiler, *_FLAGS, "-o", str(built), str(_SOURCE)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
-            if done.returncode:
-                raise KernelUnavailable(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
-            os.replace(built, library)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelUnavailable(f"building with {compiler} failed: {error}") from error
-    return library
+        return load_kept_library(f"cpu_int4-{key}", cache_dir, compile_to)
+    except OSError as error:
+        raise KernelUnavailable(f"the compiled library cannot be loaded: {error}") from error
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:
@@ -74,17 +73,19 @@ def _check_run(run: PageRun) -> None:
 class CpuInt4Kernels:
     """Decode attention and dequantization of int4 and k5v3 pages on the CPU, as fast as their bits can be unpacked.
 
+    Args:
+        cache_dir: keeps the compiled library; None, or one that cannot: it is compiled for this process alone.
+
+    Attributes:
+        notices: what was wrong with a kept library or its folder.
+
     Raises:
         KernelUnavailable: no compiler, or the build failed.
     """
 
-    def __init__(self, cache_dir: Path) -> None:
+    def __init__(self, cache_dir: Path | None) -> None:
         # torch is imported by now, so the library binds to the OpenMP runtime that torch loaded: one thread pool
-        library = _build(cache_dir)
-        try:
-            self._lib = ctypes.CDLL(str(library))
-        except OSError as error:
-            raise KernelUnavailable(f"{library} cannot be loaded: {error}") from error
+        self._lib, self.notices = _load(cache_dir)
 
     def decode_attention(self, q: Tensor, pages: PageRun | None, exact: tuple[ExactRun, ...]) -> tuple[Tensor, Tensor]:
         """See `int4_pages.decode_attention`; q float32, contiguous."""

@@ -207,10 +207,17 @@ class Runtime:
 
     def _build_cpu_kernels(self) -> CpuInt4Kernels | None:
         try:
-            return CpuInt4Kernels(cache_dir() / "kernels")
-        except (KernelUnavailable, InputError) as error:  # no compiler, or no place to keep what it makes
+            folder = cache_dir() / "kernels"
+        except InputError as error:
+            self.notices.append(f"{error}: until then the CPU kernels are compiled at every start")
+            folder = None
+        try:
+            kernels = CpuInt4Kernels(folder)
+        except KernelUnavailable as error:
             self.notices.append(f"compiled CPU kernels are off ({error}): plain torch is used, which decodes slower")
             return None
+        self.notices += kernels.notices
+        return kernels
 
     def new_session(self, capacity: int | str | None = None) -> Session:
         """An empty session; its cache is allocated now, and nothing grows afterwards.

@@ -9,6 +9,7 @@ from longrun.attention.torch_backend import TorchAttention
 from longrun.cache.dual import DualCache
 from longrun.cache.spec import CacheSpec
 from longrun.kernels.cpu_int4 import CpuInt4Kernels
+from longrun.paths import cache_dir
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
 from longrun.quant.rotation import key_rotation
@@ -20,8 +21,8 @@ SINK, RECENT = 20, 50
 
 
 @pytest.fixture(scope="module")
-def cpu_kernels(tmp_path_factory):
-    return CpuInt4Kernels(tmp_path_factory.mktemp("kernels"))
+def cpu_kernels():
+    return CpuInt4Kernels(cache_dir() / "kernels")  # compiled by whichever test comes first
 
 
 def rms_ratio(actual, expected):

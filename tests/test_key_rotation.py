@@ -12,6 +12,7 @@ from longrun.cache.dual import DualCache
 from longrun.cache.spec import CacheSpec
 from longrun.errors import InputError
 from longrun.kernels.cpu_int4 import CpuInt4Kernels
+from longrun.paths import cache_dir
 from longrun.quant.kv_format import KV_FORMATS, PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
 from longrun.quant.rotation import ROTATION_SEED, hadamard_rotation, key_rotation, random_signs, rotation_of
@@ -21,8 +22,8 @@ SPLITS = {"full": (3, 3), "none": (0, 0), "mixed": (1, 2), "uneven": (0, 3)}
 
 
 @pytest.fixture(scope="module")
-def cpu_kernels(tmp_path_factory):
-    return CpuInt4Kernels(tmp_path_factory.mktemp("kernels"))
+def cpu_kernels():
+    return CpuInt4Kernels(cache_dir() / "kernels")  # compiled by whichever test comes first
 
 
 @pytest.mark.parametrize("dim", [16, 32, 48, 64, 80, 96, 112, 128, 256])
