@@ -161,7 +161,8 @@ class Budget:
     def _check_name(self, field: str, names: tuple[str, ...]) -> None:
         value = getattr(self, field)
         if not isinstance(value, str) or value not in names:
-            self._fail(field, f"is not a known format: use one of {', '.join(names)}{_hint(quoted(value), names)}")
+            near = _hint(value, names) if isinstance(value, str) else ""
+            self._fail(field, f"is not a known format: use one of {', '.join(names)}{near}")
 
 
 def shipped_budgets() -> tuple[str, ...]:
