@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrun.needle_results import SweepResults
 from longrun.units import format_tokens
+from longrun.whole_file import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,7 +97,5 @@ def draw_heatmap(results: SweepResults, titles: dict[str, str], note: str | None
     if note:
         figure.supxlabel(note, fontsize=8)
     path = results.folder / HEATMAP_FILE
-    partial = path.with_name(f".{HEATMAP_FILE}")
-    canvas.print_figure(partial, dpi=150, format="png")
-    partial.replace(path)
+    write_whole(path, lambda file: canvas.print_figure(file, dpi=150, format="png"))
     return path

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from longrun.errors import InputError
+from longrun.folder_lock import FolderLock
 from longrun.user_files import RESULTS_BYTES, read_object
+from longrun.whole_file import leftovers, write_whole
 
 RESULTS_FILE = "results.json"
 FORMAT = 1
@@ -24,6 +25,7 @@ class SweepResults:
 
     def __init__(self, folder: Path, head: dict[str, Any], cells: list[dict[str, Any]]) -> None:
         self.folder, self.head, self.cells = folder, head, cells
+        self._lock: FolderLock | None = None
         self._done = {_key(cell["setting"], cell["length"], cell["depth"]): cell for cell in cells}
 
     @classmethod
@@ -34,14 +36,33 @@ class SweepResults:
             settings: JSON-able; compared key by key with the file's.
             force: drop what another sweep left there.
 
+        No other run may open it until this object is gone.
+
         Raises:
-            InputError: the folder cannot be written, holds a damaged file or other settings (the first is named).
+            InputError: another run has it open, the folder cannot be written, or it holds a damaged file or other
+                settings (the first is named).
         """
         path = folder / RESULTS_FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"folder {folder} cannot be made ({error.strerror}): choose another --out") from error
+        lock = FolderLock(
+            folder / f".{RESULTS_FILE}.lock", f"{path}", InputError, "wait for that run or give another --out"
+        )
+        try:
+            for left in leftovers(path):
+                left.unlink(missing_ok=True)
+            results = cls._open(folder, settings, force)
+        except BaseException:
+            lock.release()
+            raise
+        results._lock = lock
+        return results
+
+    @classmethod
+    def _open(cls, folder: Path, settings: dict[str, Any], force: bool) -> SweepResults:
+        path = folder / RESULTS_FILE
         if force or not path.exists():
             return cls(folder, {"format": FORMAT, "settings": settings}, [])
         try:
@@ -77,16 +98,9 @@ class SweepResults:
             InputError: the disk is full or the folder is not writable; the earlier file is intact.
         """
         path = self.folder / RESULTS_FILE
-        partial = path.with_name(f".{RESULTS_FILE}.{os.getpid()}")
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump({**self.head, "cells": self.cells}, file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+            write_whole(path, (json.dumps({**self.head, "cells": self.cells}, indent=1) + "\n").encode())
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise InputError(f"{path} cannot be written ({error.strerror}): free the disk or choose --out") from error
 
 

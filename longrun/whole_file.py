@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def fresh_path(path: Path) -> Path:
-    """A name beside `path` that no one has had before, for what will be renamed to it; hidden, ending in `.new`."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
+def fresh_path(path: Path, suffix: str = "new") -> Path:
+    """A hidden name beside `path` that no one has had before, for what will be renamed to it or was renamed from it."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.{suffix}")
 
 
-def leftovers(path: Path) -> list[Path]:
-    """What killed writers have left of `fresh_path(path)`. Only the owner of the folder may remove it."""
-    pattern = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.new")
+def leftovers(path: Path, suffix: str = "new") -> list[Path]:
+    """What killed writers have left of `fresh_path(path, suffix)`. Only who owns `path` may remove it."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\." + suffix)
+    if not path.parent.is_dir():
+        return []
     return [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]
 
 

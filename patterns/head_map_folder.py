@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from longrun.errors import HeadMapError, quoted, short_path
+from longrun.folder_lock import FolderLock
 from longrun.patterns.head_split import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, check_window
 from longrun.user_files import read_object, read_text
+from longrun.whole_file import fresh_path, leftovers
 
 SCORES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
@@ -66,18 +68,41 @@ def write_folder(
     `facts` follow the window in `config.json`. Other files of an existing `target` are carried over.
 
     Raises:
+        HeadMapError: another process is writing it.
         OSError: `target` could not be written; what was there before is there still.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    lock = FolderLock(
+        target.with_name(f".{target.name}.lock"),
+        f"head map {target}",
+        HeadMapError,
+        "wait for it or name another folder",
+    )
+    try:
+        _take_back(target)
+        _replace_folder(target, scores, {"sink_size": sink_size, "recent_size": recent_size, **facts})
+    finally:
+        lock.release()
+
+
+def _take_back(target: Path) -> None:
+    """Undo what a killed `_replace_folder` began. Only for the lock's owner."""
+    for old in leftovers(target, "old"):
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+    for fresh in leftovers(target, "new"):
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _replace_folder(target: Path, scores: Sequence[Sequence[float]], config: Mapping[str, object]) -> None:
+    fresh, old = fresh_path(target), fresh_path(target, "old")
     try:
         fresh.mkdir()
         if target.exists():
             shutil.copytree(target, fresh, symlinks=True, dirs_exist_ok=True)
         _write_synced(fresh / SCORES_FILE, "".join("\t".join(map(repr, row)) + "\n" for row in scores))
-        window = {"sink_size": sink_size, "recent_size": recent_size, **facts}
-        _write_synced(fresh / CONFIG_FILE, json.dumps(window, indent=2) + "\n")
+        _write_synced(fresh / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         if target.exists():
             target.rename(old)
         try:

@@ -77,7 +77,8 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
     Raises:
         InputError: settings out of range, a text shorter than the context, progress of other settings.
         CheckpointError, ConfigError: model, adapter or tokenizer cannot be loaded.
-        HeadMapError: `settings.out` holds another map (or something else) and `settings.force` is false.
+        HeadMapError: `settings.out` holds another map (or something else) and `settings.force` is false, or another
+            process makes that map now.
     """
     began = time.perf_counter()
     settings = settings.resolved(torch.cuda.is_available())
@@ -110,8 +111,12 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
     else:
         from longrun.patterns.reconstruction import ATTN_IMPLEMENTATION
         from longrun.patterns.reconstruction import identify_reconstruction as run
-    model = load_model(settings, ATTN_IMPLEMENTATION)
-    result = run(model, tokenizer, text_ids, settings, checkpoint, on_progress or (lambda _: None))
+    try:
+        model = load_model(settings, ATTN_IMPLEMENTATION)
+        result = run(model, tokenizer, text_ids, settings, checkpoint, on_progress or (lambda _: None))
+    except BaseException:
+        checkpoint.release()
+        raise
     head_map = HeadMap.from_scores(result.scores, settings.sink_size, settings.recent_size)
     head_map.check_shape(config.num_layers, config.num_kv_heads, f"what {settings.method} measured")
     facts = {

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as encoded
 from torch import Tensor
 
-from longrun.errors import InputError, shortened
+from longrun.errors import HeadMapError, InputError, shortened
+from longrun.folder_lock import FolderLock
 from longrun.user_files import parse_object, read_object
+from longrun.whole_file import leftovers, write_whole
 
 _SETTINGS = "settings.json"
 _STATE = "state.safetensors"
@@ -30,7 +31,10 @@ class Checkpoint:
         save_every: steps between two saves.
         force: a folder of other settings is dropped rather than refused.
 
+    From then on until `release` or `remove` no other process makes this map.
+
     Raises:
+        HeadMapError: another process is making it.
         InputError: the folder holds the progress of other settings (the keys that differ are named), or it cannot be
             read.
     """
@@ -39,7 +43,15 @@ class Checkpoint:
         self.folder = Path(folder)
         self._deciding = json.loads(json.dumps(dict(deciding)))
         self._save_every = save_every
-        self._prepare(force)
+        self._lock = FolderLock(
+            self.folder.with_name(f".{self.folder.name}.lock"), f"{self.folder}, the progress of a head map,",
+            HeadMapError, "wait until that one is done or name another folder",
+        )  # fmt: skip
+        try:
+            self._prepare(force)
+        except BaseException:
+            self.release()
+            raise
 
     def due(self, step: int) -> bool:
         """Whether progress should be saved after `step` steps (counted from 1)."""
@@ -55,11 +67,9 @@ class Checkpoint:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / _SETTINGS).exists():
-                _write(self.folder / _SETTINGS, json.dumps(self._deciding, indent=2).encode())
-            fresh = self.folder / f".{_STATE}.new"
+                write_whole(self.folder / _SETTINGS, json.dumps(self._deciding, indent=2).encode())
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(on_cpu, fresh, metadata={_FACTS: json.dumps(dict(facts))})
-            os.replace(fresh, self.folder / _STATE)
+            write_whole(self.folder / _STATE, encoded(on_cpu, metadata={_FACTS: json.dumps(dict(facts))}))
         except OSError as error:
             raise InputError(
                 f"progress cannot be saved to {self.folder} ({error.strerror or error}): free the disk or name another "
@@ -87,24 +97,34 @@ class Checkpoint:
             ) from error
 
     def remove(self) -> None:
-        """Drop the folder: the map is written, or other settings take over."""
+        """Drop the folder: the map is written."""
+        self._drop()
+        self.release()
+
+    def release(self) -> None:
+        """Let others go on from the progress saved."""
+        self._lock.release()
+
+    def _drop(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _prepare(self, force: bool) -> None:
         path = self.folder / _SETTINGS
+        for left in (*leftovers(path), *leftovers(self.folder / _STATE)):
+            left.unlink(missing_ok=True)
         if not path.exists():
             return
         try:
             saved = read_object(path, InputError, f"delete {self.folder} to start again")
         except InputError:
             if force:
-                self.remove()
+                self._drop()
                 return
             raise
         if saved == self._deciding:
             return
         if force:
-            self.remove()
+            self._drop()
             return
         differing = [key for key in {**saved, **self._deciding} if saved.get(key) != self._deciding.get(key)]
         shown = ", ".join(
@@ -119,9 +139,3 @@ class Checkpoint:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 16 else text[:12] + "..."
-
-
-def _write(path: Path, data: bytes) -> None:
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_bytes(data)
-    os.replace(fresh, path)

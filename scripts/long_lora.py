@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from longrun.errors import InputError
 from longrun.model.adapter import CONFIG_FILE, TARGETS, WEIGHTS_FILE
+from longrun.whole_file import write_whole
 
 
 class LoraLinear(nn.Module):
@@ -172,9 +173,7 @@ class LoraModel:
         """Write peft's two files, tensors in bf16; returns their bytes."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in self.state().items()}
-        partial = folder / f".{WEIGHTS_FILE}"
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(folder / WEIGHTS_FILE)
+        write_whole(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
         own = {key: self.settings[key] for key in ("rope_theta", "max_position_embeddings", "base_weights")}
         config = {
             "peft_type": "LORA",
@@ -187,7 +186,7 @@ class LoraModel:
             "target_modules": list(TARGETS),
             "longrun": {**own, "notes": notes},
         }
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        write_whole(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
         return sum((folder / name).stat().st_size for name in (WEIGHTS_FILE, CONFIG_FILE))
 
 

@@ -48,6 +48,7 @@ from longrun.long_tasks import Corpus
 from longrun.model.checkpoint import weights_fingerprint
 from longrun.model.tokenizer import load_tokenizer
 from longrun.paths import path_option
+from longrun.whole_file import write_whole
 
 STOPPED = 3  # exit status: stopped before the end, the same command goes on
 
@@ -132,9 +133,7 @@ class Trainer:
                 "lora": {name: t.detach().cpu() for name, t in self.lora.state().items()},
                 "optimizer": self.optimizer.state_dict(),
             }  # fmt: skip
-            partial_file = self.out / ".state.pt"
-            torch.save(state, partial_file)
-            partial_file.replace(self.out / "state.pt")
+            write_whole(self.out / "state.pt", lambda file: torch.save(state, file))
             notes = f"train_long.py, {self.step} of {self.recipe.steps} steps"
             size = self.lora.save_adapter(self.out / "adapter", notes)
             self.log({"event": "saved", "step": self.step, "adapter_bytes": size})

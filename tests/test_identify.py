@@ -280,6 +280,9 @@ def test_progress_is_kept_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [step for step in range(1, 10) if checkpoint.due(step)] == [3, 6, 9]
     tensors = {"a": torch.randn(2, 3), "n": torch.tensor(4.0), "empty": torch.zeros(0, dtype=torch.float64)}
     checkpoint.save(tensors, {"step": 3, "words": ["x"]})
+    with pytest.raises(HeadMapError, match="the progress of a head map, is in use by another owner in this process"):
+        Checkpoint(tmp_path / "p", {"seed": 1})
+    checkpoint.release()
     loaded, facts = Checkpoint(tmp_path / "p", {"seed": 1}).load()
     assert facts == {"step": 3, "words": ["x"]}
     assert all(

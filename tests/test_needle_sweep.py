@@ -234,11 +234,11 @@ def test_a_full_disk_leaves_the_earlier_results(tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("longrun.needle_results.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(InputError, match="No space left"):
         results.add(cell | {"depth": 1.0})
     assert read(tmp_path)["cells"] == [cell]
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".results.json.lock", "results.json"]
 
 
 class ScriptedSession:

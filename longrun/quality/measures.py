@@ -26,6 +26,7 @@ from longrun.quality.settings import Row
 from longrun.quality.tasks import TaskDocument
 from longrun.runtime import Runtime
 from longrun.session import Session
+from longrun.whole_file import write_whole
 
 PIECE = 32  # tokens scored at a time: with INT4 pages a piece sees its own keys exact, with TOVA it is evicted whole
 BLOCK = 32  # predicted tokens that make one item of the text task
@@ -196,9 +197,7 @@ class ReferenceLogits:
 
     def save(self, length: int, number: int, values: Tensor) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f".{length}-{number}.npy"
-        np.save(partial, values.cpu().numpy())
-        partial.replace(self._path(length, number))
+        write_whole(self._path(length, number), lambda file: np.save(file, values.cpu().numpy()))
 
     def load(self, length: int, number: int, device: torch.device) -> Tensor:
         return torch.from_numpy(np.load(self._path(length, number))).to(device)

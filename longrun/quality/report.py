@@ -13,6 +13,7 @@ from longrun.quality.summary import ALL_TASKS, RowSummary, percent, points, sent
 from longrun.quality.tasks import RETRIEVAL_TASKS, TEXT_TASK
 from longrun.quality.window_picture import draw_windows
 from longrun.units import format_bytes, format_tokens
+from longrun.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +38,7 @@ def write_report(results: QualityResults) -> list[Path]:
     results.head["summary"] = [row.to_dict() for rows in by_length.values() for row in rows]
     results.write()
     report = results.folder / REPORT_FILE
-    report.write_text("\n".join(_report(results, by_length)) + "\n", encoding="utf-8")
+    write_whole(report, ("\n".join(_report(results, by_length)) + "\n").encode())
     heads = "share of KV heads that keep all tokens"
     label = "KV bytes in use (of simulated formats: computed)"
     windows = draw_windows(results, by_length)
@@ -218,9 +219,7 @@ def _draw(
     notes = results.head["notes"]
     figure.suptitle(" - ".join([results.head["model"], *notes]), fontsize=9)
     path = results.folder / name
-    partial = path.with_name(f".{name}")
-    canvas.print_figure(partial, dpi=130, format="png")
-    partial.replace(path)
+    write_whole(path, lambda file: canvas.print_figure(file, dpi=130, format="png"))
     return path
 
 

@@ -11,6 +11,7 @@ from longrun.quality.settings import REFERENCE
 from longrun.quality.statistics import Estimate
 from longrun.quality.summary import ALL_TASKS, RowSummary
 from longrun.units import format_tokens
+from longrun.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,9 +73,7 @@ def draw_windows(results: QualityResults, by_length: dict[int, list[RowSummary]]
     figure.legend(handles, labels, loc="outside lower center", ncols=2 + len(by_length), fontsize=8)
     figure.suptitle(" - ".join([results.head["model"], *results.head["notes"]]), fontsize=9)
     path = results.folder / WINDOW_PICTURE
-    partial = path.with_name(f".{WINDOW_PICTURE}")
-    canvas.print_figure(partial, dpi=130, format="png")
-    partial.replace(path)
+    write_whole(path, lambda file: canvas.print_figure(file, dpi=130, format="png"))
     return path
 
 
