@@ -145,7 +145,7 @@ def _context(config: ModelConfig, device_type: str) -> int:
     if context < LEAST_CONTEXT:
         raise InputError(
             f"head map auto lets the model repeat {LEAST_CONTEXT} tokens or more, and {most:,} positions are too few "
-            f"for that: give a head map folder, or leave --head-map out"
+            f"for that: give a head map folder, or take full attention"
         )
     return context
 

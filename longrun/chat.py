@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from longrun.arguments import COUNT, SEED, SHARE, real, whole
-from longrun.cli import EXIT_STATUS, INTERRUPTED, Parser, StdoutLost, run
+from longrun.cli import EXIT_STATUS, INTERRUPTED, PLAN_OPTIONS, Parser, StdoutLost, run
 from longrun.documents import Document, check_text, read_document
 from longrun.errors import InputError
 from longrun.interrupts import leaving_at_once
@@ -322,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Entry point of `longrun-chat`."""
-    run(chat_command)
+    run(chat_command, PLAN_OPTIONS)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn
 
 from longrun.allocation import allocation_sentence, is_failed_allocation
@@ -38,8 +38,16 @@ class StdoutLost(BaseException):
         self.reason = None if gone else getattr(error, "strerror", None) or str(error)
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and leave the process with its return value as status, or as this module says."""
+# By which a run is made smaller; see `longrun.plan_search`.
+PLAN_OPTIONS = frozenset({"--ctx", "--retrieval-ratio", "--weights", "--kv", "--chunk-size"})
+
+
+def run(main: Callable[[], int | None], options: Collection[str] = ()) -> NoReturn:
+    """Run `main` and leave the process with its return value as status, or as this module says.
+
+    Args:
+        options: of `main` that an error's advice may name.
+    """
     with _streams() as stdout:
         try:
             try:
@@ -48,7 +56,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
                     raise InputError("stdout is closed: send it somewhere, to /dev/null for example")
                 status = main() or 0
             except LongrunError as error:
-                _say(f"error: {error}")
+                _say(f"error: {error.told_by(options)}")
                 status = BAD_INPUT
             except (MemoryError, RuntimeError, OSError) as error:
                 if not is_failed_allocation(error):

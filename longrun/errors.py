@@ -7,6 +7,7 @@ raised is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Collection
 
 MESSAGE_LIMIT = 500
 """Characters of a message; of a longer one the middle is left out, so that what is wrong and what to do remain."""
@@ -21,6 +22,10 @@ class LongrunError(Exception):
 
     def __init__(self, message: str = "") -> None:
         super().__init__(shortened(message, MESSAGE_LIMIT))
+
+    def told_by(self, options: Collection[str]) -> str:
+        """The message as a command with these options prints it; its advice may name them."""
+        return str(self)
 
 
 class InputError(LongrunError):

@@ -5,7 +5,7 @@ Plain arithmetic without torch. `python -m longrun.plan --help` prints a plan fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,10 +14,10 @@ from longrun.attention.spec import AttentionSpec
 from longrun.budget import Budget
 from longrun.cache.spec import CacheSpec
 from longrun.config import ModelConfig
-from longrun.errors import PlanError
+from longrun.errors import PlanError, shortened
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.placement import DEFAULT_WEIGHT_FORMAT, Placement, PlanItem, PlanSettings, place
-from longrun.plan_search import Suggestion, largest_ctx, suggest
+from longrun.plan_search import Suggestion, largest_ctx, shortfall, suggest
 from longrun.plan_split import ChosenSplit, choose_split
 from longrun.processor import bf16_product_copy_bytes
 from longrun.units import format_bytes, parse_tokens
@@ -29,23 +29,33 @@ class NoFitError(PlanError):
     """The budget does not hold what was asked.
 
     Attributes:
-        device_short, host_short: missing bytes.
+        device_short, host_short: bytes with which it would: no smaller sum of the two does.
         suggestions: the nearest changes that fit, each verified; empty where none does.
     """
 
-    def __init__(self, message: str, device_short: int, host_short: int, suggestions: Sequence[Suggestion]) -> None:
-        super().__init__(message)
-        self.device_short = device_short
-        self.host_short = host_short
+    def __init__(self, problem: str, device_short: int, host_short: int, suggestions: Sequence[Suggestion]) -> None:
+        self._problem = problem
+        self.device_short, self.host_short = device_short, host_short
         self.suggestions = tuple(suggestions)
+        super().__init__()
+        self.args = (self.told_by(()),)  # whole: an advice that is cut out would mislead
 
-    def to_dict(self) -> dict[str, Any]:
+    def told_by(self, options: Collection[str]) -> str:
+        if not self.suggestions:
+            return f"{self._problem}; use a larger machine"
+        return f"{self._problem}; what fits: " + ", or ".join(each.told_by(options) for each in self.suggestions)
+
+    def to_dict(self, options: Collection[str]) -> dict[str, Any]:
+        """The facts as JSON types, in the words of a command with these options."""
         return {
             "fits": False,
-            "error": str(self),
+            "error": self.told_by(options),
             "device_short": self.device_short,
             "host_short": self.host_short,
-            "suggestions": [asdict(suggestion) for suggestion in self.suggestions],
+            "suggestions": [
+                {"setting": each.setting, "value": each.value, "text": each.told_by(options)}
+                for each in self.suggestions
+            ],
         }
 
 
@@ -267,39 +277,39 @@ def _check_window(config: ModelConfig, ctx: int) -> None:
 
 
 def _no_fit(settings: PlanSettings, placement: Placement, budget: Budget, chosen: ChosenSplit) -> NoFitError:
-    suggestions = suggest(settings, placement.capacity, chosen.resplit)
-    device, host = placement.device_short, placement.host_short
+    suggestions = suggest(settings, placement.capacity, chosen.resplits)
+    device, host = shortfall(settings, placement.capacity)
+    source = shortened(budget.source)
     before_cache = settings.weight_bytes + settings.base_bytes + settings.reserved_bytes
     if before_cache > settings.gpu_bytes:
         device, host = before_cache - settings.gpu_bytes, 0
         what = (
-            f"{budget.source} does not even hold the weights: {format_bytes(settings.weight_bytes)} in "
+            f"{source} does not even hold the weights: {format_bytes(settings.weight_bytes)} in "
             f"{settings.weight_format} and {format_bytes(before_cache - settings.weight_bytes)} beside them against "
             f"gpu = {format_bytes(settings.gpu_bytes)}"
         )
     elif settings.loading_bytes > settings.gpu_bytes:
         device, host = settings.loading_bytes - settings.gpu_bytes, 0
         what = (
-            f"{budget.source} (gpu {format_bytes(settings.gpu_bytes)}) does not hold the "
+            f"{source} (gpu {format_bytes(settings.gpu_bytes)}) does not hold the "
             f"{format_bytes(settings.weight_bytes)} of {settings.weight_format} weights while they load"
         )
     else:
         what = (
-            f"{budget.source} (gpu {format_bytes(settings.gpu_bytes)}, host {format_bytes(settings.host_bytes)}) does "
+            f"{source} (gpu {format_bytes(settings.gpu_bytes)}, host {format_bytes(settings.host_bytes)}) does "
             f"not hold {placement.capacity:,} tokens"
         )
     kind = "GPU memory" if settings.device_type == "cuda" else "device pool memory"
     short = [f"{format_bytes(size)} of {name}" for size, name in ((device, kind), (host, "host memory")) if size]
-    remedy = "what fits: " + ", or ".join(s.text for s in suggestions) if suggestions else "use a larger machine"
-    return NoFitError(f"{what}, {' and '.join(short)} short; {remedy}", device, host, suggestions)
+    return NoFitError(f"{what}, {' and '.join(short)} short", device, host, suggestions)
 
 
 def main() -> None:
     """The command `longrun-plan`; see `longrun.plan_cli`."""
-    from longrun.cli import run
+    from longrun.cli import PLAN_OPTIONS, run
     from longrun.plan_cli import plan_command
 
-    run(plan_command)
+    run(plan_command, PLAN_OPTIONS)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from longrun.arguments import COUNT, SHARE
 from longrun.budget import Budget, shipped_budgets
-from longrun.cli import EXIT_STATUS, Parser
+from longrun.cli import EXIT_STATUS, PLAN_OPTIONS, Parser
 from longrun.config import ModelConfig
 from longrun.plan import NoFitError, make_plan
 from longrun.plan_report import print_plan
@@ -39,7 +39,7 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
         plan = make_plan(config, budget, ctx, split=split, device_type=device_type)
     except NoFitError as error:
         if options.json:
-            print(json.dumps(error.to_dict()))
+            print(json.dumps(error.to_dict(PLAN_OPTIONS)))
         raise
     if options.json:
         print(json.dumps(plan.to_dict()))

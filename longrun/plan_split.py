@@ -15,19 +15,31 @@ from longrun.patterns.head_map import HeadMap, HeadSplit
 
 @dataclass(frozen=True)
 class ChosenSplit:
-    """A split with its origin: `head_map` it was made from, `note` for the plan's head line, `notes` to be shown."""
+    """A split with its origin.
+
+    Attributes:
+        head_map: the map it was made from.
+        note: for the plan's head line; notes: to be shown.
+        even: scores stand for no measurement but for heads spread evenly over the layers, with `head_map`'s window.
+    """
 
     split: HeadSplit
     head_map: HeadMap
     note: str
     notes: tuple[str, ...] = ()
+    even: bool = False
 
-    def resplit(self, retrieval_ratio: float) -> HeadSplit:
-        """The split of the same map at another ratio; full attention gives up heads evenly over the layers."""
-        if self.split.is_full and self.head_map == HeadMap.full(self.split.num_layers, self.split.num_kv_heads):
-            even = HeadMap.uniform(self.split.num_layers, self.split.num_kv_heads, retrieval_ratio)
-            return even.split(retrieval_ratio)
-        return self.head_map.split(retrieval_ratio=retrieval_ratio)
+    def resplits(self, retrieval_ratio: float) -> tuple[HeadSplit, ...]:
+        """What the split may be at another ratio: of the same map, or of one that keeps the heads evenly; without a
+        map (full attention) also of one that keeps whole layers, which needs the most memory."""
+        if not self.even:
+            return (self.head_map.split(retrieval_ratio=retrieval_ratio),)
+        window = self.head_map.sink_size, self.head_map.recent_size
+        shape = self.split.num_layers, self.split.num_kv_heads
+        even = HeadMap.uniform(*shape, retrieval_ratio, *window).split(retrieval_ratio)
+        if not self.split.is_full:
+            return (even,)
+        return even, HeadMap.full(*shape).with_window(*window).split(retrieval_ratio)
 
 
 def choose_split(
@@ -62,7 +74,8 @@ def choose_split(
     if head_map is None and retrieval_ratio is not None and assume:
         assumed = HeadMap.uniform(*shape, retrieval_ratio).with_window(budget.sink_size, budget.recent_size)
         split = assumed.split(retrieval_ratio=retrieval_ratio)
-        return ChosenSplit(split, assumed, f"assumed: {retrieval_ratio:g} of the heads, spread over the layers")
+        note = f"assumed: {retrieval_ratio:g} of the heads, spread over the layers"
+        return ChosenSplit(split, assumed, note, even=True)
     if head_map is None or (isinstance(head_map, str) and head_map == "full"):
         if retrieval_ratio is not None and retrieval_ratio != 1:
             raise InputError(
@@ -73,9 +86,9 @@ def choose_split(
         if budget.retrieval_ratio not in (None, 1):
             notes = (f"{budget.source}: retrieval_ratio {budget.retrieval_ratio:g} is not used without a head map",)
         full = HeadMap.full(*shape)
-        return ChosenSplit(
-            full.split(), full, "full attention" + (": no head map given" if head_map is None else ""), notes
-        )
+        note = "full attention" + (": no head map given" if head_map is None else "")
+        windowed = full.with_window(budget.sink_size, budget.recent_size)
+        return ChosenSplit(full.split(), windowed, note, notes, even=True)
     source = "head map" if isinstance(head_map, HeadMap) else f"head map {head_map}"
     loaded = head_map if isinstance(head_map, HeadMap) else HeadMap.load(head_map)
     loaded.check_shape(*shape, source)

@@ -238,8 +238,8 @@ class Session:
         if self.seq_len + count > self.capacity:
             raise ContextFullError(
                 f"the context is full: {count:,} more tokens after {self.seq_len:,} exceed this session's capacity of "
-                f"{format_tokens(self.capacity)}; nothing was dropped: go on with a larger --ctx, or save and reload "
-                f"the session into one"
+                f"{format_tokens(self.capacity)}; nothing was dropped: save the session and load it with "
+                f"a larger context"
             )
 
     def mark(self) -> SessionMark:

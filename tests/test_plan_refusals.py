@@ -1,13 +1,19 @@
 """What the plan says where something does not fit: what it suggests fits, and one step beyond it does not."""
 
+import json
+import random
+import re
+import shlex
 from dataclasses import replace
 
 import pytest
-from planned_models import CTX, LLAMA, SMALL, assumed
+from planned_models import CTX, LLAMA, LLAMA_JSON, SMALL, assumed
 
 from longrun.budget import Budget
+from longrun.cli import PLAN_OPTIONS
 from longrun.patterns.head_map import HeadMap
 from longrun.plan import NoFitError, choose_split, make_plan
+from longrun.plan_cli import plan_command
 
 
 def refused(config, budget, ctx, split, **options):
@@ -15,7 +21,7 @@ def refused(config, budget, ctx, split, **options):
         make_plan(config, budget, ctx, split=split, **options)
     assert "\n" not in str(error.value)
     for suggestion in error.value.suggestions:
-        assert suggestion.text in str(error.value)
+        assert suggestion.words in str(error.value)
     return error.value, {suggestion.setting: suggestion.value for suggestion in error.value.suggestions}
 
 
@@ -64,6 +70,91 @@ def test_the_shortfall_is_what_is_missing():
     assert error.host_short == 0
     assert does_fit(LLAMA, replace(alone, gpu_bytes=alone.gpu_bytes + error.device_short), CTX, split)
     assert not does_fit(LLAMA, replace(alone, gpu_bytes=alone.gpu_bytes + error.device_short - 1), CTX, split)
+
+
+def test_one_byte_missing_is_one_byte():
+    """A host pool that is too small for a page of every head is not what is short."""
+    split = HeadMap.uniform(6, 4, 0.5).split(0.5)
+    needed = make_plan(SMALL, Budget(gpu_bytes=10**10), 4096, split=split, device_type="cpu").device_bytes
+    error, _ = refused(SMALL, Budget(gpu_bytes=needed - 1, host_bytes=1000), 4096, split, device_type="cpu")
+    assert (error.device_short, error.host_short) == (1, 0)
+    assert "1 B of device pool memory short" in str(error)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_advice_followed_to_the_letter_fits(seed, tmp_path, capsys):
+    """The same command again with what it said, for models, budgets and settings of every size."""
+    draw = random.Random(seed)
+    heads, group = draw.choice([1, 2, 8]), draw.choice([1, 4])
+    shape = {
+        "num_hidden_layers": draw.choice([2, 7, 32]),
+        "num_key_value_heads": heads,
+        "num_attention_heads": heads * group,
+        "hidden_size": 64 * heads * group,
+        "intermediate_size": draw.choice([256, 14336]),
+        "max_position_embeddings": 8192,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_JSON | shape))
+    device = draw.choice(["cpu", "cuda"])
+    memory = {"gpu": draw.choice([0.4, 1, 3, 10, 40]) * draw.uniform(0.5, 2) * 10**9}
+    memory["host"] = draw.choice([0, 1000, 10**8, 10**10])
+    tables = {"weights": {"format": draw.choice(["fp32", "bf16", "nf4", "int4"])}}
+    tables["kv"] = {"format": draw.choice(["k5v3", "bf16"]), "recent_size": draw.choice([16, 256, 32768])}
+    tables["prefill"] = {"chunk_size": draw.choice([64, 1024, 32768])}
+
+    def write_budget():
+        lines = ["[memory]", *(f'{key} = "{int(value)} B"' for key, value in memory.items())]
+        for name, table in tables.items():
+            lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+        (tmp_path / "budget.toml").write_text("\n".join(lines))
+
+    def plan(*more):
+        return plan_command([*command, "--json", *more])
+
+    write_budget()
+    command = ["--model", str(tmp_path), "--budget", str(tmp_path / "budget.toml"), "--device", device]
+    command += ["--ctx", str(draw.choice([1000, 50_000, 10**6, 10**7]))]
+    command += draw.choice([[], ["--retrieval-ratio", "0.7"]])
+    try:
+        most = json.loads(capsys.readouterr().out) if plan() else json.loads(capsys.readouterr().out)["max_ctx"]
+        return plan("--ctx", f"{most:,}")
+    except NoFitError as error:
+        said = error.told_by(PLAN_OPTIONS)
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["error"] == said
+    for suggestion in facts["suggestions"]:
+        assert suggestion["text"] in said
+        words = suggestion["text"].removesuffix(" with a head map").replace(" with --", " --")
+        options, _, file = words.partition(" with ") if words.startswith("--") else ("", "", words)
+        if file:
+            key, size = re.match(r'(gpu|host) = "([\d.]+) GB" under \[memory\]', file).groups()
+            before, memory[key] = memory[key], float(size) * 10**9
+            write_budget()
+        assert plan(*shlex.split(options)) == 0, suggestion
+        if file:
+            memory[key] = before
+            write_budget()
+    for key, short in (("gpu", facts["device_short"]), ("host", facts["host_short"])):
+        memory[key] += short
+    write_budget()
+    assert "weights" in said or plan() == 0
+
+
+def test_advice_names_options_only_where_there_are_such():
+    budget = Budget(gpu_bytes=3 * 10**9, weight_format="nf4", kv_format="bf16")
+    error, found = refused(SMALL, budget, 2_000_000, None, device_type="cpu")
+    assert f"a context of {found['ctx']} tokens" in str(error) and "--" not in str(error)
+    said = error.told_by({"--kv"})
+    assert "--kv k5v3" in said and f"a context of {found['ctx']} tokens" in said
+    assert f"--ctx {found['ctx']}" in error.told_by(PLAN_OPTIONS)
+
+
+def test_where_no_setting_helps_fewer_bits_are_named_with_their_memory():
+    """A model of which not even the smallest weights fit: someone on a CPU hears of `--weights int4`, too."""
+    error, found = refused(LLAMA, Budget(gpu_bytes=5 * 10**9, source="cpu"), 8192, None, device_type="cpu")
+    assert found == {"gpu": found["gpu"], "weights": "int4"}
+    said = error.told_by(PLAN_OPTIONS)
+    assert "(main memory, too), or --weights int4 with gpu = " in said
 
 
 def test_a_smaller_chunk_is_suggested_where_it_is_enough():
