@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from longrun.needle_results import SweepResults
+from longrun.pictures import SCALE, wrapped
 from longrun.units import format_tokens
 from longrun.whole_file import write_whole
 
@@ -81,21 +82,21 @@ def draw_heatmap(results: SweepResults, titles: dict[str, str], note: str | None
         cells = [[results.get(setting, length, depth) for length in lengths] for depth in depths]
         scores = [[float("nan") if cell is None else cell["score"] for cell in row] for row in cells]
         panel.set_facecolor("0.85")  # cells that were not run
-        image = panel.imshow(scores, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        image = panel.imshow(scores, cmap=SCALE, vmin=0, vmax=1, aspect="auto")
         for row, line in enumerate(cells):
             for column, cell in enumerate(line):
                 if cell is not None:
                     text = f"{cell['score']:.0%}\n{cell['token_accuracy']:.0%} tok"
-                    colour = "black" if 0.15 < cell["score"] < 0.85 else "white"
+                    colour = "white" if cell["score"] < 0.5 else "black"
                     panel.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
         panel.set_xticks(range(len(lengths)), [format_tokens(length) for length in lengths])
         panel.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
         panel.set_xlabel("prompt length (tokens)")
         panel.set_ylabel("depth of the needles")
-        panel.set_title(title, fontsize=9)
+        panel.set_title(wrapped(title, width, 9), fontsize=9)
     figure.colorbar(image, ax=list(panels), label="needles answered exactly", shrink=0.9)
     if note:
-        figure.supxlabel(note, fontsize=8)
+        figure.supxlabel(wrapped(note, figure.get_figwidth(), 8), fontsize=8)
     path = results.folder / HEATMAP_FILE
     write_whole(path, lambda file: canvas.print_figure(file, dpi=150, format="png"))
     return path

@@ -119,7 +119,7 @@ def compare_command(options: argparse.Namespace) -> int:
     correlation, overlaps = compare_maps(*maps, ratios)
     if options.png:
         ratio = ratios[0] if options.retrieval_ratio else 0.5
-        title = f"retrieval heads at ratio {ratio:g} outlined, red where both keep them; Spearman {correlation:.2f}"
+        title = f"retrieval heads at ratio {ratio:g} framed, a dot where both keep them; Spearman {correlation:.2f}"
         draw_comparison(*maps, ratio, (options.a, options.b), title, options.png)
     if options.json:
         rows = [

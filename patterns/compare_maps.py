@@ -9,7 +9,9 @@ from pathlib import Path
 
 from longrun.errors import HeadMapError
 from longrun.patterns.head_map import HeadMap
+from longrun.patterns.head_map_picture import outline_head, save_picture
 from longrun.patterns.head_split import HeadSplit
+from longrun.pictures import SCALE, wrapped
 
 DEFAULT_RATIOS = (0.1, 0.25, 0.5, 0.75)
 
@@ -79,14 +81,13 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def draw_comparison(a: HeadMap, b: HeadMap, ratio: float, names: tuple[str, str], title: str, path: str | Path) -> None:
-    """Write a PNG: both maps, their retrieval heads at `ratio` outlined (red where both keep the head, else white).
+    """Write a PNG: both maps, their retrieval heads at `ratio` framed, with a dot where both keep the head.
 
     Raises:
         HeadMapError: the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
     layers, heads = a.num_layers, a.num_kv_heads
     figure = Figure(figsize=(min(4.5 + 0.5 * heads, 18), min(2.4 + 0.2 * layers, 20)), layout="constrained")
@@ -94,24 +95,16 @@ def draw_comparison(a: HeadMap, b: HeadMap, ratio: float, names: tuple[str, str]
     panels = figure.subplots(1, 2, sharey=True)
     kept = [_heads(head_map.split(retrieval_ratio=ratio)) for head_map in (a, b)]
     for panel, head_map, own, name in zip(panels, (a, b), kept, names, strict=True):
-        image = panel.imshow(
-            head_map.scores, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto", interpolation="nearest"
-        )
+        image = panel.imshow(head_map.scores, vmin=0.0, vmax=1.0, cmap=SCALE, aspect="auto", interpolation="nearest")
         for layer, head in sorted(own):
-            colour = "tab:red" if (layer, head) in kept[0] & kept[1] else "white"
-            corner = (head - 0.42, layer - 0.42)
-            panel.add_patch(Rectangle(corner, 0.84, 0.84, fill=False, edgecolor=colour, linewidth=1.4))
-        panel.set_title(name, fontsize=9)
+            outline_head(panel, layer, head, dotted=(layer, head) in kept[0] & kept[1])
+        panel.set_title(wrapped(str(name), figure.get_figwidth() * 0.36, 9), fontsize=9)
         panel.set_xlabel("KV head")
         panel.set_xticks(range(0, heads, -(-heads // 16)))
     panels[0].set_ylabel("layer")
     panels[0].set_yticks(range(0, layers, -(-layers // 16)))
     figure.colorbar(image, ax=panels, label="score", fraction=0.05, aspect=40)
-    figure.suptitle(title, fontsize=10)
-    try:
-        figure.savefig(path, dpi=150, format="png")
-    except OSError as error:
-        raise HeadMapError(f"picture {path} cannot be written: {error.strerror or error}") from error
+    save_picture(figure, title, path)
 
 
 def _heads(split: HeadSplit) -> set[tuple[int, int]]:

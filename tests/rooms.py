@@ -38,6 +38,7 @@ ROOMS = (
             "longrun.arguments",
             "longrun.units",
             "longrun.paths",
+            "longrun.pictures",
             "longrun.user_files",
             "longrun.cli",
             "longrun.folder_lock",

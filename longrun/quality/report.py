@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longrun.pictures import series_style, wrapped
 from longrun.quality.results import QualityResults
 from longrun.quality.settings import REFERENCE
 from longrun.quality.statistics import Estimate
@@ -217,7 +218,8 @@ def _draw(
     named = [name for name in methods if name in shown]  # a method may be missing at some lengths
     figure.legend([shown[name] for name in named], named, loc="outside lower center", ncols=3, fontsize=8)
     notes = results.head["notes"]
-    figure.suptitle(" - ".join([results.head["model"], *notes]), fontsize=9)
+    title = " - ".join([results.head["model"], *notes])
+    figure.suptitle(wrapped(title, figure.get_figwidth(), 9), fontsize=9)
     path = results.folder / name
     write_whole(path, lambda file: canvas.print_figure(file, dpi=130, format="png"))
     return path
@@ -242,7 +244,7 @@ def _lines(
         if where is not None and found is not None:
             methods.setdefault(row.method, []).append((where, found))
     for method, points_ in methods.items():
-        number = order.index(method)
+        style = series_style(order.index(method))
         points_.sort(key=lambda point: point[0])
         whole = methods.get(f"full, {method.partition(', ')[2]}", []) if method.startswith("map ") else []
         x, y = [where for where, _ in points_], [one.value for _, one in points_]
@@ -253,12 +255,10 @@ def _lines(
             x,
             y,
             yerr=spread,
-            fmt="so^vDP*X<>"[(number + number // 10) % 10],  # colours come round after ten, never with their sign
-            color=f"C{number % 10}",
+            **{**style, "linestyle": "none"},
             capsize=2,
             alpha=0.8,
-            label=method,
         )
-        panel.plot(
-            list(middle), [sum(found) / len(found) for found in middle.values()], color=f"C{number % 10}", alpha=0.5
-        )
+        panel.plot([], [], label=method, **style)  # the legend shows sign and line together
+        line = {**style, "marker": ""}
+        panel.plot(list(middle), [sum(found) / len(found) for found in middle.values()], alpha=0.5, **line)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longrun.pictures import series_style, wrapped
 from longrun.quality.results import QualityResults
 from longrun.quality.settings import REFERENCE
 from longrun.quality.statistics import Estimate
@@ -71,7 +72,8 @@ def draw_windows(results: QualityResults, by_length: dict[int, list[RowSummary]]
     if not handles:
         handles, labels = panels[1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2 + len(by_length), fontsize=8)
-    figure.suptitle(" - ".join([results.head["model"], *results.head["notes"]]), fontsize=9)
+    title = " - ".join([results.head["model"], *results.head["notes"]])
+    figure.suptitle(wrapped(title, figure.get_figwidth(), 9), fontsize=9)
     path = results.folder / WINDOW_PICTURE
     write_whole(path, lambda file: canvas.print_figure(file, dpi=130, format="png"))
     return path
@@ -99,7 +101,7 @@ def _lines(
         x, y = [recent for recent, _ in points], [one.value for _, one in points]
         spread: Any = [[one.value - one.low for _, one in points], [one.high - one.value for _, one in points]]
         name = f"{label}, {sinks} sinks"
-        panel.errorbar(x, y, yerr=spread, marker="so^vDP*X<>"[number % 10], capsize=2, alpha=0.8, label=name)
+        panel.errorbar(x, y, yerr=spread, **series_style(number), capsize=2, alpha=0.8, label=name)
     reference = next((value(row) for row in rows if row.name == REFERENCE), None)
     if reference is not None:
         panel.axhline(reference.value, color="0.4", linestyle="--", linewidth=1, label=REFERENCE)
