@@ -33,6 +33,8 @@ from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.units import parse_tokens
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from longrun.answer import AnswerOptions
@@ -127,7 +129,13 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
     if choice.notice is not None:
         console.print(f"note: {choice.notice}", highlight=False, markup=False, soft_wrap=True)
     runtime = _load(
-        args, choice, ctx, lambda plan: print_plan(plan, console), PinProgress(console), HeadMapProgress(console)
+        args,
+        choice,
+        ctx,
+        folder,
+        lambda plan: print_plan(plan, console),
+        PinProgress(console),
+        HeadMapProgress(console),
     )
     promised = runtime.plan
     if claimed is not None:
@@ -147,6 +155,7 @@ def _load(
     args: argparse.Namespace,
     choice: ModelChoice,
     ctx: int | None,
+    session: Path | None,
     on_plan: Callable[[Plan], None],
     on_pin: Callable[[int, int], None],
     on_head_map: Callable[[AutoHeadMap], None],
@@ -168,6 +177,7 @@ def _load(
         adapter=choice.adapter,
         retrieval_ratio=args.retrieval_ratio,
         chunk_size=args.chunk_size,
+        session=session,
         on_plan=on_plan,
         on_pin=on_pin,
         on_head_map=on_head_map,

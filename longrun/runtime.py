@@ -31,7 +31,7 @@ from longrun.paths import cache_dir, user_path
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan import ChosenSplit, Plan, choose_split, make_plan
 from longrun.session import Session
-from longrun.store import SavedSession
+from longrun.store import SavedSession, is_session
 from longrun.store_manifest import SessionIdentity
 from longrun.units import parse_tokens
 
@@ -58,6 +58,7 @@ def load(
     chunk_size: int | None = None,
     device_share: float = 1.0,
     compiled_kernels: bool = True,
+    session: str | Path | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     on_pin: Callable[[int, int], None] | None = None,
     on_head_map: Callable[[AutoHeadMap], None] | None = None,
@@ -84,6 +85,8 @@ def load(
         device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
             rest goes to the host pool although the device has room.
         compiled_kernels: use the compiled kernels of the CPU or the GPU; False runs plain torch.
+        session: folder of a session that will be loaded: where it is damaged, or was saved with another model, head
+            split or format, that is heard of before the first weight is read. A folder without a session is no error.
         on_plan: shown the plan before the first weight is read.
         on_pin: called with (bytes pinned, bytes in all) while a session pins its host pool, on cuda only.
         on_tokenizer: shown the tokenizer before the first weight is read; what it raises goes through.
@@ -92,7 +95,8 @@ def load(
 
     Raises:
         PlanError: the budget or the machine's free memory cannot hold it; nothing has been loaded.
-        CheckpointError, ConfigError, HeadMapError, InputError: a file, an argument or the GPU cannot be used.
+        CheckpointError, ConfigError, HeadMapError, InputError, SessionError: a file, an argument or the GPU cannot be
+            used.
     """
     check_platform()
     if device is None:
@@ -143,10 +147,15 @@ def load(
     checked = checked or check_folder(folder, config, lora)
     if on_tokenizer is not None:
         on_tokenizer(checked.tokenizer)
+    identity = SessionIdentity(
+        model_fingerprint(folder, lora), chosen.split.hash, plan.kv_format, plan.page_size, plan.weight_format
+    )
+    if session is not None and is_session(user_path(session, "session")):
+        SavedSession.open(session, identity)
     given = head_map is not None and head_map != "full"
     notices = [*plan.warnings, *(chosen.notes if given else ()), *auto_notices, *checked.notices]
     with failed_allocations("while the model was loaded"):
-        return Runtime(checked, limits, chosen, plan, device_share, compiled_kernels, notices, on_pin)
+        return Runtime(checked, limits, chosen, plan, identity, device_share, compiled_kernels, notices, on_pin)
 
 
 class Runtime:
@@ -163,8 +172,9 @@ class Runtime:
     """
 
     def __init__(
-        self, checked: ModelFolder, budget: Budget, chosen: ChosenSplit, plan: Plan, device_share: float,
-        compiled_kernels: bool, notices: list[str], on_pin: Callable[[int, int], None] | None = None,
+        self, checked: ModelFolder, budget: Budget, chosen: ChosenSplit, plan: Plan, identity: SessionIdentity,
+        device_share: float, compiled_kernels: bool, notices: list[str],
+        on_pin: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
         before = resident_bytes()
         folder, config, adapter = checked.path, checked.config, checked.adapter
@@ -194,11 +204,8 @@ class Runtime:
         self._parts = Parts(decoder, rotary, rotary_host, cpu_kernels, gpu_kernels, pinned)
         if self.tokenizer is None:
             self.notices.append(f"{folder} has no tokenizer: only token ids can be used")
-        fingerprint = model_fingerprint(folder, adapter)
-        self.notices += other_model_notices(chosen.head_map, fingerprint, folder, adapter and adapter.folder)
-        self._identity = SessionIdentity(
-            fingerprint, self.split.hash, plan.kv_format, plan.page_size, plan.weight_format
-        )
+        self.notices += other_model_notices(chosen.head_map, identity.model, folder, adapter and adapter.folder)
+        self._identity = identity
 
     def _build_gpu_kernels(self) -> GpuKernels:
         from longrun.kernels.gpu_kernels import load_gpu_kernels

@@ -16,7 +16,7 @@ from tiny_models import edit_config, save_tiny, save_tokenizer
 
 import longrun
 from longrun.config import ModelConfig
-from longrun.errors import MESSAGE_LIMIT, CheckpointError, LongrunError
+from longrun.errors import MESSAGE_LIMIT, CheckpointError, LongrunError, SessionError
 from longrun.model.adapter_merge import load_merged
 from longrun.model.folder import check_folder, ends_and_notices
 from longrun.model.tokenizer import load_tokenizer
@@ -252,3 +252,20 @@ def test_an_endless_template_is_found_before_weights_and_one_that_refuses_is_tol
     template("{{ raise_exception('tools only') }}")(folder)
     ends, notices = ends_and_notices(load_tokenizer(folder))
     assert ends == {1} and len(notices) == 1 and "refuses a question and its answer (tools only)" in notices[0]
+
+
+def test_a_session_of_another_run_is_refused_before_the_weights_are_read(folder, tmp_path, monkeypatch):
+    session = longrun.load(folder, device="cpu", ctx=64).new_session()
+    session.prefill([3, 4, 5])
+    session.save(tmp_path / "session")
+    monkeypatch.setattr("longrun.runtime.load_decoder", lambda *args: pytest.fail("weights were read"))
+    for options, said in (
+        ({"kv_format": "bf16"}, "saved with kv format k5v3"),
+        ({"weight_format": "int8"}, "saved with weight format fp32"),
+    ):
+        with pytest.raises(SessionError, match=said):
+            longrun.load(folder, device="cpu", ctx=64, session=tmp_path / "session", **options)
+    manifest = tmp_path / "session" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    with pytest.raises(SessionError, match=r"manifest\.json"):
+        longrun.load(folder, device="cpu", ctx=64, session=tmp_path / "session")
