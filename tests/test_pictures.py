@@ -46,17 +46,20 @@ def test_text_is_broken_to_its_width():
 
 @pytest.mark.parametrize("heads", [1, 3, 32])
 def test_titles_of_head_maps_stay_apart_and_inside(tmp_path, monkeypatch, heads):
-    drawn: list[Figure] = []
+    drawn = []
     save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: (drawn.append(self), save(self, *args, **kwargs))
-    )
+
+    def measure(figure: Figure, *args, **kwargs) -> None:
+        save(figure, *args, **kwargs)
+        figure.draw_without_rendering()  # at the dpi of the figure again
+        texts = [panel.title for panel in figure.axes if panel.get_title()] + [figure._suptitle]
+        drawn.append((figure.bbox, [text.get_window_extent() for text in texts]))
+
+    monkeypatch.setattr(Figure, "savefig", measure)
     one, other = HeadMap.uniform(4, heads, 0.5), HeadMap.uniform(4, heads, 0.25)
     draw_comparison(one, other, 0.5, (f"{LONG}/a", f"{LONG}/b"), "Spearman " * 12, tmp_path / "compare.png")
     draw_head_map(one, one.split(), f"{LONG}\n2 retrieval heads", tmp_path / "show.png")
     assert len(drawn) == 2
-    for figure in drawn:
-        texts = [panel.title for panel in figure.axes if panel.get_title()] + [figure._suptitle]
-        boxes = [text.get_window_extent() for text in texts]
-        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height for box in boxes)
+    for whole, boxes in drawn:
+        assert all(box.x0 >= 0 and box.x1 <= whole.width and box.y1 <= whole.height for box in boxes)
         assert not any(box.overlaps(later) for number, box in enumerate(boxes) for later in boxes[number + 1 :])
