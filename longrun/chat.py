@@ -10,7 +10,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     from longrun.interrupts import leave_at_once
 
-    leave_at_once()  # during the imports below, too
+    leave_at_once()  # during the imports below
 
 import argparse
 import contextlib

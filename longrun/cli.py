@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from longrun.allocation import allocation_sentence, is_failed_allocation
 from longrun.arguments import check_platform
 from longrun.errors import InputError, LongrunError
+from longrun.interrupts import hear_again
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 EXIT_STATUS = (
@@ -48,6 +49,7 @@ def run(main: Callable[[], int | None], options: Collection[str] = ()) -> NoRetu
     Args:
         options: of `main` that an error's advice may name.
     """
+    hear_again()
     with _streams() as stdout:
         try:
             try:

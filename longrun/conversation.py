@@ -77,6 +77,11 @@ class Conversation:
                 "turn": None,
             }
             session.extra[_KEY] = saved
+        elif not _is_conversation(saved):
+            raise SessionError(
+                "the session's conversation is not one that the chat wrote: restore the session from a copy, or "
+                "continue it from Python"
+            )
         elif system is not None and system != saved["system"]:
             raise InputError(
                 f"the saved conversation began with the system prompt {quoted(saved['system'])}: give the same "
@@ -252,3 +257,25 @@ class Conversation:
                 f"the conversation would hold {total:,} tokens, more than the capacity of {self.session.capacity:,}: "
                 f"give --ctx {total + 512} or more, or a shorter text"
             )
+
+
+def _is_conversation(saved: object) -> bool:
+    """Whether what a session keeps has the shape that `Conversation` gives it."""
+    if not isinstance(saved, dict):
+        return False
+    documents, turn = saved.get("documents"), saved.get("turn", 0)
+    return (
+        isinstance(saved.get("system"), str | None)
+        and _has_types(saved.get("first"), [str, str])
+        and isinstance(documents, list)
+        and all(_has_types(document, {"name": str, "sha256": str, "stop": int}) for document in documents)
+        and (turn is None or _has_types(turn, {"start": int, "stop": int, "asks": bool}))
+    )
+
+
+def _has_types(value: object, kinds: list[type] | dict[str, type]) -> bool:
+    """Whether a list, or a dictionary, holds exactly values of these types, numbers from 0 on."""
+    if type(value) is not type(kinds) or len(value) != len(kinds):
+        return False
+    pairs = zip(value, kinds, strict=True) if isinstance(kinds, list) else ((value.get(k), kinds[k]) for k in kinds)
+    return all(type(found) is kind and (kind is not int or found >= 0) for found, kind in pairs)

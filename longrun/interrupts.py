@@ -112,14 +112,19 @@ def leave_at_once() -> None:
 
 @contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """`leave_at_once` until the block ends; then Python's own handlers are back, also where it was called before."""
+    """`leave_at_once` until the block ends."""
     leave_at_once()
     try:
         yield
     finally:
-        for number, handler in _DEFAULTS.items():
-            if signal.getsignal(number) is _leave:
-                signal.signal(number, handler)
+        hear_again()
+
+
+def hear_again() -> None:
+    """Put Python's own handlers back where `leave_at_once` replaced them."""
+    for number, handler in _DEFAULTS.items():
+        if signal.getsignal(number) is _leave:
+            signal.signal(number, handler)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -5,6 +5,11 @@ Plain arithmetic without torch. `python -m longrun.plan --help` prints a plan fr
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from longrun.interrupts import leave_at_once
+
+    leave_at_once()  # during the imports below
+
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -7,12 +7,18 @@ python -m longrun.patterns compare A B [--retrieval-ratio R ...] [--png FILE] [-
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from longrun.interrupts import leave_at_once
+
+    leave_at_once()  # during the imports below
+
 import argparse
 import json
 from collections.abc import Sequence
 
 from longrun.arguments import COUNT, SEED, SHARE, real, whole
 from longrun.cli import EXIT_STATUS, Parser, run
+from longrun.interrupts import leaving_at_once
 from longrun.patterns.compare_maps import DEFAULT_RATIOS, compare_maps, draw_comparison
 from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, DEFAULT_THRESHOLD, HeadMap
 from longrun.patterns.identify_settings import (
@@ -77,7 +83,8 @@ def identify_command(options: argparse.Namespace) -> int:
     """Measure a model's head map, with a progress line on stderr, and say where it is."""
     from rich.console import Console
 
-    from longrun.patterns.identify import identify
+    with leaving_at_once():
+        from longrun.patterns.identify import identify
     from longrun.patterns.identify_progress import ProgressLine
 
     context, min_context = (

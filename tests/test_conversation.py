@@ -389,3 +389,19 @@ def test_documents(tmp_path: Path):
         read_document(tmp_path / "missing")
     with pytest.raises(InputError, match="is a device"):
         read_document("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("system", 7), ("first", None), ("first", ["a"]), ("first", [1, 2]), ("documents", {}), ("documents", [7]),
+        ("documents", [{"name": "a"}]), ("documents", [{"name": "a", "sha256": "b", "stop": -1}]), ("turn", {}),
+        ("turn", {"start": 0, "stop": "9", "asks": True}), ("turn", {"start": 0, "stop": 10.0, "asks": True}),
+    ],
+)  # fmt: skip
+def test_a_saved_conversation_of_another_shape_is_refused(key, value):
+    session = ListSession()
+    Conversation(session, byte_tokenizer(CHATML), [])
+    session.extra["chat"][key] = value
+    with pytest.raises(SessionError, match="not one that the chat wrote"):
+        Conversation(session, byte_tokenizer(CHATML), [])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -90,9 +91,13 @@ def _move(made: Path, folder: Path) -> None:
     except OSError:
         if _is_complete(folder):
             return
-        # What stands there lacks files: it was damaged after it was made.
-        shutil.rmtree(folder)
-        os.rename(made, folder)
+        if not folder.exists():
+            raise
+        # What stands there lacks files: it was damaged after it was made. Aside rather than removed: should another
+        # process have put a whole one there meanwhile, what takes its place is as good.
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, made.with_name("damaged"))
+        _move(made, folder)
 
 
 def _installed_gguf() -> Path | None:
