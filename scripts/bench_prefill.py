@@ -36,7 +36,7 @@ from longrun.patterns.head_split import HeadSplit
 from longrun.runtime import Runtime
 
 SPARE_TOKENS = 64  # questions and answers
-WARM_TAIL = 4096  # tokens after the first chunk that are read once before timing, to compile what a second chunk needs
+WARM_CHUNKS = 2  # read once before timing: the second brings what libraries load and plan for a chunk over a past
 
 
 def prefill_flops(config: ModelConfig, split: HeadSplit, num_tokens: int) -> dict[str, float]:
@@ -73,7 +73,7 @@ def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceiling
     memory.start()
     session = runtime.new_session(length + SPARE_TOKENS)
     empty = session.mark()
-    session.prefill(token_ids[: min(len(token_ids), session.plan.chunk_size + WARM_TAIL)])
+    session.prefill(token_ids[: WARM_CHUNKS * session.plan.chunk_size])
     session.rewind(empty)
     ends: list[float] = []
 

@@ -4,8 +4,8 @@
     python scripts/bench_tables.py            rewrite what stands between markers
     python scripts/bench_tables.py --check    status 1 where the document is not what the files give
 
-A table stands between two comments; the first names its kind (decode, prefill, offload, formats or kernels) and its
-files, relative to the document:
+A table stands between two comments; the first names its kind (decode, prefill, offload, formats, kernels, shares) and
+its files, relative to the document:
 
     <!-- table: decode results/h100-decode.json -->
     <!-- /table -->
@@ -148,11 +148,13 @@ def formats(results: Sequence[Row]) -> list[list[str]]:
     if len(beside) != 1 or len(kinds) != 1:
         raise InputError("formats of weights and of pages, or beside unlike ones, are two tables: name files of one")
     (over,), (kind,) = beside, kinds
-    table = [[_FORMATS[kind], "tokens", "seconds, median of turns", f"time beside {over.removeprefix('over_')}"]]
+    table = [[_FORMATS[kind], "tokens", "seconds, median of turns", f"time beside {over.removeprefix('over_')}",
+              "of product and attention"]]  # fmt: skip
     for result in results:
         for row in result["rows"]:
             table.append([
                 row[kind], format_tokens(result["length"]), number(row["median_seconds"], 3), share(row[over]),
+                share(row.get("of_matmul_and_attention")),
             ])  # fmt: skip
     return table
 
@@ -172,8 +174,19 @@ def kernels(results: Sequence[Row]) -> list[list[str]]:
     return table
 
 
+def shares(results: Sequence[Row]) -> list[list[str]]:
+    table = [["what", "reached", "ceiling", "unit", "the ceiling is", "share", "floor"]]
+    for row in (row for result in results for row in result["rows"]):
+        table.append([
+            row["name"], number(row["reached"], 2), number(row["ceiling"], 2), row["unit"], row["ceiling_is"],
+            share(row["share"]), f"{row['floor']:.0%}",
+        ])  # fmt: skip
+    return table
+
+
 KINDS: dict[str, Callable[[Sequence[Row]], list[list[str]]]] = {
     "decode": decode, "prefill": prefill, "offload": offload, "formats": formats, "kernels": kernels,
+    "shares": shares,
 }  # fmt: skip
 
 
