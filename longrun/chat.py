@@ -319,8 +319,19 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("--top-p", type=real(0, 1, above=True), default=1.0, metavar="P", help="default: 1, all tokens")
     penalty = real(0, above=True)
     answer.add_argument("--repetition-penalty", type=penalty, default=1.0, metavar="X", help="default: 1, none")
-    answer.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this text; repeatable")
-    answer.add_argument("--seed", type=SEED, metavar="N", help="of the random draws")
+    answer.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="STR",
+        help="end before this text or control token; repeatable",
+    )
+    answer.add_argument(
+        "--seed",
+        type=SEED,
+        metavar="N",
+        help="of random draws (default: new for every answer, and told)",
+    )
     answer.add_argument(
         "--json",
         action="store_true",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from longrun.allocation import allocation_sentence, is_failed_allocation
-from longrun.answer import CONTEXT_FULL, INTERRUPTED
+from longrun.answer import CONTEXT_FULL, INTERRUPTED, MAX_NEW_TOKENS
 from longrun.chat_runner import ChatRunner
 from longrun.conversation import Reading
 from longrun.documents import Document, check_text, read_document
@@ -17,7 +17,8 @@ from longrun.paths import user_path
 
 HELP = """\
 /file PATH   read a text file into the message; the next line you type ends the message and asks
-/continue    read on after Ctrl-C stopped the reading, or answer a question that has no answer yet
+/continue    read on after Ctrl-C stopped the reading, answer a question that has no answer yet, or resume an answer
+             that Ctrl-C or --max-new-tokens cut
 /save DIR    save the conversation with its cache
 /load DIR    go on with a saved conversation
 /stats       tokens, documents, and what the last answer cost
@@ -157,7 +158,8 @@ class ChatLoop:
                 f"the context is full ({self._runner.session.capacity:,} tokens): /save, then start again with "
                 f"--session and a larger --ctx, or /reset"
             )
-        self._tell(f"[{report.line()}; ended by {report.answer.stop_reason}]")
+        more = ": /continue resumes it" if report.answer.stop_reason in (MAX_NEW_TOKENS, INTERRUPTED) else ""
+        self._tell(f"[{report.line()}; ended by {report.answer.stop_reason}{more}]")
         if report.answer.stop_reason == INTERRUPTED and not self._interactive:
             raise KeyboardInterrupt
 

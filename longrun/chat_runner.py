@@ -6,6 +6,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from rich.markup import escape
 from longrun.answer import INTERRUPTED, AnswerOptions, stream_answer
 from longrun.chat_format import ChatFormat
 from longrun.chat_template import has_template
-from longrun.conversation import Conversation, Reading
+from longrun.conversation import AnswerCut, Conversation, Reading
 from longrun.documents import Document
 from longrun.errors import InputError, PlanError, SessionError, short_path
 from longrun.interrupts import deferred_signals
@@ -152,16 +153,22 @@ class ChatRunner:
             keep_unfinished: an answer stopped by Ctrl-C or SIGTERM stays in the conversation; otherwise the session
                 goes back to the end of the question, so that the same command answers it anew.
         """
+        cut = self.conversation.cut_answer
+        begun = None if cut is None else self.session.token_ids[cut.start :]
         prompt_tokens = self.session.num_tokens
+        began = AnswerCut(prompt_tokens, None) if cut is None else cut
         mark = None if keep_unfinished or self._folder is None else self.session.mark()
-        finished = False
+        finished = whole = False
         try:
-            answer = stream_answer(self.session, self._tokenizer, self.runtime.eos_token_ids, self.options, emit)
-            finished = answer.stop_reason != INTERRUPTED
+            answer = stream_answer(
+                self.session, self._tokenizer, self.runtime.eos_token_ids, self.options, emit, begun, began.seed
+            )
+            finished, whole = answer.stop_reason != INTERRUPTED, not answer.is_cut
+            began = replace(began, seed=answer.seed)
         finally:
             with deferred_signals():
                 if finished or keep_unfinished:
-                    self.conversation.answered()
+                    self.conversation.answered(None if whole else began)
                 elif mark is not None:
                     self.session.rewind(mark)
         count, seconds, resumed_at = self._prefilled
@@ -229,7 +236,8 @@ class ChatRunner:
         return f"{session.num_tokens:,} of {session.capacity:,} tokens used{read}{unread}"
 
     def _describe(self, folder: Path) -> str:
-        return f"going on with the session in {folder}: {self.status()}"
+        cut = "; the last answer was cut: /continue resumes it" if self.conversation.cut_answer else ""
+        return f"going on with the session in {folder}: {self.status()}{cut}"
 
     def _converse(self, session: Session, system: str | None) -> Conversation:
         self._prefilled: tuple[int, float, int] = (0, 0.0, 0)

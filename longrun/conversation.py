@@ -24,6 +24,18 @@ _KEY = "chat"
 
 
 @dataclass(frozen=True)
+class AnswerCut:
+    """An answer that was stopped before its end: the tokens of the session from `start` on.
+
+    Attributes:
+        seed: with which its random draws began; None where nothing was drawn.
+    """
+
+    start: int
+    seed: int | None
+
+
+@dataclass(frozen=True)
 class Reading:
     """What is to be read next.
 
@@ -155,8 +167,11 @@ class Conversation:
         return Reading(ids, question is not None, already)
 
     def rest(self) -> Reading | None:
-        """What an interrupted reading of this process left over, or an answer that is still due; None if neither."""
+        """What an interrupted reading of this process left over, or an answer that is still due or was cut; None if
+        there is neither."""
         turn = self._state["turn"]
+        if self.cut_answer is not None:
+            return Reading([], True)
         if turn is None or (self.unread and not self._rest) or not (self.unread or turn["asks"]):
             return None
         done = self.session.num_tokens - turn["start"]
@@ -164,9 +179,20 @@ class Conversation:
             self._rest[len(self._rest) - self.unread :], turn["asks"], (), done, turn["stop"] - turn["start"]
         )
 
-    def answered(self) -> None:
-        """The answer, whole or stopped, stands in the session: the next message begins a new turn."""
+    def answered(self, cut: AnswerCut | None = None) -> None:
+        """The answer stands in the session: the next message begins a new turn.
+
+        Args:
+            cut: where it was stopped before its end, how it began: it may be continued as long as nothing follows it.
+        """
         self._state["turn"] = None
+        self._state["cut"] = None if cut is None else [cut.start, cut.seed]
+
+    @property
+    def cut_answer(self) -> AnswerCut | None:
+        """The answer at the end of the session that was stopped before its end; None where there is none."""
+        cut = self._state.get("cut")
+        return None if cut is None or self._state["turn"] is not None else AnswerCut(*cut)
 
     def _take_up(self, turn: dict[str, Any], documents: Sequence[Document], question: str | None) -> Reading | None:
         """The rest of the interrupted message, if what is given now begins with the tokens that were read of it.
@@ -215,7 +241,7 @@ class Conversation:
         for document, stop in zip(new, stops, strict=False):
             documents.append({"name": document.name, "sha256": document.sha256, "stop": at + stop})
         with deferred_signals():
-            self._state["documents"] = documents
+            self._state["documents"], self._state["cut"] = documents, None
             self._state["turn"] = {"start": start, "stop": at + len(ids), "asks": question is not None}
             self._rest = ids
 

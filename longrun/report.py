@@ -51,6 +51,8 @@ class TurnReport:
         measured, planned = self.session.cache_bytes, self.session.plan.cache_bytes
         parts.append(f"cache {format_bytes(measured)} of {format_bytes(planned)} planned")
         parts.append(f"context {self.session.num_tokens:,} of {self.session.capacity:,}")
+        if self.answer.seed is not None:
+            parts.append(f"seed {self.answer.seed}")
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,6 +60,7 @@ class TurnReport:
         return {
             "text": self.answer.text,
             "stop_reason": self.answer.stop_reason,
+            "seed": self.answer.seed,
             "tokens": {
                 "prompt": self.prompt_tokens,
                 "prefilled": self.prefilled_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from longrun.budget import Budget
 from longrun.cache.host_memory import resident_bytes
 from longrun.cache.pinned_pool import PinnedMemory
 from longrun.config import ModelConfig
-from longrun.errors import InputError, SessionError
+from longrun.errors import InputError, SessionError, quoted, short_path
 from longrun.head_map_check import other_model_notices
 from longrun.kernels.cpu_int4 import CpuInt4Kernels, KernelUnavailable
 from longrun.memory_checks import check_free_memory, library_notice
@@ -33,6 +33,8 @@ from longrun.plan import ChosenSplit, Plan, choose_split, make_plan
 from longrun.session import Session
 from longrun.store import SavedSession, is_session
 from longrun.store_manifest import SessionIdentity
+from longrun.text_encoder import TextEncoder, leading_ids
+from longrun.text_stream import AnswerText, text_pieces
 from longrun.units import parse_tokens
 
 if TYPE_CHECKING:
@@ -225,6 +227,53 @@ class Runtime:
             return None
         self.notices += kernels.notices
         return kernels
+
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """Token ids of a text, in which a control token's spelling is only text.
+
+        Args:
+            begins: it stands at the beginning of the sequence and gets what the tokenizer puts there (many put a
+                begin-of-sequence token).
+
+        Raises:
+            InputError: the model has no tokenizer, or `text` is no str.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"text {quoted(text)} is not a str: give one")
+        tokenizer = self._tokenizer_for("text becomes tokens")
+        return (leading_ids(tokenizer) if begins else []) + TextEncoder(tokenizer).ids(text)
+
+    def stream(
+        self,
+        session: Session,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Continue the session and yield the text as it comes: whole characters, without control tokens.
+
+        Args:
+            session: one of this runtime's.
+            stop: the text ends before the first of these strings; the spelling of a control token is one as well.
+            max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed: see `Session.generate`.
+
+        Raises:
+            InputError: as `Session.generate`, for an empty stop string, or because the model has no tokenizer; at the
+                call, not at the first piece.
+            ContextFullError: the capacity is used up; what was said until then has been yielded.
+        """
+        text = AnswerText(self._tokenizer_for("tokens become text"), stop)
+        tokens = session.generate(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+        return text_pieces(tokens, self.eos_token_ids, text)
+
+    def _tokenizer_for(self, what: str) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise InputError(f"{short_path(self.model_dir)} has no tokenizer, with which {what}: add its files")
+        return self.tokenizer
 
     def new_session(self, capacity: int | str | None = None) -> Session:
         """An empty session; its cache is allocated now, and nothing grows afterwards.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +53,7 @@ class Session:
         self._engine, self.plan, self.identity, self._eos = engine, plan, identity, eos_token_ids
         self._ids = array("i")
         self._logits: Tensor | None = None
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator().manual_seed(secrets.randbits(63))
         self._store: SessionStore | None = None
         self._attached = False
         self._unsavable: str | None = None
@@ -163,7 +164,8 @@ class Session:
         """Continue the sequence token by token.
 
         A token is yielded as soon as it is sampled and enters the cache when the next one is asked for, so a consumer
-        may stop at any point. Without `seed`, random draws go on from where the session (also a loaded one) stood.
+        may stop at any point. Without `seed`, random draws go on from where the session (also a loaded one) stood; a
+        new session begins with a seed of its own, so that two runs differ.
 
         Args:
             max_new_tokens: at most so many; temperature, top_k, top_p, repetition_penalty: see `SamplingParams`.

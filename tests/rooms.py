@@ -102,6 +102,7 @@ ROOMS = (
             "longrun.text_encoder",
             "longrun.chat_template",
             "longrun.template_child",
+            "longrun.text_stream",
             "longrun.turn_end",
         ),
         ("host memory",),
@@ -164,6 +165,7 @@ ROOMS = (
         (
             "auto head map",
             "engine",
+            "text",
             "model",
             "attention",
             "cache",
@@ -185,7 +187,6 @@ ROOMS = (
             "longrun.conversation",
             "longrun.progress",
             "longrun.report",
-            "longrun.text_stream",
         ),
         ("documents", "text", "runtime", "auto head map", "engine", "model", "plan", "sampling", "formats"),
         ("rich", "transformers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,9 @@ import longrun
 from longrun.answer import AnswerOptions
 from longrun.chat_loop import ChatLoop
 from longrun.chat_runner import ChatRunner
+from longrun.documents import read_document
 from longrun.progress import PrefillProgress
+from longrun.sampling import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,6 @@ def test_commands(runtime, text_file, tmp_path):
         ("/load /nowhere", "no session folder /nowhere"),
         ("/save FULL", "is not a session and not empty"),
         ("/load BAD", "cannot be read as a session manifest"),
-        ("/continue", "nothing to continue"),
         ("caf\udce9", "the message is not UTF-8 (byte 0xe9 after 3 characters)"),
         ("word " * 7000, "more than the capacity of 6,000"),
     ],
@@ -98,6 +100,61 @@ def test_errors_are_told_and_the_chat_goes_on(runtime, tmp_path, line, message):
     assert f"{tokens:,} of 6,000 tokens used" in told and chat.loop.errors == 1
     chat.type("is: 1")
     assert chat.runner.session.num_tokens > tokens and chat.loop.errors == 0
+
+
+def test_an_answer_that_was_cut_is_continued_where_it_stopped(runtime, text_file, tmp_path):
+    whole = Chat(runtime, stop=(".",))
+    assert "error: there is nothing to continue" in whole.type("/continue")
+    told = whole.type(f"/file {text_file}", ask(0))
+    assert "/continue" not in told and "error: there is nothing to continue" in whole.type("/continue")
+    tokens = whole.runner.session.token_ids
+
+    folder = tmp_path / "cut"
+    chat = Chat(runtime, max_new_tokens=3, stop=(".",))
+    told = chat.type(f"/file {text_file}", ask(0), f"/save {folder}")
+    assert "ended by max_new_tokens: /continue resumes it" in told
+    pieces = [chat.out.getvalue().removesuffix("\n")]
+    shutil.copytree(folder, tmp_path / "copy")
+    again = Chat(runtime, max_new_tokens=100, stop=(".",), folder=tmp_path / "copy")
+    assert "the last answer was cut: /continue resumes it" in again.said.getvalue()
+    for one in (chat, again):
+        said = list(pieces)
+        while one.runner.conversation.cut_answer is not None:
+            assert one.type("/continue") and one.loop.errors == 0
+            said.append(one.out.getvalue().removesuffix("\n"))
+        assert "".join(said) == spaced(NEEDLES[0].key) and one.runner.session.token_ids == tokens
+        assert len(said) > 2 or one is again
+    assert "error: there is nothing to continue" in again.type("/continue")
+
+    chat = Chat(runtime, max_new_tokens=3)
+    chat.type("The magic number of", "is: 1", "/stats")
+    assert chat.runner.conversation.cut_answer is not None
+    chat.runner.read([read_document(text_file)], None)
+    assert chat.runner.conversation.cut_answer is None, "something follows it now"
+
+
+def test_an_interrupted_answer_is_continued(runtime, text_file):
+    chat = Chat(runtime, max_new_tokens=100, stop=(".",))
+    chat.out = _Interrupting()
+    chat.type(f"/file {text_file}", ask(0))
+    first = chat.out.getvalue().removesuffix("\n")
+    chat.out = io.StringIO()
+    chat.type("/continue")
+    assert first + chat.out.getvalue() == f"{spaced(NEEDLES[0].key)}\n"
+
+
+def test_an_answer_at_random_tells_its_seed_and_goes_on_at_random(runtime):
+    settings = {"max_new_tokens": 6, "sampling": SamplingParams(temperature=50.0)}
+    seeds, answers = [], []
+    for seed in (None, None, "the first's"):
+        chat = Chat(runtime, seed=seeds[0] if seed else None, **settings)
+        told = chat.type("The magic number of", "/continue")
+        assert told.count(f"seed {chat.runner.last_report.answer.seed}") == 2, "the continued answer began with it"
+        seeds.append(chat.runner.last_report.to_dict()["seed"])
+        answers.append(chat.runner.session.token_ids)
+    assert answers[0] != answers[1] and seeds[0] != seeds[1]
+    assert answers[2] == answers[0]
+    assert "seed" not in Chat(runtime, max_new_tokens=2).type("The magic number of")
 
 
 def test_nothing_is_saved_from_an_empty_chat(runtime, tmp_path):

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from longrun.chat_format import ChatFormat
 from longrun.conversation import Conversation
 from longrun.documents import Document, read_document
-from longrun.errors import CheckpointError, InputError, SessionError
-from longrun.text_stream import StopStrings, TextStream
+from longrun.errors import CheckpointError, ContextFullError, InputError, SessionError
+from longrun.text_stream import AnswerText, StopStrings, TextStream, text_pieces
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -24,7 +24,7 @@ LLAMA2 = (
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
     "{% else %}{{ raise_exception('no system prompt here') }}{% endif %}{% endfor %}"
 )
-START, END = "<|im_start|>", "<|im_end|>"
+START, END, THINK = "<|im_start|>", "<|im_end|>", "<think>"
 
 
 def byte_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
@@ -115,6 +115,16 @@ def test_an_answer_without_its_end_is_closed_and_one_with_it_is_not_closed_twice
         answered(session, conversation, conversation.prepare([], "a"), [*ids_of(tokenizer, "bc"), *tail])
         session.token_ids += conversation.prepare([], "d").token_ids
         assert session.token_ids == whole
+
+
+def test_a_control_token_that_ended_an_answer_is_not_repeated():
+    tokenizer = byte_tokenizer(CHATML)
+    session = ListSession()
+    conversation = Conversation(session, tokenizer, ())  # known to no file as an end: --stop ended the answer
+    end = tokenizer.convert_tokens_to_ids(END)
+    answered(session, conversation, conversation.prepare([], "a"), [*ids_of(tokenizer, "bc"), end])
+    session.token_ids += conversation.prepare([], "d").token_ids
+    assert session.token_ids == one_piece(tokenizer, [("user", "a"), ("assistant", "bc"), ("user", "d")])
 
 
 def test_system_prompt_is_the_templates_business():
@@ -367,6 +377,61 @@ def test_text_is_not_held_back_longer_than_needed():
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(InputError, match="stop string is empty"):
         StopStrings(["x", ""])
+    with pytest.raises(InputError, match="stop string 5 is no text"):
+        StopStrings(["x", 5])
+
+
+@pytest.mark.parametrize(
+    ("stop", "shown"),
+    [
+        ([END], "ab "),
+        (["b" + " " + END], "a"),
+        ([f"{END}\n"], "ab "),
+        ([f"{END}x"], "ab \ncd"),
+        (["c", END], "ab "),
+        ([THINK], "ab \nc"),
+        (END, "ab "),
+    ],
+)
+def test_a_control_token_is_a_stop_string_like_any_other(stop, shown):
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.add_tokens([THINK])
+    end, think = (tokenizer.convert_tokens_to_ids(token) for token in (END, THINK))
+    ids = [*ids_of(tokenizer, "ab "), end, *ids_of(tokenizer, "\nc"), think, *ids_of(tokenizer, "d")]
+    text = AnswerText(tokenizer, stop)
+    assert "".join(text_pieces(ids, (), text)) == shown.replace("cd", f"c{THINK}d")
+    assert text.found in (*stop, stop, None) and (text.found is None) == ("d" in shown)
+
+
+def test_a_text_that_continues_another_goes_on_where_that_stopped():
+    for make in (byte_tokenizer, metaspace_tokenizer):
+        tokenizer = make(None)
+        ids = ids_of(tokenizer, "the 🙂 end of it")
+        for place in range(1, len(ids)):
+            first, then = AnswerText(tokenizer), AnswerText(tokenizer, before=ids[:place])
+            given = "".join(first.step(token_id) for token_id in ids[:place])
+            assert given + "".join(text_pieces(ids[place:], (), then)) == "the 🙂 end of it"
+    tokenizer = byte_tokenizer(CHATML)
+    ids = ids_of(tokenizer, "a STOP")
+    for place in range(len(ids)):
+        then = AnswerText(tokenizer, ["STOP"], before=ids[:place])
+        assert "".join(text_pieces([*ids[place:], 5], (), then)) == "a STOP"[place:2] and then.found
+
+
+def test_text_pieces_end_with_a_token_and_give_all_before_the_context_is_full():
+    tokenizer = byte_tokenizer(None)
+    ids = ids_of(tokenizer, "日本 STO")
+    pieces = list(text_pieces([*ids, 5, 6], [5], AnswerText(tokenizer, ["STOP"])))
+    assert pieces == ["日", "本", " ", "STO"]
+
+    def full():
+        yield from ids
+        raise ContextFullError("full")
+
+    pieces, given = text_pieces(full(), [5], AnswerText(tokenizer, ["STOP"])), []
+    with pytest.raises(ContextFullError):
+        given += pieces
+    assert "".join(given) == "日本 STO"
 
 
 def test_documents(tmp_path: Path):

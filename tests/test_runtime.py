@@ -180,6 +180,37 @@ def test_eos_is_yielded_and_ends(saved):
     assert got == tokens[: tokens.index(tokens[4]) + 1]
 
 
+def test_text_is_encoded_and_streamed(planted):
+    runtime = longrun.load(planted.path, ctx=1000)
+    first = runtime.new_session()
+    ids = runtime.encode("The magic number of amber is: 1 2 3. What is the magic number of amber? It is:")
+    assert ids == runtime.tokenizer(runtime.tokenizer.decode(ids))["input_ids"] and runtime.encode("</s>") != [2]
+    first.prefill(ids)
+    mark = first.mark()
+    whole = "".join(runtime.stream(first, max_new_tokens=12))
+    assert first.token_ids[len(ids) :] and runtime.tokenizer.decode(first.token_ids[len(ids) :]).startswith(whole[:3])
+    first.rewind(mark)
+    assert "".join(runtime.stream(first, 12, stop=[whole[2:4]])) == whole[:2]
+    with pytest.raises(InputError, match="stop string is empty"):
+        runtime.stream(first, stop=[""])
+    with pytest.raises(InputError, match="text 5 is not a str"):
+        runtime.encode(5)
+    runtime.tokenizer = None
+    with pytest.raises(InputError, match="has no tokenizer"):
+        runtime.stream(first)
+
+
+def test_two_sessions_draw_differently_unless_they_are_told_a_seed(saved):
+    folder, _ = saved("llama")
+    runtime = load(folder)
+    drawn = []
+    for seed in (None, None, 3, 3):
+        session = runtime.new_session()
+        session.prefill(token_ids(8))
+        drawn.append(list(session.generate(16, temperature=100.0, seed=seed, eos=False)))
+    assert drawn[0] != drawn[1] and drawn[2] == drawn[3] != drawn[0]
+
+
 def test_sampling_goes_on_where_it_stood(saved):
     folder, _ = saved("llama")
     session = load(folder).new_session()
