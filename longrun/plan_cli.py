@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 
 from longrun.arguments import COUNT, SHARE
 from longrun.budget import Budget, shipped_budgets
 from longrun.cli import EXIT_STATUS, PLAN_OPTIONS, Parser
-from longrun.config import ModelConfig
 from longrun.plan import NoFitError, make_plan
 from longrun.plan_report import print_plan
+from longrun.plan_shapes import SHAPES, config_of
 from longrun.plan_split import choose_split
 from longrun.quant.kv_format import KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
@@ -28,7 +31,7 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
             printed first).
     """
     options = _parser().parse_args(argv)
-    config = ModelConfig.from_dir(options.model)
+    config, note = config_of(options.model)
     budget = Budget.load(options.budget).override(
         kv_format=options.kv, weight_format=options.weights, chunk_size=options.chunk_size
     )
@@ -37,6 +40,7 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
     split = choose_split(config, budget, options.head_map, options.retrieval_ratio, assume=True)
     try:
         plan = make_plan(config, budget, ctx, split=split, device_type=device_type)
+        plan = replace(plan, notes=(*plan.notes, *([] if note is None else [note])))
     except NoFitError as error:
         if options.json:
             print(json.dumps(error.to_dict(PLAN_OPTIONS)))
@@ -44,8 +48,18 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(plan.to_dict()))
     else:
-        print_plan(plan, Console())
+        print_plan(plan, _console())
     return 0
+
+
+def _console() -> Console:
+    """stdout; where it is no terminal and COLUMNS says nothing, wide enough for the whole table."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 120
+    elif console.is_dumb_terminal:  # rich takes 80 columns then
+        console.size = ConsoleDimensions(*shutil.get_terminal_size((80, 25)))
+    return console
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +68,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Memory plan of a model at a context length, byte by byte, from its config.json alone.",
         epilog=EXIT_STATUS,
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder; only config.json is read")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_NAME",
+        help=f"checkpoint folder, of which only config.json is read, or a shape: {', '.join(SHAPES)}",
+    )
     parser.add_argument("--ctx", metavar="TOKENS", help="context, like 128K or 3.3M (default: the trained window)")
     parser.add_argument(
         "--budget",

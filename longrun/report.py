@@ -40,7 +40,7 @@ class TurnReport:
         return self.prefilled_tokens / self.prefill_seconds if self.prefilled_tokens and self.prefill_seconds else None
 
     def line(self) -> str:
-        """Prompt tokens, prefill tokens/s, ms/token, cache bytes against the plan, context used."""
+        """Prompt tokens, prefill tokens/s, ms/token, how much of cache and context is used."""
         parts = [f"{self.prompt_tokens:,} prompt tokens"]
         rate = self.prefill_tokens_per_s
         if rate is not None:
@@ -48,8 +48,8 @@ class TurnReport:
         generated = f"{self.answer.num_tokens:,} generated"
         pace = self.answer.decode_ms_per_token
         parts.append(generated if pace is None else f"{generated}, {pace:.1f} ms/token")
-        measured, planned = self.session.cache_bytes, self.session.plan.cache_bytes
-        parts.append(f"cache {format_bytes(measured)} of {format_bytes(planned)} planned")
+        filled = self.session.plan.cache.filled_bytes(self.session.seq_len)
+        parts.append(f"{format_bytes(filled)} of the cache's {format_bytes(self.session.cache_bytes)} filled")
         parts.append(f"context {self.session.num_tokens:,} of {self.session.capacity:,}")
         if self.answer.seed is not None:
             parts.append(f"seed {self.answer.seed}")

@@ -29,7 +29,7 @@ def test_json_is_all_of_stdout_and_the_answer_streams_to_stderr(planted, text_fi
     assert result["cache_bytes"] == result["plan"]["cache_bytes"] > 0
     assert result["split_hash"] == result["plan"]["split"]["hash"]
     assert sum(result["plan"]["split"]["retrieval_heads"]) == 4
-    for expected in ("retrieval pages", "prompt tokens", "tokens/s", "ms/token", "planned"):
+    for expected in ("retrieval pages", "prompt tokens", "tokens/s", "ms/token", "filled"):
         assert expected in done.stderr
 
 

@@ -56,7 +56,7 @@ def test_commands(runtime, text_file, tmp_path):
     chat = Chat(runtime)
     told = chat.type(f"/file {text_file}", ask(0), "/stats")
     assert chat.out.getvalue() == f"{spaced(NEEDLES[0].key)}.\n"
-    assert f"documents: {text_file}" in told and told.count("ms/token") == 2 and "planned" in told
+    assert f"documents: {text_file}" in told and told.count("ms/token") == 2 and "filled" in told
     tokens = chat.runner.session.num_tokens
 
     told = chat.type(f"/save {tmp_path / 'a'}", "/reset", "/stats", f"/load {tmp_path / 'a'}", ask(1))

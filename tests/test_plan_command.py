@@ -1,17 +1,25 @@
 """The plan's command: its table and JSON, status and sentence of what is wrong, and that it starts quickly."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from planned_models import LLAMA, LLAMA_JSON
+from planned_models import LLAMA, LLAMA_JSON, assumed
+from rich.console import Console
 
 from longrun.budget import Budget
+from longrun.errors import CheckpointError
 from longrun.plan import make_plan
+from longrun.plan_cli import plan_command
+from longrun.plan_report import print_plan
+from longrun.plan_shapes import SHAPES
+from longrun.units import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +45,41 @@ def test_table_says_what_is_planned(model_dir):
     assert result.returncode == 0, result.stderr
     for text in ["3.3M tokens", "128 of 256 KV heads", "assumed", "55,755,177,984", "17,920 bytes per token", "8,192"]:
         assert text in result.stdout
+
+
+def test_a_well_known_shape_needs_no_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert plan_command(["--model", "llama-3-8b", "--budget", "a100-80g", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    plan = make_plan(LLAMA, Budget.load("a100-80g"))
+    assert found.pop("notes")[-1].startswith("there is no folder llama-3-8b here")
+    assert found == {key: value for key, value in json.loads(json.dumps(plan.to_dict())).items() if key != "notes"}
+    for name in SHAPES:
+        assert plan_command(["--model", name, "--budget", "a100-80g", "--ctx", "1000", "--weights", "int4"]) == 0
+    with pytest.raises(CheckpointError, match=r"Llama-3-80B does not exist: .* \(nearest: Llama-3-8B\)"):
+        plan_command(["--model", "Llama-3-80B"])
+    Path("Llama-3-8B").mkdir()
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):  # a folder of that name wins
+        plan_command(["--model", "Llama-3-8B"])
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 150])
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_no_terminal_is_too_narrow(width, term, monkeypatch):
+    """Every item with its size, no word cut and no line of the table broken by the terminal."""
+    monkeypatch.setenv("TERM", term)
+    plan = make_plan(LLAMA, Budget.load("rtx4090-24g"), 3_300_000, split=assumed(LLAMA, Budget.load("cpu"), 0.5))
+    out = io.StringIO()
+    print_plan(plan, Console(file=out, width=width, height=40, force_terminal=True, color_system=None))
+    text = out.getvalue()
+    assert "\u2026" not in text
+    assert ("\u2500" in text) == (term == "xterm" and width >= 40)
+    rows = [line for line in text.splitlines() if line.startswith(" ")]
+    assert all(len(row) <= width for row in rows)
+    for item in plan.items:
+        assert re.search(rf"{re.escape(item.name)}.* ({item.bytes:,}|{re.escape(format_bytes(item.bytes))})\b", text)
+    flat = " ".join(text.split())
+    assert "24.0 GB of 24.0" in flat and "44.0 GB of 51.5" in flat
 
 
 def test_json_is_the_plan(model_dir):

@@ -359,3 +359,16 @@ def test_a_step_that_broke_off_is_not_trusted(saved, monkeypatch):
         session.prefill(token_ids(30, seed=4))
     session.rewind(mark)  # a whole state again
     assert torch.equal(session.prefill(token_ids(30, seed=4)), expected)
+
+
+def test_how_much_of_the_cache_is_filled(saved):
+    """By hand: what keys and values of the tokens in the cache take; all of it was allocated at the start."""
+    runtime = load(saved("llama")[0], kv_format="fp32", ctx=500)
+    session = runtime.new_session()
+    spec = session.plan.cache
+    assert spec.filled_bytes(session.seq_len) == 0
+    session.prefill(token_ids(T))
+    config = runtime.config
+    exact = config.num_layers * config.num_kv_heads * 2 * config.head_dim * 4
+    assert spec.filled_bytes(session.seq_len) == T * exact < session.cache_bytes
+    assert T * exact < spec.filled_bytes(500) <= spec.total_bytes

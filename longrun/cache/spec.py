@@ -108,6 +108,14 @@ class CacheSpec:
     def total_bytes(self) -> int:
         return sum(self.device_bytes().values()) + sum(self.host_bytes().values())
 
+    def filled_bytes(self, seq_len: int) -> int:
+        """Bytes of cached keys and values (with the page index) at `seq_len` tokens; all of it is allocated before."""
+        fmt = self.page_format
+        pooled = fmt.pooled_pages(seq_len)
+        exact = self.total_retrieval_heads * (seq_len - pooled * fmt.page_size)
+        exact += self.total_streaming_heads * min(seq_len, self.ring_slots)
+        return self.total_retrieval_heads * pooled * fmt.page_bytes + exact * 2 * fmt.head_dim * fmt.exact_itemsize
+
     @property
     def bytes_per_token(self) -> float:
         """Bytes one more token costs once the rings are full: page bytes of all retrieval heads over page_size."""
