@@ -90,6 +90,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
+def redraws(console: Any) -> bool:
+    """Whether rich's `console` is a terminal on which a line can be written over again; TERM=dumb is none."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 

@@ -96,5 +96,6 @@ def choose_split(
     loaded = loaded.with_window(budget.sink_size, budget.recent_size)
     ratio = budget.retrieval_ratio if retrieval_ratio is None else retrieval_ratio
     split = loaded.split(retrieval_ratio=ratio)
+    notes += tuple(f"{source}: {doubt}" for doubt in loaded.doubts(split, by_ratio=ratio is not None))
     how = "heads that score at least 0.5" if ratio is None else f"retrieval ratio {ratio:g}"
     return ChosenSplit(split, loaded, f"{source}, {how}", notes)

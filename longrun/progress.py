@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from longrun.cli import redraws
+
 if TYPE_CHECKING:
     from longrun.auto_head_map import AutoHeadMap
 
@@ -22,11 +24,23 @@ class _TokensPerSecond(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f} tokens/s")
 
 
+def _columns(width: int) -> list[ProgressColumn]:
+    """As much of the row as a terminal of `width` columns has room for."""
+    left = [TextColumn("left"), TimeRemainingColumn()]
+    count = TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens")
+    if width >= 85:
+        return [TextColumn("reading"), BarColumn(), count, _TokensPerSecond(), *left]
+    if width >= 60:
+        return [TextColumn("reading"), count, *left]
+    share = TextColumn("{task.percentage:.0f}%")
+    return [TextColumn("reading"), share, *left] if width >= 30 else [share, TimeRemainingColumn()]
+
+
 class PrefillProgress:
     """Shows `progress(done, total)` calls of `Session.prefill`.
 
     Args:
-        console: where to; a bar only where it is a terminal.
+        console: where to; a bar only on a terminal that can write a line over.
         before: tokens of the same message that were read earlier.
     """
 
@@ -36,17 +50,8 @@ class PrefillProgress:
         self._started = self._last_line = time.perf_counter()
 
     def __enter__(self) -> PrefillProgress:
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("reading"),
-                BarColumn(),
-                TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
-                _TokensPerSecond(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
+        if redraws(self._console):
+            self._bar = Progress(*_columns(self._console.width), console=self._console, transient=True)
             self._bar.start()
         return self
 
@@ -78,6 +83,12 @@ class PrefillProgress:
         )
 
 
+def _write_over(console: Console, text: str, short: str, finished: bool) -> None:
+    """Write over the line that was written before: `text`, or `short` where the terminal is too narrow for it."""
+    line = text if len(text) < console.width else short[: max(1, console.width - 1)]
+    console.print(" " * len(line) if finished else line, end="\r", highlight=False)
+
+
 class PinProgress:
     """Shows `on_pin(done, total)` calls of `longrun.load` and `Runtime.new_session`, in bytes.
 
@@ -91,8 +102,8 @@ class PinProgress:
 
     def __call__(self, done: int, total: int) -> None:
         text = f"Pinning host memory {done / 2**30:.1f} / {total / 2**30:.1f} GiB"
-        if self._console.is_terminal:
-            self._console.print(" " * len(text) if done == total else text, end="\r", highlight=False)
+        if redraws(self._console):
+            _write_over(self._console, text, f"Pinning {done / total:.0%}", done == total)
             return
         now = time.perf_counter()
         if now - self._last_line < _SECONDS_BETWEEN_LINES or done == total:
@@ -114,9 +125,8 @@ class HeadMapProgress:
             self._say(f"head map auto: using the one kept in {folder}")
         elif not done:
             self._say(f"head map auto: measuring this model's heads, once; the map will be kept in {folder}")
-        elif self._console.is_terminal:
-            text = f"Measuring heads {done / total:4.0%}"
-            self._console.print(" " * len(text) if done == total else text, end="\r", highlight=False)
+        elif redraws(self._console):
+            _write_over(self._console, f"Measuring heads {done / total:4.0%}", f"{done / total:.0%}", done == total)
         elif time.perf_counter() - self._last_line >= _SECONDS_BETWEEN_LINES and done < total:
             self._say(f"measured {done} of {total} steps")
 

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
 from longrun.arguments import COUNT, SEED, SHARE, real, whole
@@ -37,6 +38,7 @@ def show(options: argparse.Namespace) -> int:
     """Print one head map and its split, or one JSON object; draw it where --png is given."""
     head_map = HeadMap.load(options.folder)
     split = head_map.split(options.retrieval_ratio, options.threshold)
+    notes = [*head_map.notes, *head_map.doubts(split, by_ratio=options.retrieval_ratio is not None)]
     if options.retrieval_ratio is not None:
         rule = f"retrieval ratio {options.retrieval_ratio:g}"
     else:
@@ -62,7 +64,7 @@ def show(options: argparse.Namespace) -> int:
                     "retrieval_heads": [split.retrieval_heads(layer) for layer in range(split.num_layers)],
                     "hash": split.hash,
                     "scores": head_map.scores,
-                    "notes": list(head_map.notes),
+                    "notes": notes,
                     "png": options.png,
                 }
             )
@@ -73,7 +75,7 @@ def show(options: argparse.Namespace) -> int:
     from longrun.patterns.head_map_table import print_head_map
 
     console = Console()
-    print_head_map(head_map, split, rule, options.folder, console)
+    print_head_map(head_map, split, rule, options.folder, console, notes)
     if options.png:
         console.print(f"picture: {options.png}", highlight=False, markup=False, soft_wrap=True)
     return 0
@@ -113,8 +115,12 @@ def identify_command(options: argparse.Namespace) -> int:
     )
     with ProgressLine(Console(stderr=True)) as progress:
         head_map = identify(settings, progress)
-    high = head_map.split().total_retrieval
-    print(f"{options.out}: {high} of {head_map.num_layers * head_map.num_kv_heads} heads score at least 0.5")
+    split = head_map.split()
+    heads = head_map.num_layers * head_map.num_kv_heads
+    print(f"{options.out}: {split.total_retrieval} of {heads} heads score at least 0.5")
+    equal = len({score for row in head_map.scores for score in row}) == 1
+    for doubt in head_map.doubts(head_map.split(0.5) if equal else split, by_ratio=equal):
+        print(f"warning: {doubt}", file=sys.stderr)
     print(f"look at it with: python -m longrun.patterns show {options.out}")
     return 0
 

@@ -217,6 +217,26 @@ class HeadMap:
             bits = tuple(tuple(score >= threshold for score in row) for row in self.scores)
         return HeadSplit(bits, self.sink_size, self.recent_size)
 
+    def doubts(self, split: HeadSplit, by_ratio: bool) -> tuple[str, ...]:
+        """What a person should know before relying on `split` of this map: sentences, mostly none.
+
+        Args:
+            by_ratio: it was split by a retrieval ratio, so that only the order of the scores counts.
+        """
+        scores = {score for row in self.scores for score in row}
+        if by_ratio and len(scores) == 1 and not split.is_full and split.total_retrieval:
+            return (
+                f"all scores are {scores.pop():g}, so they rank nothing and the first heads are kept: measure a map "
+                f"with more steps or longer texts",
+            )
+        if not by_ratio and not split.total_retrieval:
+            return (
+                f"no head scores enough to keep all tokens (the highest score is {max(scores):.2g}), so nothing beyond "
+                f"the window of {self.recent_size:,} tokens can be found: split the map by a retrieval ratio, or "
+                f"measure one with more steps or longer texts",
+            )
+        return ()
+
     @property
     def num_layers(self) -> int:
         return len(self.scores)

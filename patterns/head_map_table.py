@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -13,11 +15,13 @@ WIDEST_ROW = 16  # heads a row up to which scores are printed as numbers; above,
 _SHADES = ".:-=+*xX#@"  # no blank: long rows must fold in step with the marks beside them
 
 
-def print_head_map(head_map: HeadMap, split: HeadSplit, rule: str, source: str, console: Console) -> None:
+def print_head_map(
+    head_map: HeadMap, split: HeadSplit, rule: str, source: str, console: Console, notes: Sequence[str]
+) -> None:
     """Print the map: window, rule of the split and its hash, a row per layer with scores and retrieval heads.
 
     A retrieval head's score is bold and in brackets (`[0.93]`); with more than 16 heads a layer scores become shades,
-    and the retrieval heads are marked beside them.
+    and the retrieval heads are marked beside them. `notes` follow the head lines.
     """
     heads = head_map.num_layers * head_map.num_kv_heads
     lines = [
@@ -25,7 +29,7 @@ def print_head_map(head_map: HeadMap, split: HeadSplit, rule: str, source: str, 
         f"heads keep {head_map.sink_size} sinks and the last {head_map.recent_size} tokens",
         f"{split.total_retrieval} of {heads} heads are retrieval heads ({split.retrieval_ratio:.1%}) by {rule}; split "
         f"{split.hash}",
-        *(f"note: {escape(note)}" for note in head_map.notes),
+        *(f"note: {escape(note)}" for note in notes),
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

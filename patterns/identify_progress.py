@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from longrun.cli import redraws
 from longrun.patterns.identify_settings import IdentifyProgress
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -24,7 +25,7 @@ class ProgressLine:
         self._last_line = 0.0
 
     def __enter__(self) -> ProgressLine:
-        if self._console.is_terminal:
+        if redraws(self._console):
             self._live = Live(Text("loading model and text"), console=self._console, transient=True)
             self._live.start()
         return self

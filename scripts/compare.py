@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from compare_runtimes import Runtimes, comparison_budget
 
 from longrun.arguments import COUNT, SEED, whole
-from longrun.cli import Parser, run
+from longrun.cli import Parser, redraws, run
 from longrun.errors import InputError
 from longrun.model.choice import choose_model
 from longrun.needles import Haystack
@@ -165,7 +165,7 @@ class Comparison:
         start = time.perf_counter()
 
         def on_document(name: str) -> None:
-            if self._console.is_terminal:
+            if redraws(self._console):
                 so_far = f"{name} ({time.perf_counter() - start:.0f} s)"
                 self._console.print(f"  {row.name}, {format_tokens(length)}: {so_far}", end="\r")
 

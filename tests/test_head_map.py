@@ -233,3 +233,13 @@ def test_full_uniform_and_window():
     assert (widened.sink_size, widened.recent_size) == (3, 99)
     with pytest.raises(HeadMapError, match="recent_size"):
         random_map().with_window(recent_size=0)
+
+
+def test_a_map_that_scored_nothing_is_doubted():
+    nothing, flat = HeadMap(((0.1, 0.2), (0.3, 0.0))), HeadMap(((1.0, 1.0), (1.0, 1.0)))
+    doubt = nothing.doubts(nothing.split(), by_ratio=False)
+    assert len(doubt) == 1 and "no head scores enough" in doubt[0] and "the highest score is 0.3" in doubt[0]
+    assert nothing.doubts(nothing.split(0.5), by_ratio=True) == ()
+    doubt = flat.doubts(flat.split(0.5), by_ratio=True)
+    assert len(doubt) == 1 and "all scores are 1, so they rank nothing" in doubt[0]
+    assert flat.doubts(flat.split(), by_ratio=False) == () == flat.doubts(flat.split(1.0), by_ratio=True)

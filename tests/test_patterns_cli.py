@@ -121,3 +121,10 @@ def test_damaged_map_leaves_with_status_2(folder):
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert "row 1, column 2" in result.stderr
+
+
+def test_a_map_that_scored_nothing_is_told_with_its_rule(folder):
+    (folder / "full_attention_heads.tsv").write_text("0.1\t0.2\n0\t0.3\n")
+    assert "note: no head scores enough to keep all tokens (the highest score is 0.3)" in show(folder).stdout
+    assert json.loads(show(folder, "--json").stdout)["notes"][0].startswith("no head scores enough")
+    assert "no head scores enough" not in show(folder, "--retrieval-ratio", "0.5").stdout

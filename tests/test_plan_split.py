@@ -43,3 +43,10 @@ def test_splits_that_make_no_sense():
         choose_split(LLAMA, budget, HeadMap.full(6, 4))
     with pytest.raises(HeadMapError, match="outside"):
         choose_split(SMALL, budget, None, 1.5, assume=True)
+
+
+def test_a_map_that_scored_nothing_is_a_note_of_the_plan():
+    cpu = Budget.load("cpu")
+    nothing = HeadMap(((0.25,) * LLAMA.num_kv_heads,) * LLAMA.num_layers)
+    assert "no head scores enough" in choose_split(LLAMA, cpu, nothing).notes[0]
+    assert "all scores are 0.25, so they rank nothing" in choose_split(LLAMA, cpu, nothing, 0.5).notes[0]
