@@ -10,9 +10,9 @@ from longrun.errors import ConfigError, quoted, short_path
 # A table has a row or a column for each of these, so a count of a damaged file is refused before one is built. The
 # largest published model of these families has 126 layers, 128 heads and 16,384 channels.
 _MOST = {
-    "num_hidden_layers": 1_000,
-    "num_attention_heads": 1_024,
-    "num_key_value_heads": 1_024,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 512,
+    "num_key_value_heads": 512,
     "head_dim": 1_024,
     "hidden_size": 2**18,
     "intermediate_size": 2**23,
