@@ -93,6 +93,7 @@ class ModelConfig:
         architecture: one of `SUPPORTED_ARCHITECTURES`.
         model_type: llama, mistral, qwen2 or qwen3.
         rope_type: one of `SUPPORTED_ROPE_TYPES`.
+        rope_factor, rope_original: what `rope_window` found; see `trained_positions`.
         qkv_bias, out_bias, mlp_bias: whether these linear layers carry a bias.
         qk_norm: RMS norm of each query and key head over head_dim, before RoPE (Qwen3).
         sliding_window: the checkpoint's own attention window in tokens, None where it is absent or switched off.
@@ -117,6 +118,8 @@ class ModelConfig:
     qk_norm: bool
     sliding_window: int | None
     rope_type: str = "default"
+    rope_factor: float = 1.0
+    rope_original: int | None = None
     warnings: tuple[ConfigWarning, ...] = ()
 
     def arithmetic(self) -> dict[str, Any]:
@@ -124,6 +127,16 @@ class ModelConfig:
         fields = asdict(self)
         del fields["warnings"]
         return fields
+
+    @property
+    def trained_positions(self) -> int:
+        """Tokens that the model was trained or extended for.
+
+        Types `yarn`, `linear` and `dynamic` stretch a window by their factor, and most such checkpoints leave
+        max_position_embeddings at the window from before; with `llama3` it is the longer one already.
+        """
+        stretched = int((self.rope_original or self.max_position_embeddings) * self.rope_factor)
+        return max(self.max_position_embeddings, stretched)
 
     @property
     def group_size(self) -> int:
@@ -184,6 +197,7 @@ class ModelConfig:
             raise ConfigError(
                 f"{values.source}: head_dim {head_dim} is odd, and RoPE turns pairs of channels: correct it"
             )
+        rope_factor, rope_original = values.rope_window()
         attention_bias = values.flag("attention_bias") if model_type in ("llama", "qwen3") else False
         return cls(
             architecture=architecture,
@@ -208,6 +222,8 @@ class ModelConfig:
                 else None
             ),
             rope_type=values.rope_type(),
+            rope_factor=rope_factor,
+            rope_original=rope_original,
             warnings=warnings_of(values),
         )
 

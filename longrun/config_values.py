@@ -116,6 +116,15 @@ class Values:
             )
         return rope_type
 
+    def rope_window(self) -> tuple[float, int | None]:
+        """By how much the RoPE type stretches the window, and the window from before if it is named; after
+        `rope_type` has checked both."""
+        rope = self.rope_dict("rope_scaling") or self.rope_dict("rope_parameters")
+        if self.rope_type() not in ("linear", "dynamic", "yarn") or rope.get("factor") is None:
+            return 1.0, None
+        original = rope.get("original_max_position_embeddings", self.data.get("original_max_position_embeddings"))
+        return float(rope["factor"]), original if isinstance(original, int) and original > 0 else None
+
 
 def is_number(value: object) -> bool:
     """Whether a value of a JSON file is a number that a float can hold (true and false are none)."""

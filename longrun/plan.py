@@ -215,9 +215,9 @@ def make_plan(
         ctx, why = _default_ctx(config, max_ctx)
         warnings += why
     _check_window(config, ctx)
-    if ctx > config.max_position_embeddings:
+    if ctx > config.trained_positions:
         warnings.append(
-            f"{ctx:,} tokens are more than the {config.max_position_embeddings:,} that the model was trained for: "
+            f"{ctx:,} tokens are more than the {config.trained_positions:,} that the model was trained for: "
             f"answers may degrade beyond that"
         )
     warnings += [warning.text for warning in config.warnings if ctx > warning.above]
@@ -263,7 +263,7 @@ def _with_origin(split: HeadSplit | ChosenSplit | None, config: ModelConfig, bud
 
 def _default_ctx(config: ModelConfig, max_ctx: int) -> tuple[int, list[str]]:
     """The trained window, or what fits of it; without a fit, one token, which then tells what is missing."""
-    wanted = config.max_position_embeddings
+    wanted = config.trained_positions
     if config.sliding_window is not None:
         wanted = min(wanted, config.sliding_window)
     if max_ctx < wanted:

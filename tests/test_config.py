@@ -219,3 +219,32 @@ def test_neither_torch_nor_transformers_is_imported():
     root = Path(__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "tokens"),
+    [
+        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
+        ("qwen3", {"max_position_embeddings": 40960, "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+         "original_max_position_embeddings": 32768}}, 131072),
+        ("llama", {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "yarn", "factor": 32.0,
+         "original_max_position_embeddings": 4096}}, 131072),
+        ("llama", {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "yarn", "factor": None,
+         "original_max_position_embeddings": 4096}}, 131072),
+        ("llama", {"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        ("llama", {"max_position_embeddings": 32768, "original_max_position_embeddings": 4096,
+         "rope_scaling": {"type": "linear", "factor": 8.0}}, 32768),
+        ("llama", {"max_position_embeddings": 4096, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 8192),
+        ("llama", {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 32.0,
+         "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}, 131072),
+        ("llama", {"max_position_embeddings": 8192}, 8192),
+    ],
+)  # fmt: skip
+def test_the_trained_window_counts_what_rope_stretches(family, changes, tokens):
+    config = ModelConfig.from_dict({"architectures": [NAMES[family]], "model_type": family, **changes}, "config.json")
+    assert config.trained_positions == tokens
+    assert make_plan(config, Budget.load("a100-80g")).ctx == tokens
+    beyond = f"{tokens + 1:,} tokens are more than the {tokens:,} that the model was trained for"
+    plan = make_plan(config, Budget.load("a100-80g"), tokens + 1)
+    assert [text for text in plan.warnings if "trained for" in text] == [f"{beyond}: answers may degrade beyond that"]
+    assert not any("trained for" in text for text in make_plan(config, Budget.load("a100-80g"), tokens).warnings)
