@@ -22,11 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from longrun.errors import ConfigError
-from longrun.quant.kv_format import PageFormat
+from longrun.quant.kv_format import GPU_HEAD_DIMS, GPU_MAX_GROUP, GPU_PAGE_SIZE, PageFormat
 
-HEAD_DIMS = (64, 128)
-PAGE_SIZE = 64
-MAX_GROUP = 8
+HEAD_DIMS, PAGE_SIZE, MAX_GROUP = GPU_HEAD_DIMS, GPU_PAGE_SIZE, GPU_MAX_GROUP
 _LOG2E = 1.4426950408889634
 _ROWS = 16  # of a tensor-core tile: the group, padded
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from longrun.cache.host_memory import available_bytes
+from longrun.cache.host_memory import available_bytes, still_needed
 from longrun.config import ModelConfig
 from longrun.errors import HeadMapError, InputError, PlanError, shortened
 from longrun.model.adapter import Adapter
@@ -163,7 +163,10 @@ def _check_memory(config: ModelConfig, context: int, device_type: str) -> None:
     widest = 3 * config.intermediate_size + 4 * config.num_qo_heads * config.head_dim + 4 * config.hidden_size
     activations = min(method.chunk_size, tokens) * widest * itemsize + 3 * method.tile_bytes
     needed = weights + keys_and_values + activations + _BASE_BYTES[device_type]
-    places = [("main memory", needed if device_type == "cpu" else weights, available_bytes())]
+    if device_type == "cpu":  # libraries are loaded by now
+        places = [("main memory", *still_needed(needed, _BASE_BYTES["cpu"]))]
+    else:
+        places = [("main memory", weights, available_bytes())]
     if device_type == "cuda":
         places.append(("GPU memory", needed, torch.cuda.mem_get_info()[0]))
     for place, bytes_needed, free in places:

@@ -9,8 +9,7 @@ import warnings
 import torch
 
 from longrun.budget import Budget
-from longrun.config import ModelConfig
-from longrun.errors import ConfigError, InputError, PlanError
+from longrun.errors import InputError, PlanError
 from longrun.units import format_bytes
 
 _OLDEST_CAPABILITY = (8, 0)  # bfloat16 tensor cores and asynchronous copies to shared memory
@@ -93,30 +92,4 @@ def check_budget(budget: Budget) -> None:
         raise PlanError(
             f"{budget.source} lets a run use {format_bytes(budget.gpu_bytes)} of GPU memory and {found.name} has "
             f'{format_bytes(found.total_memory)}: set gpu = "{most:.1f} GB" or less in the budget\'s [memory] section'
-        )
-
-
-def check_kernel_shapes(config: ModelConfig, budget: Budget) -> None:
-    """The GPU's kernels serve this model with the budget's KV format; only quantized ones have limits.
-
-    Raises:
-        ConfigError: they do not.
-    """
-    if not budget.quantizes_pages:
-        return
-    from longrun.kernels.int4_decode import HEAD_DIMS, MAX_GROUP, PAGE_SIZE
-
-    kernel, remedy = f"{budget.kv_format} kernel on a GPU", "use kv_format bf16 or device cpu"
-    if config.head_dim not in HEAD_DIMS:
-        served = " or ".join(map(str, HEAD_DIMS))
-        raise ConfigError(f"the model's head_dim {config.head_dim} has no {kernel}, which serves {served}: {remedy}")
-    if config.group_size > MAX_GROUP:
-        raise ConfigError(
-            f"the model's {config.group_size} query heads a KV head have no {kernel}, which serves at "
-            f"most {MAX_GROUP}: {remedy}"
-        )
-    if budget.page_size != PAGE_SIZE:
-        raise ConfigError(
-            f"page_size {budget.page_size} of {budget.source} has no {kernel}, which serves {PAGE_SIZE}: "
-            f"set page_size = {PAGE_SIZE} in its [kv] section, or {remedy}"
         )

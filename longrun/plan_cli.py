@@ -15,6 +15,7 @@ from longrun.arguments import COUNT, SHARE
 from longrun.budget import Budget, shipped_budgets
 from longrun.cli import EXIT_STATUS, PLAN_OPTIONS, Parser
 from longrun.plan import NoFitError, make_plan
+from longrun.plan_kernels import check_kernel_shapes
 from longrun.plan_report import print_plan
 from longrun.plan_shapes import SHAPES, config_of
 from longrun.plan_split import choose_split
@@ -37,6 +38,8 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
     )
     ctx = None if options.ctx is None else parse_tokens(options.ctx, "--ctx")
     device_type = options.device or ("cpu" if options.budget == "cpu" else "cuda")
+    if device_type == "cuda":
+        check_kernel_shapes(config, budget)
     split = choose_split(config, budget, options.head_map, options.retrieval_ratio, assume=True)
     try:
         plan = make_plan(config, budget, ctx, split=split, device_type=device_type)

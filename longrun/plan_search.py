@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from longrun.errors import PlanError
 from longrun.patterns.head_map import HeadSplit
 from longrun.placement import PlanSettings, place
-from longrun.quant.kv_format import DEFAULT_KV_FORMAT, QUANTIZED_KV_FORMATS
+from longrun.quant.kv_format import (
+    DEFAULT_KV_FORMAT,
+    GPU_HEAD_DIMS,
+    GPU_MAX_GROUP,
+    GPU_PAGE_SIZE,
+    QUANTIZED_KV_FORMATS,
+)
 from longrun.quant.weight_format import WEIGHT_FORMATS
 
 MAX_CTX = 10**9  # where to stop looking: without retrieval heads the cache does not grow at all
@@ -177,6 +183,10 @@ def _fewer_weight_bits(settings: PlanSettings, ctx: int) -> Suggestion | None:
 
 
 def _quantized_pages(settings: PlanSettings, ctx: int) -> Suggestion | None:
+    config = settings.config
+    served = config.head_dim in GPU_HEAD_DIMS and config.group_size <= GPU_MAX_GROUP
+    if settings.device_type == "cuda" and not (served and settings.page_size == GPU_PAGE_SIZE):
+        return None
     if settings.kv_format in QUANTIZED_KV_FORMATS or not fits(replace(settings, kv_format=DEFAULT_KV_FORMAT), ctx):
         return None
     return Suggestion("kv", DEFAULT_KV_FORMAT, f"KV pages as {DEFAULT_KV_FORMAT}", f"--kv {DEFAULT_KV_FORMAT}")

@@ -30,6 +30,7 @@ from longrun.model_bytes import TOKEN_SLICES
 from longrun.paths import cache_dir, user_path
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan import ChosenSplit, Plan, choose_split, make_plan
+from longrun.plan_kernels import check_kernel_shapes
 from longrun.session import Session
 from longrun.store import SavedSession, is_session
 from longrun.store_manifest import SessionIdentity
@@ -123,7 +124,7 @@ def load(
     if device_type == "cuda":
         gpu_checks.check_budget(limits)
         if compiled_kernels:
-            gpu_checks.check_kernel_shapes(config, limits)
+            check_kernel_shapes(config, limits)
 
     def plan_for(chosen: ChosenSplit) -> Plan:
         return make_plan(

@@ -45,6 +45,8 @@ DEFAULT_KV_FORMAT = "k5v3"  # why: docs/experiments.md, "Pages of five-bit keys 
 _BITS = {"int4": (4, 4), "k5v3": (5, 3)}  # of a key's and of a value's element
 QUANTIZED_KV_FORMATS = tuple(_BITS)
 KV_HELP = "format of KV pages; k5v3: keys with 5 bits, values with 3, in int4's bytes"
+# What the GPU's kernels over quantized pages serve: head_dims, page_size, and query heads of a KV head at most.
+GPU_HEAD_DIMS, GPU_PAGE_SIZE, GPU_MAX_GROUP = (64, 128), 64, 8
 PAGE_SIZES = (16, 32, 64, 128, 256)
 _EXACT_ITEMSIZE = {"int4": 2, "k5v3": 2, "bf16": 2, "fp32": 4}
 _SCALE_ITEMSIZE = 2

@@ -25,6 +25,7 @@ from longrun.model.decoder import Decoder, DecoderLayer
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.placement import DEFAULT_WEIGHT_FORMAT
 from longrun.plan import choose_split, make_plan
+from longrun.plan_kernels import check_kernel_shapes
 from longrun.quality.settings import Row
 from longrun.quant.linear import QuantLinear
 from longrun.runtime import Runtime
@@ -120,7 +121,7 @@ class Runtimes:
         budget = base._budget.override(kv_format=row.stored_kv, chunk_size=row.chunk_size)
         chosen = choose_split(base.config, budget, head_map, row.retrieval_ratio)
         if self._device == "cuda":
-            gpu_checks.check_kernel_shapes(base.config, budget)
+            check_kernel_shapes(base.config, budget)
         plan = make_plan(base.config, budget, self._ctx, split=chosen, device_type=self._device)
         kernels = self._gpu_kernels(base, plan.kv_format) if plan.attention.fused else None
         found = copy.copy(base)

@@ -17,6 +17,7 @@ from test_adapter import write_adapter
 import longrun
 from longrun import auto_head_map as auto
 from longrun.auto_head_map import AutoHeadMap, auto_head_map, kept_folder
+from longrun.cache import host_memory
 from longrun.chat import chat_command
 from longrun.config import ModelConfig
 from longrun.errors import HeadMapError, InputError, PlanError
@@ -209,8 +210,8 @@ def test_what_cannot_be_measured_is_refused(cache: Path, planted: PlantedModel, 
     with pytest.raises(InputError, match="448 tokens or more, and 900 positions are too few"):
         auto_head_map(short, "cpu")
     large = copy_of(planted, tmp_path / "large", rms_norm_eps=3e-6)
-    monkeypatch.setattr(auto, "available_bytes", lambda: 10**8)
-    with pytest.raises(PlanError, match=r"needs \S+ MB of main memory, and 100 MB are free"):
+    monkeypatch.setattr(host_memory, "_machine_bytes", lambda: 10**7)
+    with pytest.raises(PlanError, match=r"needs \S+ MB of main memory, and 10\.0 MB are free"):
         auto_head_map(large, "cpu")
     tight = longrun.Budget.load("cpu").override(host_bytes=0)
     with pytest.raises(PlanError, match="device pool memory short"):  # before anything is measured

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -76,7 +77,10 @@ def card(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: object() if name == "triton" else find_spec(name, *rest)
     )
-    monkeypatch.setattr(longrun.runtime, "check_folder", lambda *args: None)  # there is a config.json and nothing else
+    # There is a config.json and nothing else.
+    checked = SimpleNamespace(tokenizer=None, notices=())
+    monkeypatch.setattr(longrun.runtime, "check_folder", lambda *args: checked)
+    monkeypatch.setattr(longrun.runtime, "model_fingerprint", lambda *args: "")
     monkeypatch.setattr(longrun.runtime, "load_decoder", lambda *args: pytest.fail("a weight was read"))
     return card
 
