@@ -18,7 +18,6 @@ kind and number alone: `--seed S --kind K --case N` repeats it, with its traceba
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import json
 import random
@@ -38,7 +37,8 @@ from typing import Any
 
 from fuzz_kinds import Bench, Kind
 
-from longrun.cli import run
+from longrun.arguments import COUNT, SEED, real
+from longrun.cli import Parser, run
 from longrun.errors import MESSAGE_LIMIT, InputError, LongrunError
 
 ENDINGS = ("refused", "unchanged", "other", "traceback", "hang", "wrong")
@@ -164,12 +164,12 @@ def table(endings: Sequence[Ending]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a table and one line of JSON; status 1 where a case failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=1000, help="cases (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--limit", type=float, default=20.0, help="seconds of a case (default: 20)")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=COUNT, default=1000, help="cases (default: 1000)")
+    parser.add_argument("--seed", type=SEED, default=0, help="default: 0")
+    parser.add_argument("--limit", type=real(0, above=True), default=20.0, help="seconds of a case (default: 20)")
     parser.add_argument("--kind", help="only this kind")
-    parser.add_argument("--case", type=int, help="only the case of this number")
+    parser.add_argument("--case", type=COUNT, help="only the case of this number")
     args = parser.parse_args(argv)
     began = time.perf_counter()
     endings = fuzz(args.count, args.seed, args.limit, args.kind, args.case)

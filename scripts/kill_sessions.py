@@ -30,7 +30,9 @@ import torch
 
 import longrun
 from longrun import cli
+from longrun.arguments import COUNT, SEED
 from longrun.errors import InputError, LongrunError
+from longrun.paths import path_option
 from longrun.planted import make_planted_model
 from longrun.runtime import Runtime
 from longrun.session import Session
@@ -181,13 +183,13 @@ def check_end(runtime: Runtime, text: Text, folder: Path) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Kill sessions at random moments and see that nothing is lost.")
-    parser.add_argument("--kills", type=int, default=100, metavar="N", help="default: 100")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of texts and moments (default: 0)")
-    parser.add_argument("--tokens", type=int, default=3000, metavar="N", help="of a text (default: 3000)")
-    parser.add_argument("--chunk-size", type=int, default=50, metavar="N", help="tokens a chunk (default: 50)")
+    parser = cli.Parser(description="Kill sessions at random moments and see that nothing is lost.")
+    parser.add_argument("--kills", type=COUNT, default=100, metavar="N", help="default: 100")
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of texts and moments (default: 0)")
+    parser.add_argument("--tokens", type=COUNT, default=3000, metavar="N", help="of a text (default: 3000)")
+    parser.add_argument("--chunk-size", type=COUNT, default=50, metavar="N", help="tokens a chunk (default: 50)")
     parser.add_argument("--kv", help="page format (default: the budget's)")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="default: a planted model, made for this")
+    parser.add_argument("--model", type=path_option, metavar="DIR", help="default: a planted model, made for this")
     args = parser.parse_args(argv)
     for name in ("kills", "tokens", "chunk_size"):
         if getattr(args, name) < 1:
