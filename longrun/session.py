@@ -187,17 +187,32 @@ class Session:
 
     def _generate(self, max_new_tokens: int, params: SamplingParams, eos: bool) -> Iterator[int]:
         seen: Tensor | tuple[()] = ()
-        greedy = params.temperature == 0 and params.repetition_penalty == 1
+        if params.repetition_penalty != 1:
+            seen = seen_tokens(self._id_tensor(), self.vocab_size, self.cache.device)
         for left in range(max_new_tokens, 0, -1):
-            self._catch_up(ahead=greedy and left > 1)
-            logits = self._logits
-            assert logits is not None
-            if params.repetition_penalty != 1 and isinstance(seen, tuple):
-                seen = seen_tokens(self._id_tensor(), logits.shape[0], logits.device)
-            token_id = self._draw(logits, params, seen)
+            token_id = self._next_token(params, seen, left > 1)
             yield token_id
             if eos and token_id in self._eos:
                 return
+
+    def _next_token(self, params: SamplingParams, seen: Tensor | tuple[()], more: bool) -> int:
+        """Take in the token that waits and choose the next one, which then waits. Whoever asked must get it: where a
+        signal came meanwhile, that is heard first, with nothing chosen."""
+        greedy = params.temperature == 0 and params.repetition_penalty == 1
+        while True:
+            with deferred_signals() as signals:
+                self._catch_up(ahead=greedy and more)
+                assert self._logits is not None
+                before = self._generator.get_state()
+                token_id = self._engine.choice() if greedy else None
+                if token_id is None:
+                    token_id = sample(self._logits, params, self._generator, seen)
+                if not signals.waiting:
+                    self._ids.append(token_id)
+                    if isinstance(seen, Tensor):
+                        seen[token_id] = True
+                    return token_id
+                self._generator.set_state(before)
 
     def _catch_up(self, ahead: bool = False) -> None:
         """Take the sampled token that waits into the cache. With `ahead` the likeliest token is taken next."""
@@ -205,23 +220,6 @@ class Session:
             waiting = torch.tensor(self._ids[self.seq_len :], dtype=torch.int64)
             self._check_room(len(waiting))
             self._engine.run(waiting, on_chunk=self._note_chunk(waiting, len(waiting)), ahead=ahead)
-
-    def _draw(self, logits: Tensor, params: SamplingParams, seen: Tensor | tuple[()]) -> int:
-        """Choose the next token, which then waits. Whoever asked must get it: where a signal came meanwhile, that is
-        heard first, with nothing chosen."""
-        while True:
-            with deferred_signals() as signals:
-                before = self._generator.get_state()
-                greedy = params.temperature == 0 and params.repetition_penalty == 1
-                token_id = self._engine.choice() if greedy else None
-                if token_id is None:
-                    token_id = sample(logits, params, self._generator, seen)
-                if not signals.waiting:
-                    self._ids.append(token_id)
-                    if isinstance(seen, Tensor):
-                        seen[token_id] = True
-                    return token_id
-                self._generator.set_state(before)
 
     def _note_chunk(self, todo: Tensor, num_known: int = 0) -> Callable[[int, Tensor], None]:
         """What `Engine.run` calls after a chunk, before any signal is heard: the chunk's tokens count, and its logits
