@@ -16,11 +16,11 @@ from torch import Tensor
 from longrun.arguments import MAX_SEED, callback, flag, integer
 from longrun.cache.dual import CacheMark, DualCache
 from longrun.engine import Engine
-from longrun.errors import ContextFullError, InputError, SessionError, logits_not_finite
+from longrun.errors import ContextFullError, InputError, logits_not_finite
 from longrun.interrupts import deferred_signals
-from longrun.paths import user_path
 from longrun.plan import Plan
 from longrun.sampling import SamplingParams, sample, seen_tokens
+from longrun.session_keeper import SessionKeeper
 from longrun.token_ids import token_id_tensor
 from longrun.units import format_tokens
 
@@ -54,9 +54,7 @@ class Session:
         self._ids = array("i")
         self._logits: Tensor | None = None
         self._generator = torch.Generator().manual_seed(secrets.randbits(63))
-        self._store: SessionStore | None = None
-        self._attached = False
-        self._unsavable: str | None = None
+        self._keeper = SessionKeeper()
         self._marks: weakref.WeakSet[SessionMark] = weakref.WeakSet()  # those whose tokens still stand here
         self.extra: dict[str, Any] = {}
 
@@ -124,9 +122,9 @@ class Session:
             nonlocal done
             note(count, logits)
             done += count
-            if self._attached:
-                assert self._store is not None
-                self._save(self._store)
+            if self._keeper.attached:
+                self._check_savable()
+                self._keeper.update(self)
             if progress is not None:
                 progress(done, len(todo))
 
@@ -271,8 +269,7 @@ class Session:
                 f"to an earlier mark: take a new one with mark()"
             )
         with deferred_signals():
-            if self._store is not None:
-                self._store.forget_pages(mark.cache.num_pooled)
+            self._keeper.rewound(mark.cache.num_pooled)
             self.cache.rewind(mark.cache)
             self._engine.rewound()
             del self._ids[mark.num_tokens :]
@@ -288,15 +285,11 @@ class Session:
             SessionError: the folder holds something that is not a session, another session owns it, or it cannot be
                 written.
         """
-        store = self._store_at(path)
-        store.claim()
-        self._keep(store, attached=True)
+        self._keeper.attach(path)
 
     def detach(self) -> None:
         """Leave the folder this session was attached or saved to as it is: another session may own it."""
-        if self._store is not None:
-            self._store.release()
-        self._attached = False
+        self._keeper.detach()
 
     def save(self, path: str | Path) -> None:
         """Write the session to the folder `path`, atomically: a crash or a full disk leaves what was there before.
@@ -309,17 +302,8 @@ class Session:
                 keep, a step broke off, or writing failed.
             CheckpointError: the logits are not finite.
         """
-        store = self._store_at(path)
-        try:
-            self._save(store)
-        except BaseException:
-            if store is not self._store:
-                store.release()
-            raise
-        if store is self._store or not self._attached:
-            self._keep(store, self._attached)
-        else:
-            store.release()
+        self._check_savable()
+        self._keeper.save(self, path)
 
     def snapshot(self) -> dict[str, Tensor]:
         """What beside the cache makes the session: int32 token ids, logits if there are any, random state."""
@@ -346,29 +330,13 @@ class Session:
 
     def adopt_store(self, store: SessionStore) -> None:
         """The session was loaded from this store: saving there again writes only what is new."""
-        self._store = store
+        self._keeper.adopt(store)
 
     def forbid_saving(self, why: str) -> None:
         """From now on `save` and `attach` raise SessionError with `why`, a clause; a session attached is detached."""
-        self.detach()
-        self._unsavable, self._store = why, None
+        self._keeper.forbid(why)
 
-    def _store_at(self, path: str | Path) -> SessionStore:
-        from longrun.store import SessionStore
-
-        if self._unsavable is not None:
-            raise SessionError(f"this session cannot be saved: {self._unsavable}")
-        store = SessionStore(user_path(path, "session folder", SessionError))
-        return self._store if self._store is not None and self._store.folder == store.folder else store
-
-    def _keep(self, store: SessionStore, attached: bool) -> None:
-        if self._store is not None and self._store is not store:
-            self._store.release()
-        self._store, self._attached = store, attached
-
-    def _save(self, store: SessionStore) -> None:
+    def _check_savable(self) -> None:
         self._engine.check_whole()
         if self._logits is not None and not self._logits.isfinite().all():
             raise logits_not_finite()
-        with deferred_signals():
-            store.save(self)

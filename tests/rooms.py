@@ -128,6 +128,7 @@ ROOMS = (
             "longrun.engine",
             "longrun.decode_graph",
             "longrun.session",
+            "longrun.session_keeper",
             "longrun.store",
             "longrun.store_*",
             "longrun.synthetic_session",

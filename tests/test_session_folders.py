@@ -276,7 +276,7 @@ def good(runtime, tmp_path_factory):
     session.prefill(text(300))
     session.save(tmp_path_factory.mktemp("good") / "s")
     session.detach()
-    return Path(session._store.folder)
+    return Path(session._keeper._store.folder)
 
 
 @pytest.mark.parametrize("name", WRONG)
