@@ -109,7 +109,12 @@ def load(
         gpu_checks.check_gpu()
     device_share = number(device_share, "device_share", 0, 1)
     flag(compiled_kernels, "compiled_kernels")
-    for name, called in (("on_plan", on_plan), ("on_pin", on_pin), ("on_head_map", on_head_map)):
+    for name, called in (
+        ("on_plan", on_plan),
+        ("on_pin", on_pin),
+        ("on_tokenizer", on_tokenizer),
+        ("on_head_map", on_head_map),
+    ):
         callback(called, name)
     ctx = None if ctx is None else parse_tokens(ctx, "ctx")
     folder = user_path(model_dir, "model_dir")

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from fuzz_models import CAPACITY, PROMPT, TEXT, make_adapter, make_head_map, make_model, make_session
-from fuzz_mutations import damage_bytes, damage_header, damage_json, damage_table, damage_toml
+from fuzz_mutations import damage_bytes, damage_header, damage_json, damage_table, damage_template, damage_toml
 from safetensors.torch import load_file
 
 import longrun
@@ -86,7 +86,7 @@ class Bench:
         self.runtime = self._load(model)
         make_session(base / "session", self.runtime)
         shards = ("model-*.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-        settings = ("tokenizer.json", "tokenizer.json", "tokenizer_config.json")
+        settings = ("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
         self.kinds = (
             Kind("config", "model", ("config.json",), self._run, _of_transformers, _close),
             Kind("weights", "model", shards, self._run, _of_transformers, _close),
@@ -116,7 +116,8 @@ class Bench:
         elif file.suffix == ".safetensors":
             content, what = damage_header(rng, content)
         else:
-            content, what = (damage_table if file.suffix == ".tsv" else damage_toml)(rng, content)
+            of_suffix = {".tsv": damage_table, ".toml": damage_toml, ".jinja": damage_template}
+            content, what = of_suffix[file.suffix](rng, content)
         if rng.random() < 0.02:
             file.unlink()
             return f"{file.name} removed"

@@ -180,6 +180,20 @@ def damage_toml(rng: random.Random, content: bytes) -> tuple[bytes, str]:
     return "\n".join(lines).encode(), f"toml: {kind} in line {at + 1}"
 
 
+def damage_template(rng: random.Random, content: bytes) -> tuple[bytes, str]:
+    """Something in a chat template that runs without end, fills memory, writes without end, reaches out or is wrong."""
+    pieces = (
+        "{% for i in range(10**9) %}{% endfor %}", "{% for i in range(10**7) %}xxxxxxxxxx{% endfor %}",
+        "{{ 'x' * 10**10 }}", "{{ 10 ** 10 ** 8 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ raise_exception('no') }}", "{% if %}", "{{", "\0",
+        "{{ missing.name.of }}", "{% set x = 1 %}", "{{ '[' * 100 }}", "{% include '/etc/passwd' %}", "{{ 1 / 0 }}",
+        "{{ bos_token }}", "{{ 'y' | indent(10**9) }}",
+    )  # fmt: skip
+    text, piece = content.decode(), rng.choice(pieces)
+    at = rng.choice((0, text.index("{% for"), text.index("[{{"), len(text)))
+    return (text[:at] + piece + text[at:]).encode(), f"template: {piece!r} at {at}"
+
+
 def _places(data: Any) -> list[tuple[Any, Any]]:
     """Every (object or list, key or index) of a JSON value."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
