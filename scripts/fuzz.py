@@ -37,7 +37,7 @@ from typing import Any
 
 from fuzz_kinds import Bench, Kind
 
-from longrun.arguments import COUNT, SEED, real
+from longrun.arguments import COUNT, SEED, real, whole
 from longrun.cli import Parser, run
 from longrun.errors import MESSAGE_LIMIT, InputError, LongrunError
 
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=SEED, default=0, help="default: 0")
     parser.add_argument("--limit", type=real(0, above=True), default=20.0, help="seconds of a case (default: 20)")
     parser.add_argument("--kind", help="only this kind")
-    parser.add_argument("--case", type=COUNT, help="only the case of this number")
+    parser.add_argument("--case", type=whole(), help="only the case of this number")
     args = parser.parse_args(argv)
     began = time.perf_counter()
     endings = fuzz(args.count, args.seed, args.limit, args.kind, args.case)
