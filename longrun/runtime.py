@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 _UNFUSED = "the GPU kernels are for int4 and k5v3 pages; this run uses plain torch there, which is slower"
 
 
+@failed_allocations("while the model was loaded")
 def load(
     model_dir: str | Path,
     budget: Budget | str | Path | None = None,
@@ -162,8 +163,7 @@ def load(
         SavedSession.open(session, identity)
     given = head_map is not None and head_map != "full"
     notices = [*plan.warnings, *(chosen.notes if given else ()), *auto_notices, *checked.notices]
-    with failed_allocations("while the model was loaded"):
-        return Runtime(checked, limits, chosen, plan, identity, device_share, compiled_kernels, notices, on_pin)
+    return Runtime(checked, limits, chosen, plan, identity, device_share, compiled_kernels, notices, on_pin)
 
 
 class Runtime:
