@@ -87,7 +87,7 @@ def main() -> int:
     model = args.model or demo_model_dir()
     runtime = longrun.load(model, "cpu", "full", device="cpu", weight_format="fp32", ctx=args.tokens)
     text = "\n".join(pydoc_data.topics.topics.values())
-    ids = runtime.tokenizer(text[: 8 * args.tokens], return_tensors="pt").input_ids[0, : args.tokens]
+    ids = torch.tensor(runtime.encode(text[: 8 * args.tokens])[: args.tokens])
     cos, sin = runtime._parts.rotary.cos_sin(0, len(ids), len(ids))
     recorder = Recorder()
     runtime._parts.decoder.forward(ids, Step(0, len(ids), cos, sin), recorder)

@@ -202,7 +202,7 @@ def main() -> int:
     model = args.model or demo_model_dir()
     runtime = load(model, "fp32", args.tokens)
     text = "\n".join(pydoc_data.topics.topics.values())
-    ids = runtime.tokenizer(text[: 8 * args.tokens], return_tensors="pt").input_ids[0, : args.tokens]
+    ids = torch.tensor(runtime.encode(text[: 8 * args.tokens])[: args.tokens])
     layers = []
     for layer in runtime._parts.decoder._layers:
         layers.append({kind: Recorder(getattr(layer, kind)) for kind in KINDS})

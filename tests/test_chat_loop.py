@@ -157,6 +157,12 @@ def test_an_answer_at_random_tells_its_seed_and_goes_on_at_random(runtime):
     assert "seed" not in Chat(runtime, max_new_tokens=2).type("The magic number of")
 
 
+def test_a_model_without_chat_template_is_told_of_once(runtime, tmp_path):
+    chat = Chat(runtime)
+    assert chat.said.getvalue().count("no chat template") == 1
+    assert "no chat template" not in chat.type("The magic number of", "/reset", "The magic number of")
+
+
 def test_nothing_is_saved_from_an_empty_chat(runtime, tmp_path):
     chat = Chat(runtime)
     assert "nothing to save" in chat.type(f"/save {tmp_path / 'a'}")

@@ -15,8 +15,9 @@ import pytest
 from tiny_models import edit_config, save_tiny, save_tokenizer
 
 import longrun
+from longrun.chat import chat_command
 from longrun.config import ModelConfig
-from longrun.errors import MESSAGE_LIMIT, CheckpointError, LongrunError, SessionError
+from longrun.errors import MESSAGE_LIMIT, CheckpointError, InputError, LongrunError, SessionError
 from longrun.model.adapter_merge import load_merged
 from longrun.model.folder import check_folder, ends_and_notices
 from longrun.model.tokenizer import load_tokenizer
@@ -274,3 +275,18 @@ def test_a_session_of_another_run_is_refused_before_the_weights_are_read(folder,
     manifest.write_bytes(manifest.read_bytes()[:-9])
     with pytest.raises(SessionError, match=r"manifest\.json"):
         longrun.load(folder, device="cpu", ctx=64, session=tmp_path / "session")
+
+
+def test_the_tokenizer_is_shown_before_weights_are_read(folder, monkeypatch):
+    def refuse(tokenizer) -> None:
+        assert tokenizer.decode([5]) == '"'
+        raise InputError("no chat with this one")
+
+    monkeypatch.setattr("longrun.runtime.load_decoder", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(InputError, match="no chat with this one"):
+        longrun.load(folder, device="cpu", ctx=64, on_tokenizer=refuse)
+    template("{{ messages[-1]['content'] }}")(folder)
+    with pytest.raises(InputError, match="the model's chat template ignores the system prompt"):
+        chat_command(
+            ["--model", str(folder), "--ctx", "64", "--device", "cpu", "--system", "Be brief.", "--prompt", "a"]
+        )
