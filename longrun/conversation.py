@@ -289,13 +289,14 @@ def _is_conversation(saved: object) -> bool:
     """Whether what a session keeps has the shape that `Conversation` gives it."""
     if not isinstance(saved, dict):
         return False
-    documents, turn = saved.get("documents"), saved.get("turn", 0)
+    documents, turn, cut = saved.get("documents"), saved.get("turn", 0), saved.get("cut")
     return (
         isinstance(saved.get("system"), str | None)
         and _has_types(saved.get("first"), [str, str])
         and isinstance(documents, list)
         and all(_has_types(document, {"name": str, "sha256": str, "stop": int}) for document in documents)
         and (turn is None or _has_types(turn, {"start": int, "stop": int, "asks": bool}))
+        and (cut is None or _has_types(cut, [int, int]) or _has_types(cut, [int, type(None)]))
     )
 
 

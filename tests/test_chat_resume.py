@@ -12,8 +12,13 @@ from pathlib import Path
 import pytest
 from planted_chat import ENVIRONMENT, NEEDLES, ask, command, saved_tokens, spaced
 
+from longrun.cache.pages import PagedHeads
+from longrun.errors import SessionError
+from longrun.folder_lock import FolderLock
 from longrun.needles import generate_sentences
 from longrun.progress import PrefillProgress
+from longrun.store import SessionStore
+from longrun.text_stream import AnswerText
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +81,42 @@ def test_a_signal_while_reading_saves_what_was_read(chat, text_file, tmp_path, m
     assert done.status == status and done.out == ""
     assert saved_tokens(tmp_path / "session") == 512
     check_resumption(chat, arguments, tmp_path / "session", text_file)
+
+
+def test_a_second_sigterm_while_the_first_one_is_answered(chat, text_file, tmp_path, monkeypatch):
+    """It comes in the middle of the rewind to the question, and again in the middle of the save."""
+    folder = tmp_path / "session"
+    arguments = ["--ctx", "4K", "--file", text_file, "--prompt", ask(0), "--max-new-tokens", "30", "--json"]
+    whole = chat(*arguments).result
+
+    heard = []
+
+    def signalled(name, method):
+        def call(*given):
+            if name == "step" or heard:  # not before the answer begins
+                heard.append(name)
+                signal.raise_signal(signal.SIGTERM)
+            return method(*given)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((AnswerText, "step"), (PagedHeads, "truncate"), (SessionStore, "save")):
+            patch.setattr(owner, name, signalled(name, getattr(owner, name)))
+        first = chat(*arguments, "--session", folder)
+    assert first.status == 143 and first.err.splitlines()[-1] == "terminated"
+    assert set(heard) == {"step", "truncate", "save"}
+    assert saved_tokens(folder) == whole["tokens"]["prompt"]
+    again = chat(*arguments, "--session", folder)
+    assert again.result["text"] == whole["text"] and again.result["tokens"]["prefilled"] == 0
+
+
+def test_a_session_that_is_open_elsewhere_is_refused_before_anything_is_read(chat, tmp_path):
+    lock = FolderLock(tmp_path / "s" / "session.lock", "it", SessionError, "no")
+    done = chat("--prompt", "x", "--session", tmp_path / "s")
+    assert done.status == 2 and done.out == "" and len(done.err.splitlines()) == 1
+    assert "is in use by another owner in this process" in done.err
+    lock.release()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

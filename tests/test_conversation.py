@@ -462,6 +462,7 @@ def test_documents(tmp_path: Path):
         ("system", 7), ("first", None), ("first", ["a"]), ("first", [1, 2]), ("documents", {}), ("documents", [7]),
         ("documents", [{"name": "a"}]), ("documents", [{"name": "a", "sha256": "b", "stop": -1}]), ("turn", {}),
         ("turn", {"start": 0, "stop": "9", "asks": True}), ("turn", {"start": 0, "stop": 10.0, "asks": True}),
+        ("cut", 7), ("cut", ["a", 1]),
     ],
 )  # fmt: skip
 def test_a_saved_conversation_of_another_shape_is_refused(key, value):
