@@ -134,3 +134,20 @@ def test_a_haystack_and_the_texts_of_identification_are_only_text(tmp_path):
 def test_leading_ids():
     assert leading_ids(byte_tokenizer(None)) == []
     assert leading_ids(metaspace_tokenizer(None)) == [1]
+
+
+def test_a_tokenizer_without_a_fast_backend():
+    class Slow:
+        """Letters by number; its vocabulary itself knows one control token's spelling."""
+
+        added_tokens_decoder = {1: "</s>", 2: THINK}  # noqa: RUF012
+        unk_token_id = None
+
+        def __call__(self, text, add_special_tokens=True, split_special_tokens=False, verbose=True):
+            assert split_special_tokens and not add_special_tokens
+            parts = text.split("</s>")
+            ids = [[10 + ord(letter) for letter in part] for part in parts]
+            return {"input_ids": [i for number, part in enumerate(ids) for i in ([1] if number else []) + part]}
+
+    text = f"a</s>{THINK}</s>"
+    assert TextEncoder(Slow()).ids(text) == [10 + ord(letter) for letter in text]
