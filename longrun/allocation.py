@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from longrun.errors import PlanError
 from longrun.units import format_bytes
 
+_NO_ROOM_FOR_LIBRARY = "failed to map segment"
 _SAYINGS = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed", "cannot allocate memory")
 _REMEDY = "end what else uses memory, raise the limit (ulimit -v, the container's), or ask for a smaller context"
 
@@ -20,6 +21,8 @@ def is_failed_allocation(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
+    if isinstance(error, ImportError):
+        return _NO_ROOM_FOR_LIBRARY in str(error)
     return isinstance(error, RuntimeError) and any(saying in str(error).lower() for saying in _SAYINGS)
 
 
@@ -44,7 +47,7 @@ def failed_allocations(when: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError, OSError) as error:
+    except (RuntimeError, MemoryError, OSError, ImportError) as error:
         if not is_failed_allocation(error):
             raise
         raise PlanError(allocation_sentence(error, when)) from error

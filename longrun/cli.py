@@ -60,7 +60,7 @@ def run(main: Callable[[], int | None], options: Collection[str] = ()) -> NoRetu
             except LongrunError as error:
                 _say(f"error: {error.told_by(options)}")
                 status = BAD_INPUT
-            except (MemoryError, RuntimeError, OSError) as error:
+            except (MemoryError, RuntimeError, OSError, ImportError) as error:
                 if not is_failed_allocation(error):
                     raise
                 _say(f"error: {allocation_sentence(error, 'on the way')}")

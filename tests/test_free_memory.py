@@ -140,6 +140,8 @@ def test_a_failed_allocation_is_a_sentence(runtime, planted, monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (MemoryError(), True),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), True),
+        (ImportError("No module named 'torch'"), False),
         (OSError(12, "Cannot allocate memory"), True),
         (OSError(28, "No space left on device"), False),
         (RuntimeError("shape mismatch"), False),
