@@ -18,6 +18,7 @@ from longrun.arguments import COUNT
 from longrun.cli import Parser, run
 from longrun.errors import InputError
 from longrun.paths import path_option
+from longrun.user_files import read_object
 
 PART_BYTES = 48 * 10**6
 
@@ -40,7 +41,7 @@ def split(file: Path, folder: Path, part_bytes: int = PART_BYTES) -> list[Path]:
 def join(folder: Path, name: str, target: Path) -> None:
     """Put the parts of `name` together. Raises `InputError` where one is missing or the whole is not what it was."""
     try:
-        note = json.loads((folder / f"{name}.parts.json").read_text(encoding="utf-8"))
+        note = read_object(folder / f"{name}.parts.json", InputError, "bring all of the parts")
         digest = hashlib.sha256()
         partial = target.with_name(f".{target.name}.joining")
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from longrun.errors import InputError
 from longrun.model.adapter import CONFIG_FILE, TARGETS, WEIGHTS_FILE
+from longrun.user_files import read_object
 from longrun.whole_file import write_whole
 
 
@@ -193,7 +194,7 @@ class LoraModel:
 def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of an adapter. Raises `InputError` where it is none of train_long.py's."""
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_object(folder / CONFIG_FILE, InputError, "give a folder that train_long.py wrote")
         lacking = [key for key in ("r", "lora_alpha", "longrun") if key not in config]
         lacking += [key for key in ("rope_theta", "max_position_embeddings") if key not in config.get("longrun", {})]
         if lacking:

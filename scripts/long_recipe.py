@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from longrun.errors import InputError
+from longrun.user_files import parse_toml, read_text
 
 DEFAULT_RECIPE = Path(__file__).with_name("long_recipe.toml")
 _NUMBERS = {
@@ -54,10 +54,7 @@ class Recipe:
         Raises:
             InputError: unreadable, an unknown key, a number or a stage that is impossible.
         """
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"recipe {path} cannot be read ({error}): name a TOML file") from error
+        data = parse_toml(read_text(path, InputError, "name a recipe, a TOML file"), f"recipe {path}", InputError)
         stages = data.pop("stage", [])
         for key, value in data.items():
             if key not in _NUMBERS:

@@ -75,7 +75,7 @@ def test_other_settings_are_refused(training, tmp_path):
         (stage + "\npeak = 3", "every"),
         (stage + "\nstretched = 1.5", "stretched is 1.5, and must be from 0 to 1"),
         (stage.replace("batch=1", "batch=0.5"), "batch is 0.5, and must be a whole number"),
-        ("rank = = 4", "cannot be read"),
+        ("rank = = 4", "not valid TOML"),
     ):
         other.write_text(text)
         with pytest.raises(InputError, match=message):
