@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from longrun.arguments import MAX_SEED, integer, number
 from longrun.errors import InputError, quoted
+from longrun.paths import user_path
 from longrun.patterns.head_split import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, check_window
 
 METHODS = ("gates", "reconstruction")
@@ -103,15 +105,28 @@ class IdentifySettings:
             ("num_keys", self.num_keys, 1),
             ("save_every", self.save_every, 1),
         ):
-            if value < least:
-                raise InputError(f"{name} {value:,} is too small: give at least {least}")
+            integer(value, name, least)
+        integer(self.seed, "seed", 0, MAX_SEED)
         if min_context > context:
             raise InputError(f"min_context {min_context:,} is longer than context {context:,}: give a shorter one")
         rate = max(LEARNING_RATE, SHORTEST_WAY / steps) if self.learning_rate is None else self.learning_rate
-        if not rate > 0 or not self.regularization >= 0:
-            raise InputError(f"learning rate {rate} must be above 0 and regularization {self.regularization} not below")
+        number(rate, "learning rate", 0, above=True)
+        number(self.regularization, "regularization", 0)
+        folders = {
+            "model_dir": str(user_path(self.model_dir, "model folder")),
+            "out": str(user_path(self.out, "head map folder")),
+            "adapter": None if self.adapter is None else str(user_path(self.adapter, "adapter")),
+            "text_files": tuple(str(user_path(name, "text")) for name in self.text_files),
+        }
         return replace(
-            self, context=context, min_context=min_context, steps=steps, device=device, dtype=dtype, learning_rate=rate
+            self,
+            **folders,
+            context=context,
+            min_context=min_context,
+            steps=steps,
+            device=device,
+            dtype=dtype,
+            learning_rate=rate,
         )
 
     def deciding(self) -> dict[str, Any]:

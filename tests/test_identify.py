@@ -17,7 +17,7 @@ from test_adapter import write_adapter
 
 import longrun.patterns.compare_maps as compare_maps_module
 from longrun.config import ModelConfig
-from longrun.errors import CheckpointError, HeadMapError, InputError
+from longrun.errors import CheckpointError, HeadMapError, InputError, LongrunError
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
 from longrun.needles import generate_sentences
@@ -252,10 +252,10 @@ def test_the_default_text_is_long_enough_for_any_context(settings: IdentifySetti
         ({"device": "tpu"}, "device 'tpu' is unknown"),
         ({"device": "cuda"}, "torch finds no GPU"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown"),
-        ({"context": 100}, "context 100 is too small: give at least 128"),
+        ({"context": 100}, "context 100 is too small: it must be at least 128"),
         ({"steps": 0}, "steps 0 is too small"),
         ({"min_context": 600}, "min_context 600 is longer than context 512"),
-        ({"learning_rate": 0.0}, "learning rate 0.0 must be above 0"),
+        ({"learning_rate": 0.0}, "learning rate 0.0 is outside the range: give a number above 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: IdentifySettings, changes: dict, words: str) -> None:
@@ -386,3 +386,17 @@ def test_the_command_compares_and_draws(tmp_path: Path, capsys, monkeypatch) -> 
     assert facts["overlaps"][2]["shared"] == 3
     assert command.main(["compare", pair[0], str(tmp_path / "full")]) == 0
     assert "none, since all scores of one map are equal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"steps": "5"}, {"context": 1e5}, {"context": 10**20}, {"seed": -1}, {"seed": True}, {"num_keys": 0},
+        {"learning_rate": math.nan}, {"learning_rate": "x"}, {"regularization": -1}, {"out": ""}, {"model_dir": 3},
+        {"adapter": "a\0b"}, {"text_files": ("n" * 300,)}, {"sink_size": 1.5}, {"method": 3}, {"device": "tpu"},
+    ],
+)  # fmt: skip
+def test_settings_of_a_wrong_kind_are_one_sentence(given) -> None:
+    with pytest.raises(LongrunError) as error:
+        IdentifySettings(**{"model_dir": "m", "out": "o", **given}).resolved(False)
+    assert len(str(error.value)) < 400
