@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,6 +20,7 @@ from longrun.cli import Parser, run
 from longrun.errors import InputError
 from longrun.paths import path_option
 from longrun.user_files import read_object
+from longrun.whole_file import write_whole
 
 PART_BYTES = 48 * 10**6
 
@@ -40,22 +42,22 @@ def split(file: Path, folder: Path, part_bytes: int = PART_BYTES) -> list[Path]:
 
 def join(folder: Path, name: str, target: Path) -> None:
     """Put the parts of `name` together. Raises `InputError` where one is missing or the whole is not what it was."""
+    digest = hashlib.sha256()
+
+    def write(made: BinaryIO) -> None:
+        for number in range(note["parts"]):
+            data = (folder / f"{name}.part{number}").read_bytes()
+            digest.update(data)
+            made.write(data)
+        if digest.hexdigest() != note["sha256"]:
+            raise InputError(f"the parts of {name} in {folder} are not what was split: bring them again")
+
     try:
         note = read_object(folder / f"{name}.parts.json", InputError, "bring all of the parts")
-        digest = hashlib.sha256()
-        partial = target.with_name(f".{target.name}.joining")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as made:
-            for number in range(note["parts"]):
-                data = (folder / f"{name}.part{number}").read_bytes()
-                digest.update(data)
-                made.write(data)
+        write_whole(target, write)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"the parts of {name} in {folder} cannot be joined ({error}): bring all of them") from error
-    if digest.hexdigest() != note["sha256"]:
-        partial.unlink()
-        raise InputError(f"the parts of {name} in {folder} are not what was split: bring them again")
-    partial.replace(target)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
