@@ -33,7 +33,7 @@ SINKS, RECENT = 4, 12
 LENGTH = 600  # beyond two tiles of 256 queries
 
 
-def settings(folder: Path | str = "", **changes: object) -> IdentifySettings:
+def settings(folder: Path | str = "unused", **changes: object) -> IdentifySettings:
     values = {"sink_size": SINKS, "recent_size": RECENT, "context": 128, "min_context": 128, "steps": 10}
     return IdentifySettings(str(folder), "unused", **{**values, **changes}).resolved(cuda_available=False)
 
