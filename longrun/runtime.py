@@ -19,7 +19,7 @@ from longrun.budget import Budget
 from longrun.cache.host_memory import resident_bytes
 from longrun.cache.pinned_pool import PinnedMemory
 from longrun.config import ModelConfig
-from longrun.errors import InputError, SessionError, quoted, short_path
+from longrun.errors import InputError, quoted, short_path
 from longrun.head_map_check import other_model_notices
 from longrun.kernels.cpu_int4 import CpuInt4Kernels, KernelUnavailable
 from longrun.memory_checks import check_free_memory, library_notice
@@ -326,7 +326,7 @@ class Runtime:
             SessionError: no session there, damaged files, or one of another model, head split or format.
             PlanError: it does not fit in the budget, or in free memory.
         """
-        saved = SavedSession.open(user_path(path, "session folder", SessionError), self._identity)
+        saved = SavedSession.open(path, self._identity)
         capacity = saved.capacity if capacity is None else parse_tokens(capacity, "capacity")
         if capacity < saved.seq_len:
             raise InputError(

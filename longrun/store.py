@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrun.errors import SessionError, shortened
 from longrun.folder_lock import FolderLock
+from longrun.paths import user_path
 from longrun.store_files import read_state, restore_pages, write_pages, write_state
 from longrun.store_manifest import MANIFEST, Manifest, SessionIdentity, StoredFile, check_extra, shown
 from longrun.whole_file import write_whole
@@ -248,10 +249,8 @@ class SavedSession:
 
 def _folder_of(path: str | Path) -> Path:
     try:
-        folder = Path(path).resolve()
-        folder.is_dir()
-        return folder
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        return user_path(path, "session folder", SessionError).resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
         raise SessionError(f"{shown(path)} can be no session's folder ({error}): name another one") from error
 
 

@@ -197,11 +197,14 @@ def test_the_curve_of_a_map_ends_at_full_attention(tmp_path):
         def __init__(self):
             self.curves, self.colours, self.label = {}, {}, ""
 
-        def errorbar(self, x, y, label, color, **_):
-            self.label, self.colours[label] = label, color
+        def errorbar(self, x, y, **_):
+            pass
 
-        def plot(self, x, y, **_):
-            self.curves[self.label] = list(x)
+        def plot(self, x, y, color, label=None, **_):
+            if label is None:
+                self.curves[self.label] = list(x)
+            else:
+                self.label, self.colours[label] = label, color
 
     panel = Panel()
     methods = list(dict.fromkeys(row.method for row in rows))
@@ -212,7 +215,7 @@ def test_the_curve_of_a_map_ends_at_full_attention(tmp_path):
     other = Panel()  # a length at which some rows are missing
     _lines(other, rows[-1:], methods, lambda row: row.retrieval_ratio, lambda row: row.tasks["all"].exact)
     assert other.colours == {"random map, int4": panel.colours["random map, int4"]}
-    assert len(set(panel.colours.values())) == len(methods) > 3
+    assert 3 < len(set(panel.colours.values())) == len(methods) < 8
 
 
 def test_the_shipped_tables_are_those_of_the_pages():

@@ -93,9 +93,9 @@ def test_right_values_are_counted_at_the_positions_given(trained):
         (("--rope-theta", "4e6,x"), "--rope-theta 4e6,x"),
         (("--rope-theta", "0.5"), "numbers above 1"),
         (("--length", "100"), "at least 512"),
-        (("--samples", "0"), "--samples 0"),
+        (("--samples", "0"), "--samples: value 0 is too small"),
         (("--adapter", "none"), "no adapter"),
-        (("--adapter", "nowhere"), "cannot be read"),
+        (("--adapter", "nowhere"), "there is no such file"),
     ],
 )
 def test_bad_input_is_one_sentence(trained, more, said):
