@@ -140,10 +140,9 @@ def start_child(runtime: Runtime, text: Text, folder: Path):
     try:
         session = resumed(runtime, folder)
         session.attach(folder)
-        session.prefill(
-            text.token_ids[session.num_tokens :],
-            lambda done, total: os.write(writing, b"%d\n" % session.num_tokens) and None,
-        )
+        rest = text.token_ids[session.num_tokens :]
+        if rest:  # none where the kill came after the last save
+            session.prefill(rest, lambda done, total: os.write(writing, b"%d\n" % session.num_tokens) and None)
         status = 0
     except LongrunError as error:
         print(f"child: {error}", file=sys.stderr, flush=True)
