@@ -125,7 +125,8 @@ class ModelConfig:
     def arithmetic(self) -> dict[str, Any]:
         """Every field that decides what is computed: what a model's fingerprint takes in."""
         fields = asdict(self)
-        del fields["warnings"]
+        for said_only in ("warnings", "rope_factor", "rope_original"):  # RoPE's own parameters are another thing
+            del fields[said_only]
         return fields
 
     @property

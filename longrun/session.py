@@ -269,7 +269,7 @@ class Session:
                 f"to an earlier mark: take a new one with mark()"
             )
         with deferred_signals():
-            self._keeper.rewound(mark.cache.num_pooled)
+            self._keeper.rewound(mark.cache)
             self.cache.rewind(mark.cache)
             self._engine.rewound()
             del self._ids[mark.num_tokens :]

@@ -9,6 +9,7 @@ from longrun.errors import SessionError
 from longrun.interrupts import deferred_signals
 
 if TYPE_CHECKING:
+    from longrun.cache.dual import CacheMark
     from longrun.session import Session
     from longrun.store import SessionStore
 
@@ -59,10 +60,10 @@ class SessionKeeper:
         """The session was loaded from this store: saving there again writes only what is new."""
         self._store = store
 
-    def rewound(self, num_pooled: int) -> None:
-        """The session was rewound to `num_pooled` pages."""
+    def rewound(self, mark: CacheMark) -> None:
+        """The session was rewound to `mark`: files with later pages no longer describe it."""
         if self._store is not None:
-            self._store.forget_pages(num_pooled)
+            self._store.forget_pages(mark.num_pooled)
 
     def forbid(self, why: str) -> None:
         """From now on `save` and `attach` raise SessionError with `why`, a clause; what was attached is detached."""
