@@ -1,6 +1,6 @@
 """longrun: one Llama-class model over millions of tokens on one GPU, with every byte planned first.
 
-`longrun.load(model_dir, ...)` returns a `Runtime`; see `longrun.runtime`. Nothing heavy is imported until a name is
+`longrun.load(model_dir, ...)` returns a `longrun.runtime.runtime.Runtime`. Nothing heavy is imported until a name is
 used, so that `python -m longrun.plan` answers without torch.
 """
 
@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 from longrun.errors import LongrunError
 
 if TYPE_CHECKING:
-    from longrun.budget import Budget
     from longrun.patterns.head_map import HeadMap
-    from longrun.runtime import Runtime, load
-    from longrun.session import Session
+    from longrun.plan.budget import Budget
+    from longrun.runtime.runtime import Runtime, load
+    from longrun.session.session import Session
 
 __version__ = "0.1.0"
 __all__ = ["Budget", "HeadMap", "LongrunError", "Runtime", "Session", "load"]
 
 _LAZY = {
-    "Budget": "longrun.budget",
+    "Budget": "longrun.plan.budget",
     "HeadMap": "longrun.patterns.head_map",
-    "Runtime": "longrun.runtime",
-    "Session": "longrun.session",
-    "load": "longrun.runtime",
+    "Runtime": "longrun.runtime.runtime",
+    "Session": "longrun.session.session",
+    "load": "longrun.runtime.runtime",
 }
 
 

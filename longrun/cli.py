@@ -39,7 +39,7 @@ class StdoutLost(BaseException):
         self.reason = None if gone else getattr(error, "strerror", None) or str(error)
 
 
-# By which a run is made smaller; see `longrun.plan_search`.
+# By which a run is made smaller; see `longrun.plan.search`.
 PLAN_OPTIONS = frozenset({"--ctx", "--retrieval-ratio", "--weights", "--kv", "--chunk-size"})
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from longrun.errors import InputError
-from longrun.needle_words import NAMES, SLOTS
+from longrun.needles.words import NAMES, SLOTS
 from longrun.patterns.identify_settings import IdentifySettings
-from longrun.text_encoder import TextEncoder, leading_ids
+from longrun.text.encoder import TextEncoder, leading_ids
 
 KEY = "The pass key of {name} is:"
 QUESTION = "\n\nThe text ends here. These are the pass keys that were hidden in it.\n\n"

@@ -23,9 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longrun.errors import ConfigError, InputError, quoted
 from longrun.patterns.gate_texts import GateText, GateTexts
 from longrun.patterns.gated_attention import ATTN_IMPLEMENTATION, Gates
-from longrun.patterns.identify import MethodResult
 from longrun.patterns.identify_checkpoint import Checkpoint
-from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, OnProgress
+from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, MethodResult, OnProgress
 
 __all__ = ["ATTN_IMPLEMENTATION", "identify_gates"]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from longrun.errors import HeadMapError, quoted, short_path
-from longrun.folder_lock import FolderLock
+from longrun.files.folder_lock import FolderLock
+from longrun.files.user_files import read_object, read_text
+from longrun.files.whole_file import fresh_path, leftovers
 from longrun.patterns.head_split import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, check_window
-from longrun.user_files import read_object, read_text
-from longrun.whole_file import fresh_path, leftovers
 
 SCORES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"

@@ -23,9 +23,8 @@ import hashlib
 import json
 import pydoc_data.topics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -35,37 +34,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longrun.config import ModelConfig
-from longrun.documents import read_document
+from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, HeadMapError, InputError, LongrunError, short_path, shortened
+from longrun.files.user_files import read_object
 from longrun.model.adapter import Adapter
 from longrun.model.adapter_merge import load_merged
 from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
 from longrun.model.tokenizer import load_tokenizer
-from longrun.needles import generate_sentences
+from longrun.needles.needles import generate_sentences
 from longrun.patterns.head_map import HeadMap
 from longrun.patterns.head_map_folder import CONFIG_FILE, IDENTIFICATION, SCORES_FILE
 from longrun.patterns.identify_checkpoint import Checkpoint
-from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, OnProgress
-from longrun.text_encoder import TextEncoder
-from longrun.user_files import read_object
+from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, MethodResult, OnProgress
+from longrun.text.documents import read_document
+from longrun.text.encoder import TextEncoder
 
 __all__ = ["Checkpoint", "IdentifyProgress", "IdentifySettings", "MethodResult", "OnProgress", "identify"]
 
 _GENERATED_SENTENCES = 2000
-
-
-@dataclass(frozen=True)
-class MethodResult:
-    """What a method found.
-
-    Attributes:
-        scores: [num_layers][num_kv_heads], clipped to [0, 1] when the map is made.
-        facts: JSON types for the `identification` of the map's config.json, such as the last losses.
-    """
-
-    scores: Sequence[Sequence[float]]
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) -> HeadMap:
@@ -167,7 +153,7 @@ def read_text(tokenizer: PreTrainedTokenizerBase, settings: IdentifySettings) ->
     """The text to hide things in or to repeat, as (int64 [num_tokens] without special tokens, facts that identify it).
 
     Without files it is `pydoc_data.topics` of the running Python (PSF licence), paragraph by paragraph between as many
-    sentences generated from the seed (longrun.needles), and as many more sentences as the context needs.
+    sentences generated from the seed (longrun.needles.needles), and as many more sentences as the context needs.
 
     Raises:
         InputError: a file cannot be read, or the text is shorter than `settings.context`.

@@ -13,9 +13,9 @@ from safetensors.torch import save as encoded
 from torch import Tensor
 
 from longrun.errors import HeadMapError, InputError, shortened
-from longrun.folder_lock import FolderLock
-from longrun.user_files import parse_object, read_object
-from longrun.whole_file import leftovers, write_whole
+from longrun.files.folder_lock import FolderLock
+from longrun.files.user_files import parse_object, read_object
+from longrun.files.whole_file import leftovers, write_whole
 
 _SETTINGS = "settings.json"
 _STATE = "state.safetensors"

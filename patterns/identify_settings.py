@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from longrun.arguments import MAX_SEED, integer, number
@@ -161,3 +161,16 @@ class IdentifyProgress:
 
 
 OnProgress = Callable[[IdentifyProgress], None]
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What a method found.
+
+    Attributes:
+        scores: [num_layers][num_kv_heads], clipped to [0, 1] when the map is made.
+        facts: JSON types for the `identification` of the map's config.json, such as the last losses.
+    """
+
+    scores: Sequence[Sequence[float]]
+    facts: Mapping[str, Any] = field(default_factory=dict)

@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longrun.errors import InputError
-from longrun.patterns.identify import MethodResult
 from longrun.patterns.identify_checkpoint import Checkpoint
-from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, OnProgress
+from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, MethodResult, OnProgress
 from longrun.patterns.reconstruction_attention import GPU_TILE_BYTES, TILE_BYTES
 from longrun.patterns.reconstruction_scores import (
     FIRST_PROMPT,
@@ -26,7 +25,7 @@ from longrun.patterns.reconstruction_scores import (
     rank_scores,
     repeat_parts,
 )
-from longrun.text_encoder import TextEncoder
+from longrun.text.encoder import TextEncoder
 
 ATTN_IMPLEMENTATION = "sdpa"  # what the model is loaded with; `Reconstruction` brings its own while it runs
 

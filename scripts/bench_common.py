@@ -17,17 +17,17 @@ import torch
 
 import longrun
 from longrun.arguments import SEED, SHARE
-from longrun.budget import Budget
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
+from longrun.lab.planted import NOTE, is_planted
+from longrun.lab.report_env import environment
 from longrun.paths import path_option
 from longrun.patterns.head_map import HeadMap
-from longrun.plan import Plan
-from longrun.planted import NOTE, is_planted
+from longrun.plan.budget import Budget
+from longrun.plan.plan import Plan
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
-from longrun.report_env import environment
-from longrun.runtime import Runtime
+from longrun.runtime.runtime import Runtime
 from longrun.units import format_bytes, format_tokens, parse_tokens
 
 DEFAULT_BUDGETS = {"cpu": "cpu", "cuda": "h100-80g"}

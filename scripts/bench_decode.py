@@ -32,13 +32,13 @@ from bench_transformers import TransformersPeer
 from rich.console import Console
 from rich.table import Table
 
-from longrun.cache.spec import CacheSpec
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
-from longrun.model_bytes import compute_itemsize, model_weight_bytes
-from longrun.runtime import Runtime
-from longrun.session import Session
-from longrun.synthetic_session import make_synthetic
+from longrun.lab.synthetic_session import make_synthetic
+from longrun.runtime.runtime import Runtime
+from longrun.session.session import Session
+from longrun.specs.cache_spec import CacheSpec
+from longrun.specs.model_bytes import compute_itemsize, model_weight_bytes
 
 WARM_TOKENS = 8  # the first pays for compiling and capturing
 PROFILED_TOKENS = 8

@@ -26,8 +26,8 @@ from rich.table import Table
 
 from longrun.errors import InputError
 from longrun.quant.kv_format import KV_FORMATS
-from longrun.runtime import Runtime
-from longrun.session import Session
+from longrun.runtime.runtime import Runtime
+from longrun.session.session import Session
 
 BASE = "bf16"  # of weight formats; of page formats it is the first one named
 

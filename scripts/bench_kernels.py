@@ -30,9 +30,9 @@ from longrun.kernels import int4_decode
 from longrun.kernels.int4_decode import DecodePages, Workspace
 from longrun.kernels.int4_decode_cuda import CudaInt4Decode
 from longrun.kernels.int4_pages import ExactRun, PageRun, decode_attention
+from longrun.lab.report_env import environment
 from longrun.paths import path_option
 from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
-from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
 
 

@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from longrun.errors import InputError, PlanError
-from longrun.runtime import Runtime
-from longrun.session import Session
+from longrun.runtime.runtime import Runtime
+from longrun.session.session import Session
 from longrun.units import format_bytes, parse_bytes, parse_tokens
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from longrun.arguments import real
 from longrun.cache.pinned import PIECE_BYTES, CudaRegistrar, pinned_bytes
 from longrun.cli import Parser, run
+from longrun.lab.report_env import environment
 from longrun.paths import path_option
-from longrun.report_env import environment
 
 PAYLOAD_BYTES = 8448  # INT4, head_dim 128
 PAGES_A_CALL = 65_536

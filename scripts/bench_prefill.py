@@ -29,11 +29,11 @@ from bench_transformers import TransformersPeer
 from rich.console import Console
 from rich.table import Table
 
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
-from longrun.needles import Haystack, NeedlePrompt, build_prompt, make_needles
+from longrun.needles.needles import Haystack, NeedlePrompt, build_prompt, make_needles
 from longrun.patterns.head_split import HeadSplit
-from longrun.runtime import Runtime
+from longrun.runtime.runtime import Runtime
 
 SPARE_TOKENS = 64  # questions and answers
 WARM_CHUNKS = 2  # read once before timing: the second brings what libraries load and plan for a chunk over a past

@@ -175,7 +175,7 @@ def whole_model(command: str, *options: str) -> argparse.Namespace:
 
 @cache
 def planted_model() -> str:
-    from longrun.planted import make_planted_model
+    from longrun.lab.planted import make_planted_model
 
     folder = tempfile.mkdtemp(prefix="longrun-shares-")
     made = make_planted_model(Path(folder) / "model", "llama-3-8b", layers=4, device="cuda")

@@ -27,24 +27,24 @@ from compare_runtimes import Runtimes, comparison_budget
 from longrun.arguments import COUNT, SEED, whole
 from longrun.cli import Parser, redraws, run
 from longrun.errors import InputError
+from longrun.lab.quality.measures import SPARE_TOKENS, ReferenceLogits, measure_retrieval, measure_text
+from longrun.lab.quality.report import write_report
+from longrun.lab.quality.results import QualityResults
+from longrun.lab.quality.settings import REFERENCE, REFERENCE_ROW, Row, read_rows
+from longrun.lab.quality.summary import sentences
+from longrun.lab.quality.tasks import TaskDocument, held_out_text, retrieval_documents, text_documents
+from longrun.lab.report_env import environment
 from longrun.model.choice import choose_model
-from longrun.needles import Haystack
+from longrun.needles.needles import Haystack
 from longrun.paths import path_option
-from longrun.quality.measures import SPARE_TOKENS, ReferenceLogits, measure_retrieval, measure_text
-from longrun.quality.report import write_report
-from longrun.quality.results import QualityResults
-from longrun.quality.settings import REFERENCE, REFERENCE_ROW, Row, read_rows
-from longrun.quality.summary import sentences
-from longrun.quality.tasks import TaskDocument, held_out_text, retrieval_documents, text_documents
-from longrun.report_env import environment
-from longrun.text_encoder import TextEncoder, leading_ids
+from longrun.text.encoder import TextEncoder, leading_ids
 from longrun.units import format_tokens, parse_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from longrun.plan import Plan
-    from longrun.runtime import Runtime
+    from longrun.plan.plan import Plan
+    from longrun.runtime.runtime import Runtime
 
 GROUPS = ("single", "several", "keyvalue", "text")
 
@@ -277,8 +277,8 @@ def main(argv: Sequence[str] | None = None, load_rows: Callable[[Path], tuple[Ro
     """Run what is missing and report. Status 0; bad input raises a LongrunError."""
     from rich.console import Console
 
+    from longrun.lab.planted import NOTE, is_planted
     from longrun.model.checkpoint import model_fingerprint
-    from longrun.planted import NOTE, is_planted
 
     arguments = parse_arguments(argv)
     settings = collect_settings(arguments)

@@ -23,14 +23,14 @@ from rich.console import Console
 import longrun
 from longrun.arguments import SEED, SHARE
 from longrun.cli import Parser, run
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, InputError
+from longrun.lab.planted import NOTE, is_planted
 from longrun.model.tokenizer import load_tokenizer
-from longrun.needles import Haystack, build_prompt, make_needles
+from longrun.needles.needles import Haystack, build_prompt, make_needles
 from longrun.paths import path_option
-from longrun.planted import NOTE, is_planted
 from longrun.quant.kv_format import KV_FORMATS
-from longrun.session import Session
+from longrun.session.session import Session
 from longrun.units import parse_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from longrun.cli import Parser, run
 from longrun.errors import InputError
+from longrun.lab.quality.report import write_report
+from longrun.lab.quality.results import FORMAT, RESULTS_FILE, QualityResults
+from longrun.lab.quality.summary import not_measured, sentences
+from longrun.lab.report_env import environment
 from longrun.paths import path_option
-from longrun.quality.report import write_report
-from longrun.quality.results import FORMAT, RESULTS_FILE, QualityResults
-from longrun.quality.summary import not_measured, sentences
-from longrun.report_env import environment
 from longrun.units import format_tokens
 
 # What may be another at every length; all else must be the same.

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 import torch
 
 import longrun
-from longrun import gpu_checks
-from longrun.budget import Budget
-from longrun.config import ModelConfig
-from longrun.head_map_check import other_model_notices
+from longrun.config.model_config import ModelConfig
+from longrun.lab.quality.settings import Row
 from longrun.model.decoder import Decoder, DecoderLayer
 from longrun.patterns.head_map import HeadMap, HeadSplit
-from longrun.placement import DEFAULT_WEIGHT_FORMAT
-from longrun.plan import choose_split, make_plan
-from longrun.plan_kernels import check_kernel_shapes
-from longrun.quality.settings import Row
+from longrun.plan.budget import Budget
+from longrun.plan.kernels import check_kernel_shapes
+from longrun.plan.placement import DEFAULT_WEIGHT_FORMAT
+from longrun.plan.plan import choose_split, make_plan
 from longrun.quant.linear import QuantLinear
-from longrun.runtime import Runtime
+from longrun.runtime import gpu_checks
+from longrun.runtime.head_map_check import other_model_notices
+from longrun.runtime.runtime import Runtime
 
 if TYPE_CHECKING:
     from longrun.kernels.gpu_kernels import GpuKernels

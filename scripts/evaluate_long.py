@@ -30,13 +30,13 @@ import longrun
 from longrun.arguments import COUNT, SEED, whole
 from longrun.cli import Parser, run
 from longrun.errors import InputError
-from longrun.long_tasks import Corpus, TaskWriter, TestDocument, TestQuestion
+from longrun.lab.long_tasks import Corpus, TaskWriter, TestDocument, TestQuestion
+from longrun.lab.report_env import environment
 from longrun.model.choice import choose_model
 from longrun.paths import path_option
-from longrun.placement import DEFAULT_WEIGHT_FORMAT
+from longrun.plan.placement import DEFAULT_WEIGHT_FORMAT
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
-from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
 
 SPARE = 96  # tokens of a question and its answer beyond the document

@@ -28,11 +28,11 @@ from long_samples import AnswerWeights, Sample, SampleWriter
 from longrun.arguments import COUNT, SEED
 from longrun.cli import Parser, run
 from longrun.errors import InputError
-from longrun.long_tasks import Corpus
+from longrun.lab.long_tasks import Corpus
+from longrun.lab.report_env import environment
 from longrun.model.choice import choose_model
 from longrun.model.tokenizer import load_tokenizer
 from longrun.paths import path_option
-from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
 
 RESTING = 16

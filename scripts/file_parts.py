@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from longrun.arguments import COUNT
 from longrun.cli import Parser, run
 from longrun.errors import InputError
+from longrun.files.user_files import read_object
+from longrun.files.whole_file import write_whole
 from longrun.paths import path_option
-from longrun.user_files import read_object
-from longrun.whole_file import write_whole
 
 PART_BYTES = 48 * 10**6
 

@@ -36,12 +36,12 @@ from fuzz_mutations import damage_bytes, damage_header, damage_json, damage_tabl
 from safetensors.torch import load_file
 
 import longrun
-from longrun.budget import Budget
-from longrun.chat_format import ChatFormat
-from longrun.config import ModelConfig
+from longrun.chat.format import ChatFormat
+from longrun.config.model_config import ModelConfig
 from longrun.model.folder import check_folder
 from longrun.model.tokenizer import load_tokenizer
-from longrun.plan import choose_split, make_plan
+from longrun.plan.budget import Budget
+from longrun.plan.plan import choose_split, make_plan
 
 _BUDGET = Budget(gpu_bytes=2 * 10**9, kv_format="fp32", weight_format="fp32", chunk_size=64)
 _TOML = (

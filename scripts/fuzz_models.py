@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import longrun
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 
 TEXT = "The lighthouse keeper wrote 27 letters."
 PROMPT = [5, 40, 41, 3, 17, 60, 61, 62, 9, 33, 12, 70, 71, 5, 90]

@@ -32,12 +32,12 @@ import longrun
 from longrun import cli
 from longrun.arguments import COUNT, SEED
 from longrun.errors import InputError, LongrunError
+from longrun.lab.planted import make_planted_model
 from longrun.paths import path_option
-from longrun.planted import make_planted_model
-from longrun.runtime import Runtime
-from longrun.session import Session
-from longrun.store import is_session
-from longrun.store_manifest import Manifest
+from longrun.runtime.runtime import Runtime
+from longrun.session.manifest import Manifest
+from longrun.session.session import Session
+from longrun.session.store import is_session
 
 CHUNKS_A_LIFE = 6
 NEXT_TOKENS = 20

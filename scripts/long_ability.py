@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from long_chat import TEST_PROMPTS
 from long_lora import LoraModel
 
-from longrun.long_tasks import Corpus
+from longrun.lab.long_tasks import Corpus
 from longrun.model.tokenizer import load_tokenizer
 
 WINDOW = 4096

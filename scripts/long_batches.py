@@ -20,7 +20,7 @@ from long_positions import stretched
 from long_recipe import Recipe
 from long_samples import Sample, SampleWriter
 
-from longrun.long_tasks import Corpus
+from longrun.lab.long_tasks import Corpus
 
 TOGETHER = 65_536
 """As many samples run side by side as have at most so many tokens, and at least one."""

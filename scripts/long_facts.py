@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import long_forms as forms
 
-from longrun import long_words as words
 from longrun.errors import InputError
-from longrun.long_tasks import Draw, Fact
+from longrun.lab import long_words as words
+from longrun.lab.long_tasks import Draw, Fact
 
 _TRIES = 500  # draws of a subject that is not taken, before a pool counts as used up
 _FEW = 100  # facts up to which first names alone tell people apart

@@ -1,4 +1,4 @@
-"""More words, forms and lists for training on long texts, beside those of longrun/long_words.py.
+"""More words, forms and lists for training on long texts, beside those of longrun/lab/long_words.py.
 
 None of it is a test's: the six forms of `long_words.TEST_FORMS`, their phrasings and names, the needle sweep's form and
 the quality comparison's entries ("The code of NAME is: KEY.") stand nowhere here.
@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from longrun import long_words as words
-from longrun.long_words import Form
+from longrun.lab import long_words as words
+from longrun.lab.long_words import Form
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from long_chat import chat_prompts
 from long_lora import LoraModel
 from long_ranks import Ranks
 
-from longrun.long_tasks import Corpus, TaskWriter
+from longrun.lab.long_tasks import Corpus, TaskWriter
 
 _CHATS_TOGETHER = 96
 _TEMPERATURES = (1.0, 0.5)  # of the original's own answers, part by part: what it may say, and what it mostly says

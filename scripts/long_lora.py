@@ -18,9 +18,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from longrun.errors import InputError
+from longrun.files.user_files import read_object
+from longrun.files.whole_file import write_whole
 from longrun.model.adapter import CONFIG_FILE, TARGETS, WEIGHTS_FILE
-from longrun.user_files import read_object
-from longrun.whole_file import write_whole
 
 
 class LoraLinear(nn.Module):

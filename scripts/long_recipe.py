@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from longrun.errors import InputError
-from longrun.user_files import parse_toml, read_text
+from longrun.files.user_files import parse_toml, read_text
 
 DEFAULT_RECIPE = Path(__file__).with_name("long_recipe.toml")
 _NUMBERS = {

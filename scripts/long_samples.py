@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from long_facts import FactList, TrainDraw
 
-from longrun import long_words as words
 from longrun.errors import InputError
-from longrun.long_tasks import Corpus, Fact, TaskWriter
+from longrun.lab import long_words as words
+from longrun.lab.long_tasks import Corpus, Fact, TaskWriter
 
 _MAX_SHARE = 0.55  # of a sample's tokens that facts, questions and answers may take together
 _KINDS = ("sparse", "dense", "rows")

@@ -1,4 +1,4 @@
-"""Write a planted checkpoint: a model that retrieves by construction (see longrun/planted.py).
+"""Write a planted checkpoint: a model that retrieves by construction (see longrun/lab/planted.py).
 
 Example: python scripts/make_planted_model.py --shape tiny --out models/planted-tiny
 """
@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from longrun.arguments import COUNT, SEED, SHARE
 from longrun.cli import Parser, run
 from longrun.errors import InputError
+from longrun.lab.planted import NOTE, SHAPES, make_planted_model
 from longrun.paths import path_option
-from longrun.planted import NOTE, SHAPES, make_planted_model
 from longrun.units import format_bytes, format_tokens
 
 

@@ -21,21 +21,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from longrun.arguments import COUNT, SEED, SHARE
 from longrun.cli import Parser, run
 from longrun.errors import InputError
-from longrun.needle_report import draw_heatmap, grid, summary
-from longrun.needle_results import SweepResults
-from longrun.needles import Haystack, NeedlePrompt, NeedleQuestion, build_prompt, make_needles
+from longrun.lab.needle_report import draw_heatmap, grid, summary
+from longrun.lab.needle_results import SweepResults
+from longrun.lab.report_env import environment
+from longrun.needles.needles import Haystack, NeedlePrompt, NeedleQuestion, build_prompt, make_needles
 from longrun.paths import path_option
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
-from longrun.report_env import environment
 from longrun.units import format_tokens, parse_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from longrun.auto_head_map import AutoHeadMap
-    from longrun.runtime import Runtime
-    from longrun.session import Session
+    from longrun.runtime.auto_head_map import AutoHeadMap
+    from longrun.runtime.runtime import Runtime
+    from longrun.session.session import Session
 
 SPARE_TOKENS = 4  # generated beyond the key, to see that the number ends where it should
 
@@ -301,7 +301,7 @@ def run_setting(
     console: Console,
 ) -> None:
     """Run the cells of one setting that `results` lacks; the model is loaded only if there are any."""
-    from longrun.progress import HeadMapProgress, PrefillProgress
+    from longrun.chat.progress import HeadMapProgress, PrefillProgress
 
     grid_cells = [(length, depth) for length in settings["lengths"] for depth in settings["depths"]]
     todo = [cell for cell in grid_cells if results.get(setting, *cell) is None]
@@ -341,11 +341,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the grid. Status 0; bad input raises a LongrunError."""
     from rich.console import Console
 
-    from longrun.config import ModelConfig
+    from longrun.config.model_config import ModelConfig
+    from longrun.lab.planted import NOTE, is_planted
     from longrun.model.adapter import Adapter
     from longrun.model.checkpoint import model_fingerprint
     from longrun.model.choice import choose_model
-    from longrun.planted import NOTE, is_planted
 
     arguments = parse_arguments(argv)
     settings = collect_settings(arguments)

@@ -11,9 +11,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from longrun.quality.statistics import paired_difference
-from longrun.quality.summary import identity
-from longrun.quality.tasks import TEXT_TASK
+from longrun.lab.quality.statistics import paired_difference
+from longrun.lab.quality.summary import identity
+from longrun.lab.quality.tasks import TEXT_TASK
 from longrun.units import format_tokens
 
 _BASE = "int4"

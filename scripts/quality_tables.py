@@ -35,14 +35,14 @@ from quality_pages import page_table
 
 from longrun import cli
 from longrun.errors import InputError
+from longrun.lab.quality.report import BYTES_PICTURE, RATIO_PICTURE, asked
+from longrun.lab.quality.results import QualityResults
+from longrun.lab.quality.settings import REFERENCE, Row
+from longrun.lab.quality.statistics import Estimate
+from longrun.lab.quality.summary import ALL_TASKS, beside, percent, points, sentences
+from longrun.lab.quality.tasks import RETRIEVAL_TASKS
+from longrun.lab.quality.window_picture import WINDOW_PICTURE
 from longrun.paths import path_option
-from longrun.quality.report import BYTES_PICTURE, RATIO_PICTURE, asked
-from longrun.quality.results import QualityResults
-from longrun.quality.settings import REFERENCE, Row
-from longrun.quality.statistics import Estimate
-from longrun.quality.summary import ALL_TASKS, beside, percent, points, sentences
-from longrun.quality.tasks import RETRIEVAL_TASKS
-from longrun.quality.window_picture import WINDOW_PICTURE
 from longrun.units import format_bytes, format_tokens
 
 ROOT = Path(__file__).resolve().parent.parent

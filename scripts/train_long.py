@@ -44,11 +44,11 @@ from long_samples import AnswerWeights, SampleWriter
 from longrun.arguments import COUNT, real
 from longrun.cli import Parser, run
 from longrun.errors import InputError
-from longrun.long_tasks import Corpus
+from longrun.files.whole_file import write_whole
+from longrun.lab.long_tasks import Corpus
 from longrun.model.checkpoint import weights_fingerprint
 from longrun.model.tokenizer import load_tokenizer
 from longrun.paths import path_option
-from longrun.whole_file import write_whole
 
 STOPPED = 3  # exit status: stopped before the end, the same command goes on
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from long_training import Training
     from planted_chat import Done
 
-    from longrun.planted import PlantedModel
+    from longrun.lab.planted import PlantedModel
 
 # Tests run beside other work: waiting threads must not spin. Read when torch loads its OpenMP runtime.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -37,7 +37,7 @@ def demo_model() -> Path:
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> PlantedModel:
     """A tiny model that finds needles by construction; its folder is only read."""
-    from longrun.planted import make_planted_model
+    from longrun.lab.planted import make_planted_model
 
     return make_planted_model(tmp_path_factory.mktemp("planted") / "model")
 

@@ -135,3 +135,23 @@ def heavy_chains(sources: Mapping[str, str]) -> list[str]:
                     seen.add(target)
                     todo.append((*chain, target))
     return chains
+
+
+def circles(sources: Mapping[str, str]) -> list[str]:
+    """Modules that import each other, by way of others or for a type checker alone too, one sentence a circle."""
+    targets = {
+        module: {found.target for found in find_imports(module, sources) if found.target in sources} - {module}
+        for module in sources
+    }
+
+    def reached(start: str) -> set[str]:
+        todo, seen = [start], set()
+        while todo:
+            for target in targets[todo.pop()] - seen:
+                seen.add(target)
+                todo.append(target)
+        return seen
+
+    around = {module: reached(module) for module in sources}
+    found = {frozenset(other for other in around[one] if one in around[other]) for one in sources if one in around[one]}
+    return sorted(" and ".join(sorted(circle)) + " import each other" for circle in found)

@@ -13,10 +13,10 @@ import tokenizers
 import torch
 import transformers
 
-from longrun import long_words as words
-from longrun.long_tasks import Corpus
+from longrun.lab import long_words as words
+from longrun.lab.long_tasks import Corpus
 from longrun.model.checkpoint import weights_fingerprint
-from longrun.needles import generate_sentences
+from longrun.needles.needles import generate_sentences
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"

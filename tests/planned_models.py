@@ -1,7 +1,7 @@
 """Models that plans are made for: Llama 3 8B and a small one, as a config.json describes them."""
 
-from longrun.config import ModelConfig
-from longrun.plan import choose_split
+from longrun.config.model_config import ModelConfig
+from longrun.plan.plan import choose_split
 
 LLAMA_JSON = {
     "architectures": ["LlamaForCausalLM"],

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from longrun.chat import chat_command
+from longrun.chat.command import chat_command
 from longrun.cli import run
-from longrun.needles import generate_sentences, make_needles
+from longrun.needles.needles import generate_sentences, make_needles
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDLES = make_needles(2, 0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from longrun.lab.planted import PlantedModel
 from longrun.patterns.baseline_maps import random_map
-from longrun.planted import PlantedModel
 
 
 def maps_that_miss(planted: PlantedModel) -> list[int]:

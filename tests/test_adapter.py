@@ -15,7 +15,7 @@ from tiny_models import save_tiny
 
 import longrun
 from longrun.attention.interface import Step
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import load_decoder, model_fingerprint, weights_fingerprint

@@ -10,7 +10,7 @@ from test_adapter import SHORT, write_adapter
 from tiny_models import save_tiny
 
 import longrun
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError
 from longrun.model.adapter import Adapter
 from longrun.model.adapter_merge import load_merged

@@ -19,13 +19,13 @@ from tiny_models import save_tiny
 
 import longrun
 from longrun.arguments import check_platform, choice, integer, number, real, whole
-from longrun.budget import Budget
+from longrun.engine.sampling import SamplingParams
+from longrun.engine.token_ids import token_id_tensor
 from longrun.errors import HeadMapError, InputError, LongrunError
 from longrun.paths import cache_dir, path_option, user_path
 from longrun.patterns.head_map import HeadMap
-from longrun.plan import choose_split, make_plan
-from longrun.sampling import SamplingParams
-from longrun.token_ids import token_id_tensor
+from longrun.plan.budget import Budget
+from longrun.plan.plan import choose_split, make_plan
 from longrun.units import parse_bytes, parse_tokens
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from longrun.attention.interface import Step
-from longrun.attention.spec import AttentionSpec
 from longrun.attention.torch_backend import TorchAttention
 from longrun.cache.dual import DualCache
-from longrun.cache.spec import CacheSpec
 from longrun.kernels.cpu_int4 import CpuInt4Kernels
 from longrun.paths import cache_dir
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
 from longrun.quant.rotation import key_rotation
+from longrun.specs.attention_spec import AttentionSpec
+from longrun.specs.cache_spec import CacheSpec
 
 DIM, KV_HEADS, GROUP = 32, 4, 2
 SPLITS = {"full": (4, 4), "none": (0, 0), "mixed": (1, 3)}

@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save_file
 from test_adapter import write_adapter
 
 import longrun
-from longrun import auto_head_map as auto
-from longrun.auto_head_map import AutoHeadMap, auto_head_map, kept_folder
-from longrun.cache import host_memory
-from longrun.chat import chat_command
-from longrun.config import ModelConfig
+from longrun.chat.command import chat_command
+from longrun.chat.progress import HeadMapProgress
+from longrun.config.model_config import ModelConfig
 from longrun.errors import HeadMapError, InputError, PlanError
+from longrun.lab.planted import PlantedModel, make_planted_model
+from longrun.machine import host_memory
 from longrun.model.adapter import Adapter
 from longrun.paths import cache_dir
 from longrun.patterns.head_map import HeadMap
-from longrun.planted import PlantedModel, make_planted_model
-from longrun.progress import HeadMapProgress
+from longrun.runtime import auto_head_map as auto
+from longrun.runtime.auto_head_map import AutoHeadMap, auto_head_map, kept_folder
 
 TOPICS = {"lambda": "The text that is read, made short: it is tokenized every time. " * 5}
 
@@ -238,7 +238,7 @@ def test_the_chat_says_where_the_map_is_kept(cache: Path, planted: PlantedModel,
 
 def test_progress_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 1.0, 6.0, 6.0, 7.0, 20.0])
-    monkeypatch.setattr("longrun.progress.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("longrun.chat.progress.time.perf_counter", lambda: next(clock))
     said = io.StringIO()
     progress = HeadMapProgress(Console(file=said, width=200))
     for done in range(5):

@@ -12,12 +12,12 @@ import torch
 from tiny_models import save_tiny
 
 import longrun
-from longrun import report_env
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
+from longrun.lab import report_env
+from longrun.lab.planted import make_planted_model
+from longrun.lab.synthetic_session import make_synthetic
 from longrun.patterns.head_map import HeadMap
-from longrun.planted import make_planted_model
-from longrun.synthetic_session import make_synthetic
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from longrun.budget import Budget, shipped_budgets
 from longrun.errors import ConfigError, InputError, LongrunError
+from longrun.plan.budget import Budget, shipped_budgets
 
 FULL = """
 [memory]

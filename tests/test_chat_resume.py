@@ -13,12 +13,12 @@ import pytest
 from planted_chat import ENVIRONMENT, NEEDLES, ask, command, saved_tokens, spaced
 
 from longrun.cache.pages import PagedHeads
+from longrun.chat.progress import PrefillProgress
 from longrun.errors import SessionError
-from longrun.folder_lock import FolderLock
-from longrun.needles import generate_sentences
-from longrun.progress import PrefillProgress
-from longrun.store import SessionStore
-from longrun.text_stream import AnswerText
+from longrun.files.folder_lock import FolderLock
+from longrun.needles.needles import generate_sentences
+from longrun.session.store import SessionStore
+from longrun.text.stream import AnswerText
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_signal_while_answering_leaves_the_question_to_be_answered(
             signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr("longrun.chat._emit_to_stderr", emit_and_signal)
+        patch.setattr("longrun.chat.command._emit_to_stderr", emit_and_signal)
         done = chat(*arguments, "--session", folder)
     assert done.status == status
     if number == signal.SIGINT:

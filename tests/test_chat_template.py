@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from longrun import chat_template
-from longrun.chat_template import TemplateError, render_chats
 from longrun.errors import CheckpointError
-from longrun.turn_end import template_ends, tokenizer_ends
+from longrun.text import chat_template
+from longrun.text.chat_template import TemplateError, render_chats
+from longrun.text.turn_end import template_ends, tokenizer_ends
 from tests.test_conversation import CHATML, LLAMA2, START, byte_tokenizer, metaspace_tokenizer
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import edit_config, save_tiny
 
 from longrun.attention.interface import Step
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError
 from longrun.model.checkpoint import load_decoder, model_fingerprint
 from longrun.model.rope import RopeParameters, RotaryTable
@@ -244,7 +244,7 @@ def test_loading_costs_the_weights_and_one_piece(tmp_path):
     assert total > 120e6
     code = (
         "import sys\n"
-        "from longrun.config import ModelConfig\n"
+        "from longrun.config.model_config import ModelConfig\n"
         "from longrun.model.checkpoint import load_decoder\n"
         "def status(key):\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"

@@ -11,9 +11,9 @@ from planted_maps import maps_that_miss
 
 import longrun
 from longrun.errors import InputError
-from longrun.planted import NOTE
-from longrun.quality.report import BYTES_PICTURE, RATIO_PICTURE
-from longrun.quality.results import QualityResults
+from longrun.lab.planted import NOTE
+from longrun.lab.quality.report import BYTES_PICTURE, RATIO_PICTURE
+from longrun.lab.quality.results import QualityResults
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 700
@@ -164,7 +164,7 @@ def test_a_stopped_run_goes_on_and_only_new_rows_are_measured(
     three.write_text("[[row]]".join(rows[:4]))
     more = ["--tasks", "several,text"]
     arguments = options(planted, two, tmp_path / "out", *more)
-    monkeypatch.setattr("longrun.quality.report._draw", lambda *given, **named: Path("picture"))
+    monkeypatch.setattr("longrun.lab.quality.report._draw", lambda *given, **named: Path("picture"))
     add = QualityResults.add
 
     def stopping(self, record):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
+from longrun.lab.planted import make_planted_model
 from longrun.patterns.head_map import HeadMap
-from longrun.planted import make_planted_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 

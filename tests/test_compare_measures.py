@@ -9,8 +9,7 @@ import torch
 from planted_maps import maps_that_miss
 
 import longrun
-from longrun.needles import Haystack
-from longrun.quality.measures import (
+from longrun.lab.quality.measures import (
     SPARE_TOKENS,
     cache_bytes,
     compare_blocks,
@@ -18,8 +17,9 @@ from longrun.quality.measures import (
     measure_retrieval,
     open_session,
 )
-from longrun.quality.settings import Row
-from longrun.quality.tasks import retrieval_documents
+from longrun.lab.quality.settings import Row
+from longrun.lab.quality.tasks import retrieval_documents
+from longrun.needles.needles import Haystack
 
 
 @pytest.fixture(scope="module")

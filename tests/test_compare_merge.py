@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from longrun.errors import InputError
-from longrun.quality.report import BYTES_PICTURE, RATIO_PICTURE, _lines, write_report
-from longrun.quality.results import QualityResults
-from longrun.quality.settings import REFERENCE_ROW, Row
-from longrun.quality.summary import summarize
-from longrun.quality.window_picture import WINDOW_PICTURE, windows
+from longrun.lab.quality.report import BYTES_PICTURE, RATIO_PICTURE, _lines, write_report
+from longrun.lab.quality.results import QualityResults
+from longrun.lab.quality.settings import REFERENCE_ROW, Row
+from longrun.lab.quality.summary import summarize
+from longrun.lab.quality.window_picture import WINDOW_PICTURE, windows
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = (REFERENCE_ROW, Row("full int4", kv="int4"), Row("half", "maps/gates", 0.5, "int4"))
@@ -219,7 +219,7 @@ def test_the_curve_of_a_map_ends_at_full_attention(tmp_path):
 
 
 def test_the_shipped_tables_are_those_of_the_pages():
-    from longrun.quality.settings import read_rows
+    from longrun.lab.quality.settings import read_rows
 
     split = {row.name: row for row in read_rows(ROOT / "scripts" / "compare_split.toml")}
     for name in ("gates", "reconstruction"):

@@ -11,10 +11,10 @@ import torch
 from tiny_models import save_tiny
 
 import longrun
-from longrun.budget import Budget
 from longrun.errors import HeadMapError, InputError
+from longrun.lab.quality.settings import REFERENCE_ROW, Row
 from longrun.patterns.head_map import HeadMap
-from longrun.quality.settings import REFERENCE_ROW, Row
+from longrun.plan.budget import Budget
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 RATIO = 0.4

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from longrun.errors import InputError
+from longrun.lab.quality.settings import REFERENCE_ROW, Row, read_rows
 from longrun.patterns.head_map import HeadMap
-from longrun.quality.settings import REFERENCE_ROW, Row, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 

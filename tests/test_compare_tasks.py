@@ -6,9 +6,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from longrun.errors import InputError
-from longrun.needles import Haystack
-from longrun.quality.tasks import held_out_text, retrieval_documents, text_documents
-from longrun.text_encoder import leading_ids
+from longrun.lab.quality.tasks import held_out_text, retrieval_documents, text_documents
+from longrun.needles.needles import Haystack
+from longrun.text.encoder import leading_ids
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import pytest
 import transformers
 from tiny_models import FAMILIES, tiny_model
 
-from longrun.budget import Budget
-from longrun.config import SUPPORTED_ARCHITECTURES, ModelConfig
+from longrun.config.model_config import SUPPORTED_ARCHITECTURES, ModelConfig
 from longrun.errors import CheckpointError, ConfigError
 from longrun.model.rope import RopeParameters
-from longrun.plan import make_plan
+from longrun.plan.budget import Budget
+from longrun.plan.plan import make_plan
 
 NAMES = {model_type: name for name, model_type in SUPPORTED_ARCHITECTURES.items()}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -215,7 +215,10 @@ def test_folder_errors(tmp_path):
 
 
 def test_neither_torch_nor_transformers_is_imported():
-    code = "import sys, longrun.config, longrun.model_bytes; print({'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, longrun.config.model_config, longrun.specs.model_bytes; "
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
     root = Path(__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.strip() == "set()"

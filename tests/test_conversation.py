@@ -9,11 +9,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from longrun.chat_format import ChatFormat
-from longrun.conversation import Conversation
-from longrun.documents import Document, read_document
+from longrun.chat.conversation import Conversation
+from longrun.chat.format import ChatFormat
 from longrun.errors import CheckpointError, ContextFullError, InputError, SessionError
-from longrun.text_stream import AnswerText, StopStrings, TextStream, text_pieces
+from longrun.text.documents import Document, read_document
+from longrun.text.stream import AnswerText, StopStrings, TextStream, text_pieces
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -7,9 +7,9 @@ from tiny_models import tiny_model
 
 pytest.importorskip("triton", reason="the GPU backend needs Triton, which is optional without a GPU")
 
-from longrun.engine import Engine
+from longrun.engine.engine import Engine
 from longrun.errors import ContextFullError
-from longrun.session import Session
+from longrun.session.session import Session
 
 START = 190
 

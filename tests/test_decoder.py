@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from longrun.attention.interface import Step
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
+from longrun.machine.processor import bf16_product_copy_bytes
 from longrun.model.checkpoint import load_decoder
 from longrun.model.decoder import Decoder
 from longrun.model.rope import RopeParameters, RotaryTable
-from longrun.model_bytes import activation_bytes, model_weight_bytes
-from longrun.processor import bf16_product_copy_bytes
+from longrun.specs.model_bytes import activation_bytes, model_weight_bytes
 
 PERMUTATION = [[2, 0, 1], [0, 1, 2], [1, 2, 0]]
 SPLITS = {"one piece": [150], "odd chunks": [1, 37, 64, 5, 43], "token by token": [130] + [1] * 20}

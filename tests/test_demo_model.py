@@ -13,7 +13,7 @@ import transformers
 from reference import ReferenceAttention
 
 from longrun.attention.interface import Step
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError
 from longrun.model import demo
 from longrun.model.checkpoint import load_decoder

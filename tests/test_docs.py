@@ -84,7 +84,7 @@ def test_the_link_check_finds_broken_links(tmp_path: Path) -> None:
 
 
 def test_every_shipped_budget_is_listed() -> None:
-    shipped = [path.stem for path in (ROOT / "longrun" / "budgets").glob("*.toml")]
+    shipped = [path.stem for path in (ROOT / "longrun" / "plan" / "budgets").glob("*.toml")]
     assert len(shipped) >= 4
     assert [name for name in shipped if f"`{name}`" not in README] == []
 
@@ -120,7 +120,7 @@ def test_the_printed_plan_is_what_the_program_prints() -> None:
 def test_the_python_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from longrun.planted import make_planted_model
+    from longrun.lab.planted import make_planted_model
 
     make_planted_model(tmp_path / "my-model", "tiny")
     (tmp_path / "my-model" / "head_map").rename(tmp_path / "my-head-map")

@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from longrun import encode_text
-from longrun.encode_text import encode_in_pieces
 from longrun.errors import InputError
+from longrun.text import encode_text
+from longrun.text.encode_text import encode_in_pieces
 
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"

@@ -10,11 +10,11 @@ import torch
 from tiny_models import save_tiny
 
 import longrun
-from longrun.attention.eviction_backend import EvictionAttention, EvictionSettings
 from longrun.attention.interface import Step
-from longrun.cache.evicting import EvictingCache, EvictingSpec
 from longrun.errors import InputError, PlanError, SessionError
-from longrun.quality.eviction import end_prompt, make_session
+from longrun.lab.evicting_cache import EvictingCache, EvictingSpec
+from longrun.lab.eviction_attention import EvictionAttention, EvictionSettings
+from longrun.lab.quality.eviction import end_prompt, make_session
 
 HEADS, GROUP, DIM = 3, 2, 16
 METHODS = ("snapkv", "tova")

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import longrun
-import longrun.runtime
+import longrun.runtime.runtime
 from longrun.allocation import failed_allocations, is_failed_allocation
-from longrun.cache import host_memory
 from longrun.cli import run
 from longrun.errors import PlanError
-from longrun.memory_checks import check_free_memory, library_notice
+from longrun.machine import host_memory
+from longrun.runtime.memory_checks import check_free_memory, library_notice
 
 BIG = 400_000  # tokens: 1.4 GB of fp32 pages
 
@@ -72,7 +72,7 @@ def test_what_is_resident_is_not_asked_for_twice(runtime, monkeypatch):
 def test_a_run_that_fits_in_a_small_container_is_not_refused(planted, monkeypatch):
     """600 MB, of which the libraries hold 200: what is left holds what the plan needs beside them."""
     own_memory(monkeypatch, 300 * 10**6, 100 * 10**6, 400 * 10**6)
-    monkeypatch.setattr(longrun.runtime, "Runtime", lambda *args: "loaded")
+    monkeypatch.setattr(longrun.runtime.runtime, "Runtime", lambda *args: "loaded")
     assert longrun.load(planted.path, device="cpu", ctx=500) == "loaded"
 
 
@@ -116,7 +116,7 @@ def test_ulimit_is_seen(runtime, kind):
 
 def test_a_failed_allocation_is_a_sentence(runtime, planted, monkeypatch):
     """Where the checks did not see it coming: in a new session, in a step, and while a model is loaded."""
-    monkeypatch.setattr(longrun.runtime, "check_free_memory", lambda *args: None)
+    monkeypatch.setattr(longrun.runtime.runtime, "check_free_memory", lambda *args: None)
     with limited(resource.RLIMIT_AS, 500 * 10**6):
         text = sentence(runtime.new_session, BIG)
     assert text.startswith("memory ran out while a session was made (1.") and "GB more were asked for)" in text
@@ -130,7 +130,7 @@ def test_a_failed_allocation_is_a_sentence(runtime, planted, monkeypatch):
         patch.setattr(runtime._parts.decoder, "forward", fail)
         text = sentence(session.prefill, [5, 6, 7])
     assert text.startswith("memory ran out in the middle of a step") and "1000 TB more" in text
-    monkeypatch.setattr(longrun.runtime, "load_decoder", fail)
+    monkeypatch.setattr(longrun.runtime.runtime, "load_decoder", fail)
     assert sentence(longrun.load, planted.path, device="cpu", ctx=500).startswith("memory ran out while the model was")
 
 

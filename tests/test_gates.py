@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import longrun
 from longrun.errors import InputError
 from longrun.kernels.banded_attention import plan_band
-from longrun.needles import generate_sentences
+from longrun.lab.planted import PlantedModel, PlantedShape, make_planted_model
+from longrun.needles.needles import generate_sentences
 from longrun.patterns.baseline_maps import streaming_map
 from longrun.patterns.gate_texts import GateText, GateTexts
 from longrun.patterns.gated_attention import ATTN_IMPLEMENTATION, Gates, _alike, streaming_attention
@@ -26,7 +27,6 @@ from longrun.patterns.gates import (
 )
 from longrun.patterns.identify import load_model
 from longrun.patterns.identify_settings import IdentifySettings
-from longrun.planted import PlantedModel, PlantedShape, make_planted_model
 from tests.tiny_models import FAMILIES, save_tiny
 
 SINKS, RECENT = 4, 12

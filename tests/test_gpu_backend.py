@@ -8,11 +8,8 @@ from tiny_models import tiny_model
 
 pytest.importorskip("triton", reason="the GPU backend needs Triton, which is optional without a GPU")
 
-from longrun import backend
 from longrun.attention import cuda_backend
-from longrun.backend import Parts, build_engine
-from longrun.budget import Budget
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import ConfigError
 from longrun.kernels import gpu_kernels
 from longrun.kernels.cuda_module import CudaUnavailable
@@ -20,7 +17,10 @@ from longrun.kernels.gpu_kernels import reference_kernels
 from longrun.model.checkpoint import load_decoder
 from longrun.model.rope import RopeParameters, RotaryTable
 from longrun.patterns.head_map import HeadMap
-from longrun.plan import make_plan
+from longrun.plan.budget import Budget
+from longrun.plan.plan import make_plan
+from longrun.runtime import backend
+from longrun.runtime.backend import Parts, build_engine
 
 CTX = 700
 TOLERANCE = 5e-3

@@ -15,17 +15,17 @@ import torch
 from rich.console import Console
 
 import longrun
-import longrun.runtime
-from longrun import gpu_checks
-from longrun.budget import Budget
-from longrun.cache import host_memory
-from longrun.chat import chat_command
+import longrun.runtime.runtime
+from longrun.chat.command import chat_command
+from longrun.chat.progress import PinProgress
 from longrun.cli import run
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import ConfigError, InputError, LongrunError, PlanError
-from longrun.memory_checks import check_free_memory
-from longrun.plan import make_plan
-from longrun.progress import PinProgress
+from longrun.machine import host_memory
+from longrun.plan.budget import Budget
+from longrun.plan.plan import make_plan
+from longrun.runtime import gpu_checks
+from longrun.runtime.memory_checks import check_free_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 GB = 10**9
@@ -79,9 +79,9 @@ def card(monkeypatch):
     )
     # There is a config.json and nothing else.
     checked = SimpleNamespace(tokenizer=None, notices=())
-    monkeypatch.setattr(longrun.runtime, "check_folder", lambda *args: checked)
-    monkeypatch.setattr(longrun.runtime, "model_fingerprint", lambda *args: "")
-    monkeypatch.setattr(longrun.runtime, "load_decoder", lambda *args: pytest.fail("a weight was read"))
+    monkeypatch.setattr(longrun.runtime.runtime, "check_folder", lambda *args: checked)
+    monkeypatch.setattr(longrun.runtime.runtime, "model_fingerprint", lambda *args: "")
+    monkeypatch.setattr(longrun.runtime.runtime, "load_decoder", lambda *args: pytest.fail("a weight was read"))
     return card
 
 
@@ -89,7 +89,9 @@ def card(monkeypatch):
 def reached(monkeypatch):
     """The plans of loads that passed all checks; `Runtime` itself is not made."""
     plans = []
-    monkeypatch.setattr(longrun.runtime, "Runtime", lambda checked, limits, chosen, plan, *rest: plans.append(plan))
+    monkeypatch.setattr(
+        longrun.runtime.runtime, "Runtime", lambda checked, limits, chosen, plan, *rest: plans.append(plan)
+    )
     return plans
 
 
@@ -172,7 +174,7 @@ def test_without_triton(card, monkeypatch, folder, reached):
 
 def test_a_budget_larger_than_the_gpu_is_refused_before_planning(card, folder, monkeypatch):
     card.name, card.total_memory = "NVIDIA A10", 23_836_000_000
-    monkeypatch.setattr(longrun.runtime, "make_plan", lambda *args, **options: pytest.fail("planned"))
+    monkeypatch.setattr(longrun.runtime.runtime, "make_plan", lambda *args, **options: pytest.fail("planned"))
     text = refusal(PlanError, longrun.load, folder(), "h100-80g", device="cuda")
     for part in ("h100-80g", "80.0 GB", "NVIDIA A10", "23.8 GB", 'set gpu = "23.8 GB"', "[memory]"):
         assert part in text
@@ -306,7 +308,7 @@ def test_the_chat_ends_with_one_sentence(card, folder, capsys, change, part):
 )
 def test_commands_on_a_machine_without_cuda(folder, tmp_path, command):
     """In a process of its own; the sweep reads the checkpoint's files before it loads, so it gets a whole one."""
-    from longrun.planted import make_planted_model
+    from longrun.lab.planted import make_planted_model
 
     model = make_planted_model(tmp_path / "planted").path
     command = [str(tmp_path / "out") if word == "OUT" else word for word in command]
@@ -355,6 +357,8 @@ def test_pinning_is_a_line_now_and_then_elsewhere(monkeypatch):
 def test_load_hands_the_progress_of_pinning_to_the_runtime(card, folder, monkeypatch):
     given = []
     progress = PinProgress(Console(file=io.StringIO()))
-    monkeypatch.setattr(longrun.runtime, "Runtime", lambda *args: given.extend(arg for arg in args if arg is progress))
+    monkeypatch.setattr(
+        longrun.runtime.runtime, "Runtime", lambda *args: given.extend(arg for arg in args if arg is progress)
+    )
     longrun.load(folder(), ctx=1000, on_pin=progress)
     assert given == [progress]

@@ -13,9 +13,9 @@ import torch
 from tiny_models import save_tiny
 
 import longrun
-from longrun.planted import PlantedModel, make_planted_model
-from longrun.quality.eviction import end_prompt, make_session
-from longrun.quality.settings import REFERENCE_ROW, Row
+from longrun.lab.planted import PlantedModel, make_planted_model
+from longrun.lab.quality.eviction import end_prompt, make_session
+from longrun.lab.quality.settings import REFERENCE_ROW, Row
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ import torch
 from readable_model import save_readable
 from test_adapter import write_adapter
 
-from longrun.needles import generate_sentences
+from longrun.needles.needles import generate_sentences
 from longrun.patterns.head_map import HeadMap
 from longrun.patterns.identify import identify
 from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings

@@ -14,11 +14,11 @@ import torch
 from transformers import AutoTokenizer
 
 import longrun
-from longrun.needles import Haystack, NeedlePrompt, build_prompt, make_needles
-from longrun.planted import PlantedModel, make_planted_model
-from longrun.planted_tokenizer import build_vocabulary, cue_words
-from longrun.planted_weights import MATCH_NATS, NUM_SLOTS, OFFSET_NATS, PlantedShape, make_codes
-from longrun.session import Session
+from longrun.lab.planted import PlantedModel, make_planted_model
+from longrun.lab.planted_tokenizer import build_vocabulary, cue_words
+from longrun.lab.planted_weights import MATCH_NATS, NUM_SLOTS, OFFSET_NATS, PlantedShape, make_codes
+from longrun.needles.needles import Haystack, NeedlePrompt, build_prompt, make_needles
+from longrun.session.session import Session
 
 LONG = PlantedShape(
     num_layers=2,

@@ -15,16 +15,16 @@ from test_adapter import write_adapter
 from tiny_models import edit_config, save_tiny
 
 import longrun
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import HeadMapError
+from longrun.lab.planted import make_planted_model
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
-from longrun.needles import generate_sentences
+from longrun.needles.needles import generate_sentences
 from longrun.patterns.head_map import HeadMap
 from longrun.patterns.head_map_folder import HeadMapOrigin, read_origin
 from longrun.patterns.identify import identify
 from longrun.patterns.identify_settings import IdentifySettings
-from longrun.planted import make_planted_model
 
 WHAT_TO_DO = ", so it may keep the wrong heads: give one made with this model by python -m longrun.patterns identify"
 

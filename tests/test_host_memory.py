@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from longrun.cache import host_memory
+from longrun.machine import host_memory
 
 STAT = "anon 5\ninactive_file 300\nactive_file 200\ntotal_inactive_file 300\ntotal_active_file 200\n"
 

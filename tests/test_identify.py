@@ -16,11 +16,11 @@ from readable_model import save_readable
 from test_adapter import write_adapter
 
 import longrun.patterns.compare_maps as compare_maps_module
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, HeadMapError, InputError, LongrunError
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
-from longrun.needles import generate_sentences
+from longrun.needles.needles import generate_sentences
 from longrun.patterns import __main__ as command
 from longrun.patterns.compare_maps import compare_maps, spearman
 from longrun.patterns.head_map import HeadMap

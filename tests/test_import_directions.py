@@ -7,8 +7,8 @@ from import_directions import direction_violations, heavy_chains, project_source
 
 # (module, source, what must be said).
 MADE_UP = [
-    ("longrun.cache.made_up", "from longrun.session import Session", "may not import longrun.session"),
-    ("longrun.cache.made_up", "def f():\n    import longrun.runtime", "may not import longrun.runtime"),
+    ("longrun.cache.made_up", "from longrun.session.session import Session", "may not import longrun.session.session"),
+    ("longrun.cache.made_up", "def f():\n    import longrun.runtime.runtime", "may not import longrun.runtime.runtime"),
     ("longrun.model.made_up", "from longrun.cache.dual import DualCache", "may not import longrun.cache.dual"),
     ("longrun.model.made_up", "from longrun.attention import torch_backend", "may not import longrun.attention.t"),
     ("longrun.kernels.made_up", "from ..cache.pool import PagePool", "may not import longrun.cache.pool"),
@@ -18,8 +18,8 @@ MADE_UP = [
         "import longrun.k",
     ),
     ("longrun.patterns.head_split", "import numpy", "may not import the package numpy"),
-    ("longrun.runtime", "import kernels.int4_pages", "may not import the package kernels"),
-    ("longrun.chat_made_up", "from longrun import load", "may not import longrun of room 'package'"),
+    ("longrun.runtime.runtime", "import kernels.int4_pages", "may not import the package kernels"),
+    ("longrun.chat.made_up", "from longrun import load", "may not import longrun of room 'package'"),
     ("longrun.unheard_of", "", "has no room"),
     ("longrun.cache.made_up", "importlib.import_module('longrun.' + 'chat')", "computed name"),
 ]
@@ -37,11 +37,11 @@ def test_the_checker_finds_a_made_up_violation(module: str, source: str, message
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("longrun.plan_made_up", "import torch"),
-        ("longrun.plan_made_up", "def later():\n    from torch import Tensor"),
-        ("longrun.plan_made_up", "from longrun.quant.page_codec import exact_dtype"),
-        ("longrun.cache", "from longrun.cache.dual import DualCache"),
-        ("longrun.errors", "import longrun.sampling"),
+        ("longrun.plan.made_up", "import torch"),
+        ("longrun.plan.made_up", "def later():\n    from torch import Tensor"),
+        ("longrun.plan.made_up", "from longrun.quant.page_codec import exact_dtype"),
+        ("longrun.specs", "from longrun.cache.dual import DualCache"),
+        ("longrun.errors", "import longrun.engine.sampling"),
     ],
 )
 def test_the_checker_finds_a_made_up_way_to_torch(module: str, source: str) -> None:
@@ -49,5 +49,5 @@ def test_the_checker_finds_a_made_up_way_to_torch(module: str, source: str) -> N
 
 
 def test_imports_for_a_type_checker_are_no_way_to_torch() -> None:
-    sources = {**project_sources(), "longrun.plan_made_up": "if TYPE_CHECKING:\n    import torch"}
+    sources = {**project_sources(), "longrun.plan.made_up": "if TYPE_CHECKING:\n    import torch"}
     assert heavy_chains(sources) == []

@@ -6,16 +6,16 @@ from test_attention import rms_ratio
 
 from longrun.attention.interface import Step
 from longrun.attention.rotation import HeadRotation
-from longrun.attention.spec import AttentionSpec
 from longrun.attention.torch_backend import TorchAttention
 from longrun.cache.dual import DualCache
-from longrun.cache.spec import CacheSpec
 from longrun.errors import InputError
 from longrun.kernels.cpu_int4 import CpuInt4Kernels
 from longrun.paths import cache_dir
 from longrun.quant.kv_format import KV_FORMATS, PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
 from longrun.quant.rotation import ROTATION_SEED, hadamard_rotation, key_rotation, random_signs, rotation_of
+from longrun.specs.attention_spec import AttentionSpec
+from longrun.specs.cache_spec import CacheSpec
 
 SINK, RECENT = 8, 24
 SPLITS = {"full": (3, 3), "none": (0, 0), "mixed": (1, 2), "uneven": (0, 3)}

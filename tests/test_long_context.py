@@ -6,9 +6,9 @@ A planted model tests machinery (cache, quantization, paging, offload, kernels),
 import pytest
 
 import longrun
-from longrun.needles import generate_sentences, make_needles
+from longrun.lab.planted import make_planted_model
+from longrun.needles.needles import generate_sentences, make_needles
 from longrun.patterns.head_map import HeadMap
-from longrun.planted import make_planted_model
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -17,7 +17,7 @@ from long_chat import TEST_PROMPTS, chat_prompts
 from long_keep import Keeper
 from long_lora import LoraModel
 
-from longrun.long_tasks import Corpus
+from longrun.lab.long_tasks import Corpus
 
 NUMBERS = {"seed": 3, "keep_tokens": 64, "keep_positions": 1000, "keep_batch": 2}
 

@@ -19,10 +19,10 @@ from long_facts import TrainDraw
 from long_positions import stretched
 from long_samples import AnswerWeights, Sample, SampleWriter
 
-from longrun import long_words as words
-from longrun import needle_words
 from longrun.errors import InputError
-from longrun.long_tasks import Corpus
+from longrun.lab import long_words as words
+from longrun.lab.long_tasks import Corpus
+from longrun.needles import words as needle_words
 
 
 @pytest.fixture(scope="module")

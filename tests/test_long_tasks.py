@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from long_text import save_corpus, texts, tokenizer
 
-from longrun import long_words as words
 from longrun.errors import InputError
-from longrun.long_tasks import Corpus, TaskWriter
+from longrun.lab import long_words as words
+from longrun.lab.long_tasks import Corpus, TaskWriter
 
 PINNED = [
     ("Lakshmi Mendoza", "63572"), ("indigo_perfume_count", "CY18054"), ("blue-ibis-46", "5776733"),

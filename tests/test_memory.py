@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from longrun.planted import make_planted_model
+from longrun.lab.planted import make_planted_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -17,7 +17,7 @@ import torch, longrun
 from longrun.patterns.head_map import HeadMap
 model, options, prompt, ratio = sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
 if ratio < 1:
-    from longrun.config import ModelConfig
+    from longrun.config.model_config import ModelConfig
     config = ModelConfig.from_dir(model)
     options |= {"head_map": HeadMap.uniform(config.num_layers, config.num_kv_heads, ratio), "retrieval_ratio": ratio}
 runtime = longrun.load(model, device="cpu", **options)

@@ -9,14 +9,14 @@ import pytest
 from planned_models import LLAMA_JSON, SMALL
 
 import longrun
-from longrun.budget import Budget
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import MESSAGE_LIMIT, LongrunError
+from longrun.lab.quality.settings import read_rows
 from longrun.model.adapter import Adapter
 from longrun.patterns.head_map import HeadMap
 from longrun.patterns.identify_settings import IdentifySettings
-from longrun.plan import choose_split, make_plan
-from longrun.quality.settings import read_rows
+from longrun.plan.budget import Budget
+from longrun.plan.plan import choose_split, make_plan
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.weight_format import linear_bytes
 from longrun.units import parse_bytes, parse_tokens

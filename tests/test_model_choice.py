@@ -13,8 +13,8 @@ import pytest
 from readable_model import save_readable
 from test_adapter import write_adapter
 
-from longrun.chat import chat_command
-from longrun.config import ModelConfig
+from longrun.chat.command import chat_command
+from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError
 from longrun.model import choice, demo
 from longrun.model.adapter import Adapter

@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 
 from longrun.errors import CheckpointError, InputError
-from longrun.needle_report import draw_heatmap, grid, summary
-from longrun.needle_results import SweepResults
-from longrun.needles import Needle, NeedlePrompt, NeedleQuestion
+from longrun.lab.needle_report import draw_heatmap, grid, summary
+from longrun.lab.needle_results import SweepResults
+from longrun.lab.planted import NOTE, make_planted_model
+from longrun.needles.needles import Needle, NeedlePrompt, NeedleQuestion
 from longrun.patterns.head_map import HeadMap
-from longrun.planted import NOTE, make_planted_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "needle_sweep.py"
@@ -183,7 +183,7 @@ def test_no_earlier_session_is_left_when_the_next_is_made(sweep, planted, tmp_pa
     import gc
     import weakref
 
-    from longrun.runtime import Runtime
+    from longrun.runtime.runtime import Runtime
 
     earlier, real = [], Runtime.new_session
 

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from longrun.errors import InputError
-from longrun.needle_words import NAMES, PATTERNS, SLOTS
-from longrun.needles import (
+from longrun.lab.planted_tokenizer import build_vocabulary, write_tokenizer
+from longrun.needles.needles import (
     HEAD,
     Haystack,
     Needle,
@@ -19,8 +19,8 @@ from longrun.needles import (
     make_needles,
     sentences_from_text,
 )
-from longrun.planted_tokenizer import build_vocabulary, write_tokenizer
-from longrun.text_encoder import TextEncoder
+from longrun.needles.words import NAMES, PATTERNS, SLOTS
+from longrun.text.encoder import TextEncoder
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}</s>\n{% endfor %}"
@@ -92,7 +92,7 @@ def test_generated_text_never_repeats_and_is_the_same_for_a_seed():
 
 
 def test_a_collision_is_drawn_again(monkeypatch):
-    monkeypatch.setattr("longrun.needles.PATTERNS", ("The {act}.",))
+    monkeypatch.setattr("longrun.needles.needles.PATTERNS", ("The {act}.",))
     all_of_them = list(itertools.islice(generate_sentences(0), len(SLOTS["act"])))
     assert len(set(all_of_them)) == len(SLOTS["act"])
 

@@ -143,7 +143,11 @@ def test_wheel_holds_every_file_and_no_other_top_level_name(source: Path, wheel:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     info = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     expected = packaged_files(source)
-    assert {"longrun/budgets/a100-80g.toml", "longrun/kernels/cpu_int4.cpp", "longrun/quant/page_codec.py"} <= expected
+    assert {
+        "longrun/plan/budgets/a100-80g.toml",
+        "longrun/kernels/cpu_int4.cpp",
+        "longrun/quant/page_codec.py",
+    } <= expected
     assert "longrun/model/adapters/made-up/adapter_model.safetensors" in expected
     assert names - info == expected
     assert any(name.endswith("licenses/LICENSE") for name in info)
@@ -228,7 +232,7 @@ def kernels_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 WITH_TRANSFORMERS = """
 import json
-import longrun.kernels.int4_pages as ours, longrun.config, transformers
+import longrun.kernels.int4_pages as ours, longrun.config.model_config, transformers
 from transformers import LlamaForCausalLM
 from transformers.integrations import hub_kernels
 from transformers.utils import is_kernels_available

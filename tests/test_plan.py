@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 from planned_models import CTX, LLAMA, SMALL, SMALL_JSON, assumed
 
-from longrun.budget import Budget
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import PlanError
 from longrun.patterns.head_map import HeadSplit
-from longrun.plan import NoFitError, make_plan
-from longrun.plan_search import MAX_CTX
+from longrun.plan.budget import Budget
+from longrun.plan.plan import NoFitError, make_plan
+from longrun.plan.search import MAX_CTX
 
 
 def items(plan):

@@ -13,12 +13,12 @@ import pytest
 from planned_models import LLAMA, LLAMA_JSON, assumed
 from rich.console import Console
 
-from longrun.budget import Budget
 from longrun.errors import CheckpointError
-from longrun.plan import make_plan
-from longrun.plan_cli import plan_command
-from longrun.plan_report import print_plan
-from longrun.plan_shapes import SHAPES
+from longrun.plan.budget import Budget
+from longrun.plan.command import plan_command
+from longrun.plan.plan import make_plan
+from longrun.plan.report import print_plan
+from longrun.plan.shapes import SHAPES
 from longrun.units import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,7 +140,7 @@ def test_missing_model_folder():
 
 def test_planning_is_quick_and_imports_nothing_heavy(model_dir):
     script = (
-        "import sys; from longrun.plan_cli import plan_command; plan_command(sys.argv[1:]); "
+        "import sys; from longrun.plan.command import plan_command; plan_command(sys.argv[1:]); "
         "sys.exit(str({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)))"
     )
     arguments = ("--model", model_dir, "--ctx", "3.3M", "--budget", "rtx4090-24g", "--retrieval-ratio", "0.5")

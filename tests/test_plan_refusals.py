@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 from planned_models import CTX, LLAMA, LLAMA_JSON, SMALL, assumed
 
-from longrun.budget import Budget
 from longrun.cli import PLAN_OPTIONS
 from longrun.patterns.head_map import HeadMap
-from longrun.plan import NoFitError, choose_split, make_plan
-from longrun.plan_cli import plan_command
+from longrun.plan.budget import Budget
+from longrun.plan.command import plan_command
+from longrun.plan.plan import NoFitError, choose_split, make_plan
 
 
 def refused(config, budget, ctx, split, **options):

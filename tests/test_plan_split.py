@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from planned_models import LLAMA, SMALL
 
-from longrun.budget import Budget
 from longrun.errors import HeadMapError, InputError
 from longrun.patterns.head_map import HeadMap
-from longrun.plan import choose_split
+from longrun.plan.budget import Budget
+from longrun.plan.plan import choose_split
 
 
 def test_full_attention_without_a_head_map_and_the_budgets_ratio_unused():

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import longrun
 from longrun.errors import CheckpointError, ConfigError
-from longrun.needles import Haystack, build_prompt, make_needles
+from longrun.lab.planted import NOTE, SHAPES, PlantedModel, is_planted, make_planted_model
+from longrun.lab.planted_tokenizer import build_vocabulary, cue_words
+from longrun.lab.planted_weights import MATCH_NATS, NUM_OFFSETS, OFFSET_NATS, make_codes
+from longrun.needles.needles import Haystack, build_prompt, make_needles
 from longrun.patterns.head_map import HeadMap
-from longrun.planted import NOTE, SHAPES, PlantedModel, is_planted, make_planted_model
-from longrun.planted_tokenizer import build_vocabulary, cue_words
-from longrun.planted_weights import MATCH_NATS, NUM_OFFSETS, OFFSET_NATS, make_codes
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_models import save_tiny
 
-from longrun import processor
-from longrun.processor import bf16_product_copy_bytes
+from longrun.machine import processor
+from longrun.machine.processor import bf16_product_copy_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 AVX2 = "fpu avx avx2 fma"
@@ -54,10 +54,10 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 from longrun.attention.interface import Step
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.model.checkpoint import load_decoder
-from longrun.model_bytes import activation_bytes
-from longrun.processor import bf16_product_copy_bytes
+from longrun.specs.model_bytes import activation_bytes
+from longrun.machine.processor import bf16_product_copy_bytes
 
 class Copy:
     def run(self, layer_idx, q, k, v, step):

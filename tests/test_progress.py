@@ -8,10 +8,10 @@ import re
 import pytest
 from rich.console import Console
 
-from longrun import progress
+from longrun.chat import progress
+from longrun.chat.progress import PinProgress, PrefillProgress
 from longrun.patterns.identify_progress import ProgressLine
 from longrun.patterns.identify_settings import IdentifyProgress
-from longrun.progress import PinProgress, PrefillProgress
 
 
 def terminal(width: int, term: str = "xterm") -> tuple[Console, io.StringIO]:

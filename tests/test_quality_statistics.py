@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from longrun.quality.results import QualityResults
-from longrun.quality.settings import Row
-from longrun.quality.statistics import Estimate, bootstrap, paired_difference, wilson
-from longrun.quality.summary import families, summarize, verdict
+from longrun.lab.quality.results import QualityResults
+from longrun.lab.quality.settings import Row
+from longrun.lab.quality.statistics import Estimate, bootstrap, paired_difference, wilson
+from longrun.lab.quality.summary import families, summarize, verdict
 
 
 def test_wilson_is_the_published_interval():

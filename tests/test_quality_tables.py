@@ -12,9 +12,9 @@ import pytest
 from test_compare_merge import ROWS, comparison, record
 
 from longrun.errors import InputError
-from longrun.quality.report import asked, write_report
-from longrun.quality.results import QualityResults
-from longrun.quality.settings import Row
+from longrun.lab.quality.report import asked, write_report
+from longrun.lab.quality.results import QualityResults
+from longrun.lab.quality.settings import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = "results/quality-split.json"

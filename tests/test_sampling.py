@@ -12,8 +12,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from longrun.engine.sampling import SamplingParams, probabilities, sample, seen_tokens
 from longrun.errors import InputError
-from longrun.sampling import SamplingParams, probabilities, sample, seen_tokens
 
 VOCAB = 500
 

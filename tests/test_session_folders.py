@@ -16,8 +16,8 @@ from tiny_models import tiny_model
 
 import longrun
 from longrun.errors import SessionError
-from longrun.folder_lock import FolderLock
-from longrun.store_manifest import MANIFEST, _digest
+from longrun.files.folder_lock import FolderLock
+from longrun.session.manifest import MANIFEST, _digest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,7 +62,7 @@ def holder(folder, seconds=60):
     """Another process that owns the folder, as soon as this returns."""
     code = (
         "import sys, time; from pathlib import Path; from longrun.errors import SessionError;"
-        "from longrun.folder_lock import FolderLock;"
+        "from longrun.files.folder_lock import FolderLock;"
         "lock = FolderLock(Path(sys.argv[1]) / 'session.lock', 'it', SessionError, 'no'); print(flush=True);"
         f"time.sleep({seconds})"
     )

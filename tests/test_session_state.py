@@ -7,8 +7,8 @@ import torch
 from tiny_models import tiny_model
 
 import longrun
+from longrun.engine.sampling import SamplingParams, probabilities, sample
 from longrun.errors import CheckpointError, InputError, PlanError, SessionError
-from longrun.sampling import SamplingParams, probabilities, sample
 
 
 @pytest.fixture(scope="module")

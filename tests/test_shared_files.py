@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from longrun.errors import HeadMapError, InputError
-from longrun.needle_results import RESULTS_FILE, SweepResults
+from longrun.files.whole_file import fresh_path, leftovers, write_whole
+from longrun.lab.needle_results import RESULTS_FILE, SweepResults
+from longrun.lab.quality.results import QualityResults
 from longrun.patterns.head_map import HeadMap
-from longrun.quality.results import QualityResults
-from longrun.whole_file import fresh_path, leftovers, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,7 +71,7 @@ def test_a_head_map_whose_writer_was_killed_is_taken_back(tmp_path: Path, aside:
 def test_what_another_process_writes_is_left_to_it(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from longrun.errors import LongrunError;"
-        "from longrun.folder_lock import FolderLock;"
+        "from longrun.files.folder_lock import FolderLock;"
         "locks = [FolderLock(Path(name), 'it', LongrunError, 'no') for name in sys.argv[1:]];"
         "print(flush=True); time.sleep(60)"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import longrun
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.model.adapter import Adapter
 from longrun.patterns.compare_maps import compare_maps
 from longrun.patterns.head_map import HeadMap

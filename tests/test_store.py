@@ -15,8 +15,8 @@ from tiny_models import tiny_model
 import longrun
 from longrun.errors import InputError, SessionError
 from longrun.patterns.head_map import HeadMap
-from longrun.store import is_session
-from longrun.store_manifest import VERSION, _digest
+from longrun.session.manifest import VERSION, _digest
+from longrun.session.store import is_session
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -84,7 +84,7 @@ class Broken(io.StringIO):
 
 @pytest.mark.parametrize(("number", "status"), [(errno.EPIPE, 141), (errno.ENOSPC, 2), (errno.EIO, 2)])
 def test_a_chat_whose_stdout_is_lost_is_saved(planted, text_file, tmp_path, monkeypatch, capsys, number, status):
-    from longrun.chat import chat_command
+    from longrun.chat.command import chat_command
 
     folder = tmp_path / "session"
     arguments = ["--model", planted.path, "--ctx", "4K", "--file", text_file, "--prompt", "Hi", "--max-new-tokens", "3"]

@@ -8,13 +8,13 @@ from tiny_models import save_tiny
 
 import longrun
 from longrun.cache.dual import DualCache
-from longrun.cache.spec import CacheSpec
-from longrun.cache.synthetic import distinct_pages, fill_synthetic
 from longrun.errors import ContextFullError, InputError, SessionError
+from longrun.lab.synthetic_cache import distinct_pages, fill_synthetic
+from longrun.lab.synthetic_session import make_synthetic
 from longrun.patterns.head_map import HeadMap
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import decode_pages
-from longrun.synthetic_session import make_synthetic
+from longrun.specs.cache_spec import CacheSpec
 
 CPU = torch.device("cpu")
 

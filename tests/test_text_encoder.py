@@ -6,11 +6,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from longrun.chat_format import ChatFormat
-from longrun.needles import Haystack, build_prompt, make_needles
+from longrun.chat.format import ChatFormat
+from longrun.needles.needles import Haystack, build_prompt, make_needles
 from longrun.patterns.identify import read_text
 from longrun.patterns.identify_settings import IdentifySettings
-from longrun.text_encoder import TextEncoder, leading_ids
+from longrun.text.encoder import TextEncoder, leading_ids
 from tests.test_conversation import CHATML, END, START, byte_tokenizer, metaspace_tokenizer, one_piece
 
 TEXTS = ("Hi there", " leading", "\n\nthe  start\t", "日本語 🙂 ünï", "a<b>c", "x", "", "for i in r:\n        pass\n")

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from long_lora import LoraModel
 
 from longrun.attention.interface import Step
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
-from longrun.long_tasks import Corpus
+from longrun.lab.long_tasks import Corpus
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import load_decoder
 from longrun.model.rope import RopeParameters, RotaryTable

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from longrun.errors import MESSAGE_LIMIT, VALUE_LIMIT, ConfigError, LongrunError, quoted, shortened
-from longrun.user_files import MAX_BYTES, MAX_DEPTH, parse_object, parse_toml, read_bytes, read_object
+from longrun.files.user_files import MAX_BYTES, MAX_DEPTH, parse_object, parse_toml, read_bytes, read_object
 
 ADVICE = "fetch it again"
 

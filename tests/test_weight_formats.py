@@ -10,14 +10,14 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import ConfigError
 from longrun.model.checkpoint import load_decoder
-from longrun.model_bytes import model_weight_bytes
 from longrun.quant import int4_weight
 from longrun.quant import linear as linear_module
 from longrun.quant.linear import QuantLinear
 from longrun.quant.weight_format import WEIGHT_FORMATS, compute_itemsize, is_quantized, linear_bytes
+from longrun.specs.model_bytes import model_weight_bytes
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -14,7 +14,6 @@ from longrun.attention.fetch import DoubleBuffer
 from longrun.attention.interface import Step
 from longrun.attention.past import past_pieces
 from longrun.attention.rotation import HeadRotation
-from longrun.attention.spec import AttentionSpec
 from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
 from longrun.kernels.dense_attention import cudnn_serves, padded_rows
@@ -24,6 +23,7 @@ from longrun.kernels.int4_pages import ExactRun, PageRun
 from longrun.kernels.ring_decode import RingWorkspace, default_splits
 from longrun.quant.page_codec import exact_dtype
 from longrun.quant.rotation import random_signs
+from longrun.specs.attention_spec import AttentionSpec
 
 
 class CudaAttention:

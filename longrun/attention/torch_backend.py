@@ -10,7 +10,6 @@ from torch import Tensor
 from longrun.attention.interface import Step
 from longrun.attention.past import past_pieces
 from longrun.attention.rotation import HeadRotation
-from longrun.attention.spec import AttentionSpec
 from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
 from longrun.cache.ring import Ring
@@ -19,6 +18,7 @@ from longrun.kernels.cpu_int4 import CpuInt4Kernels
 from longrun.kernels.dense_attention import attention_with_lse, merge_partial
 from longrun.kernels.int4_pages import ExactRun, PageRun, dequantize_run
 from longrun.quant.page_codec import exact_dtype
+from longrun.specs.attention_spec import AttentionSpec
 
 
 class TorchAttention:

@@ -11,8 +11,8 @@ from longrun.cache.page_movers import PageMover
 from longrun.cache.pages import PagedHeads
 from longrun.cache.pool import PagePool
 from longrun.cache.ring import Ring
-from longrun.cache.spec import CacheSpec
 from longrun.quant.page_codec import exact_dtype
+from longrun.specs.cache_spec import CacheSpec
 
 
 @dataclass(frozen=True)

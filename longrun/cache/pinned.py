@@ -19,8 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longrun.cache.host_memory import available_bytes
 from longrun.errors import PlanError
+from longrun.machine.host_memory import available_bytes
 from longrun.units import format_bytes
 
 PIECE_BYTES = 2**30  # registered at once, and the step of the progress

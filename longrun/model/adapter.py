@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longrun.config import ModelConfig
-from longrun.config_values import is_number
+from longrun.config.model_config import ModelConfig
+from longrun.config.values import is_number
 from longrun.errors import CheckpointError, quoted, short_path, shortened
+from longrun.files.user_files import read_object
 from longrun.model.rope import RopeParameters
 from longrun.model.safetensors_file import StoredTensor, read_header
-from longrun.user_files import read_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

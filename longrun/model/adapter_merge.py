@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import check_base, find_tensors
 from longrun.model.rope import RopeParameters

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, quoted, short_path, shortened
+from longrun.files.user_files import read_object
 from longrun.model.adapter import Adapter
 from longrun.model.decoder import Decoder, DecoderKernels, DecoderLayer
 from longrun.model.rope import RopeParameters
 from longrun.model.safetensors_file import StoredTensor, read_header
-from longrun.model_bytes import TOKEN_SLICE
 from longrun.quant.linear import QuantLinear
 from longrun.quant.weight_format import compute_itemsize
-from longrun.user_files import read_object
+from longrun.specs.model_bytes import TOKEN_SLICE
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longrun.attention.interface import Attention, Step
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.model.rope import apply_rope_, signed_sin
-from longrun.model_bytes import TOKEN_SLICE
 from longrun.quant.linear import QuantLinear
+from longrun.specs.model_bytes import TOKEN_SLICE
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters; equal to `longrun.model_bytes.model_weight_bytes`."""
+        """Bytes of all parameters; equal to `longrun.specs.model_bytes.model_weight_bytes`."""
         tensors = [self._embedding, self._final_norm]
         if self._lm_head is not self._embedding:
             tensors.append(self._lm_head)

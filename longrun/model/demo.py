@@ -170,7 +170,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from longrun.config import ModelConfig
+    from longrun.config.model_config import ModelConfig
     from longrun.model.checkpoint import find_tensors
 
     logging.set_verbosity_error()

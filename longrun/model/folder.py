@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longrun.chat_template import TemplateError
-from longrun.config import ModelConfig
+from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, ConfigError, quoted, short_path
+from longrun.files.user_files import read_object
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import check_base, find_tensors
 from longrun.model.rope import RopeParameters, RotaryTable
 from longrun.model.tokenizer import has_tokenizer, load_tokenizer
-from longrun.turn_end import template_ends, tokenizer_ends
-from longrun.user_files import read_object
+from longrun.text.chat_template import TemplateError
+from longrun.text.turn_end import template_ends, tokenizer_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

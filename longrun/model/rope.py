@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longrun.config import SUPPORTED_ROPE_TYPES, ModelConfig
+from longrun.config.model_config import SUPPORTED_ROPE_TYPES, ModelConfig
 from longrun.errors import CheckpointError, ConfigError, LongrunError, quoted, short_path, shortened
-from longrun.user_files import read_object
+from longrun.files.user_files import read_object
 
 # The library computes in float32: a power, a division and a blend, each rounded.
 _CHECK_TOLERANCE = 3e-5

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longrun.errors import CheckpointError, quoted, short_path, shortened
-from longrun.user_files import MAX_BYTES, parse_object
+from longrun.files.user_files import MAX_BYTES, parse_object
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ITEMSIZES = {

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longrun.config_options import refuse_own_code
+from longrun.config.options import refuse_own_code
 from longrun.errors import CheckpointError, short_path, shortened
-from longrun.user_files import read_object
+from longrun.files.user_files import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,0 +1,308 @@
+"""Turns of a chat over one session: which documents and messages it holds, and which tokens come next.
+
+Everything is appended: the history is never tokenized or read again. What the chat knows is kept in
+`session.extra["chat"]`, so that a saved session, also one that was killed in the middle of a document, can go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from longrun.chat.format import ChatFormat, TurnText
+from longrun.errors import InputError, SessionError, quoted
+from longrun.interrupts import deferred_signals
+from longrun.text.documents import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from longrun.session.session import Session
+
+_KEY = "chat"
+
+
+@dataclass(frozen=True)
+class AnswerCut:
+    """An answer that was stopped before its end: the tokens of the session from `start` on.
+
+    Attributes:
+        seed: with which its random draws began; None where nothing was drawn.
+    """
+
+    start: int
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is to be read next.
+
+    Attributes:
+        token_ids: to be prefilled; may be empty where all was read before.
+        asks: an answer is due after them.
+        already_read: names of documents that the session holds and that are not read again.
+        resumed_at, resumed_of: tokens of an interrupted message that stand in the session, and of the whole message;
+            0 and 0 where nothing was interrupted.
+    """
+
+    token_ids: list[int]
+    asks: bool
+    already_read: tuple[str, ...] = ()
+    resumed_at: int = 0
+    resumed_of: int = 0
+
+
+class Conversation:
+    """A session seen as a chat.
+
+    Args:
+        session: a new one, or one that a `Conversation` filled before.
+        tokenizer: of the same model.
+        eos_token_ids: tokens that end an answer.
+        system: system prompt of a new conversation; None leaves it to the chat template.
+
+    Raises:
+        InputError: a system prompt that the template does not take, or another one than the saved conversation's.
+        SessionError: the session holds tokens, but no conversation.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: Collection[int],
+        system: str | None = None,
+    ) -> None:
+        self.session, self._eos = session, eos_token_ids
+        saved = session.extra.get(_KEY)
+        if saved is None:
+            if session.num_tokens:
+                raise SessionError("the session was not saved by the chat: it can be continued from Python only")
+            self._format = ChatFormat(tokenizer, system)
+            first = self._format.first
+            saved = {
+                "system": system,
+                "first": [first.opening, first.closing],
+                "documents": [],
+                "turn": None,
+            }
+            session.extra[_KEY] = saved
+        elif not _is_conversation(saved):
+            raise SessionError(
+                "the session's conversation is not one that the chat wrote: restore the session from a copy, or "
+                "continue it from Python"
+            )
+        elif system is not None and system != saved["system"]:
+            raise InputError(
+                f"the saved conversation began with the system prompt {quoted(saved['system'])}: give the same "
+                f"--system or none"
+            )
+        else:
+            self._format = ChatFormat(tokenizer, saved["system"], TurnText(*saved["first"]))
+        self._state: dict[str, Any] = saved
+        self._rest: list[int] = []  # what an interrupted message still wants to be read
+
+    @property
+    def documents(self) -> list[str]:
+        """Names of the documents that were read to their end."""
+        return [entry["name"] for entry in self._read_documents()]
+
+    @property
+    def unread(self) -> int:
+        """Tokens of a message whose reading was interrupted."""
+        turn = self._state["turn"]
+        return max(0, turn["stop"] - self.session.num_tokens) if turn else 0
+
+    @property
+    def is_open(self) -> bool:
+        """A message has begun and waits for its question."""
+        turn = self._state["turn"]
+        return turn is not None and not turn["asks"]
+
+    @property
+    def awaits_answer(self) -> bool:
+        """A question was read to its end and has no answer yet."""
+        turn = self._state["turn"]
+        return turn is not None and turn["asks"] and not self.unread
+
+    def prepare(self, documents: Sequence[Document], question: str | None, strict: bool = True) -> Reading:
+        """Decide what to read, and note it in the session; the caller then prefills `Reading.token_ids`.
+
+        Documents come first. A message without question stays open: more documents or the question follow later. An
+        interrupted message is taken up again where its tokens agree with what is given now.
+
+        Args:
+            documents: texts to read; those that the session holds already are left out.
+            question: ends the message; an answer is due then.
+            strict: with an interrupted message that does not agree, raise; otherwise let the message end where its
+                reading stopped and go on.
+
+        Raises:
+            InputError: more tokens than the session's capacity has room for; nothing was changed.
+            SessionError: the interrupted message is another one (with `strict`).
+        """
+        turn, num_tokens = self._state["turn"], self.session.num_tokens
+        if not documents and question is None:
+            return Reading([], False)
+        if turn is not None and (self.unread or turn["asks"]):
+            reading = self._take_up(turn, documents, question)
+            if reading is not None:
+                return reading
+            if self.unread and strict:
+                raise SessionError(
+                    f"the session stopped at token {num_tokens:,} of {turn['stop']:,} inside a message that differs "
+                    f"from the one given now: give the same --file, --prompt and --system again, or another --session"
+                )
+        new, already = self._without_read(documents)
+        if not new and question is None:
+            return Reading([], False, already)
+        carried, complete = self._carried()
+        opens = turn is None or complete
+        start = num_tokens + len(carried) if opens else turn["start"]
+        ids, stops = self._message(start, opens, new, question, carried)
+        self._check_room(num_tokens + len(ids))
+        self._note(start, num_tokens, ids, stops, new, question)
+        return Reading(ids, question is not None, already)
+
+    def rest(self) -> Reading | None:
+        """What an interrupted reading of this process left over, or an answer that is still due or was cut; None if
+        there is neither."""
+        turn = self._state["turn"]
+        if self.cut_answer is not None:
+            return Reading([], True)
+        if turn is None or (self.unread and not self._rest) or not (self.unread or turn["asks"]):
+            return None
+        done = self.session.num_tokens - turn["start"]
+        return Reading(
+            self._rest[len(self._rest) - self.unread :], turn["asks"], (), done, turn["stop"] - turn["start"]
+        )
+
+    def answered(self, cut: AnswerCut | None = None) -> None:
+        """The answer stands in the session: the next message begins a new turn.
+
+        Args:
+            cut: where it was stopped before its end, how it began: it may be continued as long as nothing follows it.
+        """
+        self._state["turn"] = None
+        self._state["cut"] = None if cut is None else [cut.start, cut.seed]
+
+    @property
+    def cut_answer(self) -> AnswerCut | None:
+        """The answer at the end of the session that was stopped before its end; None where there is none."""
+        cut = self._state.get("cut")
+        return None if cut is None or self._state["turn"] is not None else AnswerCut(*cut)
+
+    def _take_up(self, turn: dict[str, Any], documents: Sequence[Document], question: str | None) -> Reading | None:
+        """The rest of the interrupted message, if what is given now begins with the tokens that were read of it.
+
+        Compared from the last document of the message that was read to its end.
+        """
+        start, num_tokens = turn["start"], self.session.num_tokens
+        new, already = self._without_read(documents)
+        if not new and question is None:
+            return None
+        base = max([start, *(entry["stop"] for entry in self._read_documents())])
+        ids, stops = self._message(start, base == start, new, question, [])
+        have = self.session.token_ids[base:]
+        if ids[: len(have)] != have:
+            return None
+        self._check_room(base + len(ids))
+        self._note(start, base, ids, stops, new, question)
+        return Reading(ids[len(have) :], question is not None, already, num_tokens - start, base + len(ids) - start)
+
+    def _message(
+        self, start: int, opens: bool, new: Sequence[Document], question: str | None, carried: list[int]
+    ) -> tuple[list[int], list[int]]:
+        """Ids that open or continue the message of `start`, and for each text the index just after it."""
+        ids, stops = list(carried), []
+        if opens:
+            ids += self._opening(start, carried)
+        texts = [*(document.text for document in new), *([] if question is None else [question])]
+        for piece in self._format.text_ids(texts, start == 0, opens, question is not None):
+            ids += piece
+            stops.append(len(ids))
+        if question is not None:
+            ids += self._format.closing_ids(start == 0)
+        return ids, stops
+
+    def _opening(self, start: int, carried: Sequence[int] = ()) -> list[int]:
+        if start == 0:
+            return self._format.opening_ids(None, False)
+        previous = carried[-1] if carried else self.session.token_ids[start - 1]
+        return self._format.opening_ids(previous, previous in self._eos)
+
+    def _note(
+        self, start: int, at: int, ids: list[int], stops: list[int], new: Sequence[Document], question: str | None
+    ) -> None:
+        """Write down that `ids`, which begin at token `at`, are about to be read."""
+        documents = self._read_documents()  # one that was cut is forgotten
+        for document, stop in zip(new, stops, strict=False):
+            documents.append({"name": document.name, "sha256": document.sha256, "stop": at + stop})
+        with deferred_signals():
+            self._state["documents"], self._state["cut"] = documents, None
+            self._state["turn"] = {"start": start, "stop": at + len(ids), "asks": question is not None}
+            self._rest = ids
+
+    def _read_documents(self) -> list[dict[str, Any]]:
+        return [entry for entry in self._state["documents"] if entry["stop"] <= self.session.num_tokens]
+
+    def _without_read(self, documents: Sequence[Document]) -> tuple[list[Document], tuple[str, ...]]:
+        """Documents that the session does not hold yet, each once, and the names of the others."""
+        known = {entry["sha256"] for entry in self._read_documents()}
+        new, already = [], []
+        for document in documents:
+            if document.sha256 in known:
+                already.append(document.name)
+            else:
+                new.append(document)
+            known.add(document.sha256)
+        return new, tuple(already)
+
+    def _carried(self) -> tuple[list[int], bool]:
+        """What must be read before anything else may follow, and whether the message before is complete then.
+
+        A message that was interrupted in its opening or its closing needs the rest of that; one that was interrupted
+        in its text goes on there, and the unread rest of the text is left out.
+        """
+        turn = self._state["turn"]
+        if turn is None or not self.unread:
+            return [], turn is not None and turn["asks"]
+        first = turn["start"] == 0
+        if turn["asks"]:
+            closing = self._format.closing_ids(first)
+            if self.unread < len(closing):
+                return closing[-self.unread :], True
+        opening = self._opening(turn["start"]) + self._format.tail_ids(first)
+        return opening[self.session.num_tokens - turn["start"] :], False
+
+    def _check_room(self, total: int) -> None:
+        if total > self.session.capacity:
+            raise InputError(
+                f"the conversation would hold {total:,} tokens, more than the capacity of {self.session.capacity:,}: "
+                f"give --ctx {total + 512} or more, or a shorter text"
+            )
+
+
+def _is_conversation(saved: object) -> bool:
+    """Whether what a session keeps has the shape that `Conversation` gives it."""
+    if not isinstance(saved, dict):
+        return False
+    documents, turn, cut = saved.get("documents"), saved.get("turn", 0), saved.get("cut")
+    return (
+        isinstance(saved.get("system"), str | None)
+        and _has_types(saved.get("first"), [str, str])
+        and isinstance(documents, list)
+        and all(_has_types(document, {"name": str, "sha256": str, "stop": int}) for document in documents)
+        and (turn is None or _has_types(turn, {"start": int, "stop": int, "asks": bool}))
+        and (cut is None or _has_types(cut, [int, int]) or _has_types(cut, [int, type(None)]))
+    )
+
+
+def _has_types(value: object, kinds: list[type] | dict[str, type]) -> bool:
+    """Whether a list, or a dictionary, holds exactly values of these types, numbers from 0 on."""
+    if type(value) is not type(kinds) or len(value) != len(kinds):
+        return False
+    pairs = zip(value, kinds, strict=True) if isinstance(kinds, list) else ((value.get(k), kinds[k]) for k in kinds)
+    return all(type(found) is kind and (kind is not int or found >= 0) for found, kind in pairs)

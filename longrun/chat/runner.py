@@ -1,0 +1,262 @@
+"""Reads documents and questions into a session, answers, and tells what it does: what every way to chat shares."""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from longrun.chat.answer import INTERRUPTED, AnswerOptions, stream_answer
+from longrun.chat.conversation import AnswerCut, Conversation, Reading
+from longrun.chat.format import ChatFormat
+from longrun.chat.progress import PrefillProgress
+from longrun.chat.report import TurnReport
+from longrun.errors import InputError, PlanError, SessionError, short_path
+from longrun.interrupts import deferred_signals
+from longrun.session.store import is_session
+from longrun.text.chat_template import has_template
+from longrun.text.documents import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from longrun.runtime.runtime import Runtime
+    from longrun.session.session import Session
+
+
+def check_model(
+    tokenizer: PreTrainedTokenizerBase | None, model_dir: Path, system: str | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, if a chat with this system prompt can begin; to be asked before weights are read.
+
+    Raises:
+        InputError: there is no tokenizer, or its template does not take the system prompt.
+        CheckpointError: the chat template cannot be used.
+    """
+    if tokenizer is None:
+        raise InputError(f"{short_path(model_dir)} has no tokenizer: chat needs one, add the model's tokenizer files")
+    ChatFormat(tokenizer, system)
+    return tokenizer
+
+
+class Terminated(BaseException):
+    """SIGTERM was received: save what can be saved and leave."""
+
+
+class ChatRunner:
+    """One conversation at a time over one runtime.
+
+    Args:
+        runtime: model and tokenizer.
+        options: how to answer.
+        console: messages, progress and statistics go there, never the answer.
+        system: system prompt of new conversations.
+        folder: session folder that is kept up to date (after every chunk read, and after every answer); an existing
+            session in it is gone on with.
+        capacity: tokens a session must have room for; None takes the plan's, or a saved session's own.
+
+    Raises:
+        InputError: the model has no tokenizer, or the system prompt cannot be used.
+        SessionError, PlanError: the folder's session cannot be loaded, or does not fit.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        options: AnswerOptions,
+        console: Console,
+        system: str | None = None,
+        folder: Path | None = None,
+        capacity: int | None = None,
+    ) -> None:
+        self._tokenizer = check_model(runtime.tokenizer, runtime.model_dir, system)
+        self.runtime, self.options, self._console = runtime, options, console
+        self._system, self._capacity, self._folder = system, capacity, folder
+        self.load_seconds = 0.0
+        self.last_report: TurnReport | None = None
+        self._conversation: Conversation | None = None
+        self._saved_tokens = 0
+        if not has_template(self._tokenizer):
+            self.tell(
+                "note: this model has no chat template, so messages are given to it as plain text: it continues them "
+                "as a text, and may not end its answers"
+            )
+        if folder is not None and is_session(folder):
+            self._conversation = self._converse(runtime.load_session(folder, capacity), system)
+            self._saved_tokens = self.session.num_tokens
+            self.tell(self._describe(folder))
+        else:
+            self._begin()
+        if folder is not None:
+            self.session.attach(folder)
+
+    @property
+    def conversation(self) -> Conversation:
+        if self._conversation is None:
+            raise SessionError("there is no conversation in memory: /reset begins one, /load DIR takes a saved one")
+        return self._conversation
+
+    @property
+    def session(self) -> Session:
+        return self.conversation.session
+
+    @property
+    def is_kept(self) -> bool:
+        """A folder is kept up to date with this conversation."""
+        return self._folder is not None
+
+    def tell(self, message: str) -> None:
+        """Print a message to the console (never to where answers go)."""
+        self._console.print(escape(message), highlight=False, soft_wrap=True)
+
+    def read(self, documents: Sequence[Document], question: str | None, strict: bool = True) -> Reading:
+        """Prefill documents and question, as `Conversation.prepare` decides.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; what was read until then stays.
+            LongrunError: see `Conversation.prepare` and `Session.prefill`.
+        """
+        reading = self.conversation.prepare(documents, question, strict)
+        self._already_read = (*self._already_read, *reading.already_read)
+        for name in reading.already_read:
+            self.tell(f"{name} was read before: not read again")
+        if reading.resumed_of:
+            self.tell(f"resuming at token {reading.resumed_at:,} of {reading.resumed_of:,}")
+        self.prefill(reading)
+        return reading
+
+    def prefill(self, reading: Reading) -> None:
+        """Read the tokens of `reading`, with progress, and remember how long it took."""
+        before, started = self.session.num_tokens, time.perf_counter()
+        self._prefilled = (0, 0.0, reading.resumed_at)
+        if not reading.token_ids:
+            return
+        try:
+            with PrefillProgress(self._console, reading.resumed_at) as progress:
+                progress.start(len(reading.token_ids))
+                self.session.prefill(reading.token_ids, progress)
+        finally:
+            self._prefilled = (self.session.num_tokens - before, time.perf_counter() - started, reading.resumed_at)
+
+    def answer(self, emit: Callable[[str], None], keep_unfinished: bool) -> TurnReport:
+        """Answer the question that was read, and save where a folder is kept up to date.
+
+        Args:
+            emit: gets the text piece by piece.
+            keep_unfinished: an answer stopped by Ctrl-C or SIGTERM stays in the conversation; otherwise the session
+                goes back to the end of the question, so that the same command answers it anew.
+        """
+        cut = self.conversation.cut_answer
+        begun = None if cut is None else self.session.token_ids[cut.start :]
+        prompt_tokens = self.session.num_tokens
+        began = AnswerCut(prompt_tokens, None) if cut is None else cut
+        mark = None if keep_unfinished or self._folder is None else self.session.mark()
+        finished = whole = False
+        try:
+            answer = stream_answer(
+                self.session, self._tokenizer, self.runtime.eos_token_ids, self.options, emit, begun, began.seed
+            )
+            finished, whole = answer.stop_reason != INTERRUPTED, not answer.is_cut
+            began = replace(began, seed=answer.seed)
+        finally:
+            with deferred_signals():
+                if finished or keep_unfinished:
+                    self.conversation.answered(None if whole else began)
+                elif mark is not None:
+                    self.session.rewind(mark)
+        count, seconds, resumed_at = self._prefilled
+        self.last_report = TurnReport(
+            answer, self.session, prompt_tokens, count, seconds, self.load_seconds, resumed_at, self._saved_tokens,
+            self._already_read,
+        )  # fmt: skip
+        self._prefilled, self._already_read = (0, 0.0, 0), ()
+        self.save_if_kept()
+        return self.last_report
+
+    def save_if_kept(self) -> None:
+        """Save into the folder that is kept up to date, if there is one and the session holds anything."""
+        if self._folder is not None and self._conversation is not None and self.session.num_tokens:
+            self.session.save(self._folder)
+
+    def save(self, folder: Path) -> None:
+        """Save a copy into `folder`; the folder that is kept up to date stays so."""
+        if not self.session.num_tokens:
+            raise InputError("there is nothing to save yet: ask or read something first")
+        self.session.save(folder)
+        self.tell(f"saved {self.session.num_tokens:,} tokens in {folder}")
+
+    def load(self, folder: Path) -> None:
+        """Go on with another saved session; where that fails, the conversation is as it was.
+
+        Raises:
+            SessionError: it cannot be loaded.
+            InputError: there is no room for it beside the conversation in memory.
+        """
+        try:
+            conversation = self._open(folder)
+        except PlanError as error:
+            if self._conversation is not None and self.session.num_tokens:
+                raise InputError(
+                    f"session {folder} does not fit in memory beside this conversation: /save this one if it is "
+                    f"needed, then /reset and /load again"
+                ) from error
+            self._drop()
+            try:
+                conversation = self._open(folder)
+            except BaseException as failure:
+                traceback.clear_frames(failure.__traceback__)  # they hold the half-filled session and its memory
+                self._begin()
+                raise
+        self._stop_keeping()
+        if self._conversation is not None:
+            self.session.detach()
+        self._conversation, self._saved_tokens = conversation, conversation.session.num_tokens
+        self.tell(self._describe(folder))
+
+    def reset(self) -> None:
+        """Start a new conversation."""
+        self._stop_keeping()
+        self._drop()
+        self._begin()
+        self._saved_tokens = 0
+        self.tell("a new conversation begins")
+
+    def status(self) -> str:
+        """Tokens, documents, memory: one line."""
+        session, documents = self.session, self.conversation.documents
+        read = f"; documents: {', '.join(documents)}" if documents else ""
+        unread = f"; {self.conversation.unread:,} tokens are still unread" if self.conversation.unread else ""
+        return f"{session.num_tokens:,} of {session.capacity:,} tokens used{read}{unread}"
+
+    def _describe(self, folder: Path) -> str:
+        cut = "; the last answer was cut: /continue resumes it" if self.conversation.cut_answer else ""
+        return f"going on with the session in {folder}: {self.status()}{cut}"
+
+    def _converse(self, session: Session, system: str | None) -> Conversation:
+        self._prefilled: tuple[int, float, int] = (0, 0.0, 0)
+        self._already_read: tuple[str, ...] = ()
+        return Conversation(session, self._tokenizer, self.runtime.eos_token_ids, system)
+
+    def _open(self, folder: Path) -> Conversation:
+        return self._converse(self.runtime.load_session(folder), None)
+
+    def _begin(self) -> None:
+        self._conversation = self._converse(self.runtime.new_session(self._capacity), self._system)
+
+    def _drop(self) -> None:
+        if self._conversation is not None:
+            self.session.detach()
+        self._conversation = self.last_report = None
+        gc.collect()
+
+    def _stop_keeping(self) -> None:
+        if self._folder is not None:
+            self.tell(f"{self._folder} stays as it was last saved and is no longer kept up to date: use /save")
+            self._folder = None

@@ -1,0 +1,125 @@
+"""Runs tokens through the decoder: prefill in chunks, decode one at a time, every step whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from longrun.allocation import failed_allocations
+from longrun.attention.interface import Attention, Step
+from longrun.cache.dual import DualCache
+from longrun.errors import SessionError, logits_not_finite
+from longrun.interrupts import deferred_signals
+from longrun.model.decoder import Decoder
+from longrun.model.rope import RotaryTable
+
+if TYPE_CHECKING:
+    from longrun.engine.decode_graph import DecodeGraph
+
+
+class Engine:
+    """One sequence's way through the model.
+
+    Args:
+        decoder: the weights.
+        rotary: cos and sin of any position.
+        attention: reads and appends to `cache`.
+        cache: the sequence's dual cache.
+        chunk_size: the most tokens of one forward pass in prefill.
+        decode_graph: takes single tokens where there is one.
+    """
+
+    def __init__(
+        self, decoder: Decoder, rotary: RotaryTable, attention: Attention, cache: DualCache, chunk_size: int,
+        decode_graph: DecodeGraph | None = None,
+    ) -> None:  # fmt: skip
+        self.decoder, self.rotary, self.attention = decoder, rotary, attention
+        self.cache, self.chunk_size = cache, chunk_size
+        self.decode_graph = decode_graph
+        self._broken: str | None = None
+        self._proven = False
+
+    @failed_allocations("in the middle of a step")
+    def run(
+        self, token_ids: Tensor, all_positions: bool = False, on_chunk: Callable[[int, Tensor], None] | None = None,
+        ahead: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Append tokens to the sequence, chunk by chunk.
+
+        SIGINT and SIGTERM wait until the chunk in hand is finished and `on_chunk` has heard of it.
+
+        Args:
+            token_ids: int64 [n] in host memory, n >= 1; the caller has checked the capacity.
+            all_positions: logits of every position (they all stand in memory) instead of the last one.
+            on_chunk: called after each chunk with its number of tokens and its logits.
+            ahead: see `DecodeGraph.run`; without a graph it has no effect.
+
+        Returns:
+            float32 [n, vocab_size] with all_positions, else [1, vocab_size] of the last position.
+
+        Raises:
+            SessionError: an earlier step failed half way, so that the cache cannot be trusted.
+            PlanError: memory ran out.
+            CheckpointError: the first step gave logits that are not finite; `on_chunk` has not heard of it.
+        """
+        self.check_whole()
+        rope_seq_len = self.cache.seq_len + len(token_ids)
+        rows = []
+        for chunk in token_ids.split(self.chunk_size):
+            with deferred_signals():
+                logits = self._step(chunk, rope_seq_len, all_positions, ahead)
+                if on_chunk is not None:
+                    on_chunk(len(chunk), logits)
+            rows = [*rows, logits] if all_positions else [logits]
+        return torch.cat(rows)
+
+    def check_whole(self) -> None:
+        """Raises SessionError where a step failed half way, until the cache is brought back to an earlier state."""
+        if self._broken is not None:
+            raise SessionError(
+                f"this session stopped in the middle of a step ({self._broken}): load it again from where it was saved"
+            )
+
+    @torch.inference_mode()
+    def _step(self, chunk: Tensor, rope_seq_len: int, all_positions: bool, ahead: bool) -> Tensor:
+        try:
+            if self.decode_graph is not None and len(chunk) == 1:
+                logits = self.decode_graph.run(int(chunk), rope_seq_len, ahead)
+            else:
+                self._forget()
+                logits = self._forward(chunk, rope_seq_len, all_positions)
+            if not self._proven or self.cache.seq_len == 0:  # once: it waits for the device
+                self._check_finite(logits[-1])
+        except BaseException as error:
+            self._broken = f"{type(error).__name__}: {error}"
+            raise
+        self.cache.advance(len(chunk))
+        return logits
+
+    def _forward(self, chunk: Tensor, rope_seq_len: int, all_positions: bool) -> Tensor:
+        start = self.cache.seq_len
+        cos, sin = self.rotary.cos_sin(start, len(chunk), rope_seq_len)
+        step = Step(start, len(chunk), cos, sin)
+        hidden = self.decoder.forward(chunk.to(self.decoder.device), step, self.attention, all_positions=all_positions)
+        return self.decoder.logits(hidden.view(-1, hidden.shape[-1]))
+
+    def _check_finite(self, logits: Tensor) -> None:
+        if not logits.isfinite().all():
+            raise logits_not_finite()
+        self._proven = True
+
+    def choice(self) -> int | None:
+        """The likeliest token after the last one, where a decode graph took that and chose already."""
+        return None if self.decode_graph is None else self.decode_graph.choice()
+
+    def rewound(self) -> None:
+        """The cache was brought back to an earlier, whole state: a broken step no longer matters."""
+        self._broken = None
+        self._forget()
+
+    def _forget(self) -> None:
+        if self.decode_graph is not None:
+            self.decode_graph.forget()

@@ -1,0 +1,108 @@
+"""The results file of a needle sweep: written whole after every cell, taken up again by the next run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from longrun.errors import InputError
+from longrun.files.folder_lock import FolderLock
+from longrun.files.user_files import RESULTS_BYTES, read_object
+from longrun.files.whole_file import leftovers, write_whole
+
+RESULTS_FILE = "results.json"
+FORMAT = 1
+
+
+class SweepResults:
+    """`results.json` in a folder: what was run with which settings, and the cells finished so far.
+
+    Attributes:
+        head: everything beside the cells (model, settings, versions, device, notes); JSON-able.
+        cells: finished cells in the order they were run.
+    """
+
+    def __init__(self, folder: Path, head: dict[str, Any], cells: list[dict[str, Any]]) -> None:
+        self.folder, self.head, self.cells = folder, head, cells
+        self._lock: FolderLock | None = None
+        self._done = {_key(cell["setting"], cell["length"], cell["depth"]): cell for cell in cells}
+
+    @classmethod
+    def open(cls, folder: Path, settings: dict[str, Any], force: bool = False) -> SweepResults:
+        """Start in `folder`, or go on with the cells it holds where they were run with the same settings.
+
+        Args:
+            settings: JSON-able; compared key by key with the file's.
+            force: drop what another sweep left there.
+
+        No other run may open it until this object is gone.
+
+        Raises:
+            InputError: another run has it open, the folder cannot be written, or it holds a damaged file or other
+                settings (the first is named).
+        """
+        path = folder / RESULTS_FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"folder {folder} cannot be made ({error.strerror}): choose another --out") from error
+        lock = FolderLock(
+            folder / f".{RESULTS_FILE}.lock", f"{path}", InputError, "wait for that run or give another --out"
+        )
+        try:
+            for left in leftovers(path):
+                left.unlink(missing_ok=True)
+            results = cls._open(folder, settings, force)
+        except BaseException:
+            lock.release()
+            raise
+        results._lock = lock
+        return results
+
+    @classmethod
+    def _open(cls, folder: Path, settings: dict[str, Any], force: bool) -> SweepResults:
+        path = folder / RESULTS_FILE
+        if force or not path.exists():
+            return cls(folder, {"format": FORMAT, "settings": settings}, [])
+        try:
+            found = read_object(path, InputError, "it holds no results", RESULTS_BYTES)
+            cells, earlier = found.pop("cells"), found["settings"]
+            results = cls(folder, found, cells)
+        except (InputError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path} cannot be read as a needle sweep's results: use another --out, or --force to start over"
+            ) from error
+        for key in sorted({*settings, *earlier}):
+            if settings.get(key) != earlier.get(key):
+                raise InputError(
+                    f"{path} was run with {key} = {json.dumps(earlier.get(key))}, now it is "
+                    f"{json.dumps(settings.get(key))}: use another --out, or --force to start over"
+                )
+        return results
+
+    def get(self, setting: str, length: int, depth: float) -> dict[str, Any] | None:
+        """The finished cell, or None."""
+        return self._done.get(_key(setting, length, depth))
+
+    def add(self, cell: dict[str, Any]) -> None:
+        """Take in a finished cell and write the file."""
+        self.cells.append(cell)
+        self._done[_key(cell["setting"], cell["length"], cell["depth"])] = cell
+        self.write()
+
+    def write(self) -> None:
+        """Write the file: complete or not at all.
+
+        Raises:
+            InputError: the disk is full or the folder is not writable; the earlier file is intact.
+        """
+        path = self.folder / RESULTS_FILE
+        try:
+            write_whole(path, (json.dumps({**self.head, "cells": self.cells}, indent=1) + "\n").encode())
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}): free the disk or choose --out") from error
+
+
+def _key(setting: str, length: int, depth: float) -> tuple[str, int, float]:
+    return setting, int(length), round(float(depth), 6)

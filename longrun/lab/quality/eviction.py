@@ -1,0 +1,82 @@
+"""Sessions over a cache that evicts: the baselines from the literature, on the weights of a runtime of ours."""
+
+from __future__ import annotations
+
+from longrun.engine.engine import Engine
+from longrun.errors import InputError, PlanError, quoted
+from longrun.lab.evicting_cache import EvictingCache, EvictingSpec
+from longrun.lab.eviction_attention import EvictionAttention, EvictionSettings, Method
+from longrun.quant.page_codec import exact_dtype
+from longrun.runtime.runtime import Runtime
+from longrun.session.session import Session
+from longrun.units import format_bytes
+
+# TOVA's prefill steps: the fewer tokens, the closer to one at a time; the more, the fewer steps a long text takes.
+_TOVA_LEAST = 64
+_TOVA_SHARE = 32
+_SPARE = 64
+
+
+def tova_chunk(keep: int) -> int:
+    """Tokens of a TOVA prefill step: a 32nd of what is kept (3% of it is dropped at a time), at least 64."""
+    return max(_TOVA_LEAST, keep // _TOVA_SHARE)
+
+
+def make_session(
+    runtime: Runtime, method: Method, keep: int, capacity: int, chunk_size: int | None = None, **settings: int
+) -> Session:
+    """An empty session that evicts.
+
+    Read the prompt with `prefill`, then call `end_prompt`; marks and rewinds work as in any session. Positions go on
+    counting what was seen, so `seq_len` is that, and `cache.layers[i].length` what is kept. It cannot be saved.
+
+    Args:
+        runtime: with full attention (head map "full"); keys and values are held in its pages' exact dtype.
+        method, keep: see `EvictionSettings`; settings: its other fields.
+        capacity: tokens seen in all. SnapKV first holds a whole prompt, TOVA never more than keep + chunk.
+        chunk_size: tokens of a prefill step; default the plan's, for TOVA at most `tova_chunk(keep)`.
+
+    Raises:
+        InputError: an unknown method, keep below 1, or a runtime with streaming heads.
+        PlanError: the cache does not fit in the budget beside the runtime's weights.
+    """
+    if method not in ("snapkv", "tova"):
+        raise InputError(f"eviction method {quoted(method)} is unknown: use snapkv or tova")
+    if keep < 1:
+        raise InputError(f"{method} cannot keep {keep} tokens: give at least 1")
+    if not runtime.split.is_full:
+        raise InputError(f"{method} evicts from full attention: load the model with head map full")
+    chosen, plan, parts = EvictionSettings(method, keep, **settings), runtime.plan, runtime._parts
+    chunk = chunk_size or (min(plan.chunk_size, tova_chunk(keep)) if method == "tova" else plan.chunk_size)
+    config = runtime.config
+    spec = EvictingSpec(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=exact_dtype(plan.cache.page_format),
+        capacity=capacity,
+        room=min(capacity, keep + chunk) if method == "tova" else capacity,
+        spare=_SPARE,
+        in_place=method == "tova",
+    )
+    # While SnapKV compresses, one layer stands in memory twice.
+    needed = spec.initial_bytes() + (spec.initial_bytes() // config.num_layers if method == "snapkv" else 0)
+    room = plan.device_budget - plan.device_bytes + sum(plan.cache.device_bytes().values())
+    if needed > room:
+        raise PlanError(
+            f"{method} holds {format_bytes(needed)} for {capacity:,} tokens and the budget has {format_bytes(room)} "
+            f"beside the weights: use a smaller capacity or a larger budget"
+        )
+    cache = EvictingCache(spec, parts.decoder.device)
+    attention = EvictionAttention(cache, chosen)
+    engine = Engine(parts.decoder, parts.rotary, attention, cache, chunk)
+    session = Session(engine, plan, runtime._identity, runtime.eos_token_ids)
+    session.forbid_saving(f"its cache has dropped tokens ({method}), which the session format cannot say")
+    return session
+
+
+def end_prompt(session: Session) -> None:
+    """The prompt ends here: SnapKV compresses now. Any other session is left as it is."""
+    attention = session._engine.attention
+    if isinstance(attention, EvictionAttention):
+        attention.compress()

@@ -1,0 +1,240 @@
+"""One row of a comparison at one length: documents read, questions answered, texts predicted, bytes counted.
+
+A document is read once; every question starts from a rewind to its end. Then the right answer is read in one chunk and
+every token of it compared with the greedy choice before it (teacher forcing): as long as every choice is right, that is
+what greedy generation gives, so one chunk tells both exact match (all choices right, and no digit after them) and the
+share of tokens that are right.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longrun.cache.dual import DualCache
+from longrun.files.whole_file import write_whole
+from longrun.lab.evicting_cache import EvictingCache
+from longrun.lab.quality import simulation
+from longrun.lab.quality.eviction import end_prompt, make_session
+from longrun.lab.quality.formats import SimulatedFormat
+from longrun.lab.quality.settings import Row
+from longrun.lab.quality.tasks import TaskDocument
+from longrun.runtime.runtime import Runtime
+from longrun.session.session import Session
+
+PIECE = 32  # tokens scored at a time: with INT4 pages a piece sees its own keys exact, with TOVA it is evicted whole
+BLOCK = 32  # predicted tokens that make one item of the text task
+SPARE_TOKENS = 32
+
+
+def open_session(runtime: Runtime, row: Row, length: int) -> Session:
+    """An empty session of the row for prompts of `length` tokens and their answers.
+
+    Raises:
+        InputError: a simulated format that this model or runtime cannot serve.
+        PlanError: it does not fit in the budget.
+    """
+    capacity = length + SPARE_TOKENS
+    evicts = row.evicts
+    if row.simulates is not None:
+        return simulation.make_session(runtime, row.simulates, capacity)
+    if evicts is None:
+        return runtime.new_session(capacity)
+    return make_session(runtime, evicts.method, evicts.keep_tokens(length), capacity)
+
+
+def cache_bytes(cache: DualCache | EvictingCache, simulates: SimulatedFormat | None = None) -> dict[str, int]:
+    """Bytes measured from the cache's tensors: of what is in use, of what is allocated, and the most there ever were.
+
+    In use are, of a dual cache, the pages stored with their index and table entries, tails and sink pages whole, and
+    ring slots that hold a token; of an evicting one the tokens kept. Where the pages simulate a format, `computed` is
+    what it would have in use, by its spec.
+    """
+    if isinstance(cache, EvictingCache):
+        return {"used": cache.used_bytes, "allocated": cache.total_bytes, "peak": cache.peak_bytes}
+    used = 0
+    for pages, ring in cache.layers:
+        if pages is not None:
+            index = 0 if pages.index is None else pages.index[0, :1].nbytes
+            entry = pages.fmt.payload_bytes + index + pages.table.itemsize
+            held = pages.nbytes()
+            used += pages.num_heads * pages.num_pooled * entry + held["tails"] + held["sink pages"]
+        if ring is not None and ring.num_slots:
+            used += ring.nbytes // ring.num_slots * min(ring.num_slots, ring.num_valid(cache.seq_len))
+    found = {"used": used, "allocated": cache.total_bytes, "peak": cache.total_bytes}
+    return found if simulates is None else found | {"computed": simulation.computed_bytes(cache, simulates)}
+
+
+def measure_retrieval(
+    runtime: Runtime, row: Row, length: int, documents: Iterable[TaskDocument], on_document: Callable[[str], None]
+) -> dict[str, Any]:
+    """Read every document, put its questions; `on_document` hears its name when it is done.
+
+    Returns:
+        `items`: one a question (task, document, depth, exact, token_accuracy, answer expected and the greedy choices
+        along it), `kv`: bytes at the end of a prompt, and speeds.
+    """
+    session, clock = open_session(runtime, row, length), _Clock()
+    empty, items, kv = session.mark(), [], {}
+    for document in documents:
+        session.rewind(empty)
+        _read(session, document.prompt.document_ids, clock)
+        if row.evicts is not None and row.evicts.at_document:
+            end_prompt(session)
+        document_end = session.mark()
+        for question, task in zip(document.prompt.questions, document.tasks, strict=True):
+            session.rewind(document_end)
+            session.prefill(question.token_ids)
+            end_prompt(session)
+            kv = kv or cache_bytes(session.cache, row.simulates)
+            chosen, after = greedy_choices(session, question.expected_ids)
+            right = [one == other for one, other in zip(chosen, question.expected_ids, strict=True)]
+            decoded = runtime.tokenizer.decode([after], skip_special_tokens=True)
+            items.append(
+                {
+                    "task": task,
+                    "document": document.name,
+                    "depth": question.depth,
+                    "exact": all(right) and not decoded.strip()[:1].isdigit(),
+                    "token_accuracy": sum(right) / len(right),
+                    "expected": question.needle.key,
+                    "chosen": runtime.tokenizer.decode(chosen, skip_special_tokens=True),
+                }
+            )
+        on_document(document.name)
+    return {"items": items, "kv": kv, **clock.speeds()}
+
+
+def measure_text(
+    runtime: Runtime,
+    row: Row,
+    length: int,
+    documents: Sequence[Sequence[int]],
+    score_tokens: int,
+    reference: ReferenceLogits,
+    is_reference: bool,
+    on_document: Callable[[str], None],
+) -> dict[str, Any]:
+    """Predict the last `score_tokens` tokens of each document after reading the rest (teacher forcing).
+
+    Args:
+        reference: where the reference row's distributions are kept; the row that `is_reference` writes them.
+
+    Returns:
+        `items`: one for each 32 predicted tokens (document, block, tokens; means of nll in nats, of KL(reference ||
+        row) in nats, and of top-1 agreement), `kv` bytes where scoring began, and speeds.
+    """
+    session, clock = open_session(runtime, row, length), _Clock()
+    empty, items, kv = session.mark(), [], {}
+    for number, token_ids in enumerate(documents):
+        session.rewind(empty)
+        split = len(token_ids) - score_tokens
+        _read(session, token_ids[:split], clock)
+        end_prompt(session)
+        kv = kv or cache_bytes(session.cache, row.simulates)
+        rows, start = [], time.perf_counter()
+        for first in range(split, len(token_ids), PIECE):
+            logits = session.score(token_ids[first : first + PIECE])
+            rows.append(torch.log_softmax(logits, dim=-1))
+        own = torch.cat(rows)
+        float(own[-1, 0])  # waits for a GPU
+        clock.note("score", score_tokens, time.perf_counter() - start)
+        if is_reference:
+            reference.save(length, number, own)
+        items += [
+            {"document": f"text/{number}", **block}
+            for block in compare_blocks(own, reference.load(length, number, own.device), token_ids[split:])
+        ]
+        on_document(f"text/{number}")
+    return {"items": items, "kv": kv, **clock.speeds()}
+
+
+def compare_blocks(own: Tensor, reference: Tensor, token_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Means over blocks of 32 positions.
+
+    Args:
+        own, reference: float32 [n, vocab_size] on one device, log-probabilities that predict token_ids[i].
+    """
+    blocks = []
+    for first in range(0, len(token_ids), BLOCK):
+        part = slice(first, first + BLOCK)
+        q, p = own[part].double(), reference[part].double()
+        targets = torch.tensor(token_ids[part], device=q.device)
+        divergence = (p.exp() * (p - q)).sum(dim=-1)
+        blocks.append(
+            {
+                "block": first // BLOCK,
+                "tokens": len(targets),
+                "nll": float(-q.gather(1, targets[:, None]).mean()),
+                "kl": max(0.0, float(divergence.mean())),
+                "top1": float((q.argmax(-1) == p.argmax(-1)).double().mean()),
+            }
+        )
+    return blocks
+
+
+class ReferenceLogits:
+    """The reference's log-probabilities, float32 [score_tokens, vocab_size] a document, as .npy files in a folder.
+
+    A document of 256 scored tokens is 50 MB at a vocabulary of 49K, 131 MB at 128K.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _path(self, length: int, number: int) -> Path:
+        return self.folder / f"{length}-{number}.npy"
+
+    def has(self, length: int, count: int) -> bool:
+        """Whether all `count` documents of this length are there."""
+        return all(self._path(length, number).is_file() for number in range(count))
+
+    def save(self, length: int, number: int, values: Tensor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self._path(length, number), lambda file: np.save(file, values.cpu().numpy()))
+
+    def load(self, length: int, number: int, device: torch.device) -> Tensor:
+        return torch.from_numpy(np.load(self._path(length, number))).to(device)
+
+
+class _Clock:
+    """Tokens and seconds by kind of work, for information."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, int] = {}
+        self._seconds: dict[str, float] = {}
+
+    def note(self, kind: str, tokens: int, seconds: float) -> None:
+        self._tokens[kind] = self._tokens.get(kind, 0) + tokens
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
+
+    def speeds(self) -> dict[str, float]:
+        return {
+            f"{kind}_tokens_per_s": round(tokens / max(self._seconds[kind], 1e-9), 2)
+            for kind, tokens in self._tokens.items()
+        }
+
+
+def _read(session: Session, token_ids: Sequence[int], clock: _Clock) -> None:
+    start = time.perf_counter()
+    logits = session.prefill(token_ids)
+    float(logits[0])  # waits for a GPU
+    clock.note("prefill", len(token_ids), time.perf_counter() - start)
+
+
+def greedy_choices(session: Session, expected: Sequence[int]) -> tuple[list[int], int]:
+    """Read the right answer; the greedy choices along it, and the one after it.
+
+    Raises:
+        As `Session.score`.
+    """
+    rows = session.score(expected)
+    assert session.logits is not None
+    chosen = torch.cat((rows, session.logits[None])).argmax(dim=-1).tolist()
+    return chosen[:-1], chosen[-1]

@@ -1,0 +1,231 @@
+"""The rows of a quality comparison: which heads keep what, in which formats, and what is evicted. Read from TOML."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from longrun.errors import InputError, quoted
+from longrun.files.user_files import parse_toml, read_text
+from longrun.lab.quality.formats import SIMULATED_FORMATS, SimulatedFormat, is_simulated, simulated_format
+from longrun.patterns.baseline_maps import inverted_map, random_map, streaming_map
+from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadMap
+from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, QUANTIZED_KV_FORMATS
+from longrun.quant.weight_format import WEIGHT_FORMATS
+
+REFERENCE = "reference"
+_EVICTION = re.compile(r"(snapkv|tova):(\d+(?:\.\d+)?)(%?)(@document)?")
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """What a row evicts.
+
+    Attributes:
+        method: "snapkv" or "tova".
+        keep: tokens, or percent of the prompt's length where `percent` is true.
+        at_document: SnapKV compresses at the document's end, before it knows the question; else, as in the paper, at
+            the prompt's end with the question in its window.
+    """
+
+    method: str
+    keep: float
+    percent: bool
+    at_document: bool
+
+    def keep_tokens(self, length: int) -> int:
+        """Tokens to keep of a prompt of `length` tokens, at least 1."""
+        return max(1, round(length * self.keep / 100) if self.percent else int(self.keep))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting to measure.
+
+    Attributes:
+        name: of the row; plots join rows of one `method`.
+        head_map: "full", "streaming", "random:SEED", "inverted:FOLDER" or a head map's folder.
+        retrieval_ratio: share of the map's KV heads that keep all tokens; None splits at score 0.5.
+        kv: page format, or a simulated one (`quality.formats`); weights: weight format, None for the budget's.
+        eviction: "none", "snapkv:KEEP" or "tova:KEEP", KEEP in tokens or with % of the prompt's length; SnapKV also
+            "snapkv:KEEP@document".
+        sink_size, recent_size: window of the streaming heads, None for a folder's own (64 and 256 where the map comes
+            from no folder).
+        chunk_size: tokens of a prefill step, None for the comparison's. It changes rounding alone, so the reference's
+            settings with another one show what numbers of this size mean.
+
+    Raises:
+        InputError: a value that is none of these, or two that exclude each other.
+    """
+
+    name: str
+    head_map: str = "full"
+    retrieval_ratio: float | None = None
+    kv: str = DEFAULT_KV_FORMAT
+    weights: str | None = None
+    eviction: str = "none"
+    sink_size: int | None = None
+    recent_size: int | None = None
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_type(self, field.name)
+        if self.simulates is None and self.kv not in KV_FORMATS:
+            nearest = difflib.get_close_matches(self.kv, (*KV_FORMATS, *SIMULATED_FORMATS), n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"row {self.name}: kv {quoted(self.kv)} is unknown: use one of {', '.join(KV_FORMATS)} or a simulated "
+                f"format like {SIMULATED_FORMATS[0]} (nearest: {nearest})"
+            )
+        if self.weights not in (None, *WEIGHT_FORMATS):
+            raise InputError(
+                f"row {self.name}: weights {quoted(self.weights)} is unknown: use one of {', '.join(WEIGHT_FORMATS)}"
+            )
+        kind, _, rest = self.head_map.partition(":")
+        if kind == "random" and not rest.isdecimal():
+            raise InputError(f"row {self.name}: {quoted(self.head_map)} has no seed: write random:0")
+        if kind == "random" and self.retrieval_ratio is None:
+            raise InputError(f"row {self.name}: a random map needs a retrieval_ratio: its scores mean nothing")
+        if kind == "inverted" and not rest:
+            raise InputError(f"row {self.name}: {quoted(self.head_map)} names no map: write inverted:FOLDER")
+        if kind in ("full", "streaming") and self.retrieval_ratio is not None:
+            raise InputError(f"row {self.name}: head_map {kind} leaves nothing to choose: leave retrieval_ratio out")
+        if self._has_window and kind == "full":
+            raise InputError(f"row {self.name}: head_map full has no streaming heads: leave sink_size, recent_size out")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise InputError(f"row {self.name}: chunk_size {self.chunk_size} must be at least 1")
+        if self.evicts is not None:
+            if self.head_map != "full":
+                raise InputError(f"row {self.name}: {self.eviction} evicts from full attention: use head_map full")
+            if self.kv in QUANTIZED_KV_FORMATS or self.simulates is not None:
+                raise InputError(f"row {self.name}: evicting caches hold exact tokens: use kv bf16")
+
+    @property
+    def simulates(self) -> SimulatedFormat | None:
+        """The simulated format asked for; InputError where it is unknown."""
+        if not is_simulated(self.kv):
+            return None
+        try:
+            return simulated_format(self.kv)
+        except InputError as error:
+            raise InputError(f"row {self.name}: {error}") from error
+
+    @property
+    def stored_kv(self) -> str:
+        """The page format that `longrun.load` takes: simulated formats are held in bf16 pages."""
+        return "bf16" if is_simulated(self.kv) else self.kv
+
+    @property
+    def evicts(self) -> Eviction | None:
+        """The eviction asked for; InputError where it cannot be read."""
+        if self.eviction == "none":
+            return None
+        found = _EVICTION.fullmatch(self.eviction)
+        if found is None or (found[4] and found[1] == "tova") or float(found[2]) <= 0:
+            raise InputError(
+                f"row {self.name}: eviction {quoted(self.eviction)} is unknown: use none, snapkv:512, snapkv:25%, "
+                f"snapkv:512@document, tova:512 or tova:25%"
+            )
+        if not found[3] and "." in found[2]:
+            raise InputError(f"row {self.name}: eviction {quoted(self.eviction)} keeps no whole number of tokens")
+        return Eviction(found[1], float(found[2]), bool(found[3]), bool(found[4]))
+
+    @property
+    def method(self) -> str:
+        """What the row is one point of: its line in a plot."""
+        if self.evicts is not None:
+            return self.evicts.method + (" before the question" if self.evicts.at_document else "") + self._chunks
+        kind, _, rest = self.head_map.partition(":")
+        what = {"full": "full", "streaming": "all streaming", "random": "random map"}.get(kind)
+        if what is None:
+            what = f"inverted {Path(rest).name}" if kind == "inverted" else f"map {Path(self.head_map).name}"
+        weights = f", {self.weights} weights" if self.weights else ""
+        varied = ", varied window" if self._has_window else ""
+        return f"{what}, {self.kv}{weights}{varied}{self._chunks}"
+
+    @property
+    def _chunks(self) -> str:
+        return "" if self.chunk_size is None else f", chunks of {self.chunk_size:,}"
+
+    @property
+    def _has_window(self) -> bool:
+        return (self.sink_size, self.recent_size) != (None, None)
+
+    def make_map(self, num_layers: int, num_kv_heads: int) -> HeadMap | str:
+        """What `longrun.load` takes as head_map.
+
+        Raises:
+            HeadMapError: the folder holds none, or an impossible window.
+        """
+        kind, _, rest = self.head_map.partition(":")
+        window = (
+            DEFAULT_SINK_SIZE if self.sink_size is None else self.sink_size,
+            DEFAULT_RECENT_SIZE if self.recent_size is None else self.recent_size,
+        )
+        if kind == "full":
+            return "full"
+        if kind == "streaming":
+            return streaming_map(num_layers, num_kv_heads, *window)
+        if kind == "random":
+            return random_map(num_layers, num_kv_heads, int(rest), *window)
+        if kind == "inverted":
+            return inverted_map(HeadMap.load(rest)).with_window(self.sink_size, self.recent_size)
+        return HeadMap.load(self.head_map).with_window(self.sink_size, self.recent_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, JSON-able; of a map's folder the path as given."""
+        return asdict(self)
+
+
+def read_rows(path: Path) -> tuple[Row, ...]:
+    """The rows of a settings file: `[[row]]` tables with the fields of `Row`.
+
+    Raises:
+        InputError: a file that cannot be read, an unknown key, a name given twice or kept for the reference.
+    """
+    advice = "see scripts/compare_settings.toml"
+    found = parse_toml(read_text(path, InputError, advice), f"settings file {path}", InputError)
+    tables = found.pop("row", None)
+    if found or not isinstance(tables, list) or not tables:
+        raise InputError(
+            f"settings file {path} must hold [[row]] tables and nothing else: see scripts/compare_settings.toml"
+        )
+    known, rows = {field.name for field in fields(Row)}, []
+    for number, table in enumerate(tables, start=1):
+        for key in table:
+            if key not in known:
+                raise InputError(f"{path}, row {number}: {key} is unknown: use {', '.join(sorted(known))}")
+        if "name" not in table:
+            raise InputError(f"{path}, row {number} has no name: every row needs one")
+        row = Row(**table)
+        if row.name == REFERENCE or row.name in {other.name for other in rows}:
+            raise InputError(f"{path}: the name {quoted(row.name)} is taken: give every row one of its own")
+        rows.append(row)
+    return tuple(rows)
+
+
+_TYPES = {
+    "name": str,
+    "head_map": str,
+    "retrieval_ratio": (int, float),
+    "kv": str,
+    "weights": str,
+    "eviction": str,
+    "sink_size": int,
+    "recent_size": int,
+    "chunk_size": int,
+}
+
+
+def _check_type(row: Row, name: str) -> None:
+    value, default = getattr(row, name), Row.__dataclass_fields__[name].default
+    if value is default:
+        return
+    if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
+        raise InputError(f"row {row.name}: {name} is {quoted(value)}, which is of the wrong type")
+
+
+REFERENCE_ROW = Row(REFERENCE, kv="bf16")

@@ -1,0 +1,106 @@
+"""`python -m longrun.plan`: the memory plan of a checkpoint folder, from its config.json alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.console import Console, ConsoleDimensions
+
+from longrun.arguments import COUNT, SHARE
+from longrun.cli import EXIT_STATUS, PLAN_OPTIONS, Parser, run
+from longrun.plan.budget import Budget, shipped_budgets
+from longrun.plan.kernels import check_kernel_shapes
+from longrun.plan.plan import NoFitError, make_plan
+from longrun.plan.report import print_plan
+from longrun.plan.shapes import SHAPES, config_of
+from longrun.plan.split import choose_split
+from longrun.quant.kv_format import KV_FORMATS, KV_HELP
+from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.units import parse_tokens
+
+
+def plan_command(argv: Sequence[str] | None = None) -> int:
+    """Print a plan as a table, or as one JSON object with --json; the exit status is 0.
+
+    Raises:
+        LongrunError: bad arguments or files, or a plan that does not fit (with --json an object that says so is
+            printed first).
+    """
+    options = _parser().parse_args(argv)
+    config, note = config_of(options.model)
+    budget = Budget.load(options.budget).override(
+        kv_format=options.kv, weight_format=options.weights, chunk_size=options.chunk_size
+    )
+    ctx = None if options.ctx is None else parse_tokens(options.ctx, "--ctx")
+    device_type = options.device or ("cpu" if options.budget == "cpu" else "cuda")
+    if device_type == "cuda":
+        check_kernel_shapes(config, budget)
+    split = choose_split(config, budget, options.head_map, options.retrieval_ratio, assume=True)
+    try:
+        plan = make_plan(config, budget, ctx, split=split, device_type=device_type)
+        plan = replace(plan, notes=(*plan.notes, *([] if note is None else [note])))
+    except NoFitError as error:
+        if options.json:
+            print(json.dumps(error.to_dict(PLAN_OPTIONS)))
+        raise
+    if options.json:
+        print(json.dumps(plan.to_dict()))
+    else:
+        print_plan(plan, _console())
+    return 0
+
+
+def _console() -> Console:
+    """stdout; where it is no terminal and COLUMNS says nothing, wide enough for the whole table."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 120
+    elif console.is_dumb_terminal:  # rich takes 80 columns then
+        console.size = ConsoleDimensions(*shutil.get_terminal_size((80, 25)))
+    return console
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m longrun.plan",
+        description="Memory plan of a model at a context length, byte by byte, from its config.json alone.",
+        epilog=EXIT_STATUS,
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_NAME",
+        help=f"checkpoint folder, of which only config.json is read, or a shape: {', '.join(SHAPES)}",
+    )
+    parser.add_argument("--ctx", metavar="TOKENS", help="context, like 128K or 3.3M (default: the trained window)")
+    parser.add_argument(
+        "--budget",
+        default="cpu",
+        metavar="NAME_OR_FILE",
+        help=f"a TOML file or one of {', '.join(shipped_budgets())} (default: cpu)",
+    )
+    parser.add_argument("--head-map", metavar="DIR|full", help="head map folder (default: full attention)")
+    parser.add_argument(
+        "--retrieval-ratio",
+        type=SHARE,
+        metavar="R",
+        help="share of the KV heads that keep all tokens; without a head map it is assumed to be reached",
+    )
+    parser.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's)")
+    parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
+    parser.add_argument(
+        "--chunk-size", type=COUNT, metavar="N", help="tokens of a prefill step (default: the budget's)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu for the budget cpu, else cuda")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    return parser
+
+
+def main() -> None:
+    """Entry point of `longrun-plan`."""
+    run(plan_command, PLAN_OPTIONS)

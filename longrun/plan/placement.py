@@ -1,0 +1,271 @@
+"""Where every byte of a run goes for one context length: the planner's arithmetic, without torch.
+
+`place` never refuses: it states what the settings need and by how much that exceeds the memory. The bytes themselves
+are computed by the parts they belong to (`longrun.specs`); here they are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from longrun.config.model_config import ModelConfig
+from longrun.patterns.head_map import HeadSplit
+from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
+from longrun.quant.weight_format import is_quantized
+from longrun.specs.attention_spec import DEFAULT_SCRATCH_TOKENS, AttentionSpec
+from longrun.specs.cache_spec import CacheSpec
+from longrun.specs.model_bytes import TOKEN_SLICES, activation_bytes, compute_itemsize, model_weight_bytes
+
+DEFAULT_WEIGHT_FORMAT = {"cpu": "fp32", "cuda": "bf16"}
+
+# What no setting changes, an upper bound of what was measured; without torch nothing better can be known.
+# cpu: resident memory beside weights, cache and activations after a prefill (torch, transformers, safetensors, a
+# tokenizer of 49,152 tokens, buffers of matrix products) on x86-64 Linux with torch 2.13 and transformers 5.23: 439 MB
+# with fp32 weights, 491 with bf16; with bitsandbytes, which nf4 brings, 586. `library_notice` tells where it is more.
+# cuda: what the driver counts beyond torch's own memory (context, cuBLAS, cuDNN, our kernels) on an H100 with torch
+# 2.11: 720 MB after a decode, 805 MB after a prefill with needle questions; rounded up.
+RUNTIME_BASE_BYTES = {"cpu": 500 * 10**6, "cuda": 850 * 10**6}
+_BITSANDBYTES_BYTES = 100 * 10**6
+
+# The most that the buffer for host pages may take; on cuda two halves, so that one fills while the other is read.
+FETCH_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 256 * 2**20}
+
+# Sampling keeps the logits in float32, scaled logits, sorted logits and their int64 order.
+_LOGITS_BYTES_PER_TOKEN_ID = 3 * 4 + 8
+
+# On a GPU torch takes tensors below 1 MiB from segments of their own.
+_SMALL_TENSOR_BYTES = {"cpu": 0, "cuda": 16 * 2**20}
+
+# Tensors are read in pieces of this size.
+_LOADING_PIECE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class PlanItem:
+    """One line of a plan: `bytes` of `name` on `place` ("device" or "host")."""
+
+    name: str
+    place: str
+    bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Everything but the context length that decides a placement.
+
+    Attributes:
+        config: shape of the model.
+        split: retrieval and streaming heads of the model.
+        device_type: "cpu" or "cuda".
+        weight_format, kv_format, page_size: formats, see `Budget`.
+        chunk_size: the most tokens of one prefill step; capped at the context.
+        gpu_bytes, host_bytes: memory that may be used.
+        reserved_bytes: device memory that is taken already.
+        device_share: the most of a retrieval head's pages that may stand in the device pool, 0 to 1. Below 1 pages
+            go to the host pool although the device has room, which is how the host path is exercised.
+        gpu_kernels: on cuda, INT4 pages are served by the GPU kernels; False plans for plain torch.
+        bf16_product_copy: on the CPU, bytes an element that a bf16 product holds beside its result, see
+            `longrun.machine.processor`.
+    """
+
+    config: ModelConfig
+    split: HeadSplit
+    device_type: str
+    weight_format: str
+    kv_format: str
+    page_size: int
+    chunk_size: int
+    gpu_bytes: int
+    host_bytes: int
+    reserved_bytes: int = 0
+    device_share: float = 1.0
+    gpu_kernels: bool = True
+    bf16_product_copy: int = 0
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        return model_weight_bytes(self.config, self.weight_format, self.device_type)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation element."""
+        return compute_itemsize(self.weight_format, self.device_type)
+
+    @property
+    def product_copy(self) -> int:
+        return self.bf16_product_copy if self.device_type == "cpu" and self.itemsize == 2 else 0
+
+    @property
+    def fused(self) -> bool:
+        """The GPU kernels' backend serves these settings, rather than plain torch."""
+        return self.device_type == "cuda" and self.kv_format in QUANTIZED_KV_FORMATS and self.gpu_kernels
+
+    @property
+    def base_bytes(self) -> int:
+        more = _BITSANDBYTES_BYTES if self.device_type == "cpu" and self.weight_format == "nf4" else 0
+        return RUNTIME_BASE_BYTES[self.device_type] + more
+
+    @cached_property
+    def loading_bytes(self) -> int:
+        """Device memory at the worst moment of loading: all weights, the pieces that are on their way, and for
+        quantized formats the largest linear before it is quantized (q, k, v are one, gate and up another)."""
+        config = self.config
+        largest_tensor = max(_numel(weight.shape) for weight in config.weights())
+        # A piece stands as read (in two bytes an element, mostly), converted, and reordered.
+        passing = min(_LOADING_PIECE_BYTES, 2 * largest_tensor) * (1 + self.itemsize)
+        if is_quantized(self.weight_format):
+            widest = max(2 * config.intermediate_size, config.q_size + 2 * config.kv_size)
+            passing += widest * config.hidden_size * self.itemsize
+        return self.weight_bytes + self.base_bytes + self.reserved_bytes + passing
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Settings at one capacity: the specs to allocate from, every item, and what is missing.
+
+    Attributes:
+        device_short, host_short: bytes by which the need exceeds the memory; both 0 where it fits.
+    """
+
+    capacity: int
+    chunk_size: int
+    cache: CacheSpec
+    attention: AttentionSpec
+    items: tuple[PlanItem, ...]
+    device_short: int
+    host_short: int
+
+    @property
+    def fits(self) -> bool:
+        return self.device_short == 0 and self.host_short == 0
+
+
+def place(settings: PlanSettings, capacity: int) -> Placement:
+    """Place a cache of `capacity` tokens: as many pages of every retrieval head on the device as it leaves room for,
+    the others (the oldest) on the host.
+
+    Raises:
+        PlanError: more pages than page tables can name.
+        ConfigError: a page format that cannot hold the model's heads.
+    """
+    attention = _attention_spec(settings, capacity)
+    cache = _cache_spec(settings, capacity, device_share=settings.device_share)
+    if cache.host_pages:
+        attention = _with_fetch_tables(attention, cache)
+    others = tuple(_items_beside_the_cache(settings, attention))
+    other_bytes = sum(item.bytes for item in others)
+    missing = other_bytes + sum(cache.device_bytes().values()) - settings.gpu_bytes
+    if missing > 0 and settings.host_bytes > 0 and cache.total_retrieval_heads > 0:
+        attention = _with_fetch_tables(attention, cache)
+        others = tuple(_items_beside_the_cache(settings, attention))
+        other_bytes = sum(item.bytes for item in others)
+        empty = _cache_spec(settings, capacity, device_share=0.0)
+        left = settings.gpu_bytes - other_bytes - sum(empty.device_bytes().values())
+        pages = max(0, left) // (empty.total_retrieval_heads * empty.page_format.payload_bytes)
+        cache = _cache_spec(settings, capacity, device_share=settings.device_share, most_pages=pages)
+        missing = -left
+    device_bytes = other_bytes + sum(cache.device_bytes().values())
+    headroom = max(0, settings.loading_bytes - device_bytes)
+    items = [
+        *others,
+        *(PlanItem(name, "device", size, _NOTES.get(name, "")) for name, size in cache.device_bytes().items()),
+        PlanItem("loading headroom", "device", headroom, "tensors on their way"),
+        *(PlanItem(name, "host", size) for name, size in cache.host_bytes().items()),
+    ]
+    return Placement(
+        capacity=capacity,
+        chunk_size=attention.chunk_size,
+        cache=cache,
+        attention=attention,
+        items=tuple(item for item in items if item.bytes),
+        device_short=max(0, missing, settings.loading_bytes - settings.gpu_bytes),
+        host_short=max(0, sum(cache.host_bytes().values()) - settings.host_bytes),
+    )
+
+
+_NOTES = {
+    "page index (key scales)": "of host pages too",
+    "sink pages": "exact",
+    "tails": "exact",
+    "rings": "streaming heads",
+    "fetch buffer": "host pages in use",
+}
+
+
+def _with_fetch_tables(attention: AttentionSpec, cache: CacheSpec) -> AttentionSpec:
+    """Fetched host pages are read through page tables of their own, one for every number of heads a layer has."""
+    if not attention.fused:
+        return attention
+    return replace(attention, fetch_table_pages=cache.pages_per_head * sum(set(cache.retrieval_heads)))
+
+
+def _attention_spec(settings: PlanSettings, capacity: int) -> AttentionSpec:
+    config, split, page_size = settings.config, settings.split, settings.page_size
+    return AttentionSpec(
+        scratch_tokens=min(DEFAULT_SCRATCH_TOKENS[settings.device_type], -(-capacity // page_size) * page_size),
+        max_retrieval_heads=max(split.num_retrieval),
+        num_qo_heads=config.num_qo_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        compute_itemsize=settings.itemsize,
+        chunk_size=min(settings.chunk_size, capacity),
+        sink_size=split.sink_size,
+        recent_size=split.recent_size,
+        fused=settings.fused,
+        head_counts=len({count for count in split.num_retrieval if count}),
+    )
+
+
+def _items_beside_the_cache(settings: PlanSettings, attention: AttentionSpec) -> Iterator[PlanItem]:
+    base_note = "libraries, measured" if settings.device_type == "cpu" else "CUDA context and libraries, measured"
+    layers = activation_bytes(
+        settings.config, attention.chunk_size, settings.itemsize, settings.weight_format,
+        TOKEN_SLICES[settings.device_type], settings.fused, settings.product_copy,
+    )  # fmt: skip
+    yield PlanItem("weights", "device", settings.weight_bytes, settings.weight_format)
+    yield PlanItem("prefill scratch", "device", attention.scratch_bytes(), "dequantized pages")
+    yield PlanItem("decode buffers", "device", attention.decode_bytes(), "and split results")
+    yield PlanItem(
+        "activations", "device", layers + attention.activation_bytes(), f"{attention.chunk_size:,}-token chunk"
+    )
+    yield PlanItem("small tensors", "device", _SMALL_TENSOR_BYTES[settings.device_type])
+    yield PlanItem("logits", "device", settings.config.vocab_size * _LOGITS_BYTES_PER_TOKEN_ID, "and sampling")
+    yield PlanItem("runtime base", "device", settings.base_bytes, base_note)
+    yield PlanItem("reserved", "device", settings.reserved_bytes, "taken already")
+
+
+def _cache_spec(
+    settings: PlanSettings, capacity: int, *, device_share: float, most_pages: int | None = None
+) -> CacheSpec:
+    """Cache with `device_share` of each retrieval head's pages on the device, and at most `most_pages` a head."""
+    page_format = PageFormat(settings.kv_format, settings.page_size, settings.config.head_dim)
+    counts = settings.split.num_retrieval
+    pages = page_format.pooled_pages(capacity) if sum(counts) else 0
+    on_device = int(pages * device_share)
+    if most_pages is not None:
+        on_device = min(on_device, most_pages)
+    fetch_pages = 0
+    if pages > on_device:
+        halves = 2 if settings.fused else 1
+        most_fetched = max(halves * max(counts), FETCH_BYTES[settings.device_type] // page_format.payload_bytes)
+        fetch_pages = min(halves * max(counts) * (pages - on_device), most_fetched)
+    return CacheSpec(
+        retrieval_heads=counts,
+        num_kv_heads=settings.config.num_kv_heads,
+        page_format=page_format,
+        capacity=capacity,
+        sink_size=settings.split.sink_size,
+        recent_size=settings.split.recent_size,
+        device_pages_per_head=on_device,
+        fetch_pages=fetch_pages,
+    )
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

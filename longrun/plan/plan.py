@@ -1,0 +1,304 @@
+"""The memory plan: model shape + head split + budget + context -> every byte, or an error that says what would fit.
+
+Plain arithmetic without torch. `python -m longrun.plan --help` prints a plan from config.json alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from longrun.arguments import choice, integer, number
+from longrun.config.model_config import ModelConfig
+from longrun.errors import PlanError, shortened
+from longrun.machine.processor import bf16_product_copy_bytes
+from longrun.patterns.head_map import HeadMap, HeadSplit
+from longrun.plan.budget import Budget
+from longrun.plan.placement import DEFAULT_WEIGHT_FORMAT, Placement, PlanItem, PlanSettings, place
+from longrun.plan.search import Suggestion, largest_ctx, shortfall, suggest
+from longrun.plan.split import ChosenSplit, choose_split
+from longrun.specs.attention_spec import AttentionSpec
+from longrun.specs.cache_spec import CacheSpec
+from longrun.units import format_bytes, parse_tokens
+
+__all__ = ["ChosenSplit", "NoFitError", "Plan", "PlanItem", "Suggestion", "choose_split", "make_plan"]
+
+
+class NoFitError(PlanError):
+    """The budget does not hold what was asked.
+
+    Attributes:
+        device_short, host_short: bytes with which it would: no smaller sum of the two does.
+        suggestions: the nearest changes that fit, each verified; empty where none does.
+    """
+
+    def __init__(self, problem: str, device_short: int, host_short: int, suggestions: Sequence[Suggestion]) -> None:
+        self._problem = problem
+        self.device_short, self.host_short = device_short, host_short
+        self.suggestions = tuple(suggestions)
+        super().__init__()
+        self.args = (self.told_by(()),)  # whole: an advice that is cut out would mislead
+
+    def told_by(self, options: Collection[str]) -> str:
+        if not self.suggestions:
+            return f"{self._problem}; use a larger machine"
+        return f"{self._problem}; what fits: " + ", or ".join(each.told_by(options) for each in self.suggestions)
+
+    def to_dict(self, options: Collection[str]) -> dict[str, Any]:
+        """The facts as JSON types, in the words of a command with these options."""
+        return {
+            "fits": False,
+            "error": self.told_by(options),
+            "device_short": self.device_short,
+            "host_short": self.host_short,
+            "suggestions": [
+                {"setting": each.setting, "value": each.value, "text": each.told_by(options)}
+                for each in self.suggestions
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run holds, byte by byte. Sizes are bytes, lengths are tokens.
+
+    Attributes:
+        ctx: capacity of the cache.
+        max_ctx: largest context that the same memory and settings hold (`longrun.plan.search.MAX_CTX` where nothing
+            grows with the context).
+        model: the model's shape in words.
+        cache, attention: what cache and attention backend allocate.
+        items: every part, with its place ("device" or "host").
+        device_budget, host_budget: what the budget allows.
+        split_hash: hash of the head split; split_note: where the split comes from.
+        warnings: what a person must know before the run; notes: what is good to know.
+    """
+
+    ctx: int
+    max_ctx: int
+    model: str
+    device_type: str
+    weight_format: str
+    chunk_size: int
+    split_hash: str
+    split_note: str
+    cache: CacheSpec
+    attention: AttentionSpec
+    items: tuple[PlanItem, ...]
+    device_budget: int
+    host_budget: int
+    budget_source: str
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kv_format(self) -> str:
+        return self.cache.page_format.name
+
+    @property
+    def page_size(self) -> int:
+        return self.cache.page_format.page_size
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(item.bytes for item in self.items if item.place == "device")
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(item.bytes for item in self.items if item.place == "host")
+
+    @property
+    def total_bytes(self) -> int:
+        return self.device_bytes + self.host_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the dual cache on device and host together."""
+        return self.cache.total_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole plan as JSON types."""
+        cache = self.cache
+        return {
+            "fits": True,
+            "ctx": self.ctx,
+            "max_ctx": self.max_ctx,
+            "model": self.model,
+            "device_type": self.device_type,
+            "weight_format": self.weight_format,
+            "kv_format": self.kv_format,
+            "page_size": self.page_size,
+            "chunk_size": self.chunk_size,
+            "split": {
+                "hash": self.split_hash,
+                "note": self.split_note,
+                "retrieval_heads": list(cache.retrieval_heads),
+                "num_kv_heads": cache.num_kv_heads,
+                "sink_size": cache.sink_size,
+                "recent_size": cache.recent_size,
+            },
+            "pages": {
+                "per_head": cache.pages_per_head,
+                "device_per_head": cache.device_pages_per_head,
+                "device": cache.device_pages,
+                "host": cache.host_pages,
+                "fetch": cache.fetch_pages,
+            },
+            "items": [asdict(item) for item in self.items],
+            "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
+            "total_bytes": self.total_bytes,
+            "cache_bytes": self.cache_bytes,
+            "bytes_per_token": cache.bytes_per_token,
+            "budget": {"source": self.budget_source, "device": self.device_budget, "host": self.host_budget},
+            "warnings": list(self.warnings),
+            "notes": list(self.notes),
+        }
+
+
+def make_plan(
+    config: ModelConfig,
+    budget: Budget,
+    ctx: int | None = None,
+    *,
+    split: HeadSplit | ChosenSplit | None = None,
+    device_type: str = "cuda",
+    reserved_bytes: int = 0,
+    device_share: float = 1.0,
+    gpu_kernels: bool = True,
+) -> Plan:
+    """Plan a run of `ctx` tokens within `budget`.
+
+    Args:
+        config: shape of the model.
+        budget: memory, formats and chunk size; see `Budget.override` for options that win over a file.
+        ctx: capacity in tokens; None takes the model's trained window, or less where less fits.
+        split: head split, best with its origin (`choose_split`), so that the plan can name it and propose another
+            ratio; None is full attention.
+        device_type: "cpu" or "cuda".
+        reserved_bytes: device memory that is taken already.
+        device_share, gpu_kernels: see `PlanSettings`.
+
+    Raises:
+        NoFitError: the budget does not hold it; with the shortfall and what would fit.
+        PlanError: a context that the model's own sliding window or the page tables do not allow.
+    """
+    ctx = None if ctx is None else parse_tokens(ctx, "ctx")
+    choice(device_type, "device_type", ("cpu", "cuda"))
+    device_share = number(device_share, "device_share", 0, 1)
+    reserved_bytes = integer(reserved_bytes, "reserved_bytes")
+    chosen = _with_origin(split, config, budget)
+    settings = PlanSettings(
+        config=config,
+        split=chosen.split,
+        device_type=device_type,
+        weight_format=budget.weight_format or DEFAULT_WEIGHT_FORMAT[device_type],
+        kv_format=budget.kv_format,
+        page_size=budget.page_size,
+        chunk_size=budget.chunk_size,
+        gpu_bytes=budget.gpu_bytes,
+        host_bytes=budget.host_bytes,
+        reserved_bytes=reserved_bytes,
+        device_share=device_share,
+        gpu_kernels=gpu_kernels,
+        bf16_product_copy=bf16_product_copy_bytes(),
+    )
+    max_ctx = largest_ctx(settings)
+    warnings = []
+    if ctx is None:
+        ctx, why = _default_ctx(config, max_ctx)
+        warnings += why
+    _check_window(config, ctx)
+    if ctx > config.trained_positions:
+        warnings.append(
+            f"{ctx:,} tokens are more than the {config.trained_positions:,} that the model was trained for: "
+            f"answers may degrade beyond that"
+        )
+    warnings += [warning.text for warning in config.warnings if ctx > warning.above]
+    placement = place(settings, ctx)
+    if not placement.fits:
+        raise _no_fit(settings, placement, budget, chosen)
+    return Plan(
+        ctx=ctx,
+        max_ctx=max_ctx,
+        model=describe_model(config),
+        device_type=device_type,
+        weight_format=settings.weight_format,
+        chunk_size=placement.chunk_size,
+        split_hash=chosen.split.hash,
+        split_note=chosen.note,
+        cache=placement.cache,
+        attention=placement.attention,
+        items=placement.items,
+        device_budget=budget.gpu_bytes,
+        host_budget=budget.host_bytes,
+        budget_source=budget.source,
+        warnings=tuple(warnings),
+        notes=chosen.notes,
+    )
+
+
+def describe_model(config: ModelConfig) -> str:
+    return (
+        f"{config.architecture}, {config.num_layers} layers, {config.num_qo_heads} query and "
+        f"{config.num_kv_heads} KV heads of {config.head_dim}"
+    )
+
+
+def _with_origin(split: HeadSplit | ChosenSplit | None, config: ModelConfig, budget: Budget) -> ChosenSplit:
+    if split is None:
+        return choose_split(config, budget)
+    if isinstance(split, ChosenSplit):
+        return split
+    scores = tuple(tuple(float(keep) for keep in row) for row in split.retrieval)
+    note = "full attention" if split.is_full else "head split"
+    return ChosenSplit(split, HeadMap(scores, split.sink_size, split.recent_size), note)
+
+
+def _default_ctx(config: ModelConfig, max_ctx: int) -> tuple[int, list[str]]:
+    """The trained window, or what fits of it; without a fit, one token, which then tells what is missing."""
+    wanted = config.trained_positions
+    if config.sliding_window is not None:
+        wanted = min(wanted, config.sliding_window)
+    if max_ctx < wanted:
+        warning = f"the budget holds {max_ctx:,} tokens of the model's {wanted:,}"
+        return max(max_ctx, 1), [warning]
+    return wanted, []
+
+
+def _check_window(config: ModelConfig, ctx: int) -> None:
+    if config.sliding_window is not None and ctx > config.sliding_window:
+        raise PlanError(
+            f"{ctx:,} tokens are more than the sliding window of {config.sliding_window:,} to which this checkpoint "
+            f"limits every layer, which is not implemented: ask for at most {config.sliding_window:,} tokens, or set "
+            f'"sliding_window": null in its config.json to run it with full context'
+        )
+
+
+def _no_fit(settings: PlanSettings, placement: Placement, budget: Budget, chosen: ChosenSplit) -> NoFitError:
+    suggestions = suggest(settings, placement.capacity, chosen.resplits)
+    device, host = shortfall(settings, placement.capacity)
+    source = shortened(budget.source)
+    before_cache = settings.weight_bytes + settings.base_bytes + settings.reserved_bytes
+    if before_cache > settings.gpu_bytes:
+        device, host = before_cache - settings.gpu_bytes, 0
+        what = (
+            f"{source} does not even hold the weights: {format_bytes(settings.weight_bytes)} in "
+            f"{settings.weight_format} and {format_bytes(before_cache - settings.weight_bytes)} beside them against "
+            f"gpu = {format_bytes(settings.gpu_bytes)}"
+        )
+    elif settings.loading_bytes > settings.gpu_bytes:
+        device, host = settings.loading_bytes - settings.gpu_bytes, 0
+        what = (
+            f"{source} (gpu {format_bytes(settings.gpu_bytes)}) does not hold the "
+            f"{format_bytes(settings.weight_bytes)} of {settings.weight_format} weights while they load"
+        )
+    else:
+        what = (
+            f"{source} (gpu {format_bytes(settings.gpu_bytes)}, host {format_bytes(settings.host_bytes)}) does "
+            f"not hold {placement.capacity:,} tokens"
+        )
+    kind = "GPU memory" if settings.device_type == "cuda" else "device pool memory"
+    short = [f"{format_bytes(size)} of {name}" for size, name in ((device, kind), (host, "host memory")) if size]
+    return NoFitError(f"{what}, {' and '.join(short)} short", device, host, suggestions)

@@ -1,0 +1,96 @@
+"""A plan as a person reads it: one table of items and a few lines around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+
+from longrun.plan.plan import Plan
+from longrun.plan.search import MAX_CTX
+from longrun.units import format_bytes, format_tokens
+
+_NOTE_WIDTH = 17  # with its padding; what is longer is wrapped
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the plan: what is planned, every item with its share, totals against the budget, the largest context."""
+    cache = plan.cache
+    heads = cache.num_layers * cache.num_kv_heads
+    lines = [
+        f"[bold]{format_tokens(plan.ctx)} tokens[/bold] on {plan.device_type}: {escape(plan.model)}",
+        f"weights {plan.weight_format}, KV pages {plan.kv_format} of {plan.page_size} tokens, "
+        f"prefill in chunks of {plan.chunk_size:,}; budget {escape(plan.budget_source)}",
+        f"{cache.total_retrieval_heads} of {heads} KV heads keep all tokens ({escape(plan.split_note)})",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    columns = _fitting_columns(plan, console)
+    if columns:
+        console.print(_table_of(plan, columns, console.is_dumb_terminal))
+    for name, place, size, note in _rows(plan):
+        if columns == 0 or (columns < 5 and name == "total"):
+            text = f"{name} ({place}): {note if name == 'total' else format_bytes(size)}"
+            console.print(text, highlight=False, soft_wrap=True)
+    console.print(_pages(plan), highlight=False, soft_wrap=True)
+    if plan.max_ctx >= MAX_CTX:
+        most = "no head keeps all tokens, so the cache does not grow with the context"
+    else:
+        most = f"largest context with this budget and these settings: [bold]{format_tokens(plan.max_ctx)} tokens[/bold]"
+    console.print(most, highlight=False, soft_wrap=True)
+    for note in plan.notes:
+        console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+def _fitting_columns(plan: Plan, console: Console) -> int:
+    """Columns of the widest table that the terminal holds without cutting a word; 0 without room for any."""
+    for columns, more in ((5, _NOTE_WIDTH), (4, 0), (3, 0), (2, 0)):
+        table = _table_of(plan, min(columns, 4), console.is_dumb_terminal)
+        if Measurement.get(console, console.options.update(width=1000), table).maximum + more <= console.width:
+            return columns
+    return 0
+
+
+def _table_of(plan: Plan, columns: int, plain: bool) -> Table:
+    """Item, place and bytes, from 4 columns on the share, with 5 a note; with 2 bytes are short and the place goes."""
+    table = Table(box=None if plain else SIMPLE_HEAD)
+    for heading, justify in (("item", "left"), ("place", "left"), ("bytes", "right"), ("share", "right"), ("", "left")):
+        if heading != "place" or columns > 2:
+            table.add_column(heading, justify=justify, no_wrap=heading != "")
+        if len(table.columns) == columns:
+            break
+    for name, place, size, note in _rows(plan):
+        if name == "total" and place == "device":
+            table.add_section()
+        if columns == 2:
+            table.add_row(f"{name} ({place})" if name == "total" else name, format_bytes(size))
+        else:
+            table.add_row(*(name, place, f"{size:,}", f"{size / plan.total_bytes:.1%}", note)[:columns])
+    return table
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, str, int, str]]:
+    """(name, place, bytes, note) of every item, and of the totals."""
+    for item in plan.items:
+        yield item.name, item.place, item.bytes, item.note
+    for place, used, budget in (
+        ("device", plan.device_bytes, plan.device_budget),
+        ("host", plan.host_bytes, plan.host_budget),
+    ):
+        if used or budget:
+            yield "total", place, used, f"{format_bytes(used)} of {format_bytes(budget)}"
+
+
+def _pages(plan: Plan) -> str:
+    cache = plan.cache
+    text = f"{cache.bytes_per_token:,.0f} bytes per token of context; cache {format_bytes(plan.cache_bytes)}"
+    if cache.host_pages:
+        share = cache.device_pages_per_head / cache.pages_per_head
+        text += f"; {cache.device_pages:,} pages on the device ({share:.0%}), {cache.host_pages:,} on the host"
+    return text
