@@ -2,18 +2,9 @@
 
 from longrun.config.model_config import ModelConfig
 from longrun.plan.plan import choose_split
+from longrun.plan.shapes import SHAPES
 
-LLAMA_JSON = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-}
+LLAMA_JSON = SHAPES["Llama-3-8B"]
 SMALL_JSON = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -9,9 +9,9 @@ from typing import Any
 from longrun.errors import InputError
 from longrun.files.folder_lock import FolderLock
 from longrun.files.user_files import RESULTS_BYTES, read_object
-from longrun.files.whole_file import leftovers, write_whole
+from longrun.files.whole_file import write_whole
+from longrun.lab.results_file import RESULTS_FILE, claim_results
 
-RESULTS_FILE = "results.json"
 FORMAT = 1
 
 
@@ -42,17 +42,8 @@ class SweepResults:
             InputError: another run has it open, the folder cannot be written, or it holds a damaged file or other
                 settings (the first is named).
         """
-        path = folder / RESULTS_FILE
+        lock = claim_results(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"folder {folder} cannot be made ({error.strerror}): choose another --out") from error
-        lock = FolderLock(
-            folder / f".{RESULTS_FILE}.lock", f"{path}", InputError, "wait for that run or give another --out"
-        )
-        try:
-            for left in leftovers(path):
-                left.unlink(missing_ok=True)
             results = cls._open(folder, settings, force)
         except BaseException:
             lock.release()
