@@ -158,7 +158,7 @@ class _Stdout(_Stream):
 
 
 class _Stderr(_Stream):
-    """stderr: where nobody can be told anything, the work goes on without."""
+    """stderr: the work continues where nothing can be written there."""
 
     def _try(self, action: Callable[[], Any]) -> Any:
         try:

@@ -305,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     talk.add_argument("--interactive", action="store_true", help="stay in the chat after --prompt (on a terminal)")
     talk.add_argument("--system", metavar="TEXT", help="system prompt (default: the chat template's own)")
     talk.add_argument(
-        "--session", metavar="DIR", help="keep the session in this folder, and go on with the one that is in it"
+        "--session", metavar="DIR", help="keep the session in this folder, and resume the one that is in it"
     )
     answer = parser.add_argument_group("answers")
     answer.add_argument("--max-new-tokens", type=COUNT, default=512, metavar="N", help="default: 512")

@@ -20,7 +20,7 @@ HELP = """\
 /continue    read on after Ctrl-C stopped the reading, answer a question that has no answer yet, or resume an answer
              that Ctrl-C or --max-new-tokens cut
 /save DIR    save the conversation with its cache
-/load DIR    go on with a saved conversation
+/load DIR    resume a saved conversation
 /stats       tokens, documents, and what the last answer cost
 /reset       start anew
 /help        this list

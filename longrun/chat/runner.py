@@ -59,7 +59,7 @@ class ChatRunner:
         console: messages, progress and statistics go there, never the answer.
         system: system prompt of new conversations.
         folder: session folder that is kept up to date (after every chunk read, and after every answer); an existing
-            session in it is gone on with.
+            session in it is resumed.
         capacity: tokens a session must have room for; None takes the plan's, or a saved session's own.
 
     Raises:

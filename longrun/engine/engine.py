@@ -49,7 +49,7 @@ class Engine:
     ) -> Tensor:  # fmt: skip
         """Append tokens to the sequence, chunk by chunk.
 
-        SIGINT and SIGTERM wait until the chunk in hand is finished and `on_chunk` has heard of it.
+        SIGINT and SIGTERM wait until the current chunk is finished and `on_chunk` was called with it.
 
         Args:
             token_ids: int64 [n] in host memory, n >= 1; the caller has checked the capacity.
@@ -63,7 +63,7 @@ class Engine:
         Raises:
             SessionError: an earlier step failed half way, so that the cache cannot be trusted.
             PlanError: memory ran out.
-            CheckpointError: the first step gave logits that are not finite; `on_chunk` has not heard of it.
+            CheckpointError: the first step gave logits that are not finite; `on_chunk` is not called.
         """
         self.check_whole()
         rope_seq_len = self.cache.seq_len + len(token_ids)

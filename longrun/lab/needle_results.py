@@ -1,4 +1,4 @@
-"""The results file of a needle sweep: written whole after every cell, taken up again by the next run."""
+"""The results file of a needle sweep: written whole after every cell, so that the next run can resume."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SweepResults:
 
     @classmethod
     def open(cls, folder: Path, settings: dict[str, Any], force: bool = False) -> SweepResults:
-        """Start in `folder`, or go on with the cells it holds where they were run with the same settings.
+        """Start in `folder`, or resume with the cells it holds if they were run with the same settings.
 
         Args:
             settings: JSON-able; compared key by key with the file's.

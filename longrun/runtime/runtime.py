@@ -315,7 +315,7 @@ class Runtime:
         return session
 
     def load_session(self, path: str | Path, capacity: int | str | None = None) -> Session:
-        """A session saved by `Session.save`, ready to go on with the very next token.
+        """A session saved by `Session.save`, ready for the very next token.
 
         Args:
             path: its folder; later saves to the same folder write only what is new. Another session may own it: then

@@ -1,4 +1,4 @@
-"""The results file of a comparison: written whole after every (row, length, group of tasks), taken up again later."""
+"""The results file of a comparison: written whole after every (row, length, group of tasks); a run can resume it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class QualityResults:
     def open(
         cls, folder: Path, settings: dict[str, Any], rows: list[dict[str, Any]], force: bool = False
     ) -> QualityResults:
-        """Start in `folder`, or go on with what it holds.
+        """Start in `folder`, or resume what it holds.
 
         Args:
             settings: JSON-able; must equal the file's key by key.
