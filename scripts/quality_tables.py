@@ -1,19 +1,20 @@
 #!/usr/bin/env python
-"""Render the tables of docs/quality.md from comparisons that scripts/compare.py or compare_merge.py wrote.
+"""Render the quality tables from comparisons that scripts/compare.py or compare_merge.py wrote.
 
-    python scripts/quality_tables.py                        rewrite what stands between markers
-    python scripts/quality_tables.py --check                status 1 where the document is not what the files give
-    python scripts/quality_tables.py --publish DIR NAME     take over DIR's results and pictures as NAME, then rewrite
+    python scripts/quality_tables.py                        rewrite docs/quality.md and the pages of all tables
+    python scripts/quality_tables.py --check                status 1 where one of them is not what the files give
+    python scripts/quality_tables.py --publish DIR NAME     copy DIR's results and pictures as NAME, then rewrite
 
-A table stands between two comments; the first names its kind and its file, relative to the document. Where the file is
-not there yet, the table says that it has not been measured.
+Every docs/results/quality-NAME.json has a page beside it, quality-NAME.md, with all its tables: written whole, never by
+hand. In the document a table stands between two comments; the first names its kind and its file, relative to the
+document, and the rows to show where not all are wanted. Where the file is not there yet, the table says so.
 
-    <!-- table: exact results/quality-split.json -->
+    <!-- table: exact results/quality-split.json; reference; full int4 -->
     <!-- /table -->
 
-Kinds: provenance, verdicts (a line a row), pictures, pages (rows less their twins with INT4 pages, `quality_pages.py`);
-and tables of a row by length: exact (all tasks), passkey, needle, several, keyvalue, difference (exact match less the
-reference's, all tasks), beside_int4 (less that of full attention with INT4 pages), kl, top1, perplexity, bytes.
+Kinds: provenance, verdicts (a line a row), pages (rows minus their twins with INT4 pages, `quality_pages.py`);
+and tables of a row by length: exact (all tasks), passkey, needle, several, keyvalue, difference (exact match minus the
+reference's, all tasks), beside_int4 (minus that of full attention with INT4 pages), kl, top1, perplexity, bytes.
 """
 
 from __future__ import annotations
@@ -102,6 +103,26 @@ CELLS: dict[str, Callable[[Found, Found | None], str]] = {
 }
 
 
+# The sections of a result file's page, in order; one without a row is left out.
+TITLES = {
+    "exact": "Exact match, all tasks",
+    "passkey": "Exact match, pass keys",
+    "needle": "Exact match, needles",
+    "several": "Exact match, several needles",
+    "keyvalue": "Exact match, key-value",
+    "difference": "Exact match minus the reference's on the same questions, in points",
+    "beside_int4": "Exact match minus that of full attention with INT4 pages, in points",
+    "kl": "KL(reference || row), in nats",
+    "top1": "Top-1 agreement with the reference",
+    "perplexity": "Perplexity, as a ratio to the reference's",
+    "bytes": "KV bytes in use, and their share of the reference's",
+    "pages": "Other pages instead of INT4 pages, all else equal",
+    "verdicts": "All lengths together",
+    "pictures": "Pictures",
+}
+_PAGES_NOTE = "The KL minus INT4's on the same tokens (negative is better), and answers that only one gets right."
+
+
 def by_length(found: Found, cell: Callable[[Found, Found | None], str]) -> list[str]:
     """A markdown table: a line a row, a column a length; rows and lengths that say nothing are left out."""
     rows: dict[str, dict[int, Found]] = {row["name"]: {} for row in found["rows"]}
@@ -115,12 +136,16 @@ def by_length(found: Found, cell: Callable[[Found, Found | None], str]) -> list[
         ]  # fmt: skip
         if any(cells):
             ratio = next(iter(there.values()))["retrieval_ratio"]
-            lines.append([name.replace("|", "\\|"), "" if ratio is None else f"{ratio:.0%}", *cells])
+            lines.append([_escaped(name), "" if ratio is None else f"{ratio:.0%}", *cells])
     used = [i for i in range(len(lengths)) if any(line[2 + i] for line in lines)]
     table = [["row", "heads", *(format_tokens(length) for length in lengths)], *lines]
     kept = [[line[0], line[1], *(line[2 + i] for i in used)] for line in table]
     kept.insert(1, ["---"] * len(kept[0]))
     return [f"| {' | '.join(line)} |" for line in kept]
+
+
+def _escaped(name: str) -> str:
+    return name.replace("|", "\\|")
 
 
 def provenance(found: Found, name: str) -> list[str]:
@@ -139,7 +164,7 @@ def provenance(found: Found, name: str) -> list[str]:
 
 
 def pictures(name: str, folder: Path) -> list[str]:
-    """Links to the pictures that were published with the file."""
+    """Links to the pictures that were published with the file, from its page in `folder`."""
     lines = []
     for picture, title in _PICTURES.items():
         path = _picture(Path(name).stem, picture)
@@ -149,33 +174,61 @@ def pictures(name: str, folder: Path) -> list[str]:
 
 
 def _picture(stem: str, picture: str) -> str:
-    """quality-split and quality_bytes.png give pictures/quality-split-bytes.png."""
-    return f"pictures/{stem}-{picture.removeprefix('quality_')}"
+    """quality-split and quality_bytes.png give ../pictures/quality-split-bytes.png, as seen from the results."""
+    return f"../pictures/{stem}-{picture.removeprefix('quality_')}"
 
 
-def render(kind: str, names: Sequence[str], folder: Path) -> str:
+def page(path: Path) -> str:
+    """The page of a published comparison: where it comes from, then every table that has a row."""
+    found = read(path)
+    parts = [f"# Quality: {path.stem.removeprefix(_PREFIX)}"]
+    parts += ["Written by `python scripts/quality_tables.py`; what it shows is told in [quality](../quality.md)."]
+    parts += provenance(found, path.name)
+    for kind, title in TITLES.items():
+        lines = _lines(kind, found, path.name, path.parent)
+        if lines:
+            parts += [f"## {title}", *([_PAGES_NOTE] if kind == "pages" else []), "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _lines(kind: str, found: Found, name: str, folder: Path) -> list[str]:
+    """A table's lines; none where it would have no row."""
+    if kind == "provenance":
+        return provenance(found, name)
+    if kind == "verdicts":
+        return [f"- {line}" for line in found["verdicts"]]
+    if kind == "pictures":
+        return pictures(name, folder)
+    lines = page_table(found) if kind == "pages" else by_length(found, CELLS[kind])
+    return lines if len(lines) > 2 else []
+
+
+def render(kind: str, words: Sequence[str], folder: Path) -> str:
     """The lines between the markers.
 
+    Args:
+        words: the marker's words after the kind: a file, and the rows to show behind semicolons.
+
     Raises:
-        InputError: an unknown kind, not one file, or a file that is no comparison's with its summary.
+        InputError: an unknown kind, not one file, a row that the file lacks, or no published comparison.
     """
-    known = ("provenance", "verdicts", "pictures", "pages", *CELLS)
-    if kind not in known or len(names) != 1:
+    name, *rows = (part.strip() for part in " ".join(words).split(";"))
+    known = ("provenance", "verdicts", "pages", *CELLS)
+    if kind not in known or len(name.split()) != 1:
         raise InputError(f"table {kind!r} cannot be made: name one of {', '.join(known)} and one result file")
-    path = folder / names[0]
+    path = folder / name
     if not path.exists():
-        return f"\n*Not measured yet: {names[0]} is not there.*\n\n"
+        return f"\n*Not measured yet: {name} is not there.*\n\n"
     found = read(path)
-    if kind == "provenance":
-        lines = provenance(found, names[0])
-    elif kind == "verdicts":
-        lines = [f"- {line}" for line in found["verdicts"]]
-    elif kind == "pictures":
-        lines = pictures(names[0], folder)
-    elif kind == "pages":
-        lines = page_table(found)
-    else:
-        lines = by_length(found, CELLS[kind])
+    strange = sorted(set(rows) - {row["name"] for row in found["rows"]})
+    if strange:
+        raise InputError(f"{name} has no row {strange[0]!r}: name its rows as they stand there")
+    lines = _lines(kind, found, name, path.parent)
+    if rows:
+        if kind not in (*CELLS, "pages"):
+            raise InputError(f"table {kind!r} has no rows to choose from: name its file alone")
+        shown = tuple(f"| {_escaped(row)} | " for row in rows)
+        lines = [*lines[:2], *(line for line in lines[2:] if line.startswith(shown))]
     return "\n".join(["", *lines, "", ""])
 
 
@@ -220,7 +273,7 @@ def publish(source: Path, name: str, folder: Path) -> list[Path]:
     written[0].write_text(f'{json.dumps(head)[:-1]}, "records": [\n{records}\n]}}\n', encoding="utf-8")
     for picture in _PICTURES:
         if (source / picture).is_file():
-            written.append(folder / _picture(f"{_PREFIX}{name}", picture))
+            written.append(folder / "pictures" / Path(_picture(f"{_PREFIX}{name}", picture)).name)
             shutil.copyfile(source / picture, written[-1])
     return written
 
@@ -233,26 +286,50 @@ def _differences_to_int4(results: QualityResults) -> list[Found]:
     return [] if base is None else beside(results, base)
 
 
+def wanted_texts(document: Path) -> dict[Path, str]:
+    """What the document, and the page beside every published comparison, must hold.
+
+    Raises:
+        InputError: as `render`; a document that is not there.
+    """
+    try:
+        text = document.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{document} cannot be read ({error.strerror}): name a document") from error
+    wanted = {document: rendered(text, document.parent, render)}
+    for path in sorted((document.parent / "results").glob(f"{_PREFIX}*.json")):
+        if is_published(path):
+            wanted[path.with_suffix(".md")] = page(path)
+    return wanted
+
+
+def is_published(path: Path) -> bool:
+    """Whether a result file was written by `publish`: others may have the same prefix."""
+    try:
+        return "verdicts" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}): restore it, or remove it") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Publish, rewrite or check. Status 1 where --check finds the document not current."""
+    """Publish, rewrite or check. Status 1 where --check finds something not current."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, only compare")
     parser.add_argument("--publish", nargs=2, metavar=("DIR", "NAME"), help="--out of a comparison, and its name here")
     parser.add_argument("--document", type=path_option, default=ROOT / "docs" / "quality.md")
     args = parser.parse_args(argv)
-    folder = args.document.parent
     if args.publish and args.check:
         raise InputError("--check changes nothing: leave --publish out")
     if args.publish:
-        for path in publish(Path(args.publish[0]), args.publish[1], folder):
+        for path in publish(Path(args.publish[0]), args.publish[1], args.document.parent):
             print(f"wrote {path}")
-    text = args.document.read_text(encoding="utf-8")
-    wanted = rendered(text, folder, render)
-    if args.check and wanted != text:
-        print(f"{args.document.name} is not what its result files give: run python scripts/quality_tables.py")
-        return 1
-    if wanted != text:
-        args.document.write_text(wanted, encoding="utf-8")
+    for path, text in wanted_texts(args.document).items():
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        if args.check:
+            print(f"{path.name} is not what its result files give: run python scripts/quality_tables.py")
+            return 1
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -1,4 +1,5 @@
-"""The quality page's tables: what a published comparison gives, what is missing, and what is refused."""
+"""The quality tables, in the document and on a page of their own: what a published comparison gives, what is missing, and
+what is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +30,6 @@ KINDS = (
     "top1",
     "perplexity",
     "bytes",
-    "pictures",
     "pages",
 )
 
@@ -51,10 +51,10 @@ def document(tmp_path) -> Path:
     return path
 
 
-@pytest.fixture
-def finished(tmp_path) -> Path:
-    """Two lengths, six questions each: all are right with bf16 pages, five with others."""
-    folder = comparison(tmp_path / "run", (4000, 64000), 6, ROWS, adapter="0123456789abcdef")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Two lengths, six questions each: all are right with bf16 pages, five with others. Only read by the tests."""
+    folder = comparison(tmp_path_factory.mktemp("finished") / "run", (4000, 64000), 6, ROWS, adapter="0123456789abcdef")
     path = folder / "results.json"
     found = json.loads(path.read_text())
     found["environment"]["torch"] = "2.11.0"
@@ -83,10 +83,13 @@ def test_a_published_comparison_fills_the_page(script, document, finished, capsy
     assert any(line.startswith("- half: exact 83%") for line in lines)
     (said,) = (line for line in lines if line.startswith("From "))
     assert "tiny with adapter 0123456789ab; a GPU; torch 2.11.0; commit c0ffee; seed 0. 6 question(s)" in said
+    page = (document.parent / FILE).with_suffix(".md").read_text()
+    assert "](quality-split.json)" in page and all(line in page for line in lines if line.startswith(("| ", "- half")))
     for name in ("bytes", "ratio"):
         picture = document.parent / "pictures" / f"quality-split-{name}.png"
-        assert f"](pictures/{picture.name})" in text and picture.read_bytes().startswith(b"\x89PNG")
-    assert "quality-split-window.png" not in text  # no two rows differ by their window
+        assert f"](../pictures/{picture.name})" in page and picture.read_bytes().startswith(b"\x89PNG")
+    assert "quality-split-window.png" not in page  # no two rows differ by their window
+    assert "## Exact match, several needles" in page and "## Exact match, pass keys" not in page  # none were asked
     assert tables("--check") == 0
     source, published = (json.loads(path.read_text()) for path in (finished / "results.json", document.parent / FILE))
     assert published.pop("verdicts") and len(published.pop("beside_int4")) == 2 * 2
@@ -97,7 +100,42 @@ def test_a_published_comparison_fills_the_page(script, document, finished, capsy
     document.write_text(text.replace("83% [44, 97]", "84% [44, 97]", 1))  # a figure that no file gives
     capsys.readouterr()
     assert tables("--check") == 1
-    assert "python scripts/quality_tables.py" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("page.md is not what its result files give: run python scripts/quality_")
+    assert tables() == 0
+    wrong = (document.parent / FILE).with_suffix(".md")
+    wrong.write_text(page.replace("83% [44, 97]", "84% [44, 97]", 1))
+    assert tables("--check") == 1 and "quality-split.md is not" in capsys.readouterr().out
+    wrong.unlink()
+    assert tables("--check") == 1 and not wrong.exists()
+    assert tables() == 0 and wrong.read_text() == page
+
+
+def test_a_table_shows_the_rows_that_its_marker_names(script, document, finished):
+    document.write_text(f"<!-- table: exact {FILE}; half; reference -->\n<!-- /table -->\n")
+    assert script.main(["--document", str(document), "--publish", str(finished), "split"]) == 0
+    assert [line.split(" | ")[0] for line in document.read_text().splitlines() if line.startswith("|")] == [
+        "| row", "| ---", "| reference", "| half",
+    ]  # fmt: skip
+    for marker, message in (
+        (f"exact {FILE}; halves", "has no row 'halves'"),
+        (f"verdicts {FILE}; half", "has no rows to choose from"),
+    ):
+        document.write_text(f"<!-- table: {marker} -->\n<!-- /table -->\n")
+        with pytest.raises(InputError, match=message):
+            script.main(["--document", str(document)])
+
+
+def test_other_results_have_no_page(script, document, tmp_path):
+    (document.parent / "results").mkdir()
+    other = document.parent / "results" / "quality-other.json"
+    other.write_text('{"records": []}')
+    assert script.main(["--document", str(document)]) == 0
+    assert list(other.parent.iterdir()) == [other]
+    other.write_text("{")
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        script.main(["--document", str(document)])
+    with pytest.raises(InputError, match=r"nowhere\.md cannot be read"):
+        script.main(["--document", str(tmp_path / "nowhere.md")])
 
 
 def test_what_cannot_be_published_or_made(script, document, finished, tmp_path):
@@ -123,6 +161,7 @@ def test_what_cannot_be_published_or_made(script, document, finished, tmp_path):
     text = document.read_text()
     for old, new, message in (
         ("table: exact", "table: dances", "'dances' cannot be made"),
+        ("table: exact", "table: pictures", "'pictures' cannot be made"),  # their links are the result page's
         (f"exact {FILE}", f"exact {FILE} {FILE}", "one result file"),
         ("-->\n\n| row", "--\n\n| row", "not closed"),
     ):
@@ -175,7 +214,7 @@ def test_what_was_not_measured_is_empty_and_said(script, document, tmp_path):
     assert sections["verdicts"].count("not measured") == 1
 
 
-def test_the_projects_page_is_current(script):
+def test_the_projects_tables_are_current(script):
     assert script.main(["--check"]) == 0
 
 
