@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WITHOUT_OPTIONS = ("longrun.model.demo", "tests/rooms.py")
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def run(*args: str) -> str:
@@ -134,11 +134,14 @@ def test_the_python_example_runs(
     assert (tmp_path / "my-session" / "manifest.json").is_file()
 
 
+SPEED = re.compile(r"(\d[\d.,]*) (?:tokens/s|ms/token|ms a token|[GT]B/s|TFLOP/s)")
+
+
 def unfounded_speeds(text: str) -> list[str]:
-    """Paragraphs that quote a speed without naming a result file that exists."""
+    """Paragraphs, and of a table single rows, that quote a speed without naming a result file that exists."""
     wrong = []
-    for paragraph in text.split("\n\n"):
-        if re.search(r"\d[\d.,]* (?:tokens/s|ms/token|ms a token|[GT]B/s|TFLOP/s)", paragraph):
+    for paragraph in re.split(r"\n\n|\n(?=\|)", text):
+        if SPEED.search(paragraph):
             named = re.findall(r"results/([\w.-]+\.json)", paragraph)
             if not named or not all((ROOT / "docs" / "results" / name).is_file() for name in named):
                 wrong.append(paragraph)
@@ -149,3 +152,34 @@ def test_speeds_are_quoted_from_result_files() -> None:
     assert [text for document in DOCUMENTS for text in unfounded_speeds(document.read_text(encoding="utf-8"))] == []
     assert unfounded_speeds("It runs.\n\nIt reaches 1,234.5 tokens/s.") == ["It reaches 1,234.5 tokens/s."]
     assert unfounded_speeds("40 ms/token (docs/results/nowhere.json)") != []
+    row = "| 40 ms/token | [file](docs/results/h100-decode.json) |"
+    assert unfounded_speeds(f"{row}\n| 5 ms/token | |\n{row}") == ["| 5 ms/token | |"]
+
+
+def measured_rows(text: str) -> list[str]:
+    """Rows of README's table of what has been measured, without its head."""
+    section = text.partition("\n## What has been measured, and what has not\n")[2].partition("\n## ")[0]
+    return [line for line in section.splitlines() if line.startswith("| ")][1:]
+
+
+def test_every_measured_row_names_its_file_and_its_speeds_stand_in_the_benchmarks() -> None:
+    """Tables there are rendered from the result files (`scripts/bench_tables.py`), so a speed of no run is found."""
+    rows = measured_rows(README)
+    assert len(rows) >= 10
+    assert [row for row in rows if not re.search(r"\]\(docs/results/[\w.-]+\.json\) \|$", row)] == []
+    known = set(re.findall(r"\d[\d.,]*", (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")))
+    speeds = [speed for row in rows for speed in SPEED.findall(row)]
+    assert len(speeds) >= 4 and [speed for speed in speeds if speed not in known] == []
+
+
+def test_the_paths_that_the_architecture_draws_exist() -> None:
+    """Every file named in its drawings of a token's path and a page's life, `a/b.py, c.py` naming a/c.py as well."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawings = "\n".join(re.findall(r"```text\n(.+?)```", text, flags=re.DOTALL))
+    found = re.findall(r"\b((?:\w+/)+)((?:\w*\.(?:py|cpp|cu)(?:, )?)+)", drawings)
+    names = [(folder, name) for folder, files in found for name in files.removesuffix(", ").split(", ")]
+    missing = []
+    for at, (folder, name) in enumerate(names):
+        stem = name if not name.startswith(".") else names[at - 1][1].partition(".")[0] + name
+        missing += [folder + stem] if not (ROOT / folder / stem).is_file() else []
+    assert len(names) >= 30 and missing == []
