@@ -1,5 +1,4 @@
-"""The quality tables, in the document and on a page of their own: what a published comparison gives, what is missing, and
-what is refused."""
+"""The quality tables in the document and beside their files: what a comparison gives, what lacks, what is refused."""
 
 from __future__ import annotations
 
