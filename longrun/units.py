@@ -77,9 +77,9 @@ def parse_bytes(text: str | int, what: str = "memory size") -> int:
 
 
 def format_tokens(count: int) -> str:
-    """`3300000` -> `3.3M`, `131072` -> `131,072`: the short form only where it is exact."""
+    """`3300000` -> `3.3M`, `131072` -> `131,072`: the short form only where it is exact and short."""
     for unit, size in (("M", 10**6), ("K", 10**3)):
-        if count >= size and count * 10 % size == 0:
+        if size <= count < 1000 * size and count * 10 % size == 0:
             return f"{count / size:g}{unit}"
     return f"{count:,}"
 

@@ -75,7 +75,8 @@ def write_folder(
         target.with_name(f".{target.name}.lock"),
         f"head map {target}",
         HeadMapError,
-        "wait for it or name another folder",
+        "wait for it",
+        "name another folder",
     )
     try:
         _take_back(target)

@@ -45,7 +45,7 @@ class Checkpoint:
         self._save_every = save_every
         self._lock = FolderLock(
             self.folder.with_name(f".{self.folder.name}.lock"), f"{self.folder}, the progress of a head map,",
-            HeadMapError, "wait until that one is done or name another folder",
+            HeadMapError, "wait until that one is done", "name another folder",
         )  # fmt: skip
         try:
             self._prepare(force)

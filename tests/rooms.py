@@ -130,6 +130,7 @@ ROOMS = (
             "trainers",
             "session",
             "engine",
+            "documents",
             "text",
             "model",
             "attention",

@@ -26,7 +26,7 @@ from longrun.paths import cache_dir, path_option, user_path
 from longrun.patterns.head_map import HeadMap
 from longrun.plan.budget import Budget
 from longrun.plan.plan import choose_split, make_plan
-from longrun.units import parse_bytes, parse_tokens
+from longrun.units import format_tokens, parse_bytes, parse_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_INTEGERS = [True, 1.0, 1.7, "5", None, [1], {}, math.nan, np.bool_(True), np.float32(1), b"5", 1j]
@@ -124,8 +124,14 @@ NO_IDS = [
     np.array([1.7]), np.array([True]), np.array([[1, 2]]), np.array(1), np.array(["1"]),
     np.array([2**64 - 1], "uint64"),
     torch.tensor([1.7]), torch.tensor([True]), torch.tensor([[1, 2]]), torch.tensor(1),
-    torch.empty(2, dtype=torch.int64, device="meta"),
+    torch.empty(2, dtype=torch.int64, device="meta"), torch.tensor([1, 2]).to_sparse(),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "text"), [(3_300_000, "3.3M"), (128_000, "128K"), (131_072, "131,072"), (999, "999"),
+                                             (123_456_700, "123,456,700"), (64_766_400, "64,766,400")])  # fmt: skip
+def test_a_token_count_is_printed_as_it_can_be_given(count, text):
+    assert format_tokens(count) == text and parse_tokens(text) == count
 
 
 @pytest.mark.parametrize("ids", IDS, ids=lambda ids: type(ids).__name__)

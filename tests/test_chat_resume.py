@@ -112,7 +112,7 @@ def test_a_second_sigterm_while_the_first_one_is_answered(chat, text_file, tmp_p
 
 
 def test_a_session_that_is_open_elsewhere_is_refused_before_anything_is_read(chat, tmp_path):
-    lock = FolderLock(tmp_path / "s" / "session.lock", "it", SessionError, "no")
+    lock = FolderLock(tmp_path / "s" / "session.lock", "it", SessionError, "wait", "no")
     done = chat("--prompt", "x", "--session", tmp_path / "s")
     assert done.status == 2 and done.out == "" and len(done.err.splitlines()) == 1
     assert "is in use by another owner in this process" in done.err

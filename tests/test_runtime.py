@@ -193,6 +193,14 @@ def test_text_is_encoded_and_streamed(planted):
     assert "".join(runtime.stream(first, 12, stop=[whole[2:4]])) == whole[:2]
     with pytest.raises(InputError, match="stop string is empty"):
         runtime.stream(first, stop=[""])
+    for stop in ([5], [None], 5, None):
+        with pytest.raises(InputError, match=r"stop.*is no (text|list of texts)"):
+            runtime.stream(first, stop=stop)
+    for session in (None, "first", longrun.load(planted.path, ctx=1000).new_session()):
+        with pytest.raises(InputError, match="is no session of this runtime"):
+            runtime.stream(session)
+    with pytest.raises(InputError, match="text is not UTF-8"):
+        runtime.encode("a\ud800b")
     with pytest.raises(InputError, match="text 5 is not a str"):
         runtime.encode(5)
     runtime.tokenizer = None

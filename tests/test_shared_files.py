@@ -72,7 +72,7 @@ def test_what_another_process_writes_is_left_to_it(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from longrun.errors import LongrunError;"
         "from longrun.files.folder_lock import FolderLock;"
-        "locks = [FolderLock(Path(name), 'it', LongrunError, 'no') for name in sys.argv[1:]];"
+        "locks = [FolderLock(Path(name), 'it', LongrunError, 'wait', 'no') for name in sys.argv[1:]];"
         "print(flush=True); time.sleep(60)"
     )
     owned = [tmp_path / ".map.lock", tmp_path / "sweep" / f".{RESULTS_FILE}.lock"]

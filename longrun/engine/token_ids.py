@@ -47,6 +47,8 @@ def _from_tensor(ids: Tensor) -> Tensor:
         raise InputError(f"token ids are a tensor of {ids.dtype}: {_TAKES}")
     _check_dimensions(ids.dim(), tuple(ids.shape))
     try:
+        if ids.layout != torch.strided:
+            raise NotImplementedError(f"its layout is {ids.layout}")
         return ids.detach().to("cpu", torch.int64)
     except (NotImplementedError, RuntimeError) as error:
         raise InputError(f"token ids cannot be read from this tensor ({quoted(str(error))}): {_TAKES}") from None

@@ -30,26 +30,27 @@ class FolderLock:
         path: the lock's file; its folder is made where there is none, and removed again if it is empty at the end.
         what: how a refusal calls that which is locked.
         error: what a refusal is.
-        advice: how a refusal ends.
+        wait: what to do where somebody else holds it.
+        instead: what to do in every case; a refusal ends with it.
 
     Raises:
         error: another owner holds it (its process, host, start and command are named), `path` is a link or no file, or
             the folder cannot be written or its file system knows no locks.
     """
 
-    def __init__(self, path: Path, what: str, error: type[LongrunError], advice: str) -> None:
+    def __init__(self, path: Path, what: str, error: type[LongrunError], wait: str, instead: str) -> None:
         self.path, self._pid = path, os.getpid()
         what = shortened(what, 200)
         try:
             made = _make_folder(path.parent)
             descriptor = _open_locked(path)
         except BlockingIOError as busy:
-            raise error(f"{what} is in use by {busy.args[1]}: {advice}") from None
+            raise error(f"{what} is in use by {busy.args[1]}: {wait} or {instead}") from None
         except OSError as failure:
             reason = failure.strerror or str(failure)
             if failure.errno in _NO_LOCKS:
                 reason = f"its file system gives no locks: {reason}"
-            raise error(f"{what} cannot be written ({reason}): {advice}") from failure
+            raise error(f"{what} cannot be written ({reason}): {instead}") from failure
         self._descriptor = descriptor
         self._finalize = weakref.finalize(self, _release, descriptor, path, self._pid, made)
 

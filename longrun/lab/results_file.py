@@ -23,7 +23,7 @@ def claim_results(folder: Path) -> FolderLock:
     except OSError as error:
         raise InputError(f"folder {folder} cannot be made ({error.strerror}): choose another --out") from error
     lock = FolderLock(
-        folder / f".{RESULTS_FILE}.lock", f"{path}", InputError, "wait for that run or give another --out"
+        folder / f".{RESULTS_FILE}.lock", f"{path}", InputError, "wait for that run", "give another --out"
     )
     try:
         for left in leftovers(path):

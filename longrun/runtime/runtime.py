@@ -34,6 +34,7 @@ from longrun.session.manifest import SessionIdentity
 from longrun.session.session import Session
 from longrun.session.store import SavedSession, is_session
 from longrun.specs.model_bytes import TOKEN_SLICES
+from longrun.text.documents import check_text
 from longrun.text.encoder import TextEncoder, leading_ids
 from longrun.text.stream import AnswerText, text_pieces
 from longrun.units import parse_tokens
@@ -242,10 +243,11 @@ class Runtime:
                 begin-of-sequence token).
 
         Raises:
-            InputError: the model has no tokenizer, or `text` is no str.
+            InputError: the model has no tokenizer, or `text` is no str, or holds lone surrogates.
         """
         if not isinstance(text, str):
             raise InputError(f"text {quoted(text)} is not a str: give one")
+        check_text(text, "text")
         tokenizer = self._tokenizer_for("text becomes tokens")
         return (leading_ids(tokenizer) if begins else []) + TextEncoder(tokenizer).ids(text)
 
@@ -268,10 +270,12 @@ class Runtime:
             max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed: see `Session.generate`.
 
         Raises:
-            InputError: as `Session.generate`, for an empty stop string, or because the model has no tokenizer; at the
-                call, not at the first piece.
+            InputError: as `Session.generate`, for an empty stop string or one that is no text, for another runtime's
+                session, or because the model has no tokenizer; at the call, not at the first piece.
             ContextFullError: the capacity is used up; what was said until then has been yielded.
         """
+        if session not in self._sessions:
+            raise InputError(f"{quoted(session)} is no session of this runtime: make one with its new_session()")
         text = AnswerText(self._tokenizer_for("tokens become text"), stop)
         tokens = session.generate(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
         return text_pieces(tokens, self.eos_token_ids, text)

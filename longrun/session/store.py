@@ -86,7 +86,7 @@ class SessionStore:
             return
         self.release()
         lock = FolderLock(
-            self.folder / _LOCK, f"session folder {self.folder}", SessionError, "end that one or name another folder"
+            self.folder / _LOCK, f"session folder {self.folder}", SessionError, "end that one", "name another folder"
         )
         try:
             on_disk = Manifest.read(self.folder) if is_session(self.folder) else None

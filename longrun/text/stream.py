@@ -70,13 +70,7 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str] = (), before: str = "") -> None:
-        strings = (strings,) if isinstance(strings, str) else strings
-        for string in strings:
-            if not isinstance(string, str):
-                raise InputError(f"the stop string {quoted(string)} is no text: give a str")
-        if "" in strings:
-            raise InputError("a stop string is empty: give at least one character, or leave --stop out")
-        self._strings = tuple(strings)
+        self._strings = _checked(strings)
         self._held = before[len(before) - self._keep(before) :]
         self._shown = "0" * len(self._held)  # a "1" for every held character that is to be given out
         self.found: str | None = None
@@ -120,6 +114,19 @@ class StopStrings:
         return 0
 
 
+def _checked(strings: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(strings, str):
+        strings = (strings,)
+    elif not isinstance(strings, Collection):
+        raise InputError(f"stop {quoted(strings)} is no list of texts: give str, or a list of them")
+    for string in strings:
+        if not isinstance(string, str):
+            raise InputError(f"the stop string {quoted(string)} is no text: give a str")
+    if "" in strings:
+        raise InputError("a stop string is empty: give at least one character, or leave --stop out")
+    return tuple(strings)
+
+
 class AnswerText:
     """The printable text of an answer, up to a stop string or the spelling of a control token given as one.
 
@@ -134,7 +141,7 @@ class AnswerText:
         self._tokenizer = tokenizer
         self._control = {token_id: text for text, token_id in control_tokens(tokenizer).items()}
         self._stream = TextStream(tokenizer, before)
-        longest = max(map(len, stop), default=0) if not isinstance(stop, str) else len(stop)
+        longest = max(map(len, _checked(stop)), default=0)
         said = tokenizer.decode(list(before[-longest:]), clean_up_tokenization_spaces=False) if longest else ""
         self._stop = StopStrings(stop, said)
 
