@@ -35,11 +35,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fuzz_kinds import Bench, Kind
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from longrun.arguments import COUNT, SEED, real, whole
 from longrun.cli import Parser, run
 from longrun.errors import MESSAGE_LIMIT, InputError, LongrunError
+from scripts.fuzz_kinds import Bench, Kind
 
 ENDINGS = ("refused", "unchanged", "other", "traceback", "hang", "wrong")
 FAILURES = ("traceback", "hang", "wrong")

@@ -31,8 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fuzz_models import CAPACITY, PROMPT, TEXT, make_adapter, make_head_map, make_model, make_session
-from fuzz_mutations import damage_bytes, damage_header, damage_json, damage_table, damage_template, damage_toml
 from safetensors.torch import load_file
 
 import longrun
@@ -42,6 +40,8 @@ from longrun.model.folder import check_folder
 from longrun.model.tokenizer import load_tokenizer
 from longrun.plan.budget import Budget
 from longrun.plan.plan import choose_split, make_plan
+from scripts.fuzz_models import CAPACITY, PROMPT, TEXT, make_adapter, make_head_map, make_model, make_session
+from scripts.fuzz_mutations import damage_bytes, damage_header, damage_json, damage_table, damage_template, damage_toml
 
 _BUDGET = Budget(gpu_bytes=2 * 10**9, kv_format="fp32", weight_format="fp32", chunk_size=64)
 _TOML = (

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from long_text import save_corpus, save_model, tokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import train_long
-from long_ranks import Ranks
+from scripts.training import train_long
+from scripts.training.long_ranks import Ranks
 
 RECIPE = """
 rank = 4

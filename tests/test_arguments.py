@@ -289,7 +289,7 @@ def test_native_windows_is_refused_in_one_sentence(monkeypatch):
 
 def test_nothing_that_windows_lacks_is_imported_before_that_sentence():
     lacking = {"fcntl", "grp", "pty", "pwd", "resource", "termios"}
-    for path in [*ROOT.glob("longrun/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("patterns/*.py")]:
+    for path in [*ROOT.glob("longrun/**/*.py"), *ROOT.glob("scripts/**/*.py"), *ROOT.glob("patterns/*.py")]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not lacking & set(names), f"{path.name} imports {names} at its top: import it where it is used"

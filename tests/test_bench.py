@@ -18,18 +18,17 @@ from longrun.lab import report_env
 from longrun.lab.planted import make_planted_model
 from longrun.lab.synthetic_session import make_synthetic
 from longrun.patterns.head_map import HeadMap
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import bench
-import bench_ceilings
-import bench_common
-import bench_decode
-import bench_kernel_table
-import bench_offload
-import bench_peer
-import bench_prefill
-import bench_transformers
+from scripts.bench import (
+    bench_ceilings,
+    bench_common,
+    bench_decode,
+    bench_kernel_table,
+    bench_offload,
+    bench_peer,
+    bench_prefill,
+    bench_transformers,
+)
+from scripts.bench import command as bench
 
 CEILINGS = {"gemm_gflops": 100.0, "memory_read_gb_s": 10.0}
 

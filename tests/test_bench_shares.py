@@ -1,21 +1,15 @@
 """A share below its floor is a red light: status 1, and a line that names it. No GPU is needed."""
 
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from longrun.errors import InputError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import bench
-import bench_common
-import bench_shares
-from bench_shares import Reached, Share
+from scripts.bench import bench_common, bench_shares
+from scripts.bench import command as bench
+from scripts.bench.bench_shares import Reached, Share
 
 FINE = Share("fine thing", "a copy", 0.8, lambda: Reached(8.1, 10.0, "TB/s"))
 SLOW = Share("slow thing", "a product", 0.8, lambda: Reached(417.0, 550.0, "TFLOP/s"))

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from longrun.errors import InputError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import bench_tables
+from scripts.bench import bench_tables
 
 ENVIRONMENT = {"device": "NVIDIA H100", "torch": "2.11.0", "commit": "0123456789ab", "commit_given": True}
 SETTINGS = {
@@ -85,7 +81,7 @@ def test_tables_are_rendered_from_result_files_and_checked(document, capsys):
         return bench_tables.main(["--document", str(document), *more])
 
     assert tables("--check") == 1
-    assert "python scripts/bench_tables.py" in capsys.readouterr().out
+    assert "python scripts/bench/bench_tables.py" in capsys.readouterr().out
     assert tables() == 0
     text = document.read_text()
     for kind, line in EXPECTED.items():

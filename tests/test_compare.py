@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from longrun.errors import InputError
 from longrun.lab.planted import NOTE
 from longrun.lab.quality.report import BYTES_PICTURE, RATIO_PICTURE
 from longrun.lab.quality.results import QualityResults
+from scripts.quality import compare as script
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 700
@@ -61,14 +61,6 @@ chunk_size = 100
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("compare", ROOT / "scripts" / "compare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def settings_file(planted, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("settings") / "rows.toml"
     path.write_text(ROWS.format(map=planted.head_map, misses=maps_that_miss(planted)))
@@ -83,7 +75,7 @@ def options(planted, settings_file, out, *more) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(script, planted, settings_file, tmp_path_factory) -> Path:
+def whole(planted, settings_file, tmp_path_factory) -> Path:
     """One run of everything."""
     out = tmp_path_factory.mktemp("whole")
     assert script.main(options(planted, settings_file, out)) == 0
@@ -155,9 +147,7 @@ def untimed(record: dict) -> dict:
     return {key: value for key, value in record.items() if "seconds" not in key and "per_s" not in key}
 
 
-def test_a_stopped_run_goes_on_and_only_new_rows_are_measured(
-    script, planted, settings_file, whole, tmp_path, monkeypatch
-):
+def test_a_stopped_run_goes_on_and_only_new_rows_are_measured(planted, settings_file, whole, tmp_path, monkeypatch):
     rows = settings_file.read_text().split("[[row]]")
     two, three = tmp_path / "two.toml", tmp_path / "three.toml"
     two.write_text("[[row]]".join(rows[:3]))
@@ -218,7 +208,7 @@ def test_a_stopped_run_goes_on_and_only_new_rows_are_measured(
     assert measured == [("reference", "text")]
 
 
-def test_a_row_is_described_the_same_after_sessions_of_any_length(script, planted, settings_file, tmp_path):
+def test_a_row_is_described_the_same_after_sessions_of_any_length(planted, settings_file, tmp_path):
     """A prompt shorter than the longest is read in smaller chunks; its row has still not been run otherwise."""
     rows = tmp_path / "rows.toml"
     rows.write_text("[[row]]".join(settings_file.read_text().split("[[row]]")[:2]))
@@ -240,12 +230,12 @@ def test_a_row_is_described_the_same_after_sessions_of_any_length(script, plante
         (["--adapter", "no-such-folder"], "no-such-folder is not a folder"),
     ],
 )
-def test_bad_arguments(script, planted, settings_file, tmp_path, more, said):
+def test_bad_arguments(planted, settings_file, tmp_path, more, said):
     with pytest.raises(InputError, match=said):
         script.main(options(planted, settings_file, tmp_path / "out", *more))
 
 
-def test_the_adapter_reaches_every_row_and_decides_the_settings(script, planted, settings_file, tmp_path, monkeypatch):
+def test_the_adapter_reaches_every_row_and_decides_the_settings(planted, settings_file, tmp_path, monkeypatch):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -21,6 +20,7 @@ from longrun.lab.quality.simulation import simulate_pages
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
 from longrun.quant.rotation import hadamard_rotation, key_rotation
+from scripts.quality import compare
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN, PLAIN, FIVE = "sim:k4-channel-rot/v4", "sim:k4-channel/v4", "sim:k5-channel-rot/v3-rot"
@@ -153,7 +153,7 @@ def test_names_are_read_as_they_are_written():
 
 
 def test_the_shipped_rows_can_be_read():
-    rows = {row.kv: row for row in read_rows(ROOT / "scripts" / "compare_formats.toml")}
+    rows = {row.kv: row for row in read_rows(ROOT / "scripts" / "quality" / "compare_formats.toml")}
     assert {"int4", OWN, PLAIN, "sim:k4-token/v4", "sim:k4-token-rot/v4"} <= rows.keys()
     assert {"sim:k4-channel-rot/v3", "sim:k4-channel-rot/v2", "sim:k3-channel-rot/v4"} <= rows.keys()
 
@@ -239,9 +239,6 @@ def test_what_cannot_be_simulated_is_refused(tiny, tmp_path):
 
 
 def test_a_comparison_reports_simulated_formats_as_computed(tmp_path):
-    spec = importlib.util.spec_from_file_location("compare", ROOT / "scripts" / "compare.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     planted = make_planted_model(tmp_path / "planted")
     rows = tmp_path / "rows.toml"
     kinds = {"real": "int4", "own": OWN, "small": "sim:k3-token-rot/v2"}
@@ -249,7 +246,7 @@ def test_a_comparison_reports_simulated_formats_as_computed(tmp_path):
     out = tmp_path / "out"
     options = ["--lengths", "900", "--depths", "1", "--items", "1", "--texts", "3", "--score-tokens", "128"]
     options += ["--tasks", "several,text", "--device", "cpu", "--model", str(planted.path)]
-    assert script.main([*options, "--settings", str(rows), "--out", str(out)]) == 0
+    assert compare.main([*options, "--settings", str(rows), "--out", str(out)]) == 0
     found = json.loads((out / "results.json").read_text())
     summary = {row["name"]: row for row in found["summary"]}
     assert summary["own"]["kv_computed"] == summary["real"]["kv_used"] < 0.6 * summary["own"]["kv_used"]

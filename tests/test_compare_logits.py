@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +11,7 @@ from tiny_models import tiny_model
 
 from longrun.lab.planted import make_planted_model
 from longrun.patterns.head_map import HeadMap
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import compare_logits
+from scripts.quality import compare_logits
 
 
 def compare(capsys, *argv) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -15,18 +14,11 @@ from longrun.lab.quality.results import QualityResults
 from longrun.lab.quality.settings import REFERENCE_ROW, Row
 from longrun.lab.quality.summary import summarize
 from longrun.lab.quality.window_picture import WINDOW_PICTURE, windows
+from scripts.quality import compare_merge as script
 
-ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = Path(__file__).resolve().parents[1] / "scripts" / "quality"
 ROWS = (REFERENCE_ROW, Row("full int4", kv="int4"), Row("half", "maps/gates", 0.5, "int4"))
 ENVIRONMENT = {"commit": "c0ffee", "device": "a GPU", "command": "python compare.py"}
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("compare_merge", ROOT / "scripts" / "compare_merge.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def described(row: Row, chunk_size: int) -> dict:
@@ -73,7 +65,7 @@ def comparison(folder: Path, lengths, items: int, rows=ROWS, chunk_size: int = 1
     return folder
 
 
-def test_a_run_that_went_on_elsewhere_names_every_machine(script, tmp_path, capsys):
+def test_a_run_that_went_on_elsewhere_names_every_machine(tmp_path, capsys):
     """Another command alone is no other origin; another machine or commit is, also where parts are merged."""
     folder = comparison(tmp_path / "short", (4000,), 6)
     results = QualityResults.read(folder)
@@ -98,7 +90,7 @@ def test_a_run_that_went_on_elsewhere_names_every_machine(script, tmp_path, caps
     assert fresh.environments == [{**ENVIRONMENT, "device": "another"}]
 
 
-def test_runs_of_different_lengths_become_one(script, tmp_path, capsys):
+def test_runs_of_different_lengths_become_one(tmp_path, capsys):
     short = comparison(tmp_path / "short", (4000, 8000), 6)
     long = comparison(tmp_path / "long", (64000,), 3, (*ROWS, Row("new", "streaming")), chunk_size=2000, texts=2)
     out = tmp_path / "all"
@@ -141,7 +133,7 @@ def test_runs_of_different_lengths_become_one(script, tmp_path, capsys):
         ({"rows": (*ROWS[:2], Row("half", "maps/gates", 0.25))}, r"row half = .*0.25"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_together_is_named(script, tmp_path, change, said):
+def test_what_does_not_fit_together_is_named(tmp_path, change, said):
     short = comparison(tmp_path / "short", (4000,), 3)
     other = comparison(tmp_path / "other", **({"lengths": (8000,), "items": 3} | change))
     with pytest.raises(InputError, match=said):
@@ -149,7 +141,7 @@ def test_what_does_not_fit_together_is_named(script, tmp_path, change, said):
     assert not (tmp_path / "out").exists()
 
 
-def test_another_map_in_the_same_folder_is_seen(script, tmp_path):
+def test_another_map_in_the_same_folder_is_seen(tmp_path):
     short, long = comparison(tmp_path / "short", (4000,), 3), comparison(tmp_path / "long", (8000,), 3)
     found = json.loads((long / "results.json").read_text())
     found["described"]["half"]["split_hash"] = "other"
@@ -158,7 +150,7 @@ def test_another_map_in_the_same_folder_is_seen(script, tmp_path):
         script.main([str(short), str(long), "--out", str(tmp_path / "out")])
 
 
-def test_folders_without_results_or_with_their_own_are_refused(script, tmp_path):
+def test_folders_without_results_or_with_their_own_are_refused(tmp_path):
     short, long = comparison(tmp_path / "short", (4000,), 3), comparison(tmp_path / "long", (8000,), 3)
     with pytest.raises(InputError, match=r"nowhere.results.json cannot be read"):
         script.main([str(short), str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
@@ -221,17 +213,17 @@ def test_the_curve_of_a_map_ends_at_full_attention(tmp_path):
 def test_the_shipped_tables_are_those_of_the_pages():
     from longrun.lab.quality.settings import read_rows
 
-    split = {row.name: row for row in read_rows(ROOT / "scripts" / "compare_split.toml")}
+    split = {row.name: row for row in read_rows(SETTINGS / "compare_split.toml")}
     for name in ("gates", "reconstruction"):
         ratios = [row.retrieval_ratio for row in split.values() if row.method == f"map {name}, int4"]
         assert ratios == [0.75, 0.5, 0.35, 0.25, 0.15]
         assert split[f"inverted {name} 50%"].head_map.startswith("inverted:")
     assert sum(row.method == "random map, int4" for row in split.values()) == 3
     assert [row.evicts.keep for row in split.values() if row.evicts] == [50, 25, 50, 25]
-    window = [row for row in read_rows(ROOT / "scripts" / "compare_window.toml") if row.sink_size is not None]
+    window = [row for row in read_rows(SETTINGS / "compare_window.toml") if row.sink_size is not None]
     assert {(row.sink_size, row.recent_size) for row in window} == {
         *((sinks, recent) for sinks in (16, 32, 64, 128) for recent in (64, 128, 256, 512)), (64, 1024), (64, 4096),
     }  # fmt: skip
     assert len({row.head_map for row in window}) == len({row.retrieval_ratio for row in window}) == 1
-    single = read_rows(ROOT / "scripts" / "compare_single.toml")
+    single = read_rows(SETTINGS / "compare_single.toml")
     assert len(single) < len(split) and all(split[row.name] == row for row in single)

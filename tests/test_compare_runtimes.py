@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,18 +13,10 @@ from longrun.errors import HeadMapError, InputError
 from longrun.lab.quality.settings import REFERENCE_ROW, Row
 from longrun.patterns.head_map import HeadMap
 from longrun.plan.budget import Budget
+from scripts.quality import compare_runtimes as script
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 RATIO = 0.4
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("compare_runtimes", SCRIPTS / "compare_runtimes.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickles look there
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])  # qwen2 has biases on q, k and v
@@ -37,7 +27,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def runtimes(script, folder):
+def runtimes(folder):
     budget = script.comparison_budget(None, "cpu", 50)
     return script.Runtimes(folder, None, budget, "cpu", ctx=300)
 
@@ -78,7 +68,7 @@ def test_every_row_tells_of_a_map_made_for_another_model(runtimes, tmp_path):
     assert not any("was made for" in notice for notice in runtimes.get(REFERENCE_ROW).notices)
 
 
-def test_weights_are_read_once_unless_they_are_quantized(script, runtimes, monkeypatch):
+def test_weights_are_read_once_unless_they_are_quantized(runtimes, monkeypatch):
     reads, load = [], longrun.load
 
     def counting(*given, **named):
@@ -112,7 +102,7 @@ def test_a_row_may_have_chunks_of_its_own(runtimes):
     assert eight.plan.chunk_size == 30
 
 
-def test_a_budget_chooses_no_heads_and_an_unnamed_one_no_weights(script, folder, tmp_path, monkeypatch):
+def test_a_budget_chooses_no_heads_and_an_unnamed_one_no_weights(folder, tmp_path, monkeypatch):
     text = """
 [memory]
 gpu = "8 GB"

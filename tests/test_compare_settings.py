@@ -48,7 +48,7 @@ def test_bad_settings_are_named(tmp_path, text, said):
 
 
 def test_the_shipped_settings_can_be_read():
-    rows = read_rows(ROOT / "scripts" / "compare_settings.toml")
+    rows = read_rows(ROOT / "scripts" / "quality" / "compare_settings.toml")
     assert {"full int4", "all streaming", "SnapKV 25%", "TOVA 50%"} <= {row.name for row in rows}
     assert rows[:2] == (Row("reference again", kv="bf16", chunk_size=1000), Row("full k5v3", kv="k5v3"))
     evicts = {row.name: row.evicts for row in rows}["SnapKV 25%"]

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from long_text import save_all
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import evaluate_long
-import long_ability
-from long_lora import LoraModel
-
 from longrun.errors import InputError
+from scripts.training import evaluate_long, long_ability
+from scripts.training.long_lora import LoraModel
 
 
 def test_evaluation_of_recall_perplexity_and_chat(tmp_path, monkeypatch, capsys):

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from long_text import save_all
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import evaluate_positions
-from long_lora import LoraModel
-from long_samples import Sample
-
 from longrun.errors import InputError
+from scripts.training import evaluate_positions
+from scripts.training.long_lora import LoraModel
+from scripts.training.long_samples import Sample
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import file_parts
-
 from longrun.errors import InputError
+from scripts.training import file_parts
 
 
 def test_parts_join_to_the_same_file(tmp_path):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import fuzz
-
 from longrun.errors import LongrunError
+from scripts import fuzz
 
 
 def test_damaged_files_are_refused_or_understood():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import longrun
 from longrun.lab.planted import PlantedModel, make_planted_model
 from longrun.lab.quality.eviction import end_prompt, make_session
 from longrun.lab.quality.settings import REFERENCE_ROW, Row
+from scripts.quality import compare, compare_runtimes
 
 pytestmark = pytest.mark.gpu
 
@@ -85,14 +84,6 @@ name = "reference again"
 kv = "bf16"
 chunk_size = 100
 """
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def rms_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -186,9 +177,8 @@ def test_with_room_for_all_tokens_it_is_full_attention_in_bf16(folder, method):
 
 
 def test_a_runtime_over_shared_weights_is_the_loaded_one(served):
-    runtimes = script("compare_runtimes")
-    budget = runtimes.comparison_budget("rtx4090-24g", "cuda", 150)
-    shared = runtimes.Runtimes(served, None, budget, "cuda", ctx=900)
+    budget = compare_runtimes.comparison_budget("rtx4090-24g", "cuda", 150)
+    shared = compare_runtimes.Runtimes(served, None, budget, "cuda", ctx=900)
     reference = shared.get(replace(REFERENCE_ROW, weights="bf16"))  # the budget's own weights are quantized
     row = Row("a", "random:3", 0.4, weights="bf16")
     own = shared.get(row)
@@ -210,9 +200,8 @@ def test_a_runtime_over_shared_weights_is_the_loaded_one(served):
 
 
 def test_an_unnamed_budget_is_of_the_gpu_with_exact_weights(served):
-    runtimes = script("compare_runtimes")
-    budget = runtimes.comparison_budget(None, "cuda", None)
-    found = runtimes.Runtimes(served, None, budget, None, ctx=900).get(Row("s", "streaming"))
+    budget = compare_runtimes.comparison_budget(None, "cuda", None)
+    found = compare_runtimes.Runtimes(served, None, budget, None, ctx=900).get(Row("s", "streaming"))
     assert found.plan.device_type == "cuda" and found.plan.weight_format == "bf16"
     assert found.split.total_retrieval == 0
     session = found.new_session()
@@ -233,7 +222,7 @@ def found(planted, tmp_path_factory) -> dict[str, dict]:
     layer, head = planted.retrieval_head
     shape = planted.shape.num_layers, planted.shape.num_kv_heads
     misses = next(s for s in range(99) if not random_map(*shape, s).split(retrieval_ratio=0.25).retrieval[layer][head])
-    folder, compare = tmp_path_factory.mktemp("out"), script("compare")
+    folder = tmp_path_factory.mktemp("out")
     (folder / "rows.toml").write_text(ROWS.format(map=planted.head_map, misses=misses))
     results = {}
     for device in DEVICES:

@@ -3,15 +3,10 @@
 A share below its floor is a defect of ours until a run side by side on one machine shows otherwise.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import bench_shares
+from scripts.bench import bench_shares
 
 pytestmark = pytest.mark.gpu
 

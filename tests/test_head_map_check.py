@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from longrun.patterns.head_map import HeadMap
 from longrun.patterns.head_map_folder import HeadMapOrigin, read_origin
 from longrun.patterns.identify import identify
 from longrun.patterns.identify_settings import IdentifySettings
+from scripts.bench import bench_common
 
 WHAT_TO_DO = ", so it may keep the wrong heads: give one made with this model by python -m longrun.patterns identify"
 
@@ -185,16 +184,11 @@ def test_an_adapters_digest_stands_for_it_in_a_fingerprint(model: Path, adapter:
     assert model_fingerprint(model) != weights_fingerprint(model)
 
 
-def test_a_benchmark_records_the_notice_without_folders(model: Path, other: Path, measure, monkeypatch) -> None:
-    path = Path(__file__).resolve().parents[1] / "scripts" / "bench_common.py"
-    spec = importlib.util.spec_from_file_location("bench_common", path)
-    bench = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, bench)
-    spec.loader.exec_module(bench)
+def test_a_benchmark_records_the_notice_without_folders(model: Path, other: Path, measure) -> None:
     args = argparse.Namespace(
         model=other, head_map=measure(), retrieval_ratio=0.4, budget="cpu", kv="fp32", weight_format=None,
         device="cpu", chunk_size=None,
     )  # fmt: skip
-    settings = bench.describe(bench.load_runtime(args, 300), args)
+    settings = bench_common.describe(bench_common.load_runtime(args, 300), args)
     assert any(text.startswith("head map plain was made for mine and not for theirs") for text in settings["notices"])
     assert settings["split_note"] == "head map plain, retrieval ratio 0.4"

@@ -11,10 +11,7 @@ from pathlib import Path
 import pytest
 
 import longrun
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import kill_sessions
+from scripts import kill_sessions
 
 SCRIPT = Path(kill_sessions.__file__)
 

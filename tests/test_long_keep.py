@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from long_text import save_corpus, save_model
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import long_ability
-from long_chat import TEST_PROMPTS, chat_prompts
-from long_keep import Keeper
-from long_lora import LoraModel
-
 from longrun.lab.long_tasks import Corpus
+from scripts.training import long_ability
+from scripts.training.long_chat import TEST_PROMPTS, chat_prompts
+from scripts.training.long_keep import Keeper
+from scripts.training.long_lora import LoraModel
 
 NUMBERS = {"seed": 3, "keep_tokens": 64, "keep_positions": 1000, "keep_batch": 2}
 

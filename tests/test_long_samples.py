@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 from long_text import texts, tokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import long_facts
-import long_forms
-from long_facts import TrainDraw
-from long_positions import stretched
-from long_samples import AnswerWeights, Sample, SampleWriter
-
 from longrun.errors import InputError
 from longrun.lab import long_words as words
 from longrun.lab.long_tasks import Corpus
 from longrun.needles import words as needle_words
+from scripts.training import long_facts, long_forms
+from scripts.training.long_facts import TrainDraw
+from scripts.training.long_positions import stretched
+from scripts.training.long_samples import AnswerWeights, Sample, SampleWriter
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,12 +12,11 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import long_recompute
-from long_attention import Attention
-from long_lora import LoraModel
-from long_positions import stretched
-from long_ranks import Ranks
+from scripts.training import long_recompute
+from scripts.training.long_attention import Attention
+from scripts.training.long_lora import LoraModel
+from scripts.training.long_positions import stretched
+from scripts.training.long_ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SETTINGS = {"r": 4, "lora_alpha": 8, "rope_theta": 5000.0, "max_position_embeddings": 1_000_000}

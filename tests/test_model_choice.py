@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import signal
@@ -20,8 +19,7 @@ from longrun.model import choice, demo
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
 from longrun.model.choice import DEMO_CONTEXT, ModelChoice, choose_model
-
-SWEEP = Path(__file__).resolve().parents[1] / "scripts" / "needle_sweep.py"
+from scripts import needle_sweep
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +120,10 @@ def test_a_damaged_adapter_stops_the_chat(shipped: Path, chat) -> None:
 
 
 def test_a_sweep_records_the_adapter(shipped: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    spec = importlib.util.spec_from_file_location("needle_sweep", SWEEP)
-    sweep = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sweep)
     arguments = ["--lengths", "400", "--depths", "1", "--needles", "1", "--device", "cpu", "--out"]
     opened = Adapter.open(shipped, ModelConfig.from_dir(model))
     for out, more, fingerprint in (("long", [], opened), ("plain", ["--adapter", "none"], None)):
-        assert sweep.main([*arguments, str(tmp_path / out), *more]) == 0
+        assert needle_sweep.main([*arguments, str(tmp_path / out), *more]) == 0
         found = json.loads((tmp_path / out / "results.json").read_text())
         assert found["settings"]["model_fingerprint"] == model_fingerprint(model, fingerprint)
         assert found.get("adapter") == (None if more else "long")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -20,17 +19,10 @@ from longrun.lab.needle_results import SweepResults
 from longrun.lab.planted import NOTE, make_planted_model
 from longrun.needles.needles import Needle, NeedlePrompt, NeedleQuestion
 from longrun.patterns.head_map import HeadMap
+from scripts import needle_sweep as sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "needle_sweep.py"
-
-
-@pytest.fixture(scope="module")
-def sweep():
-    spec = importlib.util.spec_from_file_location("needle_sweep", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +54,7 @@ def read(out: Path) -> dict:
     return json.loads((out / "results.json").read_text())
 
 
-def test_planted_model_scores_one_everywhere_with_int4_pages(sweep, planted, tmp_path, capsys):
+def test_planted_model_scores_one_everywhere_with_int4_pages(planted, tmp_path, capsys):
     more = ["--kv", "int4", "--control", "full", "--needles", "2"]
     arguments = options(planted, tmp_path / "out", *more, lengths="1.2K", depths=3)
     assert sweep.main(arguments) == 0
@@ -88,7 +80,7 @@ def test_planted_model_scores_one_everywhere_with_int4_pages(sweep, planted, tmp
     assert "main minus control: exact match +0.0 points" in printed
 
 
-def test_without_its_retrieval_head_the_planted_model_scores_zero(sweep, planted, streaming_map, tmp_path):
+def test_without_its_retrieval_head_the_planted_model_scores_zero(planted, streaming_map, tmp_path):
     """Needles in the middle lie outside sinks and window; only those at the end (within 256 tokens) are found."""
     arguments = options(planted, tmp_path / "out", head_map=streaming_map, lengths="1K", depths=3)
     assert sweep.main(arguments) == 0
@@ -98,7 +90,7 @@ def test_without_its_retrieval_head_the_planted_model_scores_zero(sweep, planted
     assert cells[1.0]["score"] == 1.0
 
 
-def test_a_stopped_sweep_goes_on_where_it_was(sweep, planted, tmp_path, monkeypatch, capsys):
+def test_a_stopped_sweep_goes_on_where_it_was(planted, tmp_path, monkeypatch, capsys):
     real, started = sweep.run_cell, []
 
     def stopping(runtime, haystack, settings, setting, length, depth, progress):
@@ -132,7 +124,7 @@ def untimed(cell: dict) -> dict:
     return {key: value for key, value in cell.items() if "seconds" not in key and "tokens_per_s" not in key}
 
 
-def test_one_document_holds_the_needles_of_every_depth(sweep, planted, tmp_path, monkeypatch, capsys):
+def test_one_document_holds_the_needles_of_every_depth(planted, tmp_path, monkeypatch, capsys):
     """Each length is read once; a stop between two cells costs one more reading and changes no cell."""
     more = ["--one-document", "--needles", "2", "--chunk-size", "200"]
     arguments = options(planted, tmp_path / "out", *more, lengths="500,900", depths=3)
@@ -178,7 +170,7 @@ def test_one_document_holds_the_needles_of_every_depth(sweep, planted, tmp_path,
     assert "tokens/s" in capsys.readouterr().out
 
 
-def test_no_earlier_session_is_left_when_the_next_is_made(sweep, planted, tmp_path, monkeypatch):
+def test_no_earlier_session_is_left_when_the_next_is_made(planted, tmp_path, monkeypatch):
     """Also where a session stands in a reference cycle: its pools are large."""
     import gc
     import weakref
@@ -275,7 +267,7 @@ class ScriptedSession:
         ([4, 5, 6, 6, 0], [4, 5, 6], False, 1.0),  # does not stop
     ],
 )
-def test_exact_match_and_forced_accuracy_are_counted_apart(sweep, answer, forced, exact, accuracy):
+def test_exact_match_and_forced_accuracy_are_counted_apart(answer, forced, exact, accuracy):
     question = NeedleQuestion(Needle("Amelia", "456"), (8, 9), (4, 5, 6), 0.5)
     prompt = NeedlePrompt([1, 2, 3], (question, question))
     session = ScriptedSession(answer, forced)
@@ -331,13 +323,13 @@ def test_heatmap_has_a_panel_per_setting(tmp_path):
         ({"haystack": [Path("no-such-file.txt")]}, "no-such-file.txt"),
     ],
 )
-def test_bad_arguments(sweep, changed, said):
+def test_bad_arguments(changed, said):
     arguments = sweep.parse_arguments(["--lengths", "1K", "--out", "unused"])
     with pytest.raises(InputError, match=said):
         sweep.collect_settings(SimpleNamespace(**(vars(arguments) | changed)))
 
 
-def test_depths_are_evenly_spaced(sweep):
+def test_depths_are_evenly_spaced():
     for count, depths in ((1, [0.5]), (2, [0.0, 1.0]), (5, [0.0, 0.25, 0.5, 0.75, 1.0])):
         arguments = sweep.parse_arguments(["--lengths", "4K,1K,1K", "--depths", str(count), "--out", "unused"])
         settings = sweep.collect_settings(arguments)
@@ -345,7 +337,7 @@ def test_depths_are_evenly_spaced(sweep):
         assert settings["lengths"] == [1000, 4000]
 
 
-def test_model_without_a_tokenizer(sweep, planted, tmp_path):
+def test_model_without_a_tokenizer(planted, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "generation_config.json", "model.safetensors"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +13,7 @@ from longrun.errors import InputError
 from longrun.lab.quality.report import asked, write_report
 from longrun.lab.quality.results import QualityResults
 from longrun.lab.quality.settings import Row
+from scripts.quality import quality_tables as script
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = "results/quality-split.json"
@@ -31,15 +30,6 @@ KINDS = (
     "bytes",
     "pages",
 )
-
-
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location("quality_tables", ROOT / "scripts" / "quality_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -61,7 +51,7 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_published_comparison_fills_the_page(script, document, finished, capsys):
+def test_a_published_comparison_fills_the_page(document, finished, capsys):
     def tables(*more: str) -> int:
         return script.main(["--document", str(document), *more])
 
@@ -99,7 +89,7 @@ def test_a_published_comparison_fills_the_page(script, document, finished, capsy
     document.write_text(text.replace("83% [44, 97]", "84% [44, 97]", 1))  # a figure that no file gives
     capsys.readouterr()
     assert tables("--check") == 1
-    assert capsys.readouterr().out.startswith("page.md is not what its result files give: run python scripts/quality_")
+    assert capsys.readouterr().out.startswith("page.md is not what its result files give: run python scripts/quality/")
     assert tables() == 0
     wrong = (document.parent / FILE).with_suffix(".md")
     wrong.write_text(page.replace("83% [44, 97]", "84% [44, 97]", 1))
@@ -109,7 +99,7 @@ def test_a_published_comparison_fills_the_page(script, document, finished, capsy
     assert tables() == 0 and wrong.read_text() == page
 
 
-def test_a_table_shows_the_rows_that_its_marker_names(script, document, finished):
+def test_a_table_shows_the_rows_that_its_marker_names(document, finished):
     document.write_text(f"<!-- table: exact {FILE}; half; reference -->\n<!-- /table -->\n")
     assert script.main(["--document", str(document), "--publish", str(finished), "split"]) == 0
     assert [line.split(" | ")[0] for line in document.read_text().splitlines() if line.startswith("|")] == [
@@ -124,7 +114,7 @@ def test_a_table_shows_the_rows_that_its_marker_names(script, document, finished
             script.main(["--document", str(document)])
 
 
-def test_other_results_have_no_page(script, document, tmp_path):
+def test_other_results_have_no_page(document, tmp_path):
     (document.parent / "results").mkdir()
     other = document.parent / "results" / "quality-other.json"
     other.write_text('{"records": []}')
@@ -137,7 +127,7 @@ def test_other_results_have_no_page(script, document, tmp_path):
         script.main(["--document", str(tmp_path / "nowhere.md")])
 
 
-def test_what_cannot_be_published_or_made(script, document, finished, tmp_path):
+def test_what_cannot_be_published_or_made(document, finished, tmp_path):
     def tables(*more: str) -> int:
         return script.main(["--document", str(document), *more])
 
@@ -174,7 +164,7 @@ def test_what_cannot_be_published_or_made(script, document, finished, tmp_path):
         tables()
 
 
-def test_a_row_of_some_lengths_leaves_the_others_empty_and_bars_do_not_break_the_table(script):
+def test_a_row_of_some_lengths_leaves_the_others_empty_and_bars_do_not_break_the_table():
     rows = [row.to_dict() for row in (*ROWS, Row("new | row", "streaming"))]
     summary = [
         {"name": name, "length": length, "retrieval_ratio": 0.5, "kv_used": used, "kv_computed": computed,
@@ -192,7 +182,7 @@ def test_a_row_of_some_lengths_leaves_the_others_empty_and_bars_do_not_break_the
     ]
 
 
-def test_what_was_not_measured_is_empty_and_said(script, document, tmp_path):
+def test_what_was_not_measured_is_empty_and_said(document, tmp_path):
     folder = comparison(tmp_path / "run", (4000, 64000), 6, ROWS, adapter=None, tasks=["several", "single", "text"])
     results = QualityResults.read(folder)
     results.head["environment"]["torch"] = "2.11.0"
@@ -213,7 +203,7 @@ def test_what_was_not_measured_is_empty_and_said(script, document, tmp_path):
     assert sections["verdicts"].count("not measured") == 1
 
 
-def test_the_projects_tables_are_current(script):
+def test_the_projects_tables_are_current():
     assert script.main(["--check"]) == 0
 
 
@@ -232,7 +222,7 @@ def test_only_what_was_asked_is_told(tasks, said):
     assert asked(results) == [said]
 
 
-def test_pages_are_compared_with_their_twins_question_by_question(script, tmp_path):
+def test_pages_are_compared_with_their_twins_question_by_question(tmp_path):
     rows = (
         ROWS[0], ROWS[1], Row("full five", kv="k5v3"), ROWS[2], Row("half five", "maps/gates", 0.5, "k5v3"),
         Row("third five", "maps/gates", 0.35, "k5v3"), Row("half simulated", "maps/gates", 0.5, "sim:k4-channel/v4"),

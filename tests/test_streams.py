@@ -37,7 +37,7 @@ def commands(tmp_path_factory) -> dict[str, list[str]]:
         "show": ["-m", "longrun.patterns", "show", str(folder / "a")],
         "compare": ["-m", "longrun.patterns", "compare", str(folder / "a"), str(folder / "b")],
         "help": ["-m", "longrun.chat", "--help"],
-        "script": ["scripts/file_parts.py", "split", str(folder / "text"), str(folder / "parts")],
+        "script": ["scripts/training/file_parts.py", "split", str(folder / "text"), str(folder / "parts")],
     }
 
 
@@ -136,7 +136,7 @@ def test_a_parser_refuses_in_one_sentence():
 
 
 def test_every_program_leaves_through_one_door_and_reads_its_options_with_one_parser():
-    programs = [*ROOT.glob("scripts/*.py"), *ROOT.glob("longrun/*.py"), *ROOT.glob("longrun/*/*.py")]
+    programs = [*ROOT.glob("scripts/**/*.py"), *ROOT.glob("longrun/*.py"), *ROOT.glob("longrun/*/*.py")]
     ours = "template_child.py"  # never started by a person
     programs = [path for path in programs if path.name != ours]
     started = [path for path in programs if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from long_training import RECIPE, steps_of
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import train_long
-
 from longrun.errors import InputError
+from scripts.training import train_long
 
 
 def adapter_bytes(out: Path) -> bytes:

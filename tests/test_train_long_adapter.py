@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +13,6 @@ from long_training import RECIPE
 from reference import ReferenceAttention
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from long_lora import LoraModel
-
 from longrun.attention.interface import Step
 from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
@@ -25,6 +20,7 @@ from longrun.lab.long_tasks import Corpus
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import load_decoder
 from longrun.model.rope import RopeParameters, RotaryTable
+from scripts.training.long_lora import LoraModel
 
 
 def test_the_shipped_adapter_gives_the_trained_logits(training):

@@ -12,11 +12,8 @@ import pytest
 import torch
 from long_training import steps_of
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import long_batches
-import train_long
-
 from longrun.errors import InputError
+from scripts.training import long_batches, train_long
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -47,7 +44,7 @@ from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
 import torch
-import train_long
+from scripts.training import train_long
 
 model, data, recipe, out = map(Path, sys.argv[2:6])
 torch.set_num_threads(1)
@@ -81,9 +78,9 @@ ranks.close()
 def test_two_processes_train_as_one_and_stop_together(training, tmp_path):
     script, out = tmp_path / "two.py", tmp_path / "out"
     script.write_text(TWO_PROCESSES)
-    scripts = Path(train_long.__file__).parent
+    root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    command += [scripts, training.model, training.data, training.recipe, out]
+    command += [root, training.model, training.data, training.recipe, out]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -140,7 +140,7 @@ def pinned_bytes(
         registrar: default `CudaRegistrar`.
         piece_bytes: bytes registered at once, a multiple of the system's page.
         huge_pages: ask the system for pages of 2 MiB where it can, so that CPU and GPU have fewer addresses to
-            translate; `scripts/bench_pinning.py` measures both ways.
+            translate; `scripts/bench/bench_pinning.py` measures both ways.
 
     Raises:
         PlanError: more than is available, or the system or the driver refuses; everything has been given back.

@@ -2,7 +2,7 @@
 
 Everything is drawn from `random.Random(seed)`, so that a test is the same everywhere. Filler stays in token ids, as the
 corpus stores it; facts are put between lines or sentences of it. Questions and answers follow in the turns of the
-model's chat template. The training samples of scripts/long_samples.py are written with the same parts.
+model's chat template. The training samples of scripts/training/long_samples.py are written with the same parts.
 """
 
 from __future__ import annotations

@@ -186,12 +186,12 @@ def read_rows(path: Path) -> tuple[Row, ...]:
     Raises:
         InputError: a file that cannot be read, an unknown key, a name given twice or kept for the reference.
     """
-    advice = "see scripts/compare_settings.toml"
+    advice = "see scripts/quality/compare_settings.toml"
     found = parse_toml(read_text(path, InputError, advice), f"settings file {path}", InputError)
     tables = found.pop("row", None)
     if found or not isinstance(tables, list) or not tables:
         raise InputError(
-            f"settings file {path} must hold [[row]] tables and nothing else: see scripts/compare_settings.toml"
+            f"settings file {path} must hold [[row]] tables and nothing else: see scripts/quality/compare_settings.toml"
         )
     known, rows = {field.name for field in fields(Row)}, []
     for number, table in enumerate(tables, start=1):

@@ -1,0 +1,1 @@
+"""Speed and memory on this machine, beside ceilings measured in the same run."""

@@ -1,0 +1,219 @@
+"""Prefill: really reading long texts, beside what the GPU's matrix units and torch's own attention reach at best."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from longrun.config.model_config import ModelConfig
+from longrun.errors import InputError
+from longrun.needles.needles import Haystack, NeedlePrompt, build_prompt, make_needles
+from longrun.patterns.head_split import HeadSplit
+from longrun.runtime.runtime import Runtime
+from scripts.bench.bench_ceilings import compute_ceilings
+from scripts.bench.bench_common import (
+    MemoryWatch,
+    check_device,
+    describe,
+    figure,
+    finish_timed,
+    load_runtime,
+    memory_text,
+    or_out_of_memory,
+    parse_lengths,
+    percent,
+    release,
+    save,
+    synchronize,
+    tokens_text,
+)
+from scripts.bench.bench_transformers import TransformersPeer
+
+SPARE_TOKENS = 64  # questions and answers
+WARM_CHUNKS = 2  # read once before timing: the second brings what libraries load and plan for a chunk over a past
+
+
+def prefill_flops(config: ModelConfig, split: HeadSplit, num_tokens: int) -> dict[str, float]:
+    """Floating-point operations of reading `num_tokens`, a multiply-add counting two.
+
+    Linears: all weights of the layers, lm_head left out (one position a chunk). Attention: a retrieval head sees half
+    of N^2 pairs, a streaming head N times its window; scores and output cost 2 * head_dim each a pair.
+    """
+    qkv = (config.q_size + 2 * config.kv_size) * config.hidden_size
+    mlp = 3 * config.intermediate_size * config.hidden_size
+    linear = config.num_layers * (qkv + config.q_size * config.hidden_size + mlp)
+    group = config.num_qo_heads // config.num_kv_heads
+    retrieval = split.total_retrieval * group
+    streaming = config.num_layers * config.num_qo_heads - retrieval
+    window = min(split.sink_size + split.recent_size, num_tokens)
+    return {
+        "linear": 2.0 * linear * num_tokens,
+        "retrieval_attention": 4.0 * config.head_dim * retrieval * num_tokens**2 / 2,
+        "streaming_attention": 4.0 * config.head_dim * streaming * num_tokens * window,
+    }
+
+
+def ideal_seconds(flops: dict[str, float], ceilings: dict[str, Any]) -> float:
+    """What the operations of `prefill_flops` take at the speeds of `compute_ceilings`."""
+    attention = flops["retrieval_attention"] + flops["streaming_attention"]
+    return (flops["linear"] / ceilings["matmul_tflops"] + attention / ceilings["attention_tflops"]) / 1e12
+
+
+def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceilings: dict, memory: MemoryWatch) -> dict:
+    """Read one text in a session of its own; with needles also ask for them."""
+    device = torch.device(args.device)
+    depth = parse_depths(args.depth, args.needles)
+    prompt, token_ids = make_text(runtime, length, depth, args)
+    memory.start()
+    session = runtime.new_session(length + SPARE_TOKENS)
+    empty = session.mark()
+    session.prefill(token_ids[: WARM_CHUNKS * session.plan.chunk_size])
+    session.rewind(empty)
+    ends: list[float] = []
+
+    def progress(done: int, total: int) -> None:
+        synchronize(device)
+        ends.append(time.perf_counter())
+
+    synchronize(device)
+    start = time.perf_counter()
+    answers = None
+    if prompt is None:
+        session.prefill(token_ids, progress=progress)
+    else:
+        answers = ask_needles(session, prompt, runtime, progress)
+    seconds = ends[-1] - start
+    chunks = [end - begin for begin, end in zip([start, *ends], ends, strict=False)]
+    flops = prefill_flops(runtime.config, runtime.split, len(token_ids))
+    total = sum(flops.values())
+    return {
+        "tokens": len(token_ids),
+        "chunk_size": session.plan.chunk_size,
+        "seconds": seconds,
+        "tokens_per_s": len(token_ids) / seconds,
+        "flops": flops,
+        "tflops": total / seconds / 1e12,
+        "of_matmul": total / seconds / 1e12 / ceilings["matmul_tflops"],
+        "of_matmul_and_attention": ideal_seconds(flops, ceilings) / seconds,
+        "chunk_seconds": chunks,
+        "cache_bytes": session.cache_bytes,
+        "memory": memory.measure(session.plan),
+        **({} if answers is None else {"needles": answers, "exact": sum(a["exact"] for a in answers), "depth": depth}),
+    }
+
+
+def parse_depths(text: str, needles: int) -> float | list[float]:
+    """Where needles go: one depth for all, `a,b,c` one a needle, or `spread`, evenly from 0 to 1.
+
+    Raises:
+        InputError: not a number within 0..1, or not as many as there are needles.
+    """
+    if text == "spread":
+        return [round(i / (needles - 1), 6) for i in range(needles)] if needles > 1 else 0.5
+    try:
+        depths = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--depth {text} is not a depth: give 0 to 1, a list like 0,0.5,1, or spread") from None
+    if not all(0 <= depth <= 1 for depth in depths):
+        raise InputError(f"--depth {text} leaves 0..1: 0 is the text's start, 1 its end")
+    if len(depths) > 1 and len(depths) != needles:
+        raise InputError(
+            f"--depth {text} gives {len(depths)} depths for {needles} needle(s): give one, or one a needle"
+        )
+    return depths[0] if len(depths) == 1 else depths
+
+
+def make_text(
+    runtime: Runtime, length: int, depth: float | list[float], args: argparse.Namespace
+) -> tuple[NeedlePrompt | None, torch.Tensor]:
+    """What is read: needle text with its questions, or random token ids of exactly `length`.
+
+    Raises:
+        InputError: needles are asked of a model without a tokenizer.
+    """
+    if not args.needles:
+        generator = torch.Generator().manual_seed(args.seed)
+        return None, torch.randint(0, runtime.config.vocab_size, (length,), generator=generator)
+    if runtime.tokenizer is None:
+        raise InputError(f"model folder {args.model} has no tokenizer: needles are text, so leave --needles out")
+    needles = make_needles(args.needles, seed=f"{args.seed}/{length}/{depth}")
+    prompt = build_prompt(runtime.tokenizer, Haystack.generated(args.seed), needles, length, depth)
+    return prompt, torch.tensor(prompt.document_ids, dtype=torch.int64)
+
+
+def ask_needles(session: Any, prompt: NeedlePrompt, runtime: Runtime, progress: Any) -> list[dict[str, Any]]:
+    """Read the document (`progress` after every chunk of it), then put the questions as the needle sweep does."""
+    from scripts.needle_sweep import ask
+
+    heard = len(prompt.document_ids)
+
+    def document_only(done: int, total: int) -> None:
+        if total == heard:
+            progress(done, total)
+
+    return ask(
+        session, prompt, lambda ids: runtime.tokenizer.decode(ids, skip_special_tokens=True), document_only
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command `prefill`."""
+    device = check_device(args.device)
+    lengths, peer_lengths = parse_lengths(args.lengths), parse_lengths(args.peer_lengths, "--peer-lengths")
+    if not lengths:
+        raise InputError("prefill needs at least one length: give --lengths 128K")
+    parse_depths(args.depth, args.needles)
+    memory = MemoryWatch(device)
+    ceilings = compute_ceilings(device)
+    release(device)
+    console = Console(width=160)
+    console.print(
+        f"{ceilings['matmul_tflops']:.2f} TFLOP/s matrix product, {ceilings['attention_tflops']:.2f} TFLOP/s attention "
+        f"({ceilings['attention_by']})", highlight=False,
+    )  # fmt: skip
+    runtime = load_runtime(args, max(lengths) + SPARE_TOKENS)
+    rows: list[dict[str, Any]] = []
+    result = {"benchmark": "prefill", "settings": describe(runtime, args), "ceilings": ceilings, "rows": rows}
+    for length in lengths:
+        row = {"runner": "longrun", "length": length}
+        row = or_out_of_memory(row, partial(prefill_row, runtime, length, args, ceilings, memory), device)
+        rows.append(row)
+        save(result, args)
+        found = row.get("error") or f"{row['tokens_per_s']:.0f} tokens/s"
+        console.print(f"{tokens_text(length)}: {found}", highlight=False)
+    result["settings"] = describe(runtime, args)  # with the notices of all sessions
+    vocab_size = runtime.config.vocab_size
+    del runtime
+    release(device)
+    peer, generator = None, torch.Generator().manual_seed(args.seed)
+    for length in peer_lengths:
+        peer = peer or TransformersPeer(args.model, device)
+        rows.append(peer.prefill(torch.randint(0, vocab_size, (length,), generator=generator)))
+        save(result, args)
+    console.print(table(rows))
+    return finish_timed(result, args)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows as a person reads them."""
+    found = Table("runner", "tokens", "seconds", "tokens/s", "TFLOP/s", "of matmul", "of both", "needles", "memory")
+    for row in rows:
+        start = (row["runner"], tokens_text(row["length"]))
+        if "error" in row:
+            found.add_row(*start, row["error"])
+            continue
+        more = ()
+        if "tflops" in row:
+            needles = f"{row['exact']} of {len(row['needles'])}" if "needles" in row else "-"
+            more = (
+                figure(row["tflops"], 1), percent(row["of_matmul"]), percent(row["of_matmul_and_attention"]), needles,
+                memory_text(row["memory"]),
+            )  # fmt: skip
+        found.add_row(*start, figure(row["seconds"]), figure(row["tokens_per_s"], 0), *more)
+    return found

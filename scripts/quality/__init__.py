@@ -1,0 +1,1 @@
+"""What head maps, page formats and eviction cost in answers and logits."""
