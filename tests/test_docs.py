@@ -163,7 +163,7 @@ def measured_rows(text: str) -> list[str]:
 
 
 def test_every_measured_row_names_its_file_and_its_speeds_stand_in_the_benchmarks() -> None:
-    """Tables there are rendered from the result files (`scripts/bench/bench_tables.py`), so a speed of no run is found."""
+    """Tables there are rendered from the result files (`bench_tables.py`), so a speed of no run is found."""
     rows = measured_rows(README)
     assert len(rows) >= 10
     assert [row for row in rows if not re.search(r"\]\(docs/results/[\w.-]+\.json\) \|$", row)] == []

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Render the quality tables from comparisons that scripts/compare.py or compare_merge.py wrote.
 
-    python scripts/quality/quality_tables.py                        rewrite docs/quality.md and the pages of all tables
-    python scripts/quality/quality_tables.py --check                status 1 where one of them is not what the files give
-    python scripts/quality/quality_tables.py --publish DIR NAME     copy DIR's results and pictures as NAME, then rewrite
+    python scripts/quality/quality_tables.py                      rewrite docs/quality.md and the pages of all tables
+    python scripts/quality/quality_tables.py --check              status 1 where one of them is not what the files give
+    python scripts/quality/quality_tables.py --publish DIR NAME   copy DIR's results and pictures as NAME, then rewrite
 
 Every docs/results/quality-NAME.json has a page beside it, quality-NAME.md, with all its tables: written whole, never by
 hand. In the document a table stands between two comments; the first names its kind and its file, relative to the
