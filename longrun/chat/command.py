@@ -217,7 +217,7 @@ def _answer_once(runner: ChatRunner, documents: Sequence[Document], prompt: str,
 
 
 def _how_to_go_on(runner: ChatRunner) -> str:
-    return ": the same command goes on from there" if runner.is_kept else " (--session DIR would have kept them)"
+    return ": the same command resumes there" if runner.is_kept else " (--session DIR would have kept them)"
 
 
 def _chat(runner: ChatRunner, documents: Sequence[Document], prompt: str | None, interactive: bool) -> int:
