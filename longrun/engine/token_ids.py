@@ -46,9 +46,9 @@ def _from_tensor(ids: Tensor) -> Tensor:
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex() or ids.is_quantized:
         raise InputError(f"token ids are a tensor of {ids.dtype}: {_TAKES}")
     _check_dimensions(ids.dim(), tuple(ids.shape))
+    if ids.layout != torch.strided:
+        raise InputError(f"token ids are a tensor with layout {ids.layout}: {_TAKES}")
     try:
-        if ids.layout != torch.strided:
-            raise NotImplementedError(f"its layout is {ids.layout}")
         return ids.detach().to("cpu", torch.int64)
     except (NotImplementedError, RuntimeError) as error:
         raise InputError(f"token ids cannot be read from this tensor ({quoted(str(error))}): {_TAKES}") from None
