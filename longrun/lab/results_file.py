@@ -1,12 +1,15 @@
-"""A folder's results.json: one run at a time has it open, and nothing of a run that was killed is left beside it."""
+"""A folder's results.json: one run at a time has it open, it is written whole, and nothing of a run that was killed is
+left beside it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from longrun.errors import InputError
 from longrun.files.folder_lock import FolderLock
-from longrun.files.whole_file import leftovers
+from longrun.files.whole_file import leftovers, write_whole
 
 RESULTS_FILE = "results.json"
 
@@ -32,3 +35,16 @@ def claim_results(folder: Path) -> FolderLock:
         lock.release()
         raise
     return lock
+
+
+def write_results(folder: Path, content: dict[str, Any]) -> None:
+    """Write the file: complete or not at all.
+
+    Raises:
+        InputError: the disk is full or the folder is not writable; the earlier file is intact.
+    """
+    path = folder / RESULTS_FILE
+    try:
+        write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): free the disk or choose --out") from error

@@ -9,8 +9,7 @@ from typing import Any
 from longrun.errors import InputError
 from longrun.files.folder_lock import FolderLock
 from longrun.files.user_files import RESULTS_BYTES, read_object
-from longrun.files.whole_file import write_whole
-from longrun.lab.results_file import RESULTS_FILE, claim_results
+from longrun.lab.results_file import RESULTS_FILE, claim_results, write_results
 
 FORMAT = 1
 
@@ -148,13 +147,5 @@ class QualityResults:
         self.write()
 
     def write(self) -> None:
-        """Write the file: complete or not at all.
-
-        Raises:
-            InputError: the disk is full or the folder is not writable; the earlier file is intact.
-        """
-        path = self.folder / RESULTS_FILE
-        try:
-            write_whole(path, (json.dumps({**self.head, "records": self.records}, indent=1) + "\n").encode())
-        except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}): free the disk or choose --out") from error
+        """Write the file, see `write_results`."""
+        write_results(self.folder, {**self.head, "records": self.records})
