@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from longrun.errors import ConfigError
-from longrun.kernels import int4_pages
+from longrun.kernels import page_view
 from longrun.kernels.banded_prefill import banded_prefill, banded_prefill_reference
 from longrun.kernels.cuda_module import CudaUnavailable
 from longrun.kernels.dense_attention import attention_with_lse
-from longrun.kernels.int4_decode import DecodePages, Workspace
-from longrun.kernels.int4_decode_cuda import CudaInt4Decode
-from longrun.kernels.int4_pages import ExactRun, PageRun
 from longrun.kernels.merge_partial import merge_partial_, merge_partial_reference
 from longrun.kernels.page_copy import copy_pages, copy_pages_reference, fetch_pages, fetch_pages_reference
+from longrun.kernels.page_decode import DecodePages, Workspace
+from longrun.kernels.page_decode_cuda import CudaPageDecode
 from longrun.kernels.page_dequantize import dequantize_run
 from longrun.kernels.page_store import reference_store_pages, store_pages
+from longrun.kernels.page_view import ExactRun, PageRun
 from longrun.kernels.ring_decode import ring_decode, ring_decode_reference
 from longrun.kernels.rope_store import rope_store, rope_store_reference
 from longrun.kernels.rotary import rotary_, rotary_reference
 from longrun.kernels.silu_mul import silu_mul_, silu_mul_reference
-from longrun.kernels.turn_back import turn_back, turn_back_reference
+from longrun.kernels.unrotate import unrotate, unrotate_reference
 from longrun.kernels.vector_linear import vector_linear, vector_linear_reference
 from longrun.quant.kv_format import PageFormat
 
@@ -39,7 +39,7 @@ class GpuKernels:
     """One callable a kernel, each with the signature that its own file documents.
 
     Attributes:
-        decode_attention: see `int4_decode.decode_attention`.
+        decode_attention: see `page_decode.decode_attention`.
         default_splits: number of retrieval heads -> programs a head.
         on_gpu: streams and graphs are to be had.
     """
@@ -52,7 +52,7 @@ class GpuKernels:
     dequantize_run: Callable[..., None]
     merge_partial_: Callable[..., None]
     rope_store: Callable[..., None]
-    turn_back: Callable[..., None]
+    unrotate: Callable[..., None]
     ring_decode: Callable[..., Any]
     banded_prefill: Callable[..., None]
     dense_attention: Callable[..., tuple[Tensor, Tensor]]
@@ -73,7 +73,7 @@ def load_gpu_kernels(head_dim: int, kv_format: str = "int4", overlap: bool = Tru
         ConfigError: the INT4 decode kernel cannot be compiled here.
     """
     try:
-        decode = CudaInt4Decode(head_dim, kv_format=kv_format)
+        decode = CudaPageDecode(head_dim, kv_format=kv_format)
     except CudaUnavailable as error:
         raise ConfigError(
             f"the {kv_format} decode kernel cannot be built on this GPU ({error}): use kv_format bf16, or device cpu"
@@ -87,7 +87,7 @@ def load_gpu_kernels(head_dim: int, kv_format: str = "int4", overlap: bool = Tru
         dequantize_run=dequantize_run,
         merge_partial_=merge_partial_,
         rope_store=partial(rope_store, overlap=overlap),
-        turn_back=turn_back,
+        unrotate=unrotate,
         ring_decode=partial(ring_decode, overlap=overlap),
         banded_prefill=banded_prefill,
         dense_attention=attention_with_lse,
@@ -106,10 +106,10 @@ def reference_kernels() -> GpuKernels:
         store_pages=reference_store_pages,
         copy_pages=copy_pages_reference,
         fetch_pages=fetch_pages_reference,
-        dequantize_run=int4_pages.dequantize_run,
+        dequantize_run=page_view.dequantize_run,
         merge_partial_=merge_partial_reference,
         rope_store=rope_store_reference,
-        turn_back=turn_back_reference,
+        unrotate=unrotate_reference,
         ring_decode=ring_decode_reference,
         banded_prefill=banded_prefill_reference,
         dense_attention=attention_with_lse,
@@ -124,7 +124,7 @@ def decode_attention_reference(
     q: Tensor, pages: DecodePages, *, softmax_scale: float = 1.0, workspace: Workspace | None = None,
     out: Tensor | None = None, lse: Tensor | None = None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`int4_decode.decode_attention` through `int4_pages.decode_attention`; without any token lse is -inf and out NaN,
+    """`page_decode.decode_attention` through `page_view.decode_attention`; without any token lse is -inf and out NaN,
     as the kernels leave it."""
     first, count, sinks, tails = pages.lengths.tolist()
     fmt = PageFormat(pages.kv_format, pages.tail_k.shape[1], q.shape[2])
@@ -133,7 +133,7 @@ def decode_attention_reference(
         ExactRun(k, v, n) for k, v, n in ((pages.sink_k, pages.sink_v, sinks), (pages.tail_k, pages.tail_v, tails)) if n
     )
     if count or exact:
-        found, found_lse = int4_pages.decode_attention(q.float() * softmax_scale, run, exact)
+        found, found_lse = page_view.decode_attention(q.float() * softmax_scale, run, exact)
     else:
         found, found_lse = q.new_full(q.shape, torch.nan, dtype=torch.float32), q.new_full(q.shape[:2], -torch.inf)
     out = torch.empty_like(found) if out is None else out

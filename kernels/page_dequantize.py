@@ -1,4 +1,4 @@
-"""Quantized pages to dense keys and values in Triton: `int4_pages.dequantize_run` as one kernel.
+"""Quantized pages to dense keys and values in Triton: `page_view.dequantize_run` as one kernel.
 
 Moves, a page of head_dim D and output items of B bytes: 64 * D + 256 bytes of payload, 4 * D of index and 128 * D * B
 of output (41,728 bytes for D = 128 in bfloat16), each once; with k5v3 the keys' program reads the values' 32 * D bytes
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from longrun.errors import ConfigError
-from longrun.kernels.int4_pages import PageRun
+from longrun.kernels.page_view import PageRun
 from longrun.quant.kv_format import PageFormat
 
 TRITON_PAGE_SIZE = 64
@@ -105,7 +105,7 @@ def dequantize_kernel(
 
 
 def dequantize_run(run: PageRun, k_out: torch.Tensor, v_out: torch.Tensor, num_warps: int = 4) -> None:
-    """Write the run's keys and values, in token order, to k_out and v_out: what `int4_pages.dequantize_run` writes,
+    """Write the run's keys and values, in token order, to k_out and v_out: what `page_view.dequantize_run` writes,
     bit for bit.
 
     Args:

@@ -28,7 +28,7 @@ Keys of quantized pages are rotated: after RoPE queries and keys are multiplied 
 (signs times Hadamard; QuaRot, arXiv 2404.00456), which leaves the scores as they are. So are the keys of the sink page
 and of the tail of the same head, which stand with the pages and become pages. Rings of streaming heads hold keys as
 RoPE left them. The index therefore bounds rotated keys, and is to be used with rotated queries. With `k5v3` the values
-of the same heads are rotated as well, and what they attend to is turned back. Rotating is attention's work:
+of the same heads are rotated as well, and their attention's output is rotated back. Rotating is attention's work:
 `quant.page_codec` and everything that moves pages take keys and values as they come.
 
 The exact formats (`bf16`, `fp32`) store keys [P, D] and then values [P, D], and have no index.
@@ -94,7 +94,7 @@ class PageFormat:
 
     @property
     def rotates_values(self) -> bool:
-        """Whether retrieval heads keep rotated values, too, and what they attend to is turned back: with three bits it
+        """Whether retrieval heads keep rotated values, too, and attention's output is rotated back: with three bits it
         pays, with four hardly."""
         return self.name == "k5v3"
 

@@ -1,6 +1,6 @@
 """Rotations that spread a head's outlier channels over all of them: random signs times a Hadamard matrix.
 
-Queries and keys are both turned after RoPE, which leaves every score as it was, and turned keys lose less on the grid
+Queries and keys are both rotated after RoPE, which leaves every score as it was, and rotated keys lose less on the grid
 of a page (QuaRot, arXiv 2404.00456, for keys as KIVI, arXiv 2402.02750, quantizes them). The Hadamard matrix is
 Sylvester's: H_2n = [[H_n, H_n], [H_n, -H_n]], element (i, j) the parity of the bits that i and j share.
 """
@@ -51,7 +51,7 @@ def rotation_of(signs: Tensor) -> tuple[Tensor, Tensor]:
 
     All elements of a matrix are one power of two or its negative (and zeros outside the blocks), so they are exact in
     bfloat16 and float16 and the scale rounds nothing. Where the Hadamard matrix has an odd power of two of rows, its
-    square root is split unevenly (`rotation_scales`). A head_dim that is no power of two is turned in blocks of the
+    square root is split unevenly (`rotation_scales`). A head_dim that is no power of two is rotated in blocks of the
     largest power of two that divides it.
 
     Args:

@@ -1,4 +1,4 @@
-// What int4_decode.cu asks of a GPU, on a CPU: a GPU's thread is a thread, and what lanes exchange goes through a barrier
+// What page_decode.cu asks of a GPU, on a CPU: a GPU's thread is a thread, and what lanes exchange goes through a barrier
 // of their warp. Blocks run one after the other, so what is __shared__ may be static. tests/cuda_on_cpu.py puts the kernels
 // behind it in place of their PTX. Products are summed in float64: a tensor core's own rounding is not imitated.
 #include <barrier>

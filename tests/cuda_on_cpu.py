@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from longrun.kernels.int4_decode_cuda import SOURCE, CudaInt4Decode, stage_bytes
+from longrun.kernels.page_decode_cuda import SOURCE, CudaPageDecode, stage_bytes
 from longrun.quant.kv_format import PageFormat
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
@@ -44,7 +44,7 @@ def host_source() -> str:
         given = ", ".join(parameter.split()[-1] for parameter in parameters.split(","))
         source += (
             f'extern "C" void host_{name}(int blocks, int x, int y, i64 shared_bytes, {parameters}) {{\n'
-            f"  launch(blocks, x, y, shared_bytes, [&] {{ int4_decode_{name}({given}); }});\n}}\n"
+            f"  launch(blocks, x, y, shared_bytes, [&] {{ page_decode_{name}({given}); }});\n}}\n"
         )
     return f'#include "{HEADER}"\n{source}'
 
@@ -60,8 +60,8 @@ class HostKernel:
         self._function(*integers, *args)
 
 
-def host_decode(head_dim: int, kv_format: str, folder: Path) -> CudaInt4Decode:
-    """A `CudaInt4Decode` whose kernels run on the CPU; its tensors stand in host memory."""
+def host_decode(head_dim: int, kv_format: str, folder: Path) -> CudaPageDecode:
+    """A `CudaPageDecode` whose kernels run on the CPU; its tensors stand in host memory."""
     source, library = folder / f"{kv_format}-{head_dim}.cpp", folder / f"{kv_format}-{head_dim}.so"
     source.write_text(host_source())
     key_bits = PageFormat(kv_format, 64, head_dim).key_bits
@@ -69,7 +69,7 @@ def host_decode(head_dim: int, kv_format: str, folder: Path) -> CudaInt4Decode:
     flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-pthread", *(f"-D{name}={n}" for name, n in defines.items())]
     done = subprocess.run([COMPILER, *flags, "-o", library, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    made = object.__new__(CudaInt4Decode)
+    made = object.__new__(CudaPageDecode)
     made.head_dim, made.kv_format, made.warps, made.stages, made._blocks = head_dim, kv_format, WARPS, STAGES, 8
     found = ctypes.CDLL(str(library))
     shared = max(WARPS * STAGES * stage_bytes(head_dim), WARPS * 8 * (head_dim + 2) * 4)

@@ -6,7 +6,7 @@ import torch
 from longrun.attention.interface import Step
 from longrun.attention.torch_backend import TorchAttention
 from longrun.cache.dual import DualCache
-from longrun.kernels.cpu_int4 import CpuInt4Kernels
+from longrun.kernels.cpu_pages import CpuPageKernels
 from longrun.paths import cache_dir
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
@@ -22,7 +22,7 @@ SINK, RECENT = 20, 50
 
 @pytest.fixture(scope="module")
 def cpu_kernels():
-    return CpuInt4Kernels(cache_dir() / "kernels")  # compiled by whichever test comes first
+    return CpuPageKernels(cache_dir() / "kernels")  # compiled by whichever test comes first
 
 
 def rms_ratio(actual, expected):
@@ -144,7 +144,7 @@ def test_quantized_equals_attention_over_dequantized_pages(cpu_kernels, compiled
     k, v = ((x * 32).round() / 32 for x in (k, v))  # few bits: exact when rotated, in whatever order they are summed up
     for_queries, for_keys = key_rotation(DIM)
     fmt = PageFormat(name, 16, DIM)
-    turn_v, turn_back = (for_keys, for_queries.T.double()) if fmt.rotates_values else (torch.eye(DIM),) * 2
+    turn_v, unrotate = (for_keys, for_queries.T.double()) if fmt.rotates_values else (torch.eye(DIM),) * 2
     attention = make(ONE_LAYER, name, n, cpu_kernels if compiled else None, device_share=device_share)
     chunks = [100, 64, 7, *[1] * (n - 171)]
     out = drive(attention, q, k, v, chunks)
@@ -157,7 +157,7 @@ def test_quantized_equals_attention_over_dequantized_pages(cpu_kernels, compiled
             scores = rotated @ ck[:, head // GROUP].double().T / DIM**0.5
             future = torch.arange(start + size)[None] > torch.arange(start, start + size)[:, None]
             expected = scores.masked_fill(future, float("-inf")).softmax(-1) @ cv[:, head // GROUP].double()
-            assert rms_ratio(out[0, start : start + size, head], expected @ turn_back.double()) < 1e-5
+            assert rms_ratio(out[0, start : start + size, head], expected @ unrotate.double()) < 1e-5
         start += size
 
 

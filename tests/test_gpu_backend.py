@@ -135,7 +135,7 @@ def test_a_backend_that_forgets_to_rotate_is_noticed(tmp_path):
     """In prefill or in decode: the tests above would see it."""
     tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (330,), generator=torch.Generator().manual_seed(7))
-    for name, kv in (("_rotation", "int4"), ("_signs", "int4"), ("_turns_values", "k5v3")):
+    for name, kv in (("_rotation", "int4"), ("_signs", "int4"), ("_rotates_values", "k5v3")):
         pair = engines(tmp_path, kv=kv)
         setattr(pair[0].attention, name, None)
         fused, plain = run_both(pair, ids, [200, *[1] * 70, 60])
@@ -210,7 +210,7 @@ def test_nvrtc_missing_is_one_sentence(monkeypatch):
     def unavailable(head_dim, kv_format):
         raise CudaUnavailable("libnvrtc.so.13 was not found")
 
-    monkeypatch.setattr(gpu_kernels, "CudaInt4Decode", unavailable)
+    monkeypatch.setattr(gpu_kernels, "CudaPageDecode", unavailable)
     with pytest.raises(ConfigError, match=r"k5v3 decode kernel .*libnvrtc.so.13 was not found.*kv_format bf16"):
         gpu_kernels.load_gpu_kernels(128, "k5v3")
 

@@ -14,11 +14,11 @@ MADE_UP = [
     ("longrun.kernels.made_up", "from ..cache.pool import PagePool", "may not import longrun.cache.pool"),
     (
         "longrun.quant.made_up",
-        "if TYPE_CHECKING:\n    from longrun.kernels import cpu_int4",
+        "if TYPE_CHECKING:\n    from longrun.kernels import cpu_pages",
         "import longrun.k",
     ),
     ("longrun.patterns.head_split", "import numpy", "may not import the package numpy"),
-    ("longrun.runtime.runtime", "import kernels.int4_pages", "may not import the package kernels"),
+    ("longrun.runtime.runtime", "import kernels.page_view", "may not import the package kernels"),
     ("longrun.chat.made_up", "from longrun import load", "may not import longrun of room 'package'"),
     ("longrun.unheard_of", "", "has no room"),
     ("longrun.cache.made_up", "importlib.import_module('longrun.' + 'chat')", "computed name"),

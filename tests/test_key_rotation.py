@@ -9,7 +9,7 @@ from longrun.attention.rotation import HeadRotation
 from longrun.attention.torch_backend import TorchAttention
 from longrun.cache.dual import DualCache
 from longrun.errors import InputError
-from longrun.kernels.cpu_int4 import CpuInt4Kernels
+from longrun.kernels.cpu_pages import CpuPageKernels
 from longrun.paths import cache_dir
 from longrun.quant.kv_format import KV_FORMATS, PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
@@ -23,7 +23,7 @@ SPLITS = {"full": (3, 3), "none": (0, 0), "mixed": (1, 2), "uneven": (0, 3)}
 
 @pytest.fixture(scope="module")
 def cpu_kernels():
-    return CpuInt4Kernels(cache_dir() / "kernels")  # compiled by whichever test comes first
+    return CpuPageKernels(cache_dir() / "kernels")  # compiled by whichever test comes first
 
 
 @pytest.mark.parametrize("dim", [16, 32, 48, 64, 80, 96, 112, 128, 256])
@@ -81,7 +81,7 @@ def test_views_of_one_buffer_are_turned_in_place(tokens, dtype):
     before = fused.clone()
     q, k, v = fused.split((group * kv, kv, kv), dim=1)
     rotation = HeadRotation(PageFormat("k5v3", 64, dim), dtype, torch.device("cpu"))
-    rotation.turn_(q, k, v, heads)
+    rotation.rotate_(q, k, v, heads)
     expected = before.double()
     for_queries, for_keys = (matrix.double() for matrix in key_rotation(dim))
     expected[:, : heads * group] @= for_queries
@@ -92,14 +92,14 @@ def test_views_of_one_buffer_are_turned_in_place(tokens, dtype):
         turned[first : first + heads] = True
     assert torch.equal(fused[:, ~turned], before[:, ~turned])
     assert rms_ratio(fused[:, turned].double(), expected[:, turned]) < (1e-6 if dtype == torch.float32 else 4e-3)
-    rotation.turn_back_(v, heads)
+    rotation.unrotate_(v, heads)
     back = before[:, -kv:]
     assert torch.equal(v[:, heads:], back[:, heads:])
     assert rms_ratio(v[:, :heads], back[:, :heads]) < (1e-6 if dtype == torch.float32 else 6e-3)
     plain = HeadRotation(PageFormat("int4", 64, dim), dtype, torch.device("cpu"))
     held = v.clone()
-    plain.turn_(q, k, v, heads)
-    plain.turn_back_(v, heads)
+    plain.rotate_(q, k, v, heads)
+    plain.unrotate_(v, heads)
     assert torch.equal(v, held)  # INT4 pages hold plain values
 
 

@@ -117,7 +117,7 @@ def packaged_files(source: Path) -> set[str]:
 
 
 LOCATIONS = """
-import json, longrun, longrun.kernels.int4_pages as ours, longrun.quant.kv_format, longrun.kernels.cpu_int4 as compiled
+import json, longrun, longrun.kernels.page_view as ours, longrun.quant.kv_format, longrun.kernels.cpu_pages as compiled
 assert compiled._SOURCE.is_file()
 print(json.dumps([longrun.__file__, ours.__file__, longrun.quant.kv_format.__file__]))
 """
@@ -128,7 +128,7 @@ def test_uninstalled_from_the_repository_root(model: Path, reference_plan: str) 
     where = json.loads(python("-c", LOCATIONS, cwd=ROOT))
     assert [Path(path).resolve() for path in where] == [
         ROOT / "longrun" / "__init__.py",
-        ROOT / "kernels" / "int4_pages.py",
+        ROOT / "kernels" / "page_view.py",
         ROOT / "quant" / "kv_format.py",
     ]
     assert "--head-map" in python("-m", "longrun.chat", "--help", cwd=ROOT)
@@ -145,7 +145,7 @@ def test_wheel_holds_every_file_and_no_other_top_level_name(source: Path, wheel:
     expected = packaged_files(source)
     assert {
         "longrun/plan/budgets/a100-80g.toml",
-        "longrun/kernels/cpu_int4.cpp",
+        "longrun/kernels/cpu_pages.cpp",
         "longrun/quant/page_codec.py",
     } <= expected
     assert "longrun/model/adapters/made-up/adapter_model.safetensors" in expected
@@ -232,7 +232,7 @@ def kernels_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 WITH_TRANSFORMERS = """
 import json
-import longrun.kernels.int4_pages as ours, longrun.config.model_config, transformers
+import longrun.kernels.page_view as ours, longrun.config.model_config, transformers
 from transformers import LlamaForCausalLM
 from transformers.integrations import hub_kernels
 from transformers.utils import is_kernels_available
@@ -247,7 +247,7 @@ print(json.dumps(facts))
 
 def test_with_the_library_named_kernels_in_the_repository_root(kernels_library: Path) -> None:
     facts = json.loads(python("-c", WITH_TRANSFORMERS, cwd=ROOT, paths=(kernels_library,)))
-    assert Path(facts.pop("ours")).resolve() == ROOT / "kernels" / "int4_pages.py"
+    assert Path(facts.pop("ours")).resolve() == ROOT / "kernels" / "page_view.py"
     assert facts == {"available": True, "imitation": True, "same": True}
 
 
@@ -258,7 +258,7 @@ def test_without_that_library_in_the_repository_root() -> None:
     except PackageNotFoundError:
         installed = False
     facts = json.loads(python("-c", WITH_TRANSFORMERS, cwd=ROOT))
-    assert Path(facts["ours"]).resolve() == ROOT / "kernels" / "int4_pages.py"
+    assert Path(facts["ours"]).resolve() == ROOT / "kernels" / "page_view.py"
     assert facts["available"] is installed
 
 

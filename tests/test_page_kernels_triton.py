@@ -10,8 +10,8 @@ import torch
 from interpreted import INTERPRETED, interpreted_tests, not_interpreted, same_bits
 
 from longrun.errors import ConfigError
-from longrun.kernels import int4_pages
-from longrun.kernels.int4_pages import PageRun
+from longrun.kernels import page_view
+from longrun.kernels.page_view import PageRun
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
 
@@ -70,7 +70,7 @@ def check_dequantize(name, heads, pages, first, head_dim, dtype, device="cpu", s
     run = PageRun(storage.to(device), table, index.to(device), first, pages - first, fmt, slot_offset)
     tokens = run.count * 64
     expected = torch.empty(2, heads, tokens, head_dim, dtype=dtype, device=device)
-    int4_pages.dequantize_run(run, *expected)
+    page_view.dequantize_run(run, *expected)
     wide = torch.full((2, heads, tokens + 3, head_dim), float("nan"), dtype=dtype, device=device)
     dequantize_run(run, wide[0, :, :tokens], wide[1, :, :tokens])
     assert torch.isfinite(expected).all() and same_bits(wide[:, :, :tokens], expected)

@@ -18,8 +18,8 @@ from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
 from longrun.kernels.dense_attention import cudnn_serves, padded_rows
 from longrun.kernels.gpu_kernels import GpuKernels
-from longrun.kernels.int4_decode import DecodePages, Workspace
-from longrun.kernels.int4_pages import ExactRun, PageRun
+from longrun.kernels.page_decode import DecodePages, Workspace
+from longrun.kernels.page_view import ExactRun, PageRun
 from longrun.kernels.ring_decode import RingWorkspace, default_splits
 from longrun.quant.page_codec import exact_dtype
 from longrun.quant.rotation import random_signs
@@ -52,7 +52,7 @@ class CudaAttention:
             self._rotation = HeadRotation(cache.spec.page_format, compute_dtype, cache.device)
             self._signs = random_signs(spec.head_dim).to(cache.device)
         self._pads_chunks = kernels.on_gpu and cudnn_serves(cache.device)
-        self._turns_values = cache.spec.page_format.rotates_values
+        self._rotates_values = cache.spec.page_format.rotates_values
         elements = spec.max_retrieval_heads * spec.scratch_tokens * spec.head_dim
         self._scratch = torch.empty(2, elements, dtype=compute_dtype, device=cache.device).fill_(0)
         self._fetching = DoubleBuffer(cache.fetch_buffer, kernels.on_gpu)
@@ -82,7 +82,7 @@ class CudaAttention:
         self._q = torch.zeros(shape, dtype=self.compute_dtype, device=device)
         self._out = torch.zeros(shape, device=device)
         self._part = torch.zeros(shape, device=device)
-        self._turned = torch.zeros(shape if self._turns_values else (0,), dtype=self.compute_dtype, device=device)
+        self._unrotated = torch.zeros(shape if self._rotates_values else (0,), dtype=self.compute_dtype, device=device)
         self._lse, self._part_lse = torch.zeros(2, spec.num_qo_heads, device=device)
         self._workspaces = {
             n: Workspace.empty(n, self.kernels.default_splits(n), self.group, spec.head_dim, device) for n in counts
@@ -92,7 +92,8 @@ class CudaAttention:
             ring_heads * self.group, default_splits(cache.spec.ring_slots), spec.head_dim, device
         )
         held = [self._ring_workspace.partials, self._ring_workspace.counters]
-        held += [self._q, self._out, self._part, self._turned, self._lse, self._part_lse, *self._fetch_tables.values()]
+        held += [self._q, self._out, self._part, self._unrotated, self._lse, self._part_lse]
+        held += self._fetch_tables.values()
         held += [tensor for space in self._workspaces.values() for tensor in (space.out, space.stats)]
         held_bytes = sum(tensor.nbytes for tensor in held)
         assert held_bytes <= spec.decode_bytes(), (held_bytes, spec.decode_bytes())
@@ -103,7 +104,7 @@ class CudaAttention:
         heads = 0 if pages is None else pages.num_heads
         split = heads * self.group
         if self._rotation is not None and pages is not None:
-            self._rotation.turn_(q, k, v, heads)
+            self._rotation.rotate_(q, k, v, heads)
         k, v = (x.transpose(0, 1).to(self.exact).to(q.dtype) for x in (k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if ring is not None:
@@ -116,7 +117,7 @@ class CudaAttention:
             pages.begin_spill(step.start + step.num_tokens)
             self._prefill_pages(q[:, :split], k[:heads], v[:heads], pages, step.start, out[:, :split])
             if self._rotation is not None:
-                self._rotation.turn_back_(out, split)
+                self._rotation.unrotate_(out, split)
         self.cache.append(layer_idx, k, v, step.start)
         return out
 
@@ -224,7 +225,7 @@ class CudaAttention:
             None if pages is None else pages.tail_k, None if pages is None else pages.tail_v,
             None if ring is None else ring.k, None if ring is None else ring.v,
             state.slots, self.spec.num_qo_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, signs=self._signs,
-            rotate_values=self._turns_values,
+            rotate_values=self._rotates_values,
         )  # fmt: skip
         heads = 0 if pages is None else pages.num_heads
         split = heads * group
@@ -236,9 +237,9 @@ class CudaAttention:
             )  # fmt: skip
         if pages is not None:
             self._decode_pages(pages, heads, halves)
-            if self._turns_values:
-                self.kernels.turn_back(self._out, self._signs, split, self._turned)
-                return self._turned.view(1, -1)
+            if self._rotates_values:
+                self.kernels.unrotate(self._out, self._signs, split, self._unrotated)
+                return self._unrotated.view(1, -1)
         return self._out.view(1, -1).to(self.compute_dtype)
 
     def _decode_pages(self, pages: PagedHeads, heads: int, halves: Iterator[Tensor]) -> None:

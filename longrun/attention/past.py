@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
-from longrun.kernels.int4_pages import ExactRun, PageRun
+from longrun.kernels.page_view import ExactRun, PageRun
 from longrun.quant.kv_format import PageFormat
 
 

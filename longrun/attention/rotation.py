@@ -1,4 +1,4 @@
-"""Queries, keys and values turned before they go into pages, and attention's output turned back; in place."""
+"""Rotates queries, keys and values before they go into pages, and rotates attention's output back; in place."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ class HeadRotation:
     elements, which the plan counts among its small tensors.
 
     Args:
-        fmt: of the pages: whether values are turned, too, and head_dim.
+        fmt: of the pages: whether values are rotated, too, and head_dim.
         dtype: of queries, keys and values; the matrices are exact in it, products are rounded to it.
         device: theirs.
     """
 
     def __init__(self, fmt: PageFormat, dtype: torch.dtype, device: torch.device) -> None:
         assert fmt.rotates_keys
-        self.turns_values = fmt.rotates_values
+        self.rotates_values = fmt.rotates_values
         self.for_queries, self.for_keys = (matrix.to(device, dtype) for matrix in key_rotation(fmt.head_dim))
 
-    def turn_(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> None:
-        """Turn the first KV heads' keys and their queries after RoPE, in place: no score changes but by rounding; and
+    def rotate_(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> None:
+        """Rotate the first KV heads' keys and their queries after RoPE, in place: no score changes but by rounding; and
         their values, where the pages' format says so.
 
         Args:
             q: [T, num_qo_heads, head_dim]; k, v: [T, num_kv_heads, head_dim]; any strides with contiguous channels.
-            num_heads: KV heads that are turned, with the query heads of their groups.
+            num_heads: KV heads that are rotated, with the query heads of their groups.
         """
         _multiply_(q[:, : num_heads * (q.shape[1] // k.shape[1])], self.for_queries)
         _multiply_(k[:, :num_heads], self.for_keys)
-        if self.turns_values:
+        if self.rotates_values:
             _multiply_(v[:, :num_heads], self.for_keys)
 
-    def turn_back_(self, out: Tensor, num_qo_heads: int) -> None:
-        """Turn back what the first query heads of out [T, heads, head_dim] found among turned values, in place."""
-        if self.turns_values:
+    def unrotate_(self, out: Tensor, num_qo_heads: int) -> None:
+        """Undo the values' rotation in the first query heads of out [T, heads, head_dim], in place."""
+        if self.rotates_values:
             _multiply_(out[:, :num_qo_heads], self.for_queries.T)
 
 

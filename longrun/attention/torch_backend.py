@@ -14,9 +14,9 @@ from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
 from longrun.cache.ring import Ring
 from longrun.kernels.banded_attention import BandPlan, banded_attention, plan_band
-from longrun.kernels.cpu_int4 import CpuInt4Kernels
+from longrun.kernels.cpu_pages import CpuPageKernels
 from longrun.kernels.dense_attention import attention_with_lse, merge_partial
-from longrun.kernels.int4_pages import ExactRun, PageRun, dequantize_run
+from longrun.kernels.page_view import ExactRun, PageRun, dequantize_run
 from longrun.quant.page_codec import exact_dtype
 from longrun.specs.attention_spec import AttentionSpec
 
@@ -36,7 +36,7 @@ class TorchAttention:
     """
 
     def __init__(
-        self, cache: DualCache, spec: AttentionSpec, compute_dtype: torch.dtype, kernels: CpuInt4Kernels | None
+        self, cache: DualCache, spec: AttentionSpec, compute_dtype: torch.dtype, kernels: CpuPageKernels | None
     ) -> None:
         self.cache, self.spec, self.kernels = cache, spec, kernels
         self.softmax_scale = spec.head_dim**-0.5
@@ -53,7 +53,7 @@ class TorchAttention:
         pages, _ = self.cache.layers[layer_idx]
         rotation = None if pages is None else self._rotation
         if pages is not None and rotation is not None:
-            rotation.turn_(q, k, v, pages.num_heads)
+            rotation.rotate_(q, k, v, pages.num_heads)
         k = k.transpose(0, 1).to(self.exact)
         v = v.transpose(0, 1).to(self.exact)
         if step.num_tokens == 1:
@@ -63,7 +63,7 @@ class TorchAttention:
             out = self._prefill(layer_idx, q, k.to(q.dtype), v.to(q.dtype), step)
             self.cache.append(layer_idx, k, v, step.start)
         if pages is not None and rotation is not None:
-            rotation.turn_back_(out, pages.num_heads * self.group)
+            rotation.unrotate_(out, pages.num_heads * self.group)
         return out
 
     def _decode(self, layer_idx: int, q: Tensor, seq_len: int) -> Tensor:

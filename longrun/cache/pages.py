@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longrun.cache.page_movers import PageMover, TorchPageMover
 from longrun.cache.pool import PagePool
-from longrun.kernels.int4_pages import ExactRun, PageRun
+from longrun.kernels.page_view import ExactRun, PageRun
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import exact_dtype
 

@@ -16,7 +16,7 @@ from longrun.cache.dual import DualCache
 from longrun.cache.pinned_pool import PinnedMemory
 from longrun.engine.engine import Engine
 from longrun.errors import ConfigError
-from longrun.kernels.cpu_int4 import CpuInt4Kernels
+from longrun.kernels.cpu_pages import CpuPageKernels
 from longrun.model.decoder import Decoder
 from longrun.model.rope import RotaryTable
 from longrun.plan.plan import Plan
@@ -40,7 +40,7 @@ class Parts:
     decoder: Decoder
     rotary: RotaryTable
     rotary_host: RotaryTable
-    cpu_kernels: CpuInt4Kernels | None
+    cpu_kernels: CpuPageKernels | None
     gpu_kernels: GpuKernels | None
     pinned: PinnedMemory | None = None
 

@@ -15,7 +15,7 @@ from longrun.arguments import callback, check_platform, choice, flag, number
 from longrun.cache.pinned_pool import PinnedMemory
 from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError, quoted, short_path
-from longrun.kernels.cpu_int4 import CpuInt4Kernels, KernelUnavailable
+from longrun.kernels.cpu_pages import CpuPageKernels, KernelUnavailable
 from longrun.machine.host_memory import resident_bytes
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import load_decoder, model_fingerprint
@@ -221,14 +221,14 @@ class Runtime:
 
         return load_gpu_kernels(self.config.head_dim, self.plan.kv_format)
 
-    def _build_cpu_kernels(self) -> CpuInt4Kernels | None:
+    def _build_cpu_kernels(self) -> CpuPageKernels | None:
         try:
             folder = cache_dir() / "kernels"
         except InputError as error:
             self.notices.append(f"{error}: until then the CPU kernels are compiled at every start")
             folder = None
         try:
-            kernels = CpuInt4Kernels(folder)
+            kernels = CpuPageKernels(folder)
         except KernelUnavailable as error:
             self.notices.append(f"compiled CPU kernels are off ({error}): plain torch is used, which decodes slower")
             return None

@@ -26,9 +26,9 @@ def page_decode() -> list[dict[str, Any]]:
 
     ceilings, found = bench.measure_ceilings(), []
     for name in QUANTIZED_KV_FORMATS:
-        found += bench.bench_int4_decode(DECODE_TOKENS, ceilings, kv_format=name)
-        found += bench.bench_int4_decode(DECODE_TOKENS[:1], ceilings, heads=8, group=1, kv_format=name)
-        found += bench.bench_int4_decode(DECODE_TOKENS[:1], ceilings, heads=8, group=8, head_dim=64, kv_format=name)
+        found += bench.bench_page_decode(DECODE_TOKENS, ceilings, kv_format=name)
+        found += bench.bench_page_decode(DECODE_TOKENS[:1], ceilings, heads=8, group=1, kv_format=name)
+        found += bench.bench_page_decode(DECODE_TOKENS[:1], ceilings, heads=8, group=8, head_dim=64, kv_format=name)
     return [
         {
             "kernel": f"{row.kv_format} decode, {row.kernel}",

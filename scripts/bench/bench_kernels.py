@@ -26,10 +26,10 @@ from rich.table import Table
 
 from longrun.cli import Parser, run
 from longrun.errors import InputError
-from longrun.kernels import int4_decode
-from longrun.kernels.int4_decode import DecodePages, Workspace
-from longrun.kernels.int4_decode_cuda import CudaInt4Decode
-from longrun.kernels.int4_pages import ExactRun, PageRun, decode_attention
+from longrun.kernels import page_decode
+from longrun.kernels.page_decode import DecodePages, Workspace
+from longrun.kernels.page_decode_cuda import CudaPageDecode
+from longrun.kernels.page_view import ExactRun, PageRun, decode_attention
 from longrun.lab.report_env import environment
 from longrun.paths import path_option
 from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
@@ -134,7 +134,7 @@ def kernels(heads: int, head_dim: int, kv_format: str, variants: bool) -> list[t
     if variants:
         settings += [(4, 3, 2), (4, 2, 3), (8, 2, 1), (8, 3, 1)]
     for warps, stages, blocks in settings:
-        made = CudaInt4Decode(head_dim, kv_format=kv_format, stages=stages, warps=warps, blocks_per_sm=blocks)
+        made = CudaPageDecode(head_dim, kv_format=kv_format, stages=stages, warps=warps, blocks_per_sm=blocks)
         text = f"{warps} warps, {made.stages} stages, {blocks} blocks an SM"
         found.append(("cuda", text, made.default_splits(heads), made.decode_attention))
     settings = [(2, 3, 4, True)]
@@ -143,15 +143,15 @@ def kernels(heads: int, head_dim: int, kv_format: str, variants: bool) -> list[t
     for warps, stages, programs, packed in settings:
 
         def triton_kernel(q, pages, warps=warps, stages=stages, packed=packed, **more):
-            return int4_decode.decode_attention(q, pages, num_warps=warps, num_stages=stages, packed=packed, **more)
+            return page_decode.decode_attention(q, pages, num_warps=warps, num_stages=stages, packed=packed, **more)
 
-        splits = int4_decode.default_splits(heads, torch.device("cuda"), programs)
+        splits = page_decode.default_splits(heads, torch.device("cuda"), programs)
         text = f"{warps} warps, {stages} stages, {programs} programs an SM{'' if packed else ', unpacked portably'}"
         found.append(("triton", text, splits, triton_kernel))
     return found
 
 
-def bench_int4_decode(
+def bench_page_decode(
     lengths: list[int], ceilings: dict[str, float], *, heads: int = 4, group: int = 4, head_dim: int = 128,
     kv_format: str = "int4", variants: bool = False, pool_bytes: int = 3 * 2**30,
 ) -> list[Row]:  # fmt: skip
@@ -209,9 +209,9 @@ def main() -> None:
     rows = []
     for kv_format in args.kv.split(","):
         settings = {"kv_format": kv_format, "variants": args.variants}
-        rows += bench_int4_decode(lengths, ceilings, **settings)
-        rows += bench_int4_decode(lengths[:1], ceilings, heads=8, group=1, **settings)
-        rows += bench_int4_decode(lengths[:1], ceilings, heads=8, group=8, head_dim=64, **settings)
+        rows += bench_page_decode(lengths, ceilings, **settings)
+        rows += bench_page_decode(lengths[:1], ceilings, heads=8, group=1, **settings)
+        rows += bench_page_decode(lengths[:1], ceilings, heads=8, group=8, head_dim=64, **settings)
     table = Table(
         "kernel", "pages", "settings", "shape", "tokens", "us", "TB/s", "of copy", "of best", "error", "lse error"
     )
@@ -222,7 +222,7 @@ def main() -> None:
         )
     Console(width=140).print(table)
     shape = "one layer, shape is retrieval KV heads x group x head_dim, page 64; synthetic pages at random slots"
-    result = {"environment": environment(), "ceilings": ceilings, "int4_decode": [asdict(r) for r in rows]}
+    result = {"environment": environment(), "ceilings": ceilings, "page_decode": [asdict(r) for r in rows]}
     result["what"] = shape + "; bytes counted: payload and index; all layers' calls in one CUDA graph, median of 15"
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -21,9 +21,9 @@ import torch
 from longrun import cli
 from longrun.arguments import COUNT
 from longrun.errors import InputError
-from longrun.kernels.int4_pages import PageRun
 from longrun.kernels.page_dequantize import dequantize_run
 from longrun.kernels.page_store import reference_store_pages, store_pages
+from longrun.kernels.page_view import PageRun
 from longrun.paths import path_option
 from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
 from longrun.units import parse_tokens

@@ -93,15 +93,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 def page_decode(kv_format: str) -> Reached:
     """One layer's decode attention straight from pages, a million tokens."""
-    from longrun.kernels.int4_decode import Workspace
-    from longrun.kernels.int4_decode_cuda import CudaInt4Decode
+    from longrun.kernels.page_decode import Workspace
+    from longrun.kernels.page_decode_cuda import CudaPageDecode
     from longrun.quant.kv_format import PageFormat
     from scripts.bench import bench_kernels as bench
 
     pages = TOKENS // 64
     layers = bench.synthetic_layers(4, KV_HEADS, pages, HEAD_DIM, kv_format)
     q = (torch.randn(KV_HEADS, Q_HEADS // KV_HEADS, HEAD_DIM, device="cuda") * 0.2).bfloat16()
-    kernel = CudaInt4Decode(HEAD_DIM, kv_format=kv_format)
+    kernel = CudaPageDecode(HEAD_DIM, kv_format=kv_format)
     space = Workspace.empty(KV_HEADS, kernel.default_splits(KV_HEADS), q.shape[1], HEAD_DIM, q.device)
     out, lse = torch.empty(q.shape, device="cuda"), torch.empty(q.shape[:2], device="cuda")
 

@@ -11,7 +11,7 @@ from longrun.errors import ConfigError
 
 pytest.importorskip("triton", reason="Triton is optional without a GPU")
 
-from longrun.kernels.turn_back import turn_back, turn_back_kernel, turn_back_reference
+from longrun.kernels.unrotate import unrotate, unrotate_kernel, unrotate_reference
 from longrun.quant.rotation import random_signs, rotation_of, rotation_scales
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,7 +24,7 @@ def check(heads, turned, dim, dtype, device="cpu"):
     found = plain.clone()
     found[:turned] = (plain[:turned].double() @ rotation_of(signs)[1].double()).float()
     given = found.clone()
-    for turn in (turn_back, turn_back_reference):
+    for turn in (unrotate, unrotate_reference):
         out = torch.full((heads + 1, dim), float("nan"), dtype=dtype, device=device)
         turn(found, signs, turned, out[:heads])
         assert error(out[:heads], plain) < LIMIT[dtype]
@@ -37,7 +37,7 @@ if INTERPRETED:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
     @pytest.mark.parametrize(("heads", "turned"), [(1, 1), (9, 6), (9, 0)])
-    def test_interpreted_turn_back(heads, turned, dim, dtype):
+    def test_interpreted_unrotate(heads, turned, dim, dtype):
         check(heads, turned, dim, dtype)
 
 
@@ -48,9 +48,9 @@ def test_kernel_through_the_interpreter():
 
 @not_interpreted
 def test_shapes_that_are_not_served_are_refused():
-    turn_back(torch.zeros(0, 64), torch.ones(64), 0, torch.zeros(0, 64))
+    unrotate(torch.zeros(0, 64), torch.ones(64), 0, torch.zeros(0, 64))
     with pytest.raises(ConfigError, match="head_dim 80"):
-        turn_back(torch.zeros(1, 80), torch.ones(80), 1, torch.zeros(1, 80))
+        unrotate(torch.zeros(1, 80), torch.ones(80), 1, torch.zeros(1, 80))
 
 
 @not_interpreted
@@ -59,7 +59,7 @@ def test_shapes_that_are_not_served_are_refused():
 def test_it_compiles_without_a_gpu(dim, capability):
     pointers = {"found_ptr": "*fp32", "signs_ptr": "*fp32", "out_ptr": "*bf16"}
     constants = {"SCALE": rotation_scales(dim)[0], "D": dim}
-    ptx = compiled(turn_back_kernel, capability, pointers, constants, 1, ())
+    ptx = compiled(unrotate_kernel, capability, pointers, constants, 1, ())
     assert {number for kind, number in accesses(ptx) if kind == "st"} == {dim // 2 // 32 * 2}
     assert "local" not in ptx, "registers are spilled"
 
@@ -69,5 +69,5 @@ def test_it_compiles_without_a_gpu(dim, capability):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(("heads", "turned"), [(1, 1), (9, 6), (32, 16), (32, 32)])
-def test_turn_back_on_the_gpu(heads, turned, dim, dtype):
+def test_unrotate_on_the_gpu(heads, turned, dim, dtype):
     check(heads, turned, dim, dtype, "cuda")

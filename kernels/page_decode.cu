@@ -1,4 +1,4 @@
-// Paged split-KV decode attention over INT4 pages (and k5v3's) for sm_80 and newer, compiled at run time (kernels/int4_decode_cuda.py).
+// Paged split-KV decode attention over INT4 pages (and k5v3's) for sm_80 and newer, compiled at run time (kernels/page_decode_cuda.py).
 //
 // A warp takes one page at a time through its own ring of STAGES pages in shared memory (cp.async, no block barrier).
 // Both products are mma.m16n8k16 with the page as the A operand and the group of query heads as the N side (8):
@@ -217,7 +217,7 @@ __device__ __forceinline__ void attend_token(State& st, const u16* k, const u16*
 
 // Grid: heads * splits, split fastest. lengths: int32 {first page, pages, sink tokens, tail tokens}.
 // part_out float32 [heads, splits, group, D], part_ml float32 [heads, splits, group, 2]: log2 reference and sum.
-extern "C" __global__ void __launch_bounds__(32 * WARPS) int4_decode_split(
+extern "C" __global__ void __launch_bounds__(32 * WARPS) page_decode_split(
     const void* q_in, int q_is_bf16, const u8* storage, i64 slot_stride, const int* table, i64 table_stride,
     const u8* index, i64 index_stride, const int* lengths,
     const u16* sink_k, const u16* sink_v, i64 sink_stride, const u16* tail_k, const u16* tail_v, i64 tail_stride,
@@ -318,9 +318,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) int4_decode_split(
 }
 
 // Grid: heads * group; block (D, 4). out float32 [heads, group, D], lse float32 [heads, group], natural.
-// splits <= MAX_SPLITS (int4_decode_cuda.py asserts it).
+// splits <= MAX_SPLITS (page_decode_cuda.py asserts it).
 constexpr int MAX_SPLITS = 1024;
-extern "C" __global__ void __launch_bounds__(4 * D) int4_decode_merge(
+extern "C" __global__ void __launch_bounds__(4 * D) page_decode_merge(
     const float* part_out, const float* part_ml, float* out, float* lse, int group, int splits) {
   __shared__ float weights[MAX_SPLITS], outs[4][D], tops[D / 8], sums[D / 8];
   const int head = blockIdx.x / group, n = blockIdx.x % group, d = threadIdx.x, y = threadIdx.y, id = y * D + d;

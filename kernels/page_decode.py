@@ -2,7 +2,7 @@
 
 One query token, split over the cache (flash-decoding): every program attends to a run of pages of one head and writes
 a partial result with its log-sum-exp; a second kernel merges. All lengths are read from device memory, so one captured
-CUDA graph serves every length. The torch reference is `int4_pages.decode_attention`; `int4_decode_cuda` is the faster
+CUDA graph serves every length. The torch reference is `page_view.decode_attention`; `page_decode_cuda` is the faster
 kernel with this signature, for sm_80 and newer.
 
 A nibble is never converted: left in the low bits of a float16 it is the subnormal `nibble * 2^-24`, a high nibble is 16

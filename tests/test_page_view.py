@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from longrun.errors import ConfigError
-from longrun.kernels.cpu_int4 import CpuInt4Kernels
-from longrun.kernels.int4_pages import ExactRun, PageRun, decode_attention, dequantize_run
+from longrun.kernels.cpu_pages import CpuPageKernels
+from longrun.kernels.page_view import ExactRun, PageRun, decode_attention, dequantize_run
 from longrun.paths import cache_dir
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
@@ -20,7 +20,7 @@ def rms_ratio(actual, expected):
 
 @pytest.fixture(scope="module")
 def cpu_kernels():
-    return CpuInt4Kernels(cache_dir() / "kernels")  # compiled by whichever test comes first
+    return CpuPageKernels(cache_dir() / "kernels")  # compiled by whichever test comes first
 
 
 def random_pages(heads, pages, fmt, seed=0):

@@ -7,7 +7,7 @@ from cuda_on_cpu import COMPILER, host_decode
 
 pytest.importorskip("triton", reason="the interface of the decode kernels stands beside Triton's")
 
-from test_int4_decode_triton import SMALL, TOLERANCE, error, expected_of, make, poisoned
+from test_page_decode_triton import SMALL, TOLERANCE, error, expected_of, make, poisoned
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 # the last: more pages than the 32 whose slots a warp's lanes hold

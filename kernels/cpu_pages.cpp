@@ -11,7 +11,7 @@
 // lane order: token 0, 4, 8, .. of a row's first 32 bytes, then 1, 5, 9, .. Scores stay in that order, and so does the
 // output until the last page is through.
 //
-// Plain C interface, called through ctypes (kernels/cpu_int4.py). Built for the machine it runs on.
+// Plain C interface, called through ctypes (kernels/cpu_pages.py). Built for the machine it runs on.
 
 #include <algorithm>
 #include <cmath>

@@ -1,6 +1,6 @@
-"""Decode attention straight from quantized pages in CUDA C++ (`int4_decode.cu`), compiled at run time: the fast kernel.
+"""Decode attention straight from quantized pages in CUDA C++ (`page_decode.cu`), compiled at run time: the fast kernel.
 
-Same meaning as `int4_decode.decode_attention` (Triton), for NVIDIA GPUs from sm_80 on. Why it exists beside Triton's:
+Same meaning as `page_decode.decode_attention` (Triton), for NVIDIA GPUs from sm_80 on. Why it exists beside Triton's:
 the unpacked registers are the tensor core's operand here, nothing unpacked crosses shared memory, and every warp has
 pages in flight of its own.
 """
@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 
 from longrun.kernels.cuda_module import CudaModule, CudaUnavailable
-from longrun.kernels.int4_decode import _LOG2E, PAGE_SIZE, DecodePages, Workspace, check_shapes
+from longrun.kernels.page_decode import _LOG2E, PAGE_SIZE, DecodePages, Workspace, check_shapes
 from longrun.quant.kv_format import PageFormat
 
-SOURCE = Path(__file__).with_name("int4_decode.cu")
+SOURCE = Path(__file__).with_name("page_decode.cu")
 WARPS = 4
 MAX_SPLITS = 1024
 _RESERVED = 1024  # bytes of shared memory that every block costs besides its own
 
 
 def stage_bytes(head_dim: int) -> int:
-    """Bytes of one page in shared memory, as `int4_decode.cu` lays it out: page and index with 384 bytes of padding."""
+    """Bytes of one page in shared memory, as `page_decode.cu` lays it out: page and index with 384 bytes of padding."""
     return 64 * head_dim + 4 * 32 + 8 * 32 + 4 * head_dim + 4 * 64
 
 
-class CudaInt4Decode:
+class CudaPageDecode:
     """The compiled kernels for one head_dim and page format on the current device; make one and keep it.
 
     Args:
@@ -57,8 +57,8 @@ class CudaInt4Decode:
         module = CudaModule(SOURCE.read_text(), defines)
         self.head_dim, self.kv_format, self.warps, self.stages = head_dim, kv_format, warps, stages
         self._blocks = properties.multi_processor_count * blocks_per_sm
-        self._split = module.kernel("int4_decode_split", shared)
-        self._merge = module.kernel("int4_decode_merge")
+        self._split = module.kernel("page_decode_split", shared)
+        self._merge = module.kernel("page_decode_merge")
 
     def default_splits(self, num_heads: int) -> int:
         """Blocks a head, so that all of them run at once: fixed per machine and shape, never by length."""
@@ -68,7 +68,7 @@ class CudaInt4Decode:
         self, q: Tensor, pages: DecodePages, *, softmax_scale: float = 1.0, workspace: Workspace | None = None,
         out: Tensor | None = None, lse: Tensor | None = None, splits: int | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """See `int4_decode.decode_attention`. q enters the tensor cores as float16 (exact for bfloat16 in range)."""
+        """See `page_decode.decode_attention`. q enters the tensor cores as float16 (exact for bfloat16 in range)."""
         check_shapes(q, pages)
         heads, group, dim = q.shape
         assert dim == self.head_dim and pages.kv_format == self.kv_format

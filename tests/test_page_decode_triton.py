@@ -28,11 +28,11 @@ if __name__ == "__main__":
 triton = pytest.importorskip("triton", reason="Triton is made for Linux")
 
 from longrun.errors import ConfigError  # noqa: E402
-from longrun.kernels import int4_decode  # noqa: E402
-from longrun.kernels.int4_decode import DecodePages, Workspace  # noqa: E402
-from longrun.kernels.int4_decode_cuda import SOURCE, CudaInt4Decode, stage_bytes  # noqa: E402
-from longrun.kernels.int4_pages import ExactRun, PageRun  # noqa: E402
-from longrun.kernels.int4_pages import decode_attention as reference  # noqa: E402
+from longrun.kernels import page_decode  # noqa: E402
+from longrun.kernels.page_decode import DecodePages, Workspace  # noqa: E402
+from longrun.kernels.page_decode_cuda import SOURCE, CudaPageDecode, stage_bytes  # noqa: E402
+from longrun.kernels.page_view import ExactRun, PageRun  # noqa: E402
+from longrun.kernels.page_view import decode_attention as reference  # noqa: E402
 from longrun.quant.kv_format import PageFormat  # noqa: E402
 from longrun.quant.page_codec import encode_pages  # noqa: E402
 
@@ -112,7 +112,7 @@ def interpret() -> list[list[float]]:
     for case, splits, name in itertools.product(SMALL, (1, 3), ("int4", "k5v3")):
         q, pages = make(case, name=name)
         space, out, lse = poisoned(q, splits)
-        int4_decode.decode_attention(q, pages, workspace=space, out=out, lse=lse, packed=False)
+        page_decode.decode_attention(q, pages, workspace=space, out=out, lse=lse, packed=False)
         errors.append([error(a, b) for a, b in zip((out, lse), expected_of(q, pages), strict=True)])
     return errors
 
@@ -128,7 +128,7 @@ def test_triton_kernel_in_the_interpreter() -> None:
 
 @pytest.mark.parametrize("bits", [3, 4, 5])
 def test_ptx_unpacks_every_nibble(bits: int) -> None:
-    text = {3: int4_decode.THREE_BITS_PTX, 4: int4_decode.FOUR_BITS_PTX, 5: int4_decode.FIVE_BITS_PTX}[bits].value
+    text = {3: page_decode.THREE_BITS_PTX, 4: page_decode.FOUR_BITS_PTX, 5: page_decode.FIVE_BITS_PTX}[bits].value
     words = np.random.default_rng(0).integers(0, 2**32, (2, 4096), dtype=np.uint32)
     found = run_ptx(text, list(words if bits == 5 else words[:1]), 4)
     low, high = (np.stack([a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16]) for a, b in (found[:2], found[2:]))
@@ -159,7 +159,7 @@ def test_triton_kernels_compile(arch: int, packed: bool, key_bits: int, dim: int
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"}
     aligned |= {(i,): [["tt.divisibility", 16]] for i in (2, 6)}
-    source = ASTSource(int4_decode.split_kernel, signature, constants, aligned)
+    source = ASTSource(page_decode.split_kernel, signature, constants, aligned)
     made = triton.compile(source, target=target, options={"num_warps": 2})
     assert made.asm["cubin"]
     assert ("0x00f000f0" in made.asm["ptx"]) == packed
@@ -169,7 +169,7 @@ def test_triton_kernels_compile(arch: int, packed: bool, key_bits: int, dim: int
         types = {"part_ptr": "*fp32", "stats_ptr": "*fp32", "out_ptr": "*fp32", "lse_ptr": "*fp32"}
         types |= {"group": "i32", "splits": "i32"}
         constants = {"D": dim, "MANY": 128}
-        source = ASTSource(int4_decode.merge_kernel, {**types, **dict.fromkeys(constants, "constexpr")}, constants)
+        source = ASTSource(page_decode.merge_kernel, {**types, **dict.fromkeys(constants, "constexpr")}, constants)
         assert triton.compile(source, target=target).asm["cubin"]
 
 
@@ -188,12 +188,12 @@ def test_cuda_kernel_compiles(tmp_path: Path, arch: str, dim: int, key_bits: int
 def test_shapes_without_a_kernel_are_refused() -> None:
     q, pages = make((1, 1, 64, 2, 0, 2, 0, 0))
     with pytest.raises(ConfigError, match=r"head_dim 80 .* \(64, 128\)"):
-        int4_decode.check_shapes(q.new_zeros(1, 1, 80), pages)
+        page_decode.check_shapes(q.new_zeros(1, 1, 80), pages)
     with pytest.raises(ConfigError, match="9 query heads"):
-        int4_decode.check_shapes(q.new_zeros(1, 9, 64), pages)
+        page_decode.check_shapes(q.new_zeros(1, 9, 64), pages)
     short = DecodePages(pages.storage, pages.table, pages.index, *(torch.zeros(1, 32, 64),) * 4, pages.lengths)
     with pytest.raises(ConfigError, match="page_size 32"):
-        int4_decode.check_shapes(q, short)
+        page_decode.check_shapes(q, short)
 
 
 def test_bytes_of_workspace_and_stage() -> None:
@@ -206,8 +206,8 @@ def test_bytes_of_workspace_and_stage() -> None:
 @pytest.fixture(scope="module", params=["triton", "cuda"])
 def kernel(request):
     if request.param == "triton":
-        return int4_decode.decode_attention
-    made = {(dim, name): CudaInt4Decode(dim, kv_format=name) for dim in (64, 128) for name in ("int4", "k5v3")}
+        return page_decode.decode_attention
+    made = {(dim, name): CudaPageDecode(dim, kv_format=name) for dim in (64, 128) for name in ("int4", "k5v3")}
     return lambda q, pages, **more: made[q.shape[2], pages.kv_format].decode_attention(q, pages, **more)
 
 

@@ -1,5 +1,5 @@
-"""The compiled CPU kernels of `cpu_int4.cpp`: built once per machine with the C++ compiler found there, called through
-ctypes on tensors' memory. Signatures are those of the torch references in `int4_pages`."""
+"""The compiled CPU kernels of `cpu_pages.cpp`: built once per machine with the C++ compiler found there, called through
+ctypes on tensors' memory. Signatures are those of the torch references in `page_view`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longrun.kernels.int4_pages import ExactRun, PageRun
 from longrun.kernels.kept_library import load_kept_library
+from longrun.kernels.page_view import ExactRun, PageRun
 
-_SOURCE = Path(__file__).with_name("cpu_int4.cpp")
+_SOURCE = Path(__file__).with_name("cpu_pages.cpp")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-std=c++17")
 _TIMEOUT_S = 120
 
@@ -50,7 +50,7 @@ def _load(cache_dir: Path | None) -> tuple[ctypes.CDLL, list[str]]:
             raise KernelUnavailable(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
 
     try:
-        return load_kept_library(f"cpu_int4-{key}", cache_dir, compile_to)
+        return load_kept_library(f"cpu_pages-{key}", cache_dir, compile_to)
     except OSError as error:
         raise KernelUnavailable(f"the compiled library cannot be loaded: {error}") from error
 
@@ -70,7 +70,7 @@ def _check_run(run: PageRun) -> None:
     assert run.index.dtype == torch.float16 and run.index[0].is_contiguous()
 
 
-class CpuInt4Kernels:
+class CpuPageKernels:
     """Decode attention and dequantization of int4 and k5v3 pages on the CPU, as fast as their bits can be unpacked.
 
     Args:
@@ -88,7 +88,7 @@ class CpuInt4Kernels:
         self._lib, self.notices = _load(cache_dir)
 
     def decode_attention(self, q: Tensor, pages: PageRun | None, exact: tuple[ExactRun, ...]) -> tuple[Tensor, Tensor]:
-        """See `int4_pages.decode_attention`; q float32, contiguous."""
+        """See `page_view.decode_attention`; q float32, contiguous."""
         heads, group, dim = q.shape
         assert q.dtype == torch.float32 and q.is_contiguous() and len(exact) <= 2
         out, lse = torch.empty_like(q), q.new_empty(heads, group)
@@ -121,7 +121,7 @@ class CpuInt4Kernels:
         return out, lse
 
     def dequantize_run(self, run: PageRun, k_out: Tensor, v_out: Tensor) -> None:
-        """See `int4_pages.dequantize_run`; outputs float32 or bfloat16, each head's rows contiguous."""
+        """See `page_view.dequantize_run`; outputs float32 or bfloat16, each head's rows contiguous."""
         _check_run(run)
         assert k_out.stride() == v_out.stride() and k_out.stride(2) == 1 and k_out.stride(1) == run.fmt.head_dim
         assert k_out.dtype == v_out.dtype and k_out.dtype in (torch.float32, torch.bfloat16)
