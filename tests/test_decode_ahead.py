@@ -46,7 +46,7 @@ class Launches:
 
 
 def step(engine: Engine, token_id: int, ahead: bool = False) -> torch.Tensor:
-    return engine.run(torch.tensor([token_id]), ahead=ahead)[-1]
+    return engine.run_one(token_id, ahead)
 
 
 def equal_caches(one: Engine, other: Engine) -> None:
@@ -72,12 +72,12 @@ def equal_caches(one: Engine, other: Engine) -> None:
 def test_greedy_steps_ahead_are_the_steps_themselves(folder, scores, device_share, monkeypatch):
     plain, ahead = read(folder, scores, device_share), read(folder, scores, device_share)
     launches = Launches(ahead, monkeypatch)
-    assert ahead.choice() is None  # the last chunk was no single token
+    assert ahead.next_token_id() is None  # the last chunk was no single token
     token = other = 5
     for _ in range(150):
         expected, found = step(plain, token), step(ahead, other, ahead=True)
         assert torch.equal(expected, found)
-        token, other = int(expected.argmax()), ahead.choice()
+        token, other = int(expected.argmax()), ahead.next_token_id()
         assert token == other
     assert launches.count in (150, 151)  # every step once, and perhaps one that nobody asked for
     equal_caches(plain, ahead)
@@ -103,7 +103,7 @@ def test_what_comes_instead_throws_a_step_away(folder, monkeypatch):
             for engine, mark in zip((plain, ahead), marks, strict=True):
                 engine.cache.rewind(mark)
                 engine.rewound()
-            assert ahead.choice() is None
+            assert ahead.next_token_id() is None
         if plain.cache.seq_len > 600:
             break
     assert launches.count > steps + 20  # most were launched in vain
@@ -119,7 +119,7 @@ def test_a_rewind_to_the_same_length_voids_the_step_ahead(folder):
     engine.cache.rewind(begin)
     engine.rewound()
     step(engine, 11, ahead=True)
-    foreseen = engine.choice()
+    foreseen = engine.next_token_id()
     engine.cache.rewind(after_12)
     engine.rewound()
     step(fresh, 12)
@@ -139,16 +139,15 @@ def test_no_step_ahead_over_a_full_tail_or_the_end(folder):
 def make_session(folder) -> Session:
     engine = read(folder)
     session = Session(engine, None, None, frozenset())
-    session._ids.extend(ids()[:START].tolist())
-    session._logits = torch.arange(97.0)
+    session.restore(ids()[:START], torch.arange(97.0), torch.Generator().get_state(), {})
     return session
 
 
 def test_generating_is_the_same_with_and_without(folder, monkeypatch):
     ahead, plain = make_session(folder), make_session(folder)
-    monkeypatch.setattr(plain._engine, "choice", lambda: None)
-    run = plain._engine.run
-    monkeypatch.setattr(plain._engine, "run", lambda *a, **k: run(*a, **{**k, "ahead": False}))
+    monkeypatch.setattr(plain._engine, "next_token_id", lambda: None)
+    run_one = plain._engine.run_one
+    monkeypatch.setattr(plain._engine, "run_one", lambda token_id, ahead: run_one(token_id))
     launches = Launches(ahead._engine, monkeypatch)
     for count, stop in ((90, 90), (50, 17), (1, 1)):
         found = [[], []]
@@ -190,9 +189,9 @@ def test_on_a_gpu_the_tokens_are_the_same(folder, monkeypatch):
     runtime = longrun.load(folder, "rtx4090-24g", kv_format="int4", weight_format="bf16", device="cuda", ctx=700)
     sessions = [runtime.new_session() for _ in range(2)]
     plain = sessions[1]._engine
-    run = plain.run
-    monkeypatch.setattr(plain, "choice", lambda: None)
-    monkeypatch.setattr(plain, "run", lambda *a, **k: run(*a, **{**k, "ahead": False}))
+    run_one = plain.run_one
+    monkeypatch.setattr(plain, "next_token_id", lambda: None)
+    monkeypatch.setattr(plain, "run_one", lambda token_id, ahead: run_one(token_id))
     found = []
     for session in sessions:
         session.prefill(ids()[:START])

@@ -22,7 +22,9 @@ from longrun.interrupts import deferred_signals
 from longrun.patterns.head_map import HeadMap
 
 ROOT = Path(__file__).resolve().parents[1]
-WATCHED = {"session.py", "engine.py", "interrupts.py", "dual.py", "store.py"}
+WATCHED = {
+    f"{name}.py" for name in ("session", "sequence", "generation", "marks", "engine", "interrupts", "dual", "store")
+}
 TEXT = list(range(3, 93)) * 2
 POINTS = 40
 
@@ -110,7 +112,7 @@ def check_whole(runtime, session, known={}):  # noqa: B006  computed once
     taken = tuple(session.token_ids[: session.seq_len])
     if taken not in known:
         known[taken] = runtime.new_session().prefill(taken).clone()
-    assert torch.allclose(session._logits, known[taken], atol=1e-3), (session.num_tokens, session.seq_len)
+    assert torch.allclose(session.snapshot()["logits"], known[taken], atol=1e-3), (session.num_tokens, session.seq_len)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_WORDS = 4  # int64: token id, tail slot, ring slot, unused
+_WORDS = 4  # int64: the likeliest token's id and its logit, tail slot, ring slot
 _INTS = 8  # int32: four lengths, ring length, host pages, unused, unused
 
 
@@ -14,7 +14,8 @@ class DecodeState:
     """Device tensors that the kernels of a decode step read when they run.
 
     Attributes:
-        token_id: int64 [1].
+        best: int64 [2], where a step writes the likeliest token and its logit; see `longrun.engine.best_token`.
+        token_id: int64 [1], the token to take in: the first word of `best`, so that a step leaves it for the next one.
         slots: int64 [2], where the token's keys and values go: slot in the tail, slot in the ring.
         cos, sin: float32 [head_dim].
         lengths: int32 [4], first device page, number of device pages, sink tokens, tail tokens.
@@ -30,7 +31,7 @@ class DecodeState:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._host_parts = [part.numpy() for part in self._split(self._host, sizes)]
         words, ints, rounds, angles = self._split(self._device, sizes)
-        self.token_id, self.slots = words[:1], words[1:3]
+        self.best, self.token_id, self.slots = words[:2], words[:1], words[2:]
         self.lengths, self.ring_len, self.host_pages = ints[:4], ints[4:5], ints[5:6]
         self.rounds = rounds.view(num_rounds, 4)
         self.cos, self.sin = angles[:head_dim], angles[head_dim:]
@@ -52,19 +53,19 @@ class DecodeState:
         torch operations would take a tenth of a millisecond a token.
 
         Args:
-            token_id: None leaves the one that stands there.
+            token_id: None leaves the one that the step before this one found.
             round_lengths: int32 [num_rounds, 4], or None without rounds.
             cos, sin: float32 [head_dim].
         """
         if self._copied is not None:
             self._copied.synchronize()  # the previous copy still reads the host buffer
         words, ints, rounds, angles = self._host_parts
-        words[:3] = token_id or 0, *slots
+        words[:] = token_id or 0, 0, *slots
         ints[:6] = *lengths, ring_len, host_pages
         if round_lengths is not None:
             rounds[:] = round_lengths.reshape(-1)
         angles[: len(cos)], angles[len(cos) :] = cos, sin
-        kept = 8 if token_id is None else 0  # the token id comes first
+        kept = self.best.nbytes if token_id is None else 0  # it comes first
         self._device[kept:].copy_(self._host[kept:], non_blocking=True)
         if self._copied is not None:
             self._copied.record()

@@ -1,18 +1,19 @@
 """One decoded token on a GPU as one CUDA graph, captured once before the first token and replayed ever after.
 
-The graph ends by choosing the likeliest next token and writing it to where the next step reads its own. Greedy decoding
+The graph ends by finding the likeliest next token and writing it to where the next step reads its own. Greedy decoding
 can therefore launch a step before the host has seen its token ("ahead"), and the GPU never waits for the host.
+
+A token id goes to the device as an int given to `DecodeState.fill`, and comes back in a copy of `DecodeState.best`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from longrun.errors import logits_not_finite
+from longrun.engine.best_token import BestToken
 from longrun.model.decoder import Decoder
 from longrun.model.rope import RotaryTable
 
@@ -38,10 +39,10 @@ class DecodeGraph:
         assert attention.cache.seq_len == 0 and rotary.device.type == "cpu"
         self._decoder, self._rotary, self._attention = decoder, rotary, attention
         device = attention.cache.device
-        self._best = torch.zeros(2, dtype=torch.float64, device=device)  # token id and logit; float64 holds any id
-        self._told = torch.zeros(2, dtype=torch.float64, pin_memory=device.type == "cuda")
-        self._telling = torch.cuda.Event() if device.type == "cuda" else None
-        self._has_choice = False
+        self._best = BestToken(attention.state.best)
+        self._host_best = BestToken(torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda"))
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._has_best = False
         self._ahead_at: int | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
@@ -67,11 +68,8 @@ class DecodeGraph:
 
     def _forward(self) -> Tensor:
         token_id = self._attention.state.token_id
-        logits = self._attention.decode_pass(lambda decode: self._decoder.forward_one(token_id, decode))
-        best = logits.view(-1).argmax().view(1)
-        self._best[:1].copy_(best)
-        self._best[1:].copy_(logits.view(-1).index_select(0, best))
-        token_id.copy_(best)
+        logits = self._attention.decode_pass(lambda decode: self._decoder.forward_one(token_id, decode)).view(-1)
+        self._best.find(logits)
         return logits
 
     @torch.inference_mode()
@@ -79,48 +77,50 @@ class DecodeGraph:
         """Append one token; the caller advances the cache.
 
         Args:
+            token_id: below vocab_size.
             rope_seq_len: see `RotaryTable.cos_sin`.
             ahead: the next token will be the likeliest one, so launch its step as well, unless a page must be flushed
                 before it or the cache ends. Where another comes after all, its step is thrown away.
 
         Returns:
-            float32 [1, vocab_size].
+            float32 [vocab_size], a copy.
+
+        Raises:
+            CheckpointError: a step was launched ahead of this one, and the logits before it are not finite.
         """
         start = self._attention.cache.seq_len
-        if self._ahead_at != start or self.choice() != token_id:
+        if self._ahead_at != start or self.next_token_id() != token_id:
             self._describe(token_id, start, rope_seq_len)
             self._launch()
         self._ahead_at = None
         assert self._logits is not None
         logits = self._logits.clone()
-        self._told.copy_(self._best, non_blocking=True)
-        if self._telling is not None:
-            self._telling.record()
-        self._has_choice = True
+        self._host_best.words.copy_(self._best.words, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        self._has_best = True
         if ahead and self._attention.cache.takes_in_place(start + 1):
             self._describe(None, start + 1, rope_seq_len + 1)
             self._launch()
             self._ahead_at = start + 1
         return logits
 
-    def choice(self) -> int | None:
-        """The likeliest token after the last `run`, as soon as that step has ended; None after `forget`.
+    def next_token_id(self) -> int | None:
+        """The likeliest token after the last `run`, waiting for that step to end; None where unknown: before the first
+        `run` and after `invalidate`.
 
         Raises:
             CheckpointError: its logit is NaN or infinite.
         """
-        if not self._has_choice:
+        if not self._has_best:
             return None
-        if self._telling is not None:
-            self._telling.synchronize()
-        token_id, logit = self._told.tolist()
-        if not math.isfinite(logit):
-            raise logits_not_finite()
-        return int(token_id)
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host_best.read()
 
-    def forget(self) -> None:
-        """The cache changed otherwise: a step launched ahead is void, and so is the choice."""
-        self._ahead_at, self._has_choice = None, False
+    def invalidate(self) -> None:
+        """Something else changed the cache: a step launched ahead does not count, the next token is unknown."""
+        self._ahead_at, self._has_best = None, False
 
     def _launch(self) -> None:
         if self._graph is None:
@@ -129,8 +129,8 @@ class DecodeGraph:
             self._graph.replay()
 
     def replay(self) -> None:
-        """The GPU's part of a step alone, for timing: every replay takes the token that the one before it chose, at the
+        """The GPU's part of a step alone, for timing: every replay takes the token that the one before it found, at the
         same place, so the newest token's keys and values are no longer that token's."""
         assert self._graph is not None
-        self.forget()
+        self.invalidate()
         self._graph.replay()

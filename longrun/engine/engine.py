@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +30,7 @@ class Engine:
         attention: reads and appends to `cache`.
         cache: the sequence's dual cache.
         chunk_size: the most tokens of one forward pass in prefill.
-        decode_graph: takes single tokens where there is one.
+        decode_graph: runs the steps of a single token; without it they are chunks of one token.
     """
 
     def __init__(
@@ -44,9 +45,8 @@ class Engine:
 
     @failed_allocations("in the middle of a step")
     def run(
-        self, token_ids: Tensor, all_positions: bool = False, on_chunk: Callable[[int, Tensor], None] | None = None,
-        ahead: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self, token_ids: Tensor, all_positions: bool = False, on_chunk: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
         """Append tokens to the sequence, chunk by chunk.
 
         SIGINT and SIGTERM wait until the current chunk is finished and `on_chunk` was called with it.
@@ -55,7 +55,6 @@ class Engine:
             token_ids: int64 [n] in host memory, n >= 1; the caller has checked the capacity.
             all_positions: logits of every position (they all stand in memory) instead of the last one.
             on_chunk: called after each chunk with its number of tokens and its logits.
-            ahead: see `DecodeGraph.run`; without a graph it has no effect.
 
         Returns:
             float32 [n, vocab_size] with all_positions, else [1, vocab_size] of the last position.
@@ -70,11 +69,35 @@ class Engine:
         rows = []
         for chunk in token_ids.split(self.chunk_size):
             with deferred_signals():
-                logits = self._step(chunk, rope_seq_len, all_positions, ahead)
+                if len(chunk) == 1:
+                    forward = partial(self._forward_one, int(chunk), rope_seq_len)
+                else:
+                    forward = partial(self._forward, chunk, rope_seq_len, all_positions)
+                logits = self._step(len(chunk), forward)
                 if on_chunk is not None:
                     on_chunk(len(chunk), logits)
             rows = [*rows, logits] if all_positions else [logits]
         return torch.cat(rows)
+
+    @failed_allocations("in the middle of a step")
+    def run_one(self, token_id: int, ahead: bool = False) -> Tensor:
+        """Append one token to the sequence.
+
+        SIGINT and SIGTERM wait until the step is finished; hold them back yourself where more belongs to it.
+
+        Args:
+            token_id: below vocab_size; the caller has checked the capacity.
+            ahead: see `DecodeGraph.run`; without a graph it has no effect.
+
+        Returns:
+            float32 [vocab_size].
+
+        Raises:
+            As `run`.
+        """
+        self.check_whole()
+        with deferred_signals():
+            return self._step(1, partial(self._forward_one, token_id, self.cache.seq_len + 1, ahead))[0]
 
     def check_whole(self) -> None:
         """Raises SessionError where a step failed half way, until the cache is brought back to an earlier state."""
@@ -84,22 +107,26 @@ class Engine:
             )
 
     @torch.inference_mode()
-    def _step(self, chunk: Tensor, rope_seq_len: int, all_positions: bool, ahead: bool) -> Tensor:
+    def _step(self, num_tokens: int, forward: Callable[[], Tensor]) -> Tensor:
+        """Count the tokens that `forward` appends; where it fails, the cache is not to be trusted any more."""
         try:
-            if self.decode_graph is not None and len(chunk) == 1:
-                logits = self.decode_graph.run(int(chunk), rope_seq_len, ahead)
-            else:
-                self._forget()
-                logits = self._forward(chunk, rope_seq_len, all_positions)
+            logits = forward()
             if not self._proven or self.cache.seq_len == 0:  # once: it waits for the device
                 self._check_finite(logits[-1])
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
             raise
-        self.cache.advance(len(chunk))
+        self.cache.advance(num_tokens)
         return logits
 
-    def _forward(self, chunk: Tensor, rope_seq_len: int, all_positions: bool) -> Tensor:
+    def _forward_one(self, token_id: int, rope_seq_len: int, ahead: bool = False) -> Tensor:
+        if self.decode_graph is None:
+            return self._forward(torch.tensor([token_id]), rope_seq_len)
+        return self.decode_graph.run(token_id, rope_seq_len, ahead)[None]
+
+    def _forward(self, chunk: Tensor, rope_seq_len: int, all_positions: bool = False) -> Tensor:
+        if self.decode_graph is not None:
+            self.decode_graph.invalidate()
         start = self.cache.seq_len
         cos, sin = self.rotary.cos_sin(start, len(chunk), rope_seq_len)
         step = Step(start, len(chunk), cos, sin)
@@ -111,15 +138,12 @@ class Engine:
             raise logits_not_finite()
         self._proven = True
 
-    def choice(self) -> int | None:
-        """The likeliest token after the last one, where a decode graph took that and chose already."""
-        return None if self.decode_graph is None else self.decode_graph.choice()
+    def next_token_id(self) -> int | None:
+        """The likeliest next token; None where unknown: see `DecodeGraph.next_token_id`, and always without a graph."""
+        return None if self.decode_graph is None else self.decode_graph.next_token_id()
 
     def rewound(self) -> None:
         """The cache was brought back to an earlier, whole state: a broken step no longer matters."""
         self._broken = None
-        self._forget()
-
-    def _forget(self) -> None:
         if self.decode_graph is not None:
-            self.decode_graph.forget()
+            self.decode_graph.invalidate()

@@ -7,7 +7,6 @@ their meaning here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longrun.arguments import integer, number
+from longrun.engine.best_token import BestToken
 from longrun.errors import logits_not_finite
 
 
@@ -118,10 +118,8 @@ def sample(
     if params.temperature == 0:
         if params.repetition_penalty != 1:
             logits = _penalise(logits, params.repetition_penalty, previous)
-        best = logits.argmax()
-        token_id, value = torch.stack((best.double(), logits[best].double())).tolist()  # one wait for the device
-        if not math.isfinite(value):
-            raise logits_not_finite()
-        return int(token_id)
+        words = torch.empty(2, dtype=torch.int64, device=logits.device)
+        BestToken(words).find(logits)
+        return BestToken(words.cpu()).read()
     probs = probabilities(logits, params, previous)
     return int(torch.multinomial(probs.to(generator.device), 1, generator=generator))

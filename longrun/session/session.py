@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-import weakref
-from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,31 +10,23 @@ import torch
 from torch import Tensor
 
 from longrun.arguments import MAX_SEED, callback, flag, integer
-from longrun.cache.dual import CacheMark, DualCache
+from longrun.cache.dual import DualCache
 from longrun.engine.engine import Engine
-from longrun.engine.sampling import SamplingParams, sample, seen_tokens
+from longrun.engine.sampling import SamplingParams
 from longrun.engine.token_ids import token_id_tensor
-from longrun.errors import ContextFullError, InputError, logits_not_finite
+from longrun.errors import InputError, logits_not_finite
 from longrun.interrupts import deferred_signals
 from longrun.plan.plan import Plan
+from longrun.session.generation import generate
 from longrun.session.keeper import SessionKeeper
-from longrun.units import format_tokens
+from longrun.session.marks import SessionMark, SessionMarks
+from longrun.session.sequence import TokenSequence
 
 if TYPE_CHECKING:
     from longrun.session.manifest import SessionIdentity
     from longrun.session.store import SessionStore
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, eq=False)
-class SessionMark:
-    """A point of a session to come back to with `Session.rewind`; of no use to another session."""
-
-    cache: CacheMark
-    num_tokens: int
-    logits: Tensor | None
-    generator_state: Tensor
 
 
 class Session:
@@ -51,11 +39,9 @@ class Session:
 
     def __init__(self, engine: Engine, plan: Plan, identity: SessionIdentity, eos_token_ids: frozenset[int]) -> None:
         self._engine, self.plan, self.identity, self._eos = engine, plan, identity, eos_token_ids
-        self._ids = array("i")
-        self._logits: Tensor | None = None
-        self._generator = torch.Generator().manual_seed(secrets.randbits(63))
+        self._sequence = TokenSequence(engine)
+        self._marks = SessionMarks(self._sequence)
         self._keeper = SessionKeeper()
-        self._marks: weakref.WeakSet[SessionMark] = weakref.WeakSet()  # those whose tokens still stand here
         self.extra: dict[str, Any] = {}
 
     @property
@@ -65,11 +51,11 @@ class Session:
     @property
     def token_ids(self) -> list[int]:
         """Every token so far; the last one may be sampled but not yet in the cache."""
-        return self._ids.tolist()
+        return self._sequence.ids.tolist()
 
     @property
     def num_tokens(self) -> int:
-        return len(self._ids)
+        return self._sequence.num_tokens
 
     @property
     def seq_len(self) -> int:
@@ -93,8 +79,8 @@ class Session:
     @property
     def logits(self) -> Tensor | None:
         """float32 [vocab_size] that predict the next token; None before the first prefill."""
-        self._catch_up()
-        return self._logits
+        self._sequence.take_waiting()
+        return self._sequence.logits
 
     def prefill(self, token_ids: Sequence[int] | Tensor, progress: Progress | None = None) -> Tensor:
         """Append tokens, chunk by chunk; a session that is attached to a folder is saved after each.
@@ -113,24 +99,15 @@ class Session:
         """
         callback(progress, "progress")
         new = token_id_tensor(token_ids, self.vocab_size)
-        waiting = self._ids[self.seq_len :]
-        self._check_room(len(waiting) + len(new))
-        todo = torch.cat((torch.tensor(waiting, dtype=torch.int64), new)) if waiting else new
-        note, done = self._note_chunk(todo, len(waiting)), 0
 
-        def on_chunk(count: int, logits: Tensor) -> None:
-            nonlocal done
-            note(count, logits)
-            done += count
+        def after_chunk(done: int, total: int) -> None:
             if self._keeper.attached:
                 self._check_savable()
                 self._keeper.update(self)
             if progress is not None:
-                progress(done, len(todo))
+                progress(done, total)
 
-        self._engine.run(todo, on_chunk=on_chunk)
-        assert self._logits is not None
-        return self._logits
+        return self._sequence.append(new, after_chunk=after_chunk)[-1]
 
     def score(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Append known tokens and tell how they were predicted (teacher forcing).
@@ -142,11 +119,11 @@ class Session:
             As `prefill`; InputError also for a session without any token yet.
         """
         new = token_id_tensor(token_ids, self.vocab_size)
-        self._check_room(len(new) + self.num_tokens - self.seq_len)
+        self._sequence.check_room(len(new))
         before = self.logits
         if before is None:
             raise InputError("nothing precedes these tokens: prefill at least one token before scoring")
-        rows = self._engine.run(new, all_positions=True, on_chunk=self._note_chunk(new))
+        rows = self._sequence.append(new, all_positions=True)
         return torch.cat((before[None], rows[:-1]))
 
     def generate(
@@ -177,68 +154,11 @@ class Session:
         max_new_tokens = integer(max_new_tokens, "max_new_tokens", 1)
         seed = None if seed is None else integer(seed, "seed", 0, MAX_SEED)
         flag(eos, "eos")
-        if not self._ids:
+        if not self.num_tokens:
             raise InputError("there is nothing to continue: prefill at least one token before generating")
         if seed is not None:
-            self._generator.manual_seed(seed)
-        return self._generate(max_new_tokens, params, eos)
-
-    def _generate(self, max_new_tokens: int, params: SamplingParams, eos: bool) -> Iterator[int]:
-        seen: Tensor | tuple[()] = ()
-        if params.repetition_penalty != 1:
-            seen = seen_tokens(self._id_tensor(), self.vocab_size, self.cache.device)
-        for left in range(max_new_tokens, 0, -1):
-            token_id = self._next_token(params, seen, left > 1)
-            yield token_id
-            if eos and token_id in self._eos:
-                return
-
-    def _next_token(self, params: SamplingParams, seen: Tensor | tuple[()], more: bool) -> int:
-        """Take in the token that waits and choose the next one, which then waits. Whoever asked must get it: where a
-        signal came meanwhile, that is heard first, with nothing chosen."""
-        greedy = params.temperature == 0 and params.repetition_penalty == 1
-        while True:
-            with deferred_signals() as signals:
-                self._catch_up(ahead=greedy and more)
-                assert self._logits is not None
-                before = self._generator.get_state()
-                token_id = self._engine.choice() if greedy else None
-                if token_id is None:
-                    token_id = sample(self._logits, params, self._generator, seen)
-                if not signals.waiting:
-                    self._ids.append(token_id)
-                    if isinstance(seen, Tensor):
-                        seen[token_id] = True
-                    return token_id
-                self._generator.set_state(before)
-
-    def _catch_up(self, ahead: bool = False) -> None:
-        """Take the sampled token that waits into the cache. With `ahead` the likeliest token is taken next."""
-        if self.num_tokens > self.seq_len:
-            waiting = torch.tensor(self._ids[self.seq_len :], dtype=torch.int64)
-            self._check_room(len(waiting))
-            self._engine.run(waiting, on_chunk=self._note_chunk(waiting, len(waiting)), ahead=ahead)
-
-    def _note_chunk(self, todo: Tensor, num_known: int = 0) -> Callable[[int, Tensor], None]:
-        """What `Engine.run` calls after a chunk, before any signal is heard: the chunk's tokens count, and its logits
-        are the session's. The first `num_known` of `todo` stand in the session already."""
-        done = 0
-
-        def on_chunk(count: int, logits: Tensor) -> None:
-            nonlocal done
-            self._ids.extend(todo[max(done, num_known) : done + count].tolist())
-            self._logits = logits[-1]
-            done += count
-
-        return on_chunk
-
-    def _check_room(self, count: int) -> None:
-        if self.seq_len + count > self.capacity:
-            raise ContextFullError(
-                f"the context is full: {count:,} more tokens after {self.seq_len:,} exceed this session's capacity of "
-                f"{format_tokens(self.capacity)}; nothing was dropped: save the session and load it with "
-                f"a larger context"
-            )
+            self._sequence.generator.manual_seed(seed)
+        return generate(self._sequence, max_new_tokens, params, self._eos if eos else frozenset())
 
     def mark(self) -> SessionMark:
         """Remember this point; costs a copy of tails and rings in host memory, no page.
@@ -247,12 +167,7 @@ class Session:
             SessionError: a step broke off, so that there is nothing whole to come back to.
             ContextFullError: the token that waits to be taken in has no room.
         """
-        self._catch_up()
-        self._engine.check_whole()
-        logits = None if self._logits is None else self._logits.clone()
-        mark = SessionMark(self.cache.mark(), self.num_tokens, logits, self._generator.get_state())
-        self._marks.add(mark)
-        return mark
+        return self._marks.take()
 
     def rewind(self, mark: SessionMark) -> None:
         """Back to `mark`, as if nothing had been appended since: many questions over one document, for example.
@@ -261,22 +176,10 @@ class Session:
             InputError: `mark` is of another session, or its tokens were dropped by a rewind to an earlier mark;
                 nothing was changed.
         """
-        if not isinstance(mark, SessionMark):
-            raise InputError(f"rewind needs a mark that this session's mark() gave, not {type(mark).__name__}")
-        if mark not in self._marks:
-            raise InputError(
-                f"this mark at token {mark.num_tokens:,} is of another session, or its tokens were dropped by a rewind "
-                f"to an earlier mark: take a new one with mark()"
-            )
+        self._marks.check(mark)
         with deferred_signals():
             self._keeper.rewound(mark.cache)
-            self.cache.rewind(mark.cache)
-            self._engine.rewound()
-            del self._ids[mark.num_tokens :]
-            self._logits = None if mark.logits is None else mark.logits.clone()
-            self._generator.set_state(mark.generator_state)
-            for later in [other for other in self._marks if other.num_tokens > mark.num_tokens]:
-                self._marks.discard(later)
+            self._marks.rewind(mark)
 
     def attach(self, path: str | Path) -> None:
         """Own the folder `path` and keep it up to date from now on: prefill saves into it after every chunk.
@@ -307,25 +210,21 @@ class Session:
 
     def snapshot(self) -> dict[str, Tensor]:
         """What beside the cache makes the session: int32 token ids, logits if there are any, random state."""
-        found = {"token_ids": self._id_tensor(), "generator": self._generator.get_state()}
-        if self._logits is not None:
-            found["logits"] = self._logits.cpu()
+        sequence = self._sequence
+        found = {"token_ids": sequence.id_tensor(), "generator": sequence.generator.get_state()}
+        if sequence.logits is not None:
+            found["logits"] = sequence.logits.cpu()
         return found
-
-    def _id_tensor(self) -> Tensor:
-        """int32 [num_tokens], a copy made without a Python object a token."""
-        return (
-            torch.frombuffer(self._ids, dtype=torch.int32).clone() if self._ids else torch.empty(0, dtype=torch.int32)
-        )
 
     def restore(self, token_ids: Tensor, logits: Tensor | None, generator_state: Tensor, extra: dict[str, Any]) -> None:
         """Take over what `snapshot` gave; the cache has been filled already."""
-        assert not self._ids
-        assert self.seq_len <= len(token_ids)
+        sequence = self._sequence
+        assert not sequence.ids
+        assert self.seq_len <= len(token_ids) <= self.seq_len + 1
         with deferred_signals():
-            self._ids.extend(token_ids.tolist())
-            self._logits = None if logits is None else logits.to(self.cache.device)
-            self._generator.set_state(generator_state)
+            sequence.ids.extend(token_ids.tolist())
+            sequence.logits = None if logits is None else logits.to(self.cache.device)
+            sequence.generator.set_state(generator_state)
             self.extra = extra
 
     def adopt_store(self, store: SessionStore) -> None:
@@ -338,5 +237,6 @@ class Session:
 
     def _check_savable(self) -> None:
         self._engine.check_whole()
-        if self._logits is not None and not self._logits.isfinite().all():
+        logits = self._sequence.logits
+        if logits is not None and not logits.isfinite().all():
             raise logits_not_finite()

@@ -1,0 +1,105 @@
+"""What a session knows of its tokens beside the cache, and the steps that change both together."""
+
+from __future__ import annotations
+
+import secrets
+from array import array
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from longrun.cache.dual import DualCache
+from longrun.engine.engine import Engine
+from longrun.errors import ContextFullError
+from longrun.interrupts import deferred_signals
+from longrun.units import format_tokens
+
+
+class TokenSequence:
+    """Token ids, logits and random state of one sequence, and the engine that holds its cache.
+
+    Attributes:
+        ids: array of int32, every token so far. The last one may have been chosen but not yet run: it *waits*.
+        logits: float32 [vocab_size], of the last token in the cache; None before the first one.
+        generator: where chance comes from; it starts with a seed of its own.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.ids = array("i")
+        self.logits: Tensor | None = None
+        self.generator = torch.Generator().manual_seed(secrets.randbits(63))
+
+    @property
+    def cache(self) -> DualCache:
+        return self.engine.cache
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_waiting(self) -> int:
+        """0 or 1: whether the last token is not in the cache yet."""
+        return len(self.ids) - self.cache.seq_len
+
+    def id_tensor(self) -> Tensor:
+        """int32 [num_tokens], a copy made without a Python object a token."""
+        return torch.frombuffer(self.ids, dtype=torch.int32).clone() if self.ids else torch.empty(0, dtype=torch.int32)
+
+    def append(
+        self, token_ids: Tensor, all_positions: bool = False, after_chunk: Callable[[int, int], None] | None = None
+    ) -> Tensor:
+        """Run the token that waits and `token_ids`, chunk by chunk; each chunk counts before any signal takes effect.
+
+        Args:
+            token_ids: int64 [n] in host memory, n >= 1.
+            all_positions: see `Engine.run`.
+            after_chunk: called after every chunk with (tokens done, tokens in all).
+
+        Returns:
+            The logits of `Engine.run`.
+
+        Raises:
+            ContextFullError: no room for all of them; nothing was appended.
+            As `Engine.run`.
+        """
+        num_waiting = self.num_waiting
+        self.check_room(len(token_ids))
+        if num_waiting:
+            token_ids = torch.cat((torch.tensor(self.ids[-1:], dtype=torch.int64), token_ids))
+        done = 0
+
+        def on_chunk(count: int, logits: Tensor) -> None:
+            nonlocal done
+            self.ids.extend(token_ids[max(done, num_waiting) : done + count].tolist())
+            self.logits = logits[-1]
+            done += count
+            if after_chunk is not None:
+                after_chunk(done, len(token_ids))
+
+        return self.engine.run(token_ids, all_positions, on_chunk)
+
+    def take_waiting(self, ahead: bool = False) -> None:
+        """Run the token that waits, if one does.
+
+        Args:
+            ahead: see `Engine.run_one`.
+
+        Raises:
+            As `append`.
+        """
+        if self.num_waiting:
+            self.check_room(0)
+            with deferred_signals():
+                self.logits = self.engine.run_one(self.ids[-1], ahead)
+
+    def check_room(self, count: int) -> None:
+        """Raises ContextFullError where the cache has no room for the token that waits and `count` more."""
+        count, seq_len, capacity = count + self.num_waiting, self.cache.seq_len, self.cache.spec.capacity
+        if seq_len + count > capacity:
+            raise ContextFullError(
+                f"the context is full: {count:,} more tokens after {seq_len:,} exceed this session's capacity of "
+                f"{format_tokens(capacity)}; nothing was dropped: save the session and load it with a larger context"
+            )
