@@ -13,7 +13,8 @@ from longrun.errors import LongrunError
 if TYPE_CHECKING:
     from longrun.patterns.head_map import HeadMap
     from longrun.plan.budget import Budget
-    from longrun.runtime.runtime import Runtime, load
+    from longrun.runtime.load import load
+    from longrun.runtime.runtime import Runtime
     from longrun.session.session import Session
 
 __version__ = "0.1.0"
@@ -24,7 +25,7 @@ _LAZY = {
     "HeadMap": "longrun.patterns.head_map",
     "Runtime": "longrun.runtime.runtime",
     "Session": "longrun.session.session",
-    "load": "longrun.runtime.runtime",
+    "load": "longrun.runtime.load",
 }
 
 

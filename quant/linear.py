@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longrun.errors import ConfigError
 from longrun.quant.int4_weight import dequantize_int4, quantize_int4
-from longrun.quant.weight_format import NF4_GROUP, check_weight_format
+from longrun.quant.weight_format import NF4_GROUP, check_weight_format, is_quantized
 
 # Rows of x up to which a CUDA nf4 product reads the packed weight directly; beyond, one dequantized temporary and a
 # dense product are faster.
@@ -73,6 +73,26 @@ class QuantLinear:
             self._data, self._state = _quantize_nf4(weight.to(device, self.compute_dtype), self.compute_dtype)
         else:
             self._data = weight.to(device, held)
+
+    @classmethod
+    def of_stored(
+        cls, data: Tensor, weight_format: str, scale: Any, shape: tuple[int, int], compute_dtype: torch.dtype
+    ) -> QuantLinear:
+        """A layer without bias over what a quantized format stores, taken over as it is.
+
+        Args:
+            data: as the property `data` describes it, for weight_format int8, int4 or nf4.
+            scale: int8 `row_scale`, int4 `group_scale`; nf4 bitsandbytes' QuantState, or whatever has its `absmax` and
+                `code`, which is enough for the kernels of `longrun.kernels`.
+            shape: (out_features, in_features).
+        """
+        assert is_quantized(weight_format)
+        linear = object.__new__(cls)
+        linear.out_features, linear.in_features = shape
+        linear.weight_format, linear.compute_dtype, linear.bias = weight_format, compute_dtype, None
+        nf4 = weight_format == "nf4"
+        linear._data, linear._scale, linear._state = data, None if nf4 else scale, scale if nf4 else None
+        return linear
 
     @property
     def data(self) -> Tensor:

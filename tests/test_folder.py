@@ -154,7 +154,7 @@ def test_what_is_wrong_is_found_before_the_weights_are_read(folder, monkeypatch,
     def read(*args, **kwargs):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("longrun.runtime.runtime.load_decoder", read)
+    monkeypatch.setattr("longrun.runtime.load.load_decoder", read)
     with pytest.raises(LongrunError) as caught:
         longrun.load(folder, device="cpu", ctx=64)
     message = str(caught.value)
@@ -164,7 +164,7 @@ def test_what_is_wrong_is_found_before_the_weights_are_read(folder, monkeypatch,
 
 def test_a_measured_head_map_comes_after_the_check_as_well(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("LONGRUN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("longrun.runtime.runtime.auto_head_map", lambda *args: pytest.fail("the model was measured"))
+    monkeypatch.setattr("longrun.runtime.load.auto_head_map", lambda *args: pytest.fail("the model was measured"))
     cut("tokenizer.json", 0.5)(folder)
     with pytest.raises(CheckpointError, match="tokenizer in"):
         longrun.load(folder, head_map="auto", device="cpu", ctx=64)
@@ -264,7 +264,7 @@ def test_a_session_of_another_run_is_refused_before_the_weights_are_read(folder,
     session = longrun.load(folder, device="cpu", ctx=64).new_session()
     session.prefill([3, 4, 5])
     session.save(tmp_path / "session")
-    monkeypatch.setattr("longrun.runtime.runtime.load_decoder", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr("longrun.runtime.load.load_decoder", lambda *args: pytest.fail("weights were read"))
     for options, said in (
         ({"kv_format": "bf16"}, "saved with kv format k5v3"),
         ({"weight_format": "int8"}, "saved with weight format fp32"),
@@ -282,7 +282,7 @@ def test_the_tokenizer_is_shown_before_weights_are_read(folder, monkeypatch):
         assert tokenizer.decode([5]) == '"'
         raise InputError("no chat with this one")
 
-    monkeypatch.setattr("longrun.runtime.runtime.load_decoder", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("longrun.runtime.load.load_decoder", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(InputError, match="no chat with this one"):
         longrun.load(folder, device="cpu", ctx=64, on_tokenizer=refuse)
     template("{{ messages[-1]['content'] }}")(folder)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import longrun
+import longrun.runtime.load
 import longrun.runtime.runtime
 from longrun.allocation import failed_allocations, is_failed_allocation
 from longrun.cli import run
@@ -67,12 +68,16 @@ def test_what_is_resident_is_not_asked_for_twice(runtime, monkeypatch):
         own_memory(monkeypatch, rss, shared, plan.total_bytes - held - 1)
         text = sentence(check_free_memory, plan, loaded=loaded)
         assert "main memory" in text and "smaller context than 500 tokens" in text
+    own_memory(monkeypatch, 10**12, 0, plan.total_bytes - base - weights + 1000)
+    check_free_memory(plan, loaded=True, copied_bytes=1000)
+    assert "main memory" in sentence(check_free_memory, plan, loaded=True, copied_bytes=1001)
 
 
 def test_a_run_that_fits_in_a_small_container_is_not_refused(planted, monkeypatch):
     """600 MB, of which the libraries hold 200: what is left holds what the plan needs beside them."""
     own_memory(monkeypatch, 300 * 10**6, 100 * 10**6, 400 * 10**6)
-    monkeypatch.setattr(longrun.runtime.runtime, "Runtime", lambda *args: "loaded")
+    monkeypatch.setattr(longrun.runtime.load, "load_parts", lambda *args: (None, None, ()))
+    monkeypatch.setattr(longrun.runtime.load, "Runtime", lambda *args: "loaded")
     assert longrun.load(planted.path, device="cpu", ctx=500) == "loaded"
 
 
@@ -127,10 +132,10 @@ def test_a_failed_allocation_is_a_sentence(runtime, planted, monkeypatch):
         torch.empty(10**15, dtype=torch.uint8)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime._parts.decoder, "forward", fail)
+        patch.setattr(runtime.parts.decoder, "forward", fail)
         text = sentence(session.prefill, [5, 6, 7])
     assert text.startswith("memory ran out in the middle of a step") and "1000 TB more" in text
-    monkeypatch.setattr(longrun.runtime.runtime, "load_decoder", fail)
+    monkeypatch.setattr(longrun.runtime.load, "load_decoder", fail)
     assert sentence(longrun.load, planted.path, device="cpu", ctx=500).startswith("memory ran out while the model was")
 
 

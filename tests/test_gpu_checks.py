@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import longrun
-import longrun.runtime.runtime
+import longrun.runtime.load
 from longrun.chat.command import chat_command
 from longrun.chat.progress import PinProgress
 from longrun.cli import run
@@ -79,9 +79,9 @@ def card(monkeypatch):
     )
     # There is a config.json and nothing else.
     checked = SimpleNamespace(tokenizer=None, notices=())
-    monkeypatch.setattr(longrun.runtime.runtime, "check_folder", lambda *args: checked)
-    monkeypatch.setattr(longrun.runtime.runtime, "model_fingerprint", lambda *args: "")
-    monkeypatch.setattr(longrun.runtime.runtime, "load_decoder", lambda *args: pytest.fail("a weight was read"))
+    monkeypatch.setattr(longrun.runtime.load, "check_folder", lambda *args: checked)
+    monkeypatch.setattr(longrun.runtime.load, "model_fingerprint", lambda *args: "")
+    monkeypatch.setattr(longrun.runtime.load, "load_decoder", lambda *args: pytest.fail("a weight was read"))
     return card
 
 
@@ -89,9 +89,8 @@ def card(monkeypatch):
 def reached(monkeypatch):
     """The plans of loads that passed all checks; `Runtime` itself is not made."""
     plans = []
-    monkeypatch.setattr(
-        longrun.runtime.runtime, "Runtime", lambda checked, limits, chosen, plan, *rest: plans.append(plan)
-    )
+    monkeypatch.setattr(longrun.runtime.load, "load_parts", lambda *args: (None, None, ()))
+    monkeypatch.setattr(longrun.runtime.load, "Runtime", lambda setup: plans.append(setup.plan))
     return plans
 
 
@@ -174,7 +173,7 @@ def test_without_triton(card, monkeypatch, folder, reached):
 
 def test_a_budget_larger_than_the_gpu_is_refused_before_planning(card, folder, monkeypatch):
     card.name, card.total_memory = "NVIDIA A10", 23_836_000_000
-    monkeypatch.setattr(longrun.runtime.runtime, "make_plan", lambda *args, **options: pytest.fail("planned"))
+    monkeypatch.setattr(longrun.runtime.load, "make_plan", lambda *args, **options: pytest.fail("planned"))
     text = refusal(PlanError, longrun.load, folder(), "h100-80g", device="cuda")
     for part in ("h100-80g", "80.0 GB", "NVIDIA A10", "23.8 GB", 'set gpu = "23.8 GB"', "[memory]"):
         assert part in text
@@ -354,11 +353,14 @@ def test_pinning_is_a_line_now_and_then_elsewhere(monkeypatch):
     ]
 
 
-def test_load_hands_the_progress_of_pinning_to_the_runtime(card, folder, monkeypatch):
+def test_load_hands_the_progress_of_pinning_to_what_pins(card, folder, monkeypatch, reached):
     given = []
     progress = PinProgress(Console(file=io.StringIO()))
-    monkeypatch.setattr(
-        longrun.runtime.runtime, "Runtime", lambda *args: given.extend(arg for arg in args if arg is progress)
-    )
+
+    def load_parts(checked, split, plan, compiled_kernels, on_pin):
+        given.append(on_pin)
+        return None, None, ()
+
+    monkeypatch.setattr(longrun.runtime.load, "load_parts", load_parts)
     longrun.load(folder(), ctx=1000, on_pin=progress)
     assert given == [progress]

@@ -185,7 +185,7 @@ def test_a_runtime_over_shared_weights_is_the_loaded_one(served):
     loaded = longrun.load(
         served, budget, row.make_map(3, 3), row.kv, "bf16", "cuda", ctx=900, retrieval_ratio=row.retrieval_ratio
     )  # fmt: skip
-    assert own._parts.decoder._layers[0].down is reference._parts.decoder._layers[0].down
+    assert own.parts.decoder.layers[0].down is reference.parts.decoder.layers[0].down
     found = []
     for runtime in (own, loaded):
         session = runtime.new_session()

@@ -35,8 +35,8 @@ def recorded(demo_model):
     ids = runtime.tokenizer(text[: 8 * TOKENS], return_tensors="pt").input_ids[0, :TOKENS]
     assert len(ids) == TOKENS
     recorder = Recorder()
-    cos, sin = runtime._parts.rotary.cos_sin(0, TOKENS, TOKENS)
-    runtime._parts.decoder.forward(ids, Step(0, TOKENS, cos, sin), recorder)
+    cos, sin = runtime.parts.rotary.cos_sin(0, TOKENS, TOKENS)
+    runtime.parts.decoder.forward(ids, Step(0, TOKENS, cos, sin), recorder)
     return recorder.seen
 
 

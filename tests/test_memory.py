@@ -36,7 +36,7 @@ print(json.dumps({
     "planned": runtime.plan.cache.device_bytes() | runtime.plan.cache.host_bytes(),
     "cache_bytes": session.cache_bytes,
     "planned_cache_bytes": runtime.plan.cache_bytes,
-    "weights": [runtime._parts.decoder.weight_bytes, next(i.bytes for i in runtime.plan.items if i.name == "weights")],
+    "weights": [runtime.parts.decoder.weight_bytes, next(i.bytes for i in runtime.plan.items if i.name == "weights")],
 }))
 """
 

@@ -146,7 +146,7 @@ def test_plain_torch_gives_the_same_as_the_compiled_kernels(saved, kv):
 
 def test_compiled_kernels_are_used_where_they_can_be(saved, monkeypatch, tmp_path):
     folder, _ = saved("llama")
-    assert load(folder)._parts.cpu_kernels is not None
+    assert load(folder).parts.cpu_kernels is not None
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("LONGRUN_CACHE", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

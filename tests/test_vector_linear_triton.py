@@ -275,13 +275,11 @@ def test_model_shapes_on_the_gpu(weight_format, model):
 def test_nf4_bytes_on_the_gpu(rows, width):
     """The layout by hand, without bitsandbytes: random bytes, the first weight of a byte in its high nibble."""
     g = torch.Generator("cuda").manual_seed(rows)
-    linear = object.__new__(QuantLinear)
-    linear.out_features, linear.in_features, linear.weight_format = rows, width, "nf4"
-    linear.compute_dtype, linear.bias, linear._scale = torch.bfloat16, None, None
-    linear._data = torch.randint(0, 256, (rows * width // 2, 1), generator=g, dtype=torch.uint8, device="cuda")
+    data = torch.randint(0, 256, (rows * width // 2, 1), generator=g, dtype=torch.uint8, device="cuda")
     absmax = torch.rand(rows * width // 64, generator=g, device="cuda") + 0.5
     code = torch.linspace(-1, 1, 16, device="cuda") ** 3
-    linear._state = SimpleNamespace(absmax=absmax, code=code)
+    state = SimpleNamespace(absmax=absmax, code=code)
+    linear = QuantLinear.of_stored(data, "nf4", state, (rows, width), torch.bfloat16)
     x = torch.randn(1, width, generator=g, device="cuda").bfloat16()
     nibbles = torch.stack((linear.data >> 4, linear.data & 15), dim=-1).view(-1, 64).int()
     weight = (code[nibbles] * absmax[:, None]).view(rows, width)
@@ -324,15 +322,12 @@ def test_offsets_beyond_two_gib(weight_format):
     width = 16384
     rows = (2**31 if weight_format == "int8" else 2**32) // width + 256
     few, x, _ = make(weight_format, 256, width, torch.bfloat16, device="cuda")
-    many = object.__new__(QuantLinear)
-    many.out_features, many.in_features, many.weight_format = rows, width, weight_format
-    many.compute_dtype, many.bias, many._state, many._scale = torch.bfloat16, None, None, None
     repeat = rows // 256
-    if weight_format != "nf4":
-        many._data, many._scale = few.data.repeat(repeat, 1), few._scale.repeat(repeat, 1)
+    if weight_format == "nf4":
+        scale = SimpleNamespace(absmax=few.absmax.repeat(repeat), code=few.code)
     else:
-        many._data = few.data.repeat(repeat, 1)
-        many._state = SimpleNamespace(absmax=few.absmax.repeat(repeat), code=few.code)
+        scale = (few.row_scale if weight_format == "int8" else few.group_scale).repeat(repeat, 1)
+    many = QuantLinear.of_stored(few.data.repeat(repeat, 1), weight_format, scale, (rows, width), torch.bfloat16)
     assert many.data.numel() > 2**31
     expected = vector_linear(x, few)
     assert error(expected, vector_linear_reference(x, few)) <= TOLERANCE[torch.bfloat16]

@@ -100,7 +100,7 @@ def _import_libraries() -> None:
     import transformers
 
     import longrun.chat.runner
-    import longrun.runtime.runtime  # noqa: F401
+    import longrun.runtime.load  # noqa: F401
 
     transformers.AutoTokenizer, transformers.GenerationConfig, transformers.PreTrainedTokenizerFast  # noqa: B018
 
@@ -157,7 +157,7 @@ def _load(
 ) -> Runtime:
     from longrun.chat.runner import check_model
     from longrun.model.choice import DEMO_CONTEXT
-    from longrun.runtime.runtime import load
+    from longrun.runtime.load import load
 
     if ctx is None and choice.notice is not None:
         ctx = DEMO_CONTEXT

@@ -109,14 +109,30 @@ class Decoder:
         return self._embedding.dtype
 
     @property
+    def layers(self) -> tuple[DecoderLayer, ...]:
+        return tuple(self._layers)
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all parameters; equal to `longrun.specs.model_bytes.model_weight_bytes`."""
-        tensors = [self._embedding, self._final_norm]
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every parameter once."""
+        yield from (self._embedding, self._final_norm)
         if self._lm_head is not self._embedding:
-            tensors.append(self._lm_head)
+            yield self._lm_head
         for layer in self._layers:
-            tensors.extend(layer.tensors())
-        return sum(tensor.nbytes for tensor in tensors)
+            yield from layer.tensors()
+
+    def with_layers(
+        self, permutation: Sequence[Sequence[int]], layers: Sequence[DecoderLayer], kernels: DecoderKernels | None
+    ) -> Decoder:
+        """Another decoder of other layers, heads and kernels; embedding, final norm and lm_head are shared."""
+        return Decoder(
+            self.config, permutation, self._embedding, layers, self._final_norm, self._lm_head, self.token_slice,
+            kernels,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, step: Step, attention: Attention, all_positions: bool = False) -> Tensor:

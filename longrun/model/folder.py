@@ -1,7 +1,7 @@
 """All that a model is loaded from, checked before the first of its weights is read.
 
 Whatever is wrong with config.json, tokenizer, generation config, RoPE parameters, adapter, or with the name, shape,
-dtype or place of any tensor in any shard, is heard of within seconds, and not after minutes of loading.
+dtype or place of any tensor in any shard, is refused within seconds, and not after minutes of loading.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def _naming_kernels() -> Iterator[None]:
 
 
 def _warm_up(engine: Engine) -> None:
-    """Compile what prefill needs on a short text, and forget it: a kernel that does not compile is heard of now."""
+    """Compile what prefill needs on a short text, and forget it, so that a kernel that does not compile fails now."""
     empty = engine.cache.mark()
     chunk = min(_WARM_TOKENS, engine.chunk_size, engine.cache.spec.capacity // 2)
     for _ in range(2):

@@ -12,7 +12,9 @@ from longrun.units import format_bytes
 _NOTICED_BYTES = 10**8  # what the system keeps of freed memory is less
 
 
-def check_free_memory(plan: Plan, loaded: bool = False, compiled: bool = False, pinned_bytes: int = 0) -> None:
+def check_free_memory(
+    plan: Plan, loaded: bool = False, compiled: bool = False, pinned_bytes: int = 0, copied_bytes: int = 0
+) -> None:
     """The machine has free now what the plan still needs, so that nothing runs out of memory later.
 
     Args:
@@ -20,6 +22,7 @@ def check_free_memory(plan: Plan, loaded: bool = False, compiled: bool = False, 
             twice.
         compiled: so do the GPU's kernels and libraries. Those of the CPU always do.
         pinned_bytes: pinned host memory that is kept for the next session (on cuda).
+        copied_bytes: of what the plan calls reserved, weights that are yet to be copied.
 
     Raises:
         PlanError: it has not.
@@ -27,7 +30,7 @@ def check_free_memory(plan: Plan, loaded: bool = False, compiled: bool = False, 
     held = {"weights", "reserved"} if loaded else set()
     if compiled or plan.device_type == "cpu":
         held.add("runtime base")
-    already = sum(item.bytes for item in plan.items if item.name in held)
+    already = sum(item.bytes for item in plan.items if item.name in held) - copied_bytes
     if plan.device_type == "cpu":
         needed, free = still_needed(plan.total_bytes, already, loaded)
         if needed > free:

@@ -94,12 +94,12 @@ def time_tokens(session: Session, tokens: Iterator[int], count: int) -> tuple[li
     return ids, wall
 
 
-def graph_ms(session: Session) -> float | None:
+def graph_ms(runtime: Runtime, session: Session) -> float | None:
     """Milliseconds of the captured decode step alone, by CUDA events around replays; None without a graph.
 
     Call it when the session's tokens no longer matter: replays overwrite the newest one's keys and values.
     """
-    graph = getattr(session._engine, "decode_graph", None)
+    graph = runtime.engine(session).decode_graph
     if graph is None or session.cache.device.type != "cuda":
         return None
     return 1e3 * gpu_seconds(graph.replay, 32)
@@ -142,7 +142,7 @@ def decode_row(runtime: Runtime, length: int, args: argparse.Namespace, ceilings
     time_tokens(session, tokens, WARM_TOKENS)
     runs = [time_tokens(session, tokens, new) for _ in range(args.repeats)]
     used = memory.measure(session.plan)
-    wall, step, busy = [ms for _, times in runs for ms in times], graph_ms(session), None
+    wall, step, busy = [ms for _, times in runs for ms in times], graph_ms(runtime, session), None
     if device.type == "cuda":
         busy = gpu_busy_ms(lambda: [next(tokens) for _ in range(PROFILED_TOKENS)])
         busy = None if busy is None else busy / PROFILED_TOKENS

@@ -70,7 +70,7 @@ def measure(runtime: Runtime, runner: str, args: argparse.Namespace, ceilings: d
         "link_over_measured": link_ms / median,
         **floor(token_bytes(runtime.config, session.plan.weight_format, args.device, session.plan.cache, length),
                 median, ceilings),
-        "gpu_step_ms": graph_ms(session),
+        "gpu_step_ms": graph_ms(runtime, session),
         "allocate_s": allocated,
         "host_pool_bytes": session.cache.host_pool.nbytes,
         "host_pool_pinned": session.cache.host_pool.storage.is_pinned() if device.type == "cuda" else False,

@@ -80,20 +80,17 @@ def random_layer(weight_format: str, rows: int, width: int) -> QuantLinear:
     if weight_format == "bf16":
         weight = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_(0, width**-0.5)
         return QuantLinear(weight, "bf16")
-    linear = object.__new__(QuantLinear)
-    linear.out_features, linear.in_features, linear.weight_format = rows, width, weight_format
-    linear.compute_dtype, linear.bias, linear._scale, linear._state = torch.bfloat16, None, None, None
     if weight_format == "int8":
-        linear._data = torch.randint(-127, 128, (rows, width), dtype=torch.int8, device="cuda")
-        linear._scale = torch.rand(rows, 1, device="cuda").add_(0.5).mul_(width**-0.5 / 73)
+        data = torch.randint(-127, 128, (rows, width), dtype=torch.int8, device="cuda")
+        scale = torch.rand(rows, 1, device="cuda").add_(0.5).mul_(width**-0.5 / 73)
     elif weight_format == "int4":
-        linear._data = torch.randint(0, 256, (rows, width // 2), dtype=torch.uint8, device="cuda")
-        linear._scale = torch.rand(rows, width // 32, device="cuda").add_(0.5).mul_(width**-0.5 / 4.6).bfloat16()
+        data = torch.randint(0, 256, (rows, width // 2), dtype=torch.uint8, device="cuda")
+        scale = torch.rand(rows, width // 32, device="cuda").add_(0.5).mul_(width**-0.5 / 4.6).bfloat16()
     else:
-        linear._data = torch.randint(0, 256, (rows * width // 2, 1), dtype=torch.uint8, device="cuda")
+        data = torch.randint(0, 256, (rows * width // 2, 1), dtype=torch.uint8, device="cuda")
         absmax = torch.rand(rows * width // 64, device="cuda").add_(0.5).mul_(2 * width**-0.5)
-        linear._state = nf4_state(absmax, rows, width)
-    return linear
+        scale = nf4_state(absmax, rows, width)
+    return QuantLinear.of_stored(data, weight_format, scale, (rows, width), torch.bfloat16)
 
 
 @cache

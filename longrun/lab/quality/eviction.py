@@ -17,6 +17,12 @@ _TOVA_SHARE = 32
 _SPARE = 64
 
 
+class EvictingSession(Session):
+    """Made by `make_session`. `attention` decides what its cache drops."""
+
+    attention: EvictionAttention
+
+
 def tova_chunk(keep: int) -> int:
     """Tokens of a TOVA prefill step: a 32nd of what is kept (3% of it is dropped at a time), at least 64."""
     return max(_TOVA_LEAST, keep // _TOVA_SHARE)
@@ -24,7 +30,7 @@ def tova_chunk(keep: int) -> int:
 
 def make_session(
     runtime: Runtime, method: Method, keep: int, capacity: int, chunk_size: int | None = None, **settings: int
-) -> Session:
+) -> EvictingSession:
     """An empty session that evicts.
 
     Read the prompt with `prefill`, then call `end_prompt`; marks and rewinds work as in any session. Positions go on
@@ -46,7 +52,7 @@ def make_session(
         raise InputError(f"{method} cannot keep {keep} tokens: give at least 1")
     if not runtime.split.is_full:
         raise InputError(f"{method} evicts from full attention: load the model with head map full")
-    chosen, plan, parts = EvictionSettings(method, keep, **settings), runtime.plan, runtime._parts
+    chosen, plan, parts = EvictionSettings(method, keep, **settings), runtime.plan, runtime.parts
     chunk = chunk_size or (min(plan.chunk_size, tova_chunk(keep)) if method == "tova" else plan.chunk_size)
     config = runtime.config
     spec = EvictingSpec(
@@ -70,13 +76,13 @@ def make_session(
     cache = EvictingCache(spec, parts.decoder.device)
     attention = EvictionAttention(cache, chosen)
     engine = Engine(parts.decoder, parts.rotary, attention, cache, chunk)
-    session = Session(engine, plan, runtime._identity, runtime.eos_token_ids)
+    session = EvictingSession(engine, plan, runtime.identity, runtime.eos_token_ids)
+    session.attention = attention
     session.forbid_saving(f"its cache has dropped tokens ({method}), which the session format cannot say")
     return session
 
 
 def end_prompt(session: Session) -> None:
     """The prompt ends here: SnapKV compresses now. Any other session is left as it is."""
-    attention = session._engine.attention
-    if isinstance(attention, EvictionAttention):
-        attention.compress()
+    if isinstance(session, EvictingSession):
+        session.attention.compress()

@@ -1,0 +1,227 @@
+"""Plan a checkpoint of the Llama family, then load it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from longrun.allocation import failed_allocations
+from longrun.arguments import callback, check_platform, choice, flag, number
+from longrun.cache.pinned_pool import PinnedMemory
+from longrun.config.model_config import ModelConfig
+from longrun.errors import InputError
+from longrun.kernels.cpu_pages import CpuPageKernels, KernelUnavailable
+from longrun.machine.host_memory import resident_bytes
+from longrun.model.adapter import Adapter
+from longrun.model.checkpoint import load_decoder, model_fingerprint
+from longrun.model.folder import ModelFolder, check_folder
+from longrun.paths import cache_dir, user_path
+from longrun.patterns.head_map import HeadMap, HeadSplit
+from longrun.plan.budget import Budget
+from longrun.plan.kernels import check_kernel_shapes
+from longrun.plan.plan import ChosenSplit, Plan, choose_split, make_plan
+from longrun.runtime import gpu_checks
+from longrun.runtime.auto_head_map import DEFAULT_RATIO, AutoHeadMap, auto_head_map, kept_folder
+from longrun.runtime.backend import Parts
+from longrun.runtime.head_map_check import other_model_notices
+from longrun.runtime.memory_checks import check_free_memory, library_notice
+from longrun.runtime.runtime import Runtime
+from longrun.runtime.setup import Setup
+from longrun.runtime.shared import Shared
+from longrun.session.manifest import SessionIdentity
+from longrun.session.store import SavedSession, is_session
+from longrun.specs.model_bytes import TOKEN_SLICES
+from longrun.units import parse_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@failed_allocations("while the model was loaded")
+def load(
+    model_dir: str | Path,
+    budget: Budget | str | Path | None = None,
+    head_map: HeadMap | str | Path | None = "full",
+    kv_format: str | None = None,
+    weight_format: str | None = None,
+    device: str | None = None,
+    *,
+    ctx: int | str | None = None,
+    adapter: str | Path | None = None,
+    retrieval_ratio: float | None = None,
+    chunk_size: int | None = None,
+    device_share: float = 1.0,
+    compiled_kernels: bool = True,
+    session: str | Path | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+    on_pin: Callable[[int, int], None] | None = None,
+    on_head_map: Callable[[AutoHeadMap], None] | None = None,
+    on_tokenizer: Callable[[PreTrainedTokenizerBase | None], object] | None = None,
+) -> Runtime:
+    """Plan, then load a checkpoint of the Llama family.
+
+    Args:
+        model_dir: Hugging Face checkpoint folder (config.json and safetensors).
+        budget: name of a shipped budget, TOML file or `Budget`; default: `cpu` on the CPU, on a GPU the largest
+            shipped one that the card's memory holds.
+        head_map: folder in DuoAttention's format, `HeadMap`, "full" (also None): every head keeps every token, or
+            "auto": the map of this model with this adapter, measured on the first call and kept (see
+            `longrun.runtime.auto_head_map`). Where a map says that it was made for another model, a notice does.
+        kv_format: "int4", "k5v3", "bf16" or "fp32"; default: the budget's (k5v3 where it says nothing).
+        weight_format: "fp32", "bf16", "int8", "nf4" or "int4"; default: the budget's.
+        device: "cpu" or "cuda"; default: cuda where there is one.
+        ctx: capacity to plan for, tokens; default: the model's trained window (the adapter's, where it names one), or
+            what fits of it.
+        adapter: folder of a LoRA adapter in peft's format, added to the weights while they are loaded.
+        retrieval_ratio: share of the heads of `head_map` to keep; default: the budget's, else scores of at least 0.5
+            (with "auto" a ratio of 0.5).
+        chunk_size: the most tokens of one prefill step; default: the budget's.
+        device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
+            rest goes to the host pool although the device has room.
+        compiled_kernels: use the compiled kernels of the CPU or the GPU; False runs plain torch.
+        session: folder of a session that will be loaded: where it is damaged, or was saved with another model, head
+            split or format, it is refused before the first weight is read. A folder without a session is no error.
+        on_plan: shown the plan before the first weight is read.
+        on_pin: called with (bytes pinned, bytes in all) while a session pins its host pool, on cuda only.
+        on_tokenizer: shown the tokenizer before the first weight is read; what it raises goes through.
+        on_head_map: told of the map of "auto" and of the progress of measuring it; without it a notice says where the
+            map is kept.
+
+    Raises:
+        PlanError: the budget or the machine's free memory cannot hold it; nothing has been loaded.
+        CheckpointError, ConfigError, HeadMapError, InputError, SessionError: a file, an argument or the GPU cannot be
+            used.
+    """
+    check_platform()
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device_type = choice(device, "device", ("cpu", "cuda"))
+    if device_type == "cuda":
+        gpu_checks.check_gpu()
+    device_share = number(device_share, "device_share", 0, 1)
+    flag(compiled_kernels, "compiled_kernels")
+    for name, called in (
+        ("on_plan", on_plan),
+        ("on_pin", on_pin),
+        ("on_tokenizer", on_tokenizer),
+        ("on_head_map", on_head_map),
+    ):
+        callback(called, name)
+    ctx = None if ctx is None else parse_tokens(ctx, "ctx")
+    folder = user_path(model_dir, "model_dir")
+    config = ModelConfig.from_dir(folder)
+    lora = None if adapter is None else Adapter.open(user_path(adapter, "adapter"), config)
+    if lora is not None:
+        config = lora.adapted_config(config)
+    if budget is None:
+        budget = gpu_checks.default_budget(device_type)
+    limits = budget if isinstance(budget, Budget) else Budget.load(budget)
+    limits = limits.override(kv_format=kv_format, weight_format=weight_format, chunk_size=chunk_size)
+    if device_type == "cuda":
+        gpu_checks.check_budget(limits)
+        if compiled_kernels:
+            check_kernel_shapes(config, limits)
+
+    def plan_for(chosen: ChosenSplit) -> Plan:
+        return make_plan(
+            config, limits, ctx, split=chosen, device_type=device_type, device_share=device_share,
+            gpu_kernels=compiled_kernels,
+        )  # fmt: skip
+
+    checked, auto_notices = None, []
+    if isinstance(head_map, str) and head_map == "auto":
+        if retrieval_ratio is None:
+            retrieval_ratio = DEFAULT_RATIO if limits.retrieval_ratio is None else limits.retrieval_ratio
+        if not kept_folder(folder, lora).exists():  # what does not fit is refused before the map is measured
+            plan_for(choose_split(config, limits, None, retrieval_ratio, assume=True))
+        checked = check_folder(folder, config, lora)
+        head_map = auto_head_map(folder, device_type, on_head_map, lora)
+        if on_head_map is None:
+            auto_notices.append(f"head map auto was measured on this model and is kept in {head_map}")
+    chosen = choose_split(config, limits, head_map, retrieval_ratio)
+    plan = plan_for(chosen)
+    if on_plan is not None:
+        on_plan(plan)
+    check_free_memory(plan)
+    checked = checked or check_folder(folder, config, lora)
+    if on_tokenizer is not None:
+        on_tokenizer(checked.tokenizer)
+    identity = SessionIdentity(
+        model_fingerprint(folder, lora), chosen.split.hash, plan.kv_format, plan.page_size, plan.weight_format
+    )
+    if session is not None and is_session(user_path(session, "session")):
+        SavedSession.open(session, identity)
+    parts, shared, model_notices = load_parts(checked, chosen.split, plan, compiled_kernels, on_pin)
+    given = head_map is not None and head_map != "full"
+    origin = other_model_notices(chosen.head_map, identity.model, folder, lora and lora.folder)
+    return Runtime(
+        Setup(
+            checked, limits, chosen, plan, identity, parts, shared, device_share, compiled_kernels,
+            model_notices=(*checked.notices, *model_notices),
+            split_notices=(*(chosen.notes if given else ()), *auto_notices, *origin),
+        )
+    )  # fmt: skip
+
+
+def load_parts(
+    checked: ModelFolder, split: HeadSplit, plan: Plan, compiled_kernels: bool,
+    on_pin: Callable[[int, int], None] | None = None,
+) -> tuple[Parts, Shared, list[str]]:  # fmt: skip
+    """Read the weights, heads in the order of `split`, and compile what runs beside them.
+
+    Args:
+        compiled_kernels, on_pin: see `load`.
+
+    Returns:
+        What all sessions use, what runtimes over these weights share, and sentences for a person.
+
+    Raises:
+        CheckpointError, ConfigError: a weight cannot be read, or a GPU kernel not be compiled.
+    """
+    before, config, device = resident_bytes(), checked.config, torch.device(plan.device_type)
+    notices: list[str] = []
+    cpu_kernels = _build_cpu_kernels(notices) if compiled_kernels and plan.device_type == "cpu" else None
+    shared = Shared()
+    gpu_kernels = shared.gpu_kernels(config.head_dim, plan.kv_format) if plan.attention.fused else None
+    decoder = load_decoder(
+        checked.path, config, [split.permutation(layer_idx) for layer_idx in range(config.num_layers)],
+        plan.weight_format, device, TOKEN_SLICES[plan.device_type], gpu_kernels, checked.adapter,
+    )  # fmt: skip
+    shared.add_decoder(decoder)
+    _return_freed_memory(device)
+    notices += library_notice(plan, before)
+    if checked.tokenizer is None:
+        notices.append(f"{checked.path} has no tokenizer: only token ids can be used")
+    rotary = checked.rotary if plan.device_type == "cpu" else checked.rotary.to(device)
+    pinned = PinnedMemory(on_pin) if plan.device_type == "cuda" else None
+    return Parts(decoder, rotary, checked.rotary, cpu_kernels, gpu_kernels, pinned), shared, notices
+
+
+def _build_cpu_kernels(notices: list[str]) -> CpuPageKernels | None:
+    """The compiled kernels of the CPU, or None; `notices` gets a sentence about what is not as it should be."""
+    try:
+        folder = cache_dir() / "kernels"
+    except InputError as error:
+        notices.append(f"{error}: until then the CPU kernels are compiled at every start")
+        folder = None
+    try:
+        kernels = CpuPageKernels(folder)
+    except KernelUnavailable as error:
+        notices.append(f"compiled CPU kernels are off ({error}): plain torch is used, which decodes slower")
+        return None
+    notices += kernels.notices
+    return kernels
+
+
+def _return_freed_memory(device: torch.device) -> None:
+    """Give the loader's freed temporaries back to the system: glibc keeps them (200 MB were seen with nf4), and the
+    plan does not count them. Other C libraries have no such call and no such habit."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
