@@ -13,8 +13,13 @@ import longrun
 from longrun.config.model_config import ModelConfig
 from longrun.errors import ConfigError, HeadMapError, InputError, PlanError, SessionError
 from longrun.machine import host_memory
+from longrun.model.checkpoint import load_decoder
+from longrun.model.reorder import reordered
+from longrun.model.rope import RopeParameters, RotaryTable
 from longrun.patterns.head_map import HeadMap
 from longrun.plan.budget import Budget
+from longrun.plan.plan import make_plan
+from longrun.runtime.backend import Parts, build_engine
 
 CTX = 300
 IDS = torch.randint(0, 97, (150,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -222,3 +227,26 @@ def test_a_map_of_another_model_is_told_of(folder, tmp_path):
     assert [notice.startswith(told) for notice in derived.notices].count(True) == 1
     assert not any("was made for" in notice for notice in [*base.notices, *derived.derive("full").notices])
     assert any(notice.startswith(told) for notice in derived.derive(kv_format="fp32").notices)
+
+
+def test_the_fused_decode_runs_on_reordered_weights(tmp_path):
+    """The GPU's engine over the torch references of its kernels: as one whose weights were loaded in that order."""
+    pytest.importorskip("triton", reason="the GPU backend needs Triton, which is optional without a GPU")
+    from longrun.kernels.gpu_kernels import reference_kernels
+
+    save_tiny(tmp_path, "qwen2", head_dim=64, hidden_size=192, intermediate_size=192)
+    config, kernels = ModelConfig.from_dir(tmp_path), reference_kernels()
+    split, in_order = MAP.split(threshold=0.5), [range(config.num_kv_heads)] * config.num_layers
+    orders = [split.permutation(layer_idx) for layer_idx in range(config.num_layers)]
+    plan = make_plan(config, Budget.load("rtx4090-24g").override(weight_format="fp32"), CTX, split=split)
+    assert plan.attention.fused
+    base = load_decoder(tmp_path, config, in_order, "fp32", "cpu")
+    loaded = load_decoder(tmp_path, config, orders, "fp32", "cpu", kernels=kernels)
+    rotary = RotaryTable(RopeParameters.from_dir(tmp_path), config.head_dim)
+    rows = []
+    for decoder in (reordered(base, orders, kernels), loaded):
+        assert decoder.permutation == loaded.permutation != base.permutation
+        engine = build_engine(Parts(decoder, rotary, rotary, None, kernels), plan)
+        pieces = [torch.tensor(IDS), *torch.tensor([[3], [5], [7]])]
+        rows.append(torch.cat([engine.run(piece) for piece in pieces]))
+    assert torch.equal(*rows)
