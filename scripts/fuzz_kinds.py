@@ -43,7 +43,7 @@ from longrun.plan.plan import choose_split, make_plan
 from scripts.fuzz_models import CAPACITY, PROMPT, TEXT, make_adapter, make_head_map, make_model, make_session
 from scripts.fuzz_mutations import damage_bytes, damage_header, damage_json, damage_table, damage_template, damage_toml
 
-_BUDGET = Budget(gpu_bytes=2 * 10**9, kv_format="fp32", weight_format="fp32", chunk_size=64)
+_BUDGET = Budget(device_bytes=2 * 10**9, kv_format="fp32", weight_format="fp32", chunk_size=64)
 _TOML = (
     '[memory]\ngpu = "3 GB"\nhost = "0.5 GiB"\n[weights]\nformat = "int8"\n[kv]\nformat = "int4"\n'
     "retrieval_ratio = 0.5\nsink_size = 64\nrecent_size = 128\npage_size = 64\n[prefill]\nchunk_size = 256\n"
@@ -243,7 +243,7 @@ def _split_by_csv(folder: Path) -> tuple[Any, ...]:
 
 
 _FIELDS = {
-    "memory.gpu": "gpu_bytes",
+    "memory.gpu": "device_bytes",
     "memory.host": "host_bytes",
     "weights.format": "weight_format",
     "kv.format": "kv_format",
@@ -259,9 +259,9 @@ def _budget_by_tomllib(folder: Path) -> dict[str, Any]:
     data = tomllib.loads((folder / "budget.toml").read_bytes().decode("utf-8-sig"))
     given = {f"{section}.{key}": value for section, keys in data.items() for key, value in keys.items()}
     assert given.keys() <= _FIELDS.keys()
-    default = Budget(gpu_bytes=1)
+    default = Budget(device_bytes=1)
     found = {field: given.get(key, getattr(default, field)) for key, field in _FIELDS.items()}
-    return found | {name: _size(found[name]) for name in ("gpu_bytes", "host_bytes")}
+    return found | {name: _size(found[name]) for name in ("device_bytes", "host_bytes")}
 
 
 def _size(value: str | int) -> int:

@@ -248,20 +248,26 @@ def test_head_maps_take_arrays_and_refuse_odd_splits(tmp_path):
 @pytest.mark.parametrize(
     "given",
     [
-        {"gpu_bytes": "80 GB"}, {"gpu_bytes": 10**20}, {"gpu_bytes": 1.5}, {"host_bytes": -1}, {"chunk_size": 10**20},
-        {"kv_format": 4}, {"weight_format": ["int4"]}, {"retrieval_ratio": math.nan}, {"retrieval_ratio": "x"},
-        {"page_size": "64"}, {"recent_size": 10**5000},
+        {"device_bytes": "80 GB"}, {"device_bytes": 10**20}, {"device_bytes": 1.5}, {"host_bytes": -1},
+        {"chunk_size": 10**20}, {"kv_format": 4}, {"weight_format": ["int4"]}, {"retrieval_ratio": math.nan},
+        {"retrieval_ratio": "x"}, {"page_size": "64"}, {"recent_size": 10**5000},
     ],
 )  # fmt: skip
 def test_budgets_refuse(given):
     with pytest.raises(LongrunError) as error:
-        Budget(**{"gpu_bytes": 10**9, **given})
+        Budget(**{"device_bytes": 10**9, **given})
     assert len(str(error.value)) < 600
 
 
 def test_plan_functions_refuse():
     budget = Budget.load("h100-80g")
-    for given in ({"ctx": 10**20}, {"ctx": 0}, {"ctx": 1.5}, {"device_type": "tpu"}, {"device_share": math.nan}):
+    for given in (
+        {"capacity": 10**20},
+        {"capacity": 0},
+        {"capacity": 1.5},
+        {"device_type": "tpu"},
+        {"device_share": math.nan},
+    ):
         with pytest.raises(LongrunError):
             make_plan(LLAMA, budget, **given)
     for head_map, ratio in ((3, None), (None, math.nan), (["full"], None), (None, "half")):

@@ -24,7 +24,7 @@ chunk_size = 4096
 
 def test_every_key_is_read():
     assert Budget.parse(FULL, "mine") == Budget(
-        gpu_bytes=80 * 10**9,
+        device_bytes=80 * 10**9,
         host_bytes=100 * 2**30,
         weight_format="nf4",
         kv_format="bf16",
@@ -39,7 +39,7 @@ def test_every_key_is_read():
 
 def test_only_gpu_memory_is_required():
     budget = Budget.parse("[memory]\ngpu = 123456789\n")
-    assert budget == Budget(gpu_bytes=123456789)
+    assert budget == Budget(device_bytes=123456789)
     assert (budget.host_bytes, budget.kv_format, budget.page_size, budget.chunk_size) == (0, "k5v3", 64, 1024)
     assert budget.weight_format is budget.retrieval_ratio is budget.sink_size is budget.recent_size is None
 
@@ -53,7 +53,7 @@ def test_shipped_budgets_load_by_name_from_anywhere(tmp_path, monkeypatch):
         assert budget.chunk_size % budget.page_size == 0
         assert budget.sink_size is budget.recent_size is None
         assert budget.weight_format == ("fp32" if name == "cpu" else "int4")
-    assert Budget.load("a100-80g").gpu_bytes == 80 * 10**9
+    assert Budget.load("a100-80g").device_bytes == 80 * 10**9
 
 
 def test_file_by_path(tmp_path):
@@ -88,6 +88,9 @@ def test_unreadable_files(tmp_path):
         ("kvformat = 'int4'\n[memory]\ngpu = 1", ['kvformat = "int4"', "did you mean format under [kv]?"]),
         ("format = 'int4'", ['format = "int4"', "did you mean format under [weights] or format under [kv]?"]),
         ("memory_gpu = '80 GB'", ["outside every section", "did you mean gpu under [memory]?"]),
+        ("[memory]\ndevice = '80 GB'", ["[memory] device is", "did you mean gpu?"]),
+        ("[memory]\ndevice_bytes = 1", ["[memory] device_bytes is", "did you mean gpu?"]),
+        ("[memory]\ngpu_bytes = 1", ["[memory] gpu_bytes is", "did you mean gpu?"]),
         ("wieghts = 'int4'", ["outside every section", "(nearest: [weights], which has format)"]),
         ("prefil = 64", ["[memory], [weights], [kv], [prefill] (nearest: [prefill], which has chunk_size)"]),
         ("zzz = 3", ["zzz = 3 stands outside every section", "[memory], [weights], [kv], [prefill] (nearest: ["]),

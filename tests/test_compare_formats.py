@@ -194,7 +194,7 @@ def test_sessions_answer_as_the_real_pages_do_and_count_their_bytes(tiny):
     for (real, _), (own, _) in zip(sessions["int4"].cache.layers, sessions[OWN].cache.layers, strict=True):
         assert own.num_pooled == real.num_pooled + 1 == 6
     # layer 0 sees the same inputs in both: its values are equal to the last bit of bf16, its keys but for rounding to
-    # bf16 before the rotation or after it, the first page exact
+    # bf16 before the rotation or after it, the sink page exact
     real, own, exact = (sessions[name].cache.layers[0][0] for name in ("int4", OWN, "bf16"))
     k, v = decode_pages(real.read_payload(0, 5), real.index[:, :5], real.fmt)
     back = key_rotation(real.fmt.head_dim)[0].T

@@ -29,7 +29,7 @@ def folder(request, tmp_path_factory) -> Path:
 @pytest.fixture
 def runtimes(folder):
     budget = script.comparison_budget(None, "cpu", 50)
-    return script.Runtimes(folder, None, budget, "cpu", ctx=300)
+    return script.Runtimes(folder, None, budget, "cpu", capacity=300)
 
 
 @pytest.mark.parametrize("row", [Row("a", "random:3", RATIO), Row("b", "streaming", sink_size=3, recent_size=20)])
@@ -47,7 +47,7 @@ def test_a_shared_runtime_is_the_loaded_one(runtimes, folder, row):
     assert own.identity == loaded.identity
     copied = [item.bytes for item in own.plan.items if item.name == "reserved"]  # heads of the other runtime's order
     assert len(copied) == (row.name == "a") and own.plan.total_bytes == loaded.plan.total_bytes + sum(copied)
-    assert own.plan.ctx == 300
+    assert own.plan.capacity == 300
     for mine, theirs in zip(own.parts.decoder.layers, loaded.parts.decoder.layers, strict=True):
         pairs = list(zip(mine.tensors(), theirs.tensors(), strict=True))
         assert all(torch.equal(one, other) and one.is_contiguous() for one, other in pairs)
@@ -120,12 +120,12 @@ recent_size = 9
     named = script.comparison_budget(str(path), "cpu", None)
     assert (named.weight_format, named.retrieval_ratio) == ("int8", None)
     assert (named.sink_size, named.recent_size) == (None, None)
-    assert named.gpu_bytes == 8 * 10**9
+    assert named.device_bytes == 8 * 10**9
     monkeypatch.setattr(script.gpu_checks, "default_budget", lambda device: str(path))
     unnamed = script.comparison_budget(None, "cpu", 33)
     assert unnamed.weight_format is None and unnamed.chunk_size == 33
     # with the file's ratio, half of the heads of this map would keep all tokens
-    found = script.Runtimes(folder, None, unnamed, "cpu", ctx=300).get(Row("all streaming", "streaming"))
+    found = script.Runtimes(folder, None, unnamed, "cpu", capacity=300).get(Row("all streaming", "streaming"))
     assert found.split.total_retrieval == 0 and found.split.recent_size == 256
     loaded = longrun.load(folder, Budget.load(path), Row("s", "streaming").make_map(3, 3), device="cpu", ctx=300)
     assert loaded.split.total_retrieval > 0

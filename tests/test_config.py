@@ -183,7 +183,7 @@ def test_a_key_that_acts_beyond_the_window_is_a_warning_there():
     with_key = ModelConfig.from_dict({**LLAMA, "dual_chunk_attention_config": chunked}, "x")
     (warning,) = with_key.warnings
     assert warning.above == 1024 and "dual_chunk_attention_config beyond 1,024 tokens" in warning.text
-    budget = Budget.load("cpu").override(host_bytes=10**12, gpu_bytes=10**12)
+    budget = Budget.load("cpu").override(host_bytes=10**12, device_bytes=10**12)
     assert warning.text in make_plan(with_key, budget, 1025, device_type="cpu").warnings
     assert warning.text not in make_plan(with_key, budget, 1024, device_type="cpu").warnings
     assert with_key.arithmetic() == ModelConfig.from_dict(LLAMA, "x").arithmetic()
@@ -246,7 +246,7 @@ def test_neither_torch_nor_transformers_is_imported():
 def test_the_trained_window_counts_what_rope_stretches(family, changes, tokens):
     config = ModelConfig.from_dict({"architectures": [NAMES[family]], "model_type": family, **changes}, "config.json")
     assert config.trained_positions == tokens
-    assert make_plan(config, Budget.load("a100-80g")).ctx == tokens
+    assert make_plan(config, Budget.load("a100-80g")).capacity == tokens
     beyond = f"{tokens + 1:,} tokens are more than the {tokens:,} that the model was trained for"
     plan = make_plan(config, Budget.load("a100-80g"), tokens + 1)
     assert [text for text in plan.warnings if "trained for" in text] == [f"{beyond}: answers may degrade beyond that"]

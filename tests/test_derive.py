@@ -67,7 +67,7 @@ def test_it_answers_as_a_freshly_loaded_one(folder, case, weights):
     loaded = load(folder, weight_format=weights, **options)
     found = base.derive(options.get("head_map"), **{key: options[key] for key in options if key != "head_map"})
     assert found.split == loaded.split and found.identity == loaded.identity
-    assert (found.plan.ctx, found.plan.kv_format) == (loaded.plan.ctx, loaded.plan.kv_format)
+    assert (found.plan.capacity, found.plan.kv_format) == (loaded.plan.capacity, loaded.plan.kv_format)
     assert (found.plan.chunk_size, found.plan.cache) == (loaded.plan.chunk_size, loaded.plan.cache)
     assert found.notices == loaded.notices
     expected = answers(loaded)
@@ -204,7 +204,7 @@ def test_refusals(folder, tmp_path):
     for kind, options, said in refused:
         with pytest.raises(kind, match=said):
             base.derive(**options)
-    assert base.plan.ctx == CTX and torch.equal(answers(base), answers(load(folder)))
+    assert base.plan.capacity == CTX and torch.equal(answers(base), answers(load(folder)))
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])

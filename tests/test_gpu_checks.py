@@ -185,9 +185,9 @@ def test_what_is_proposed_as_gpu_is_accepted(card, folder, reached):
     proposed = text.split('"')[1]
     longrun.load(folder(), Budget.parse(f'[memory]\ngpu = "{proposed}"', "mine"), device="cuda")
     assert len(reached) == 1
-    assert gpu_checks.check_budget(Budget(gpu_bytes=card.total_memory)) is None
+    assert gpu_checks.check_budget(Budget(device_bytes=card.total_memory)) is None
     with pytest.raises(PlanError):
-        gpu_checks.check_budget(Budget(gpu_bytes=card.total_memory + 1))
+        gpu_checks.check_budget(Budget(device_bytes=card.total_memory + 1))
 
 
 def test_the_default_budget_is_the_largest_that_the_gpu_holds(card):
@@ -201,7 +201,7 @@ def test_the_default_budget_is_the_largest_that_the_gpu_holds(card):
 
 
 def test_gpu_memory_that_others_hold(card, folder, reached):
-    plans, options = [], {"budget": Budget(gpu_bytes=20 * GB), "device": "cuda", "ctx": 8000}
+    plans, options = [], {"budget": Budget(device_bytes=20 * GB), "device": "cuda", "ctx": 8000}
     longrun.load(folder(), **options, on_plan=plans.append)
     card.free = plans[0].device_bytes
     longrun.load(folder(), **options)
@@ -215,7 +215,7 @@ def test_gpu_memory_that_others_hold(card, folder, reached):
 def test_gpu_memory_that_is_this_runs_own_already(card):
     """What torch keeps unused counts as free; weights, other sessions and compiled kernels are not asked for twice."""
     config = ModelConfig.from_dict(LLAMA, "config.json")
-    plan = make_plan(config, Budget(gpu_bytes=20 * GB), 8000, device_type="cuda", reserved_bytes=3 * GB)
+    plan = make_plan(config, Budget(device_bytes=20 * GB), 8000, device_type="cuda", reserved_bytes=3 * GB)
     sizes = {item.name: item.bytes for item in plan.items}
     held = sizes["weights"] + sizes["reserved"]
     for loaded, compiled, own in (
@@ -234,7 +234,7 @@ def test_gpu_memory_that_is_this_runs_own_already(card):
 def test_host_memory_for_the_host_pool_only(card, folder, reached, monkeypatch):
     """On cuda the machine must hold the host pool, not the weights."""
     plans = []
-    budget = Budget(gpu_bytes=20 * GB, host_bytes=GB)
+    budget = Budget(device_bytes=20 * GB, host_bytes=GB)
     longrun.load(folder(), budget, device="cuda", ctx=200_000, device_share=0.5, on_plan=plans.append)
     needed = plans[0].host_bytes
     assert 0 < needed < plans[0].device_bytes
@@ -259,12 +259,12 @@ def test_host_memory_for_the_host_pool_only(card, folder, reached, monkeypatch):
 )
 def test_shapes_without_an_int4_kernel(card, folder, reached, changes, page_size, parts):
     pytest.importorskip("triton")
-    budget = Budget(gpu_bytes=20 * GB, page_size=page_size)
+    budget = Budget(device_bytes=20 * GB, page_size=page_size)
     text = refusal(ConfigError, longrun.load, folder(**changes), budget, device="cuda", ctx=1000)
     for part in (*parts, "kv_format bf16 or device cpu"):
         assert part in text
     longrun.load(folder(**changes), budget, device="cuda", ctx=1000, kv_format="bf16")
-    longrun.load(folder(**changes), Budget(gpu_bytes=GB, page_size=page_size), device="cpu", ctx=1000)
+    longrun.load(folder(**changes), Budget(device_bytes=GB, page_size=page_size), device="cpu", ctx=1000)
     assert [plan.device_type for plan in reached] == ["cuda", "cpu"]
 
 

@@ -178,7 +178,7 @@ def test_with_room_for_all_tokens_it_is_full_attention_in_bf16(folder, method):
 
 def test_a_runtime_over_shared_weights_is_the_loaded_one(served):
     budget = compare_runtimes.comparison_budget("rtx4090-24g", "cuda", 150)
-    shared = compare_runtimes.Runtimes(served, None, budget, "cuda", ctx=900)
+    shared = compare_runtimes.Runtimes(served, None, budget, "cuda", capacity=900)
     reference = shared.get(replace(REFERENCE_ROW, weights="bf16"))  # the budget's own weights are quantized
     row = Row("a", "random:3", 0.4, weights="bf16")
     own = shared.get(row)
@@ -201,7 +201,7 @@ def test_a_runtime_over_shared_weights_is_the_loaded_one(served):
 
 def test_an_unnamed_budget_is_of_the_gpu_with_exact_weights(served):
     budget = compare_runtimes.comparison_budget(None, "cuda", None)
-    found = compare_runtimes.Runtimes(served, None, budget, None, ctx=900).get(Row("s", "streaming"))
+    found = compare_runtimes.Runtimes(served, None, budget, None, capacity=900).get(Row("s", "streaming"))
     assert found.plan.device_type == "cuda" and found.plan.weight_format == "bf16"
     assert found.split.total_retrieval == 0
     session = found.new_session()

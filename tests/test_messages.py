@@ -64,13 +64,13 @@ PLACES = {
     **{f"adapter {key}": (lambda p, v, key=key: adapter(p, key, v))
        for key in ("peft_type", "r", "lora_alpha", "target_modules", "bias", "longrun", "made_up")},
     "head map": head_map,
-    **{f"budget {key}": (lambda p, v, key=key: Budget(**{"gpu_bytes": 10**9, key: v}))
-       for key in ("gpu_bytes", "host_bytes", "kv_format", "weight_format", "retrieval_ratio", "sink_size", "page_size",
-                   "chunk_size")},
+    **{f"budget {key}": (lambda p, v, key=key: Budget(**{"device_bytes": 10**9, key: v}))
+       for key in ("device_bytes", "host_bytes", "kv_format", "weight_format", "retrieval_ratio", "sink_size",
+                   "page_size", "chunk_size")},
     "budget name": lambda p, v: Budget.load(v),
     "budget key": lambda p, v: Budget.parse(f"[memory]\n{LONG} = 1"),
     "budget section": lambda p, v: Budget.parse(f"[{LONG}]\na = 1"),
-    "head map name": lambda p, v: choose_split(SMALL, Budget(gpu_bytes=10**9), v),
+    "head map name": lambda p, v: choose_split(SMALL, Budget(device_bytes=10**9), v),
     "tokens": lambda p, v: parse_tokens(v, "--ctx"),
     "bytes": lambda p, v: parse_bytes(v),
     "page format": lambda p, v: PageFormat(v, 64, 64),

@@ -10,7 +10,7 @@ from longrun.errors import PlanError
 from longrun.patterns.head_map import HeadSplit
 from longrun.plan.budget import Budget
 from longrun.plan.plan import NoFitError, make_plan
-from longrun.plan.search import MAX_CTX
+from longrun.plan.search import MAX_CAPACITY
 
 
 def items(plan):
@@ -46,7 +46,7 @@ def test_llama_3_8b_at_3_3m_on_80_gb_equals_hand_arithmetic():
 
 
 def test_full_bf16_cache_costs_131072_bytes_a_token():
-    budget = Budget(gpu_bytes=10**12, kv_format="bf16")
+    budget = Budget(device_bytes=10**12, kv_format="bf16")
     assert make_plan(LLAMA, budget, 1000).cache.bytes_per_token == 131_072
 
 
@@ -56,7 +56,7 @@ def test_the_device_is_filled_before_the_host_is_used():
     cache = plan.cache
     assert 0 < cache.device_pages_per_head < cache.pages_per_head
     one_more_page_each = cache.total_retrieval_heads * cache.page_format.payload_bytes
-    assert plan.device_bytes <= budget.gpu_bytes < plan.device_bytes + one_more_page_each
+    assert plan.device_bytes <= budget.device_bytes < plan.device_bytes + one_more_page_each
     assert plan.host_bytes == cache.host_pages * 8448 <= budget.host_bytes
     assert cache.fetch_pages >= max(cache.retrieval_heads)
     assert cache.fetch_pages * 8448 <= 2 * 256 * 2**20
@@ -64,7 +64,7 @@ def test_the_device_is_filled_before_the_host_is_used():
 
 
 def test_device_share_puts_pages_on_the_host_although_there_is_room():
-    budget = Budget(gpu_bytes=2 * 10**9, host_bytes=10**9, weight_format="fp32")
+    budget = Budget(device_bytes=2 * 10**9, host_bytes=10**9, weight_format="fp32")
     plan = make_plan(SMALL, budget, 4096, device_type="cpu", device_share=0.5)
     assert plan.cache.pages_per_head == 62
     assert plan.cache.device_pages_per_head == 31
@@ -74,11 +74,11 @@ def test_device_share_puts_pages_on_the_host_although_there_is_room():
 
 
 def test_no_item_is_empty_and_a_plan_without_retrieval_heads_has_no_limit():
-    budget = Budget(gpu_bytes=2 * 10**9, weight_format="fp32")
+    budget = Budget(device_bytes=2 * 10**9, weight_format="fp32")
     split = HeadSplit(((False,) * 4,) * 6, 4, 8)
     plan = make_plan(SMALL, budget, 10**8, split=split, device_type="cpu")
     assert all(item.bytes > 0 for item in plan.items)
-    assert plan.max_ctx == MAX_CTX
+    assert plan.max_capacity == MAX_CAPACITY
     assert plan.cache.bytes_per_token == 0
 
 
@@ -86,18 +86,18 @@ def test_no_item_is_empty_and_a_plan_without_retrieval_heads_has_no_limit():
 @pytest.mark.parametrize("host", [0, 3 * 10**8])
 @pytest.mark.parametrize("kv_format", ["int4", "fp32"])
 def test_the_largest_context_fits_and_one_token_more_does_not(ratio, host, kv_format):
-    budget = Budget(gpu_bytes=10**9, host_bytes=host, weight_format="nf4", kv_format=kv_format)
+    budget = Budget(device_bytes=10**9, host_bytes=host, weight_format="nf4", kv_format=kv_format)
     split = assumed(SMALL, budget, ratio)
     plan = make_plan(SMALL, budget, 1000, split=split, device_type="cpu")
-    most = make_plan(SMALL, budget, plan.max_ctx, split=split, device_type="cpu")
-    assert most.max_ctx == plan.max_ctx > 10_000
+    most = make_plan(SMALL, budget, plan.max_capacity, split=split, device_type="cpu")
+    assert most.max_capacity == plan.max_capacity > 10_000
     assert (most.host_bytes > 0) == (host > 0)
     with pytest.raises(NoFitError):
-        make_plan(SMALL, budget, plan.max_ctx + 1, split=split, device_type="cpu")
+        make_plan(SMALL, budget, plan.max_capacity + 1, split=split, device_type="cpu")
 
 
 def test_a_context_beyond_the_trained_window_is_a_warning_with_both_numbers():
-    budget = Budget(gpu_bytes=2 * 10**9)
+    budget = Budget(device_bytes=2 * 10**9)
     assert make_plan(SMALL, budget, 4096, device_type="cpu").warnings == ()
     (warning,) = make_plan(SMALL, budget, 4097, device_type="cpu").warnings
     assert "4,097" in warning
@@ -105,11 +105,11 @@ def test_a_context_beyond_the_trained_window_is_a_warning_with_both_numbers():
 
 
 def test_default_context_is_the_trained_window_or_what_fits():
-    assert make_plan(SMALL, Budget(gpu_bytes=2 * 10**9), device_type="cpu").ctx == 4096
-    needed = make_plan(SMALL, Budget(gpu_bytes=2 * 10**9), 4096, device_type="cpu").device_bytes
-    tight = Budget(gpu_bytes=needed - 1)
+    assert make_plan(SMALL, Budget(device_bytes=2 * 10**9), device_type="cpu").capacity == 4096
+    needed = make_plan(SMALL, Budget(device_bytes=2 * 10**9), 4096, device_type="cpu").device_bytes
+    tight = Budget(device_bytes=needed - 1)
     plan = make_plan(SMALL, tight, device_type="cpu")
-    assert plan.ctx == plan.max_ctx < 4096
+    assert plan.capacity == plan.max_capacity < 4096
     assert "4,096" in plan.warnings[0]
 
 
@@ -118,9 +118,9 @@ def test_a_sliding_window_checkpoint_runs_within_its_window_only():
         {**SMALL_JSON, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 2048},
         "config.json",
     )
-    budget = Budget(gpu_bytes=2 * 10**9)
-    assert make_plan(config, budget, 2048, device_type="cpu").ctx == 2048
-    assert make_plan(config, budget, device_type="cpu").ctx == 2048
+    budget = Budget(device_bytes=2 * 10**9)
+    assert make_plan(config, budget, 2048, device_type="cpu").capacity == 2048
+    assert make_plan(config, budget, device_type="cpu").capacity == 2048
     with pytest.raises(PlanError, match='"sliding_window": null') as error:
         make_plan(config, budget, 2049, device_type="cpu")
     assert "2,049" in str(error.value)
@@ -128,13 +128,13 @@ def test_a_sliding_window_checkpoint_runs_within_its_window_only():
 
 
 def test_chunk_and_scratch_never_exceed_the_context():
-    budget = Budget(gpu_bytes=2 * 10**9, chunk_size=1024)
+    budget = Budget(device_bytes=2 * 10**9, chunk_size=1024)
     plan = make_plan(SMALL, budget, 100, device_type="cpu")
     assert plan.chunk_size == plan.attention.chunk_size == 100
     assert plan.attention.scratch_tokens == 128
 
 
 def test_a_tiny_cache_still_leaves_room_to_load_the_weights():
-    plan = make_plan(SMALL, Budget(gpu_bytes=2 * 10**9, weight_format="fp32", chunk_size=1), 1, device_type="cpu")
+    plan = make_plan(SMALL, Budget(device_bytes=2 * 10**9, weight_format="fp32", chunk_size=1), 1, device_type="cpu")
     largest_tensor = 1000 * 256 * 4
     assert plan.device_bytes >= items(plan)["weights"] + items(plan)["runtime base"] + largest_tensor

@@ -16,18 +16,18 @@ from longrun.plan.command import plan_command
 from longrun.plan.plan import NoFitError, choose_split, make_plan
 
 
-def refused(config, budget, ctx, split, **options):
+def refused(config, budget, capacity, split, **options):
     with pytest.raises(NoFitError) as error:
-        make_plan(config, budget, ctx, split=split, **options)
+        make_plan(config, budget, capacity, split=split, **options)
     assert "\n" not in str(error.value)
     for suggestion in error.value.suggestions:
         assert suggestion.words in str(error.value)
     return error.value, {suggestion.setting: suggestion.value for suggestion in error.value.suggestions}
 
 
-def does_fit(config, budget, ctx, split, **options):
+def does_fit(config, budget, capacity, split, **options):
     try:
-        make_plan(config, budget, ctx, split=split, **options)
+        make_plan(config, budget, capacity, split=split, **options)
     except NoFitError:
         return False
     return True
@@ -36,8 +36,8 @@ def does_fit(config, budget, ctx, split, **options):
 def test_every_suggestion_fits_and_one_step_beyond_does_not():
     budget = Budget.load("rtx4090-24g").override(kv_format="bf16", weight_format="int8", chunk_size=16384)
     split = assumed(LLAMA, budget, 0.5)
-    ctx = 990_000
-    error, found = refused(LLAMA, budget, ctx, split)
+    capacity = 990_000
+    error, found = refused(LLAMA, budget, capacity, split)
     assert error.host_short > 0
     assert set(found) >= {"ctx", "retrieval_ratio", "host", "kv", "weights"}
 
@@ -46,16 +46,16 @@ def test_every_suggestion_fits_and_one_step_beyond_does_not():
 
     heads = round(found["retrieval_ratio"] * 256)
     assert 0 < heads < 128
-    assert does_fit(LLAMA, budget, ctx, assumed(LLAMA, budget, found["retrieval_ratio"]))
-    assert not does_fit(LLAMA, budget, ctx, assumed(LLAMA, budget, (heads + 1) / 256))
+    assert does_fit(LLAMA, budget, capacity, assumed(LLAMA, budget, found["retrieval_ratio"]))
+    assert not does_fit(LLAMA, budget, capacity, assumed(LLAMA, budget, (heads + 1) / 256))
 
-    assert does_fit(LLAMA, replace(budget, host_bytes=found["host"]), ctx, split)
-    assert not does_fit(LLAMA, replace(budget, host_bytes=found["host"] - 10**8), ctx, split)
+    assert does_fit(LLAMA, replace(budget, host_bytes=found["host"]), capacity, split)
+    assert not does_fit(LLAMA, replace(budget, host_bytes=found["host"] - 10**8), capacity, split)
 
     assert found["kv"] == "k5v3"
-    assert does_fit(LLAMA, budget.override(kv_format="k5v3"), ctx, split)
+    assert does_fit(LLAMA, budget.override(kv_format="k5v3"), capacity, split)
     assert found["weights"] == "int4"
-    assert does_fit(LLAMA, budget.override(weight_format="int4"), ctx, split)
+    assert does_fit(LLAMA, budget.override(weight_format="int4"), capacity, split)
 
 
 def test_the_shortfall_is_what_is_missing():
@@ -68,15 +68,15 @@ def test_the_shortfall_is_what_is_missing():
     alone = replace(budget, host_bytes=0)
     error, _ = refused(LLAMA, alone, CTX, split)
     assert error.host_short == 0
-    assert does_fit(LLAMA, replace(alone, gpu_bytes=alone.gpu_bytes + error.device_short), CTX, split)
-    assert not does_fit(LLAMA, replace(alone, gpu_bytes=alone.gpu_bytes + error.device_short - 1), CTX, split)
+    assert does_fit(LLAMA, replace(alone, device_bytes=alone.device_bytes + error.device_short), CTX, split)
+    assert not does_fit(LLAMA, replace(alone, device_bytes=alone.device_bytes + error.device_short - 1), CTX, split)
 
 
 def test_one_byte_missing_is_one_byte():
     """A host pool that is too small for a page of every head is not what is short."""
     split = HeadMap.uniform(6, 4, 0.5).split(0.5)
-    needed = make_plan(SMALL, Budget(gpu_bytes=10**10), 4096, split=split, device_type="cpu").device_bytes
-    error, _ = refused(SMALL, Budget(gpu_bytes=needed - 1, host_bytes=1000), 4096, split, device_type="cpu")
+    needed = make_plan(SMALL, Budget(device_bytes=10**10), 4096, split=split, device_type="cpu").device_bytes
+    error, _ = refused(SMALL, Budget(device_bytes=needed - 1, host_bytes=1000), 4096, split, device_type="cpu")
     assert (error.device_short, error.host_short) == (1, 0)
     assert "1 B of device pool memory short" in str(error)
 
@@ -144,7 +144,7 @@ def test_every_advice_followed_to_the_letter_fits(seed, tmp_path, capsys):
 
 
 def test_advice_names_options_only_where_there_are_such():
-    budget = Budget(gpu_bytes=3 * 10**9, weight_format="nf4", kv_format="bf16")
+    budget = Budget(device_bytes=3 * 10**9, weight_format="nf4", kv_format="bf16")
     error, found = refused(SMALL, budget, 2_000_000, None, device_type="cpu")
     assert f"a context of {found['ctx']} tokens" in str(error) and "--" not in str(error)
     said = error.told_by({"--kv"})
@@ -154,7 +154,7 @@ def test_advice_names_options_only_where_there_are_such():
 
 def test_where_no_setting_helps_fewer_bits_are_named_with_their_memory():
     """A model of which not even the smallest weights fit: someone on a CPU hears of `--weights int4`, too."""
-    error, found = refused(LLAMA, Budget(gpu_bytes=5 * 10**9, source="cpu"), 8192, None, device_type="cpu")
+    error, found = refused(LLAMA, Budget(device_bytes=5 * 10**9, source="cpu"), 8192, None, device_type="cpu")
     assert found == {"gpu": found["gpu"], "weights": "int4"}
     said = error.told_by(PLAN_OPTIONS)
     assert "(main memory, too), or --weights int4 with gpu = " in said
@@ -162,8 +162,8 @@ def test_where_no_setting_helps_fewer_bits_are_named_with_their_memory():
 
 def test_a_smaller_chunk_is_suggested_where_it_is_enough():
     split = HeadMap.uniform(32, 8, 0.5).split(0.5)
-    needed = make_plan(LLAMA, Budget(gpu_bytes=10**12, chunk_size=1024, weight_format="nf4"), 100_000, split=split)
-    budget = Budget(gpu_bytes=needed.device_bytes, chunk_size=65536, weight_format="nf4")
+    needed = make_plan(LLAMA, Budget(device_bytes=10**12, chunk_size=1024, weight_format="nf4"), 100_000, split=split)
+    budget = Budget(device_bytes=needed.device_bytes, chunk_size=65536, weight_format="nf4")
     _, found = refused(LLAMA, budget, 100_000, split)
     assert found["chunk_size"] == 1024
     assert does_fit(LLAMA, replace(budget, chunk_size=1024), 100_000, split)
@@ -173,7 +173,7 @@ def test_a_smaller_chunk_is_suggested_where_it_is_enough():
 def test_suggested_ratio_follows_the_given_head_map():
     # every head of the last three layers first: the busiest layer has four retrieval heads at any such ratio
     scores = tuple((float(layer >= 3),) * 4 for layer in range(6))
-    budget = Budget(gpu_bytes=800 * 10**6, weight_format="nf4")
+    budget = Budget(device_bytes=800 * 10**6, weight_format="nf4")
     split = choose_split(SMALL, budget, HeadMap(scores), 0.5)
     _, found = refused(SMALL, budget, 2_000_000, split, device_type="cpu")
     heads = round(found["retrieval_ratio"] * 24)
@@ -185,20 +185,20 @@ def test_suggested_ratio_follows_the_given_head_map():
 
 
 def test_a_budget_that_cannot_hold_the_weights_says_so():
-    budget = Budget(gpu_bytes=10 * 10**9, weight_format="bf16", source="mine")
+    budget = Budget(device_bytes=10 * 10**9, weight_format="bf16", source="mine")
     error, found = refused(LLAMA, budget, 8192, None)
     assert "mine does not even hold the weights: 16.1 GB in bf16" in str(error)
     assert error.device_short == 16_060_522_496 + 850_000_000 - 10 * 10**9
     assert found == {"weights": "int4"}
     assert does_fit(LLAMA, replace(budget, weight_format="int4"), 8192, None)
     assert not does_fit(LLAMA, replace(budget, weight_format="int8"), 8192, None)
-    _, found = refused(LLAMA, replace(budget, gpu_bytes=10_200 * 10**6), 8192, None, device_type="cpu")
+    _, found = refused(LLAMA, replace(budget, device_bytes=10_200 * 10**6), 8192, None, device_type="cpu")
     assert found == {"weights": "nf4"}  # where it is the faster one of the two with 4 bits
 
 
 def test_where_no_other_setting_helps_the_memory_needed_is_named():
-    budget = Budget(gpu_bytes=2 * 10**9, weight_format="nf4")
+    budget = Budget(device_bytes=2 * 10**9, weight_format="nf4")
     _, found = refused(LLAMA, budget, 8192, None)
     assert set(found) == {"gpu"}
-    assert does_fit(LLAMA, replace(budget, gpu_bytes=found["gpu"]), 8192, None)
-    assert not does_fit(LLAMA, replace(budget, gpu_bytes=found["gpu"] - 10**8), 8192, None)
+    assert does_fit(LLAMA, replace(budget, device_bytes=found["gpu"]), 8192, None)
+    assert not does_fit(LLAMA, replace(budget, device_bytes=found["gpu"] - 10**8), 8192, None)

@@ -23,7 +23,7 @@ def test_full_attention_without_a_head_map_and_the_budgets_ratio_unused():
 def test_head_map_takes_the_callers_ratio_then_the_budgets(tmp_path):
     head_map = HeadMap(tuple(tuple(head / 4 for head in range(4)) for _ in range(6)), 7, 9)
     head_map.save(tmp_path / "map")
-    budget = Budget(gpu_bytes=10**9, retrieval_ratio=0.25)
+    budget = Budget(device_bytes=10**9, retrieval_ratio=0.25)
     assert choose_split(SMALL, budget, tmp_path / "map").split.total_retrieval == 6
     assert choose_split(SMALL, budget, tmp_path / "map", 0.75).split.total_retrieval == 18
     by_score = choose_split(SMALL, replace(budget, retrieval_ratio=None), str(tmp_path / "map")).split
@@ -34,7 +34,7 @@ def test_head_map_takes_the_callers_ratio_then_the_budgets(tmp_path):
 
 
 def test_splits_that_make_no_sense():
-    budget = Budget(gpu_bytes=10**9)
+    budget = Budget(device_bytes=10**9)
     with pytest.raises(InputError, match="needs a head map"):
         choose_split(SMALL, budget, None, 0.5)
     with pytest.raises(InputError, match="needs a head map"):

@@ -27,10 +27,10 @@ class _Leaving:
 class PagedHeads:
     """Pages of the `num_heads` retrieval heads of one layer.
 
-    Every head holds the same positions. Page p of a head is pooled page p - fmt.sink_pages: the first page of INT4
-    caches is kept exact. The unfinished last page is the tail, exact as well; it is flushed when the next token needs
-    its room. The newest `device_quota` pooled pages of each head stand in the device pool, older ones in the host
-    pool, so pooled pages [0, num_on_host) are on the host.
+    Every head holds the same positions. Page p of a head is pooled page p - fmt.sink_pages: where pages are quantized,
+    the first one is the sink page and stays exact. The unfinished last page is the tail, exact as well; it is flushed
+    when the next token needs its room. The newest `device_quota` pooled pages of each head stand in the device pool,
+    older ones in the host pool, so pooled pages [0, num_on_host) are on the host.
 
     Attributes:
         table: int32 [num_heads, max_pages], slot of each pooled page.

@@ -58,7 +58,7 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
         raise InputError("--prompt is empty: give a question")
     check_text(args.system or "", "--system")
     documents = [read_document(path) for path in args.file]
-    ctx = None if args.ctx is None else parse_tokens(args.ctx, "--ctx")
+    capacity = None if args.ctx is None else parse_tokens(args.ctx, "--ctx")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a bad line becomes an error of that line
     with leaving_at_once():
@@ -79,7 +79,7 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, on_sigterm)
     runner: ChatRunner | None = None
     try:
-        runner = _make_runner(args, ctx, console)
+        runner = _make_runner(args, capacity, console)
         if args.prompt is not None and not interactive:
             return _answer_once(runner, documents, args.prompt.strip(), args.json)
         return _chat(runner, documents, args.prompt, interactive)
@@ -105,7 +105,7 @@ def _import_libraries() -> None:
     transformers.AutoTokenizer, transformers.GenerationConfig, transformers.PreTrainedTokenizerFast  # noqa: B018
 
 
-def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) -> ChatRunner:
+def _make_runner(args: argparse.Namespace, capacity: int | None, console: Console) -> ChatRunner:
     """Print the plan, load the model, then the session; say what else a person should know."""
     from longrun.chat.progress import HeadMapProgress, PinProgress
     from longrun.chat.runner import ChatRunner
@@ -126,7 +126,7 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
     runtime = _load(
         args,
         choice,
-        ctx,
+        capacity,
         folder,
         lambda plan: print_plan(plan, console),
         PinProgress(console),
@@ -135,7 +135,7 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
     promised = runtime.plan
     if claimed is not None:
         claimed.release()  # to the session
-    runner = ChatRunner(runtime, options, console, args.system, folder, ctx)
+    runner = ChatRunner(runtime, options, console, args.system, folder, capacity)
     runner.load_seconds = time.perf_counter() - started
     plan = runner.session.plan
     if plan != promised:  # the session was saved with another capacity
@@ -149,7 +149,7 @@ def _make_runner(args: argparse.Namespace, ctx: int | None, console: Console) ->
 def _load(
     args: argparse.Namespace,
     choice: ModelChoice,
-    ctx: int | None,
+    capacity: int | None,
     session: Path | None,
     on_plan: Callable[[Plan], None],
     on_pin: Callable[[int, int], None],
@@ -159,8 +159,8 @@ def _load(
     from longrun.model.choice import DEMO_CONTEXT
     from longrun.runtime.load import load
 
-    if ctx is None and choice.notice is not None:
-        ctx = DEMO_CONTEXT
+    if capacity is None and choice.notice is not None:
+        capacity = DEMO_CONTEXT
     return load(
         choice.model_dir,
         args.budget,
@@ -168,7 +168,7 @@ def _load(
         args.kv,
         args.weights,
         args.device,
-        ctx=ctx,
+        ctx=capacity,
         adapter=choice.adapter,
         retrieval_ratio=args.retrieval_ratio,
         chunk_size=args.chunk_size,

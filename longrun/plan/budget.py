@@ -5,7 +5,8 @@
     [kv]      format = "k5v3", retrieval_ratio = 0.5, sink_size = 128, recent_size = 256, page_size = 64
     [prefill] chunk_size = 32768
 
-Everything but `[memory] gpu` may be left out; `Budget` says what it is then.
+Everything but `[memory] gpu` may be left out; `Budget` says what it is then. `gpu` has no second name: on a CPU, too,
+it is the memory of the compute device (`Budget.device_bytes`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.units import parse_bytes
 
 _SECTIONS: dict[str, dict[str, str]] = {
-    "memory": {"gpu": "gpu_bytes", "host": "host_bytes"},
+    "memory": {"gpu": "device_bytes", "host": "host_bytes"},
     "weights": {"format": "weight_format"},
     "kv": {
         "format": "kv_format",
@@ -45,7 +46,7 @@ class Budget:
     """What a run may use.
 
     Attributes:
-        gpu_bytes: memory of the compute device; on the CPU, main memory for weights, activations and device pool.
+        device_bytes: memory of the compute device; on the CPU, main memory for weights, activations and device pool.
         host_bytes: main memory for pages that the device pool does not hold. Default 0: no host pool.
         weight_format: one of `WEIGHT_FORMATS`, or None for the device's own (fp32 on the CPU, bf16 on a GPU).
         kv_format: one of `KV_FORMATS`. Default k5v3.
@@ -60,7 +61,7 @@ class Budget:
         ConfigError: a value of the wrong type or an impossible one.
     """
 
-    gpu_bytes: int
+    device_bytes: int
     host_bytes: int = 0
     weight_format: str | None = None
     kv_format: str = DEFAULT_KV_FORMAT
@@ -72,7 +73,7 @@ class Budget:
     source: str = "budget"
 
     def __post_init__(self) -> None:
-        self._check_whole("gpu_bytes", 1)
+        self._check_whole("device_bytes", 1)
         self._check_whole("host_bytes", 0)
         self._check_name("kv_format", KV_FORMATS)
         if self.weight_format is not None:
@@ -127,10 +128,10 @@ class Budget:
                     name = shortened(key)
                     raise ConfigError(f"{source}: [{section}] {name} is not a known key: {_where_to(name, section)}")
                 fields[known[key]] = value
-        for field in ("gpu_bytes", "host_bytes"):
+        for field in ("device_bytes", "host_bytes"):
             if field in fields:
                 fields[field] = _bytes_of(fields[field], field, source)
-        if "gpu_bytes" not in fields:
+        if "device_bytes" not in fields:
             raise ConfigError(f'{source}: [memory] gpu is missing: say how much memory there is, like gpu = "80 GB"')
         return cls(**fields, source=source)
 
@@ -192,10 +193,11 @@ def _known_section(section: str, keys: Any, source: str) -> dict[str, str]:
 def _where_to(key: str, section: str | None) -> str:
     """What the writer of an unknown key probably meant: the nearest keys anywhere, or what sections there are.
 
-    A key is near by its name in the file, by that of its `Budget` field, or by section and name together.
+    A key is near by its name in the file, by that of its `Budget` field, by section and name together, or with
+    `_bytes`.
     """
     near = {
-        (other, name): max(_similarity(key, text) for text in (name, field, f"{other}_{name}"))
+        (other, name): max(_similarity(key, text) for text in (name, field, f"{other}_{name}", f"{name}_bytes"))
         for other, keys in _SECTIONS.items()
         for name, field in keys.items()
     }

@@ -36,13 +36,13 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
     budget = Budget.load(options.budget).override(
         kv_format=options.kv, weight_format=options.weights, chunk_size=options.chunk_size
     )
-    ctx = None if options.ctx is None else parse_tokens(options.ctx, "--ctx")
+    capacity = None if options.ctx is None else parse_tokens(options.ctx, "--ctx")
     device_type = options.device or ("cpu" if options.budget == "cpu" else "cuda")
     if device_type == "cuda":
         check_kernel_shapes(config, budget)
     split = choose_split(config, budget, options.head_map, options.retrieval_ratio, assume=True)
     try:
-        plan = make_plan(config, budget, ctx, split=split, device_type=device_type)
+        plan = make_plan(config, budget, capacity, split=split, device_type=device_type)
         plan = replace(plan, notes=(*plan.notes, *([] if note is None else [note])))
     except NoFitError as error:
         if options.json:

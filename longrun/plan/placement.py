@@ -1,4 +1,4 @@
-"""Where every byte of a run goes for one context length: the planner's arithmetic, without torch.
+"""Where every byte of a run goes for one capacity: the planner's arithmetic, without torch.
 
 `place` never refuses: it states what the settings need and by how much that exceeds the memory. The bytes themselves
 are computed by the parts they belong to (`longrun.specs`); here they are added.
@@ -54,15 +54,15 @@ class PlanItem:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Everything but the context length that decides a placement.
+    """Everything but the capacity that decides a placement.
 
     Attributes:
         config: shape of the model.
         split: retrieval and streaming heads of the model.
         device_type: "cpu" or "cuda".
         weight_format, kv_format, page_size: formats, see `Budget`.
-        chunk_size: the most tokens of one prefill step; capped at the context.
-        gpu_bytes, host_bytes: memory that may be used.
+        chunk_size: the most tokens of one prefill step; capped at the capacity.
+        device_bytes, host_bytes: memory that may be used.
         reserved_bytes: device memory that is taken already.
         device_share: the most of a retrieval head's pages that may stand in the device pool, 0 to 1. Below 1 pages
             go to the host pool although the device has room, which is how the host path is exercised.
@@ -78,7 +78,7 @@ class PlanSettings:
     kv_format: str
     page_size: int
     chunk_size: int
-    gpu_bytes: int
+    device_bytes: int
     host_bytes: int
     reserved_bytes: int = 0
     device_share: float = 1.0
@@ -157,13 +157,13 @@ def place(settings: PlanSettings, capacity: int) -> Placement:
         attention = _with_fetch_tables(attention, cache)
     others = tuple(_items_beside_the_cache(settings, attention))
     other_bytes = sum(item.bytes for item in others)
-    missing = other_bytes + sum(cache.device_bytes().values()) - settings.gpu_bytes
+    missing = other_bytes + sum(cache.device_bytes().values()) - settings.device_bytes
     if missing > 0 and settings.host_bytes > 0 and cache.total_retrieval_heads > 0:
         attention = _with_fetch_tables(attention, cache)
         others = tuple(_items_beside_the_cache(settings, attention))
         other_bytes = sum(item.bytes for item in others)
         empty = _cache_spec(settings, capacity, device_share=0.0)
-        left = settings.gpu_bytes - other_bytes - sum(empty.device_bytes().values())
+        left = settings.device_bytes - other_bytes - sum(empty.device_bytes().values())
         pages = max(0, left) // (empty.total_retrieval_heads * empty.page_format.payload_bytes)
         cache = _cache_spec(settings, capacity, device_share=settings.device_share, most_pages=pages)
         missing = -left
@@ -181,7 +181,7 @@ def place(settings: PlanSettings, capacity: int) -> Placement:
         cache=cache,
         attention=attention,
         items=tuple(item for item in items if item.bytes),
-        device_short=max(0, missing, settings.loading_bytes - settings.gpu_bytes),
+        device_short=max(0, missing, settings.loading_bytes - settings.device_bytes),
         host_short=max(0, sum(cache.host_bytes().values()) - settings.host_bytes),
     )
 

@@ -1,4 +1,4 @@
-"""The memory plan: model shape + head split + budget + context -> every byte, or an error that says what would fit.
+"""The memory plan: model shape + head split + budget + capacity -> every byte, or an error that says what would fit.
 
 Plain arithmetic without torch. `python -m longrun.plan --help` prints a plan from config.json alone.
 """
@@ -16,7 +16,7 @@ from longrun.machine.processor import bf16_product_copy_bytes
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import Budget
 from longrun.plan.placement import DEFAULT_WEIGHT_FORMAT, Placement, PlanItem, PlanSettings, place
-from longrun.plan.search import Suggestion, largest_ctx, shortfall, suggest
+from longrun.plan.search import Suggestion, largest_capacity, shortfall, suggest
 from longrun.plan.split import ChosenSplit, choose_split
 from longrun.specs.attention_spec import AttentionSpec
 from longrun.specs.cache_spec import CacheSpec
@@ -64,9 +64,9 @@ class Plan:
     """What a run holds, byte by byte. Sizes are bytes, lengths are tokens.
 
     Attributes:
-        ctx: capacity of the cache.
-        max_ctx: largest context that the same memory and settings hold (`longrun.plan.search.MAX_CTX` where nothing
-            grows with the context).
+        capacity: tokens that the cache holds.
+        max_capacity: the most tokens that the same memory and settings hold (`longrun.plan.search.MAX_CAPACITY` where
+            nothing grows with the context).
         model: the model's shape in words.
         cache, attention: what cache and attention backend allocate.
         items: every part, with its place ("device" or "host").
@@ -75,8 +75,8 @@ class Plan:
         warnings: what a person must know before the run; notes: what is good to know.
     """
 
-    ctx: int
-    max_ctx: int
+    capacity: int
+    max_capacity: int
     model: str
     device_type: str
     weight_format: str
@@ -122,8 +122,8 @@ class Plan:
         cache = self.cache
         return {
             "fits": True,
-            "ctx": self.ctx,
-            "max_ctx": self.max_ctx,
+            "ctx": self.capacity,
+            "max_ctx": self.max_capacity,
             "model": self.model,
             "device_type": self.device_type,
             "weight_format": self.weight_format,
@@ -160,7 +160,7 @@ class Plan:
 def make_plan(
     config: ModelConfig,
     budget: Budget,
-    ctx: int | None = None,
+    capacity: int | None = None,
     *,
     split: HeadSplit | ChosenSplit | None = None,
     device_type: str = "cuda",
@@ -168,12 +168,12 @@ def make_plan(
     device_share: float = 1.0,
     gpu_kernels: bool = True,
 ) -> Plan:
-    """Plan a run of `ctx` tokens within `budget`.
+    """Plan a run of `capacity` tokens within `budget`.
 
     Args:
         config: shape of the model.
         budget: memory, formats and chunk size; see `Budget.override` for options that win over a file.
-        ctx: capacity in tokens; None takes the model's trained window, or less where less fits.
+        capacity: tokens that the cache holds; None takes the model's trained window, or less where less fits.
         split: head split, best with its origin (`choose_split`), so that the plan can name it and propose another
             ratio; None is full attention.
         device_type: "cpu" or "cuda".
@@ -182,9 +182,9 @@ def make_plan(
 
     Raises:
         NoFitError: the budget does not hold it; with the shortfall and what would fit.
-        PlanError: a context that the model's own sliding window or the page tables do not allow.
+        PlanError: a capacity that the model's own sliding window or the page tables do not allow.
     """
-    ctx = None if ctx is None else parse_tokens(ctx, "ctx")
+    capacity = None if capacity is None else parse_tokens(capacity, "capacity")
     choice(device_type, "device_type", ("cpu", "cuda"))
     device_share = number(device_share, "device_share", 0, 1)
     reserved_bytes = integer(reserved_bytes, "reserved_bytes")
@@ -197,31 +197,31 @@ def make_plan(
         kv_format=budget.kv_format,
         page_size=budget.page_size,
         chunk_size=budget.chunk_size,
-        gpu_bytes=budget.gpu_bytes,
+        device_bytes=budget.device_bytes,
         host_bytes=budget.host_bytes,
         reserved_bytes=reserved_bytes,
         device_share=device_share,
         gpu_kernels=gpu_kernels,
         bf16_product_copy=bf16_product_copy_bytes(),
     )
-    max_ctx = largest_ctx(settings)
+    max_capacity = largest_capacity(settings)
     warnings = []
-    if ctx is None:
-        ctx, why = _default_ctx(config, max_ctx)
+    if capacity is None:
+        capacity, why = _default_capacity(config, max_capacity)
         warnings += why
-    _check_window(config, ctx)
-    if ctx > config.trained_positions:
+    _check_window(config, capacity)
+    if capacity > config.trained_positions:
         warnings.append(
-            f"{ctx:,} tokens are more than the {config.trained_positions:,} that the model was trained for: "
+            f"{capacity:,} tokens are more than the {config.trained_positions:,} that the model was trained for: "
             f"answers may degrade beyond that"
         )
-    warnings += [warning.text for warning in config.warnings if ctx > warning.above]
-    placement = place(settings, ctx)
+    warnings += [warning.text for warning in config.warnings if capacity > warning.above]
+    placement = place(settings, capacity)
     if not placement.fits:
         raise _no_fit(settings, placement, budget, chosen)
     return Plan(
-        ctx=ctx,
-        max_ctx=max_ctx,
+        capacity=capacity,
+        max_capacity=max_capacity,
         model=describe_model(config),
         device_type=device_type,
         weight_format=settings.weight_format,
@@ -231,7 +231,7 @@ def make_plan(
         cache=placement.cache,
         attention=placement.attention,
         items=placement.items,
-        device_budget=budget.gpu_bytes,
+        device_budget=budget.device_bytes,
         host_budget=budget.host_bytes,
         budget_source=budget.source,
         warnings=tuple(warnings),
@@ -256,23 +256,23 @@ def _with_origin(split: HeadSplit | ChosenSplit | None, config: ModelConfig, bud
     return ChosenSplit(split, HeadMap(scores, split.sink_size, split.recent_size), note)
 
 
-def _default_ctx(config: ModelConfig, max_ctx: int) -> tuple[int, list[str]]:
+def _default_capacity(config: ModelConfig, max_capacity: int) -> tuple[int, list[str]]:
     """The trained window, or what fits of it; without a fit, one token, which then tells what is missing."""
     wanted = config.trained_positions
     if config.sliding_window is not None:
         wanted = min(wanted, config.sliding_window)
-    if max_ctx < wanted:
-        warning = f"the budget holds {max_ctx:,} tokens of the model's {wanted:,}"
-        return max(max_ctx, 1), [warning]
+    if max_capacity < wanted:
+        warning = f"the budget holds {max_capacity:,} tokens of the model's {wanted:,}"
+        return max(max_capacity, 1), [warning]
     return wanted, []
 
 
-def _check_window(config: ModelConfig, ctx: int) -> None:
-    if config.sliding_window is not None and ctx > config.sliding_window:
+def _check_window(config: ModelConfig, capacity: int) -> None:
+    if config.sliding_window is not None and capacity > config.sliding_window:
         raise PlanError(
-            f"{ctx:,} tokens are more than the sliding window of {config.sliding_window:,} to which this checkpoint "
-            f"limits every layer, which is not implemented: ask for at most {config.sliding_window:,} tokens, or set "
-            f'"sliding_window": null in its config.json to run it with full context'
+            f"{capacity:,} tokens are more than the sliding window of {config.sliding_window:,} to which this "
+            f"checkpoint limits every layer, which is not implemented: ask for at most {config.sliding_window:,} "
+            f'tokens, or set "sliding_window": null in its config.json to run it with full context'
         )
 
 
@@ -281,22 +281,22 @@ def _no_fit(settings: PlanSettings, placement: Placement, budget: Budget, chosen
     device, host = shortfall(settings, placement.capacity)
     source = shortened(budget.source)
     before_cache = settings.weight_bytes + settings.base_bytes + settings.reserved_bytes
-    if before_cache > settings.gpu_bytes:
-        device, host = before_cache - settings.gpu_bytes, 0
+    if before_cache > settings.device_bytes:
+        device, host = before_cache - settings.device_bytes, 0
         what = (
             f"{source} does not even hold the weights: {format_bytes(settings.weight_bytes)} in "
             f"{settings.weight_format} and {format_bytes(before_cache - settings.weight_bytes)} beside them against "
-            f"gpu = {format_bytes(settings.gpu_bytes)}"
+            f"gpu = {format_bytes(settings.device_bytes)}"
         )
-    elif settings.loading_bytes > settings.gpu_bytes:
-        device, host = settings.loading_bytes - settings.gpu_bytes, 0
+    elif settings.loading_bytes > settings.device_bytes:
+        device, host = settings.loading_bytes - settings.device_bytes, 0
         what = (
-            f"{source} (gpu {format_bytes(settings.gpu_bytes)}) does not hold the "
+            f"{source} (gpu {format_bytes(settings.device_bytes)}) does not hold the "
             f"{format_bytes(settings.weight_bytes)} of {settings.weight_format} weights while they load"
         )
     else:
         what = (
-            f"{source} (gpu {format_bytes(settings.gpu_bytes)}, host {format_bytes(settings.host_bytes)}) does "
+            f"{source} (gpu {format_bytes(settings.device_bytes)}, host {format_bytes(settings.host_bytes)}) does "
             f"not hold {placement.capacity:,} tokens"
         )
     kind = "GPU memory" if settings.device_type == "cuda" else "device pool memory"

@@ -11,18 +11,18 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from longrun.plan.plan import Plan
-from longrun.plan.search import MAX_CTX
+from longrun.plan.search import MAX_CAPACITY
 from longrun.units import format_bytes, format_tokens
 
 _NOTE_WIDTH = 17  # with its padding; what is longer is wrapped
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Print the plan: what is planned, every item with its share, totals against the budget, the largest context."""
+    """Print the plan: what is planned, every item with its share, totals against the budget, the largest capacity."""
     cache = plan.cache
     heads = cache.num_layers * cache.num_kv_heads
     lines = [
-        f"[bold]{format_tokens(plan.ctx)} tokens[/bold] on {plan.device_type}: {escape(plan.model)}",
+        f"[bold]{format_tokens(plan.capacity)} tokens[/bold] on {plan.device_type}: {escape(plan.model)}",
         f"weights {plan.weight_format}, KV pages {plan.kv_format} of {plan.page_size} tokens, "
         f"prefill in chunks of {plan.chunk_size:,}; budget {escape(plan.budget_source)}",
         f"{cache.total_retrieval_heads} of {heads} KV heads keep all tokens ({escape(plan.split_note)})",
@@ -37,10 +37,11 @@ def print_plan(plan: Plan, console: Console) -> None:
             text = f"{name} ({place}): {note if name == 'total' else format_bytes(size)}"
             console.print(text, highlight=False, soft_wrap=True)
     console.print(_pages(plan), highlight=False, soft_wrap=True)
-    if plan.max_ctx >= MAX_CTX:
+    if plan.max_capacity >= MAX_CAPACITY:
         most = "no head keeps all tokens, so the cache does not grow with the context"
     else:
-        most = f"largest context with this budget and these settings: [bold]{format_tokens(plan.max_ctx)} tokens[/bold]"
+        tokens = format_tokens(plan.max_capacity)
+        most = f"largest context with this budget and these settings: [bold]{tokens} tokens[/bold]"
     console.print(most, highlight=False, soft_wrap=True)
     for note in plan.notes:
         console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)

@@ -17,16 +17,16 @@ from longrun.quant.kv_format import (
 )
 from longrun.quant.weight_format import WEIGHT_FORMATS
 
-MAX_CTX = 10**9  # where to stop looking: without retrieval heads the cache does not grow at all
+MAX_CAPACITY = 10**9  # where to stop looking: without retrieval heads the cache does not grow at all
 _ROUND_BYTES = 10**8
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One change that makes the plan fit (for `ctx`: the most that fits).
+    """One change that makes the plan fit (for the capacity: the most that fits).
 
     Attributes:
-        setting: ctx, retrieval_ratio, weights, kv, chunk_size, host or gpu.
+        setting: ctx (the capacity), retrieval_ratio, weights, kv, chunk_size, host or gpu.
         value: what to set it to, in tokens or bytes where it is one.
         words: says so to a person; option: the same as options of a command, empty where it is none's.
     """
@@ -60,60 +60,62 @@ def largest(start: int, stop: int, good: Callable[[int], bool]) -> int | None:
     return start
 
 
-def largest_ctx(settings: PlanSettings) -> int:
-    """Largest context in tokens that fits; 0 where not even one token does, `MAX_CTX` where there is no limit."""
-    return largest(1, MAX_CTX + 1, lambda ctx: fits(settings, ctx)) or 0
+def largest_capacity(settings: PlanSettings) -> int:
+    """The most tokens that fit; 0 where not even one does, `MAX_CAPACITY` where there is no limit."""
+    return largest(1, MAX_CAPACITY + 1, lambda capacity: fits(settings, capacity)) or 0
 
 
-def shortfall(settings: PlanSettings, ctx: int) -> tuple[int, int]:
-    """(device, host) bytes of memory with which `ctx` tokens fit, where they do not: more on the device alone, or on
-    both with the host pool in use, whichever is less in all."""
-    device = place(settings, ctx).device_short
-    enough = replace(settings, gpu_bytes=settings.gpu_bytes + device)
-    found = [(device, place(enough, ctx).host_short)]
-    alone = place(replace(settings, host_bytes=0), ctx).device_short
-    if fits(replace(settings, gpu_bytes=settings.gpu_bytes + alone), ctx):
+def shortfall(settings: PlanSettings, capacity: int) -> tuple[int, int]:
+    """(device, host) bytes of memory that `capacity` tokens lack: on the device alone, or on both with the host pool in
+    use, whichever is less in all."""
+    device = place(settings, capacity).device_short
+    enough = replace(settings, device_bytes=settings.device_bytes + device)
+    found = [(device, place(enough, capacity).host_short)]
+    alone = place(replace(settings, host_bytes=0), capacity).device_short
+    if fits(replace(settings, device_bytes=settings.device_bytes + alone), capacity):
         found.append((alone, 0))
     return min(found, key=lambda pair: (sum(pair), pair))
 
 
 def suggest(
-    settings: PlanSettings, ctx: int, resplits: Callable[[float], Sequence[HeadSplit]]
+    settings: PlanSettings, capacity: int, resplits: Callable[[float], Sequence[HeadSplit]]
 ) -> tuple[Suggestion, ...]:
-    """The nearest changes of one setting each with which `ctx` tokens fit (for the context: the most that fits); where
-    no setting is enough, the memory that is, with the weights as they are and in the fewest bits.
+    """The nearest changes of one setting each with which `capacity` tokens fit (for the capacity itself: the most that
+    fits); where no setting is enough, the memory that is, with the weights as they are and in the fewest bits.
 
     Args:
-        settings: settings with which `ctx` does not fit.
+        settings: settings with which `capacity` does not fit.
         resplits: what the split may be with another retrieval ratio; all of them must fit.
     """
     found = [
-        _smaller_ctx(settings),
-        _fewer_retrieval_heads(settings, ctx, resplits),
-        _more_memory(settings, ctx, "host", "host_bytes"),
-        _fewer_weight_bits(settings, ctx),
-        _quantized_pages(settings, ctx),
-        _smaller_chunk(settings, ctx),
+        _smaller_capacity(settings),
+        _fewer_retrieval_heads(settings, capacity, resplits),
+        _more_memory(settings, capacity, "host", "host_bytes"),
+        _fewer_weight_bits(settings, capacity),
+        _quantized_pages(settings, capacity),
+        _smaller_chunk(settings, capacity),
     ]
     if not any(found):
-        memory = _more_memory(settings, ctx, "gpu", "gpu_bytes")
-        found += [memory, _fewest_weight_bits_and_memory(settings, ctx, memory)]
+        memory = _more_memory(settings, capacity, "gpu", "device_bytes")
+        found += [memory, _fewest_weight_bits_and_memory(settings, capacity, memory)]
     return tuple(suggestion for suggestion in found if suggestion)
 
 
-def _smaller_ctx(settings: PlanSettings) -> Suggestion | None:
-    ctx = largest_ctx(settings)
-    return Suggestion("ctx", ctx, f"a context of {ctx} tokens", f"--ctx {ctx}") if ctx else None
+def _smaller_capacity(settings: PlanSettings) -> Suggestion | None:
+    capacity = largest_capacity(settings)
+    if not capacity:
+        return None
+    return Suggestion("ctx", capacity, f"a context of {capacity} tokens", f"--ctx {capacity}")
 
 
 def _fewer_retrieval_heads(
-    settings: PlanSettings, ctx: int, resplits: Callable[[float], Sequence[HeadSplit]]
+    settings: PlanSettings, capacity: int, resplits: Callable[[float], Sequence[HeadSplit]]
 ) -> Suggestion | None:
     total = settings.config.num_layers * settings.config.num_kv_heads
     count = largest(
         1,
         settings.split.total_retrieval,
-        lambda count: all(fits(replace(settings, split=split), ctx) for split in resplits(count / total)),
+        lambda count: all(fits(replace(settings, split=split), capacity) for split in resplits(count / total)),
     )
     if count is None:
         return None
@@ -132,23 +134,25 @@ def _short_ratio(count: int, total: int) -> float:
     return count / total
 
 
-def _more_memory(settings: PlanSettings, ctx: int, key: str, field: str) -> Suggestion | None:
+def _more_memory(settings: PlanSettings, capacity: int, key: str, field: str) -> Suggestion | None:
     """Memory of one kind, in steps of 0.1 GB, with everything else as it is."""
     steps = 10**7  # a petabyte: more than any machine has
     now = -(-getattr(settings, field) // _ROUND_BYTES)
-    if not fits(replace(settings, **{field: steps * _ROUND_BYTES}), ctx):
+    if not fits(replace(settings, **{field: steps * _ROUND_BYTES}), capacity):
         return None
-    too_small = largest(now, steps, lambda step: not fits(replace(settings, **{field: step * _ROUND_BYTES}), ctx))
+    too_small = largest(now, steps, lambda step: not fits(replace(settings, **{field: step * _ROUND_BYTES}), capacity))
     size = (now if too_small is None else too_small + 1) * _ROUND_BYTES
     main_memory = " (main memory, too)" if settings.device_type == "cpu" else ""
     words = f'{key} = "{size / 10**9:.1f} GB" under [memory] in the budget file{main_memory}'
     return Suggestion(key, size, words)
 
 
-def _fewest_weight_bits_and_memory(settings: PlanSettings, ctx: int, as_it_is: Suggestion | None) -> Suggestion | None:
+def _fewest_weight_bits_and_memory(
+    settings: PlanSettings, capacity: int, as_it_is: Suggestion | None
+) -> Suggestion | None:
     """The fewest bits with the memory they need, where that is less than with the present format."""
     name = WEIGHT_FORMATS[-1]
-    memory = _more_memory(replace(settings, weight_format=name), ctx, "gpu", "gpu_bytes")
+    memory = _more_memory(replace(settings, weight_format=name), capacity, "gpu", "device_bytes")
     if memory is None or as_it_is is None or memory.value >= as_it_is.value:
         return None
     return Suggestion(
@@ -156,24 +160,24 @@ def _fewest_weight_bits_and_memory(settings: PlanSettings, ctx: int, as_it_is: S
     )
 
 
-def _fewer_weight_bits(settings: PlanSettings, ctx: int) -> Suggestion | None:
+def _fewer_weight_bits(settings: PlanSettings, capacity: int) -> Suggestion | None:
     """The weight format with the most bits below the present one that fits (`WEIGHT_FORMATS` falls in bits). Of the two
     4-bit ones that is int4 on a GPU and nf4 on a CPU, the faster there.
 
-    Where none holds `ctx`, and the present format holds no token at all, the one that holds the most.
+    Where none holds `capacity`, and the present format holds no token at all, the one that holds the most.
     """
     names = WEIGHT_FORMATS[WEIGHT_FORMATS.index(settings.weight_format) + 1 :]
     if settings.device_type == "cuda":
         names = sorted(names, key=lambda name: name == "nf4")
     smaller = [replace(settings, weight_format=name) for name in names]
     for option in smaller:
-        if fits(option, ctx):
+        if fits(option, capacity):
             name = option.weight_format
             return Suggestion("weights", name, f"weights as {name}", f"--weights {name}")
-    if largest_ctx(settings):
+    if largest_capacity(settings):
         return None
     most, option = max(
-        ((largest_ctx(option), option) for option in smaller), key=lambda pair: pair[0], default=(0, None)
+        ((largest_capacity(option), option) for option in smaller), key=lambda pair: pair[0], default=(0, None)
     )
     if not most:
         return None
@@ -182,19 +186,21 @@ def _fewer_weight_bits(settings: PlanSettings, ctx: int) -> Suggestion | None:
     return Suggestion("weights", name, words, option_text)
 
 
-def _quantized_pages(settings: PlanSettings, ctx: int) -> Suggestion | None:
+def _quantized_pages(settings: PlanSettings, capacity: int) -> Suggestion | None:
     config = settings.config
     served = config.head_dim in GPU_HEAD_DIMS and config.group_size <= GPU_MAX_GROUP
     if settings.device_type == "cuda" and not (served and settings.page_size == GPU_PAGE_SIZE):
         return None
-    if settings.kv_format in QUANTIZED_KV_FORMATS or not fits(replace(settings, kv_format=DEFAULT_KV_FORMAT), ctx):
+    if settings.kv_format in QUANTIZED_KV_FORMATS or not fits(replace(settings, kv_format=DEFAULT_KV_FORMAT), capacity):
         return None
     return Suggestion("kv", DEFAULT_KV_FORMAT, f"KV pages as {DEFAULT_KV_FORMAT}", f"--kv {DEFAULT_KV_FORMAT}")
 
 
-def _smaller_chunk(settings: PlanSettings, ctx: int) -> Suggestion | None:
+def _smaller_chunk(settings: PlanSettings, capacity: int) -> Suggestion | None:
     chunk_size = largest(
-        settings.page_size, min(settings.chunk_size, ctx), lambda size: fits(replace(settings, chunk_size=size), ctx)
+        settings.page_size,
+        min(settings.chunk_size, capacity),
+        lambda size: fits(replace(settings, chunk_size=size), capacity),
     )
     if chunk_size is None:
         return None

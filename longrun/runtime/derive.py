@@ -19,7 +19,7 @@ from longrun.runtime.setup import Setup
 @failed_allocations("while a runtime was derived")
 def derived(
     setup: Setup, head_map: HeadMap | str | Path | None, retrieval_ratio: float | None, kv_format: str | None,
-    chunk_size: int | None, ctx: int,
+    chunk_size: int | None, capacity: int,
 ) -> Setup:  # fmt: skip
     """`setup` with what is given in place of its own; see `Runtime.derive`.
 
@@ -36,7 +36,7 @@ def derived(
     split = wanted.chosen.split
     orders = [split.permutation(layer_idx) for layer_idx in range(config.num_layers)]
     copied = reordered_bytes(decoder, orders)
-    plan = wanted.plan_session(ctx, copied)
+    plan = wanted.plan_session(capacity, copied)
     pinned = setup.parts.pinned
     check_free_memory(plan, True, setup.shared.compiled, 0 if pinned is None else pinned.kept_bytes, copied)
     kernels = setup.shared.gpu_kernels(config.head_dim, plan.kv_format) if plan.attention.fused else None

@@ -87,9 +87,9 @@ def check_budget(budget: Budget) -> None:
         PlanError: it has less.
     """
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
-    if budget.gpu_bytes > found.total_memory:
+    if budget.device_bytes > found.total_memory:
         most = found.total_memory // 10**8 / 10
         raise PlanError(
-            f"{budget.source} lets a run use {format_bytes(budget.gpu_bytes)} of GPU memory and {found.name} has "
+            f"{budget.source} lets a run use {format_bytes(budget.device_bytes)} of GPU memory and {found.name} has "
             f'{format_bytes(found.total_memory)}: set gpu = "{most:.1f} GB" or less in the budget\'s [memory] section'
         )

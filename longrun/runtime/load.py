@@ -74,7 +74,7 @@ def load(
         kv_format: "int4", "k5v3", "bf16" or "fp32"; default: the budget's (k5v3 where it says nothing).
         weight_format: "fp32", "bf16", "int8", "nf4" or "int4"; default: the budget's.
         device: "cpu" or "cuda"; default: cuda where there is one.
-        ctx: capacity to plan for, tokens; default: the model's trained window (the adapter's, where it names one), or
+        ctx: tokens to plan for; default: the model's trained window (the adapter's, where it names one), or
             what fits of it.
         adapter: folder of a LoRA adapter in peft's format, added to the weights while they are loaded.
         retrieval_ratio: share of the heads of `head_map` to keep; default: the budget's, else scores of at least 0.5
@@ -111,7 +111,7 @@ def load(
         ("on_head_map", on_head_map),
     ):
         callback(called, name)
-    ctx = None if ctx is None else parse_tokens(ctx, "ctx")
+    capacity = None if ctx is None else parse_tokens(ctx, "ctx")
     folder = user_path(model_dir, "model_dir")
     config = ModelConfig.from_dir(folder)
     lora = None if adapter is None else Adapter.open(user_path(adapter, "adapter"), config)
@@ -128,7 +128,7 @@ def load(
 
     def plan_for(chosen: ChosenSplit) -> Plan:
         return make_plan(
-            config, limits, ctx, split=chosen, device_type=device_type, device_share=device_share,
+            config, limits, capacity, split=chosen, device_type=device_type, device_share=device_share,
             gpu_kernels=compiled_kernels,
         )  # fmt: skip
 

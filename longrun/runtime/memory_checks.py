@@ -36,7 +36,7 @@ def check_free_memory(
         if needed > free:
             raise PlanError(
                 f"the plan needs {_more(plan.total_bytes, needed)} of main memory and {format_bytes(free)} are "
-                f"free: ask for a smaller context than {plan.ctx:,} tokens, or free memory"
+                f"free: ask for a smaller context than {plan.capacity:,} tokens, or free memory"
             )
         return
     _check_gpu_memory(plan, already)
@@ -44,8 +44,8 @@ def check_free_memory(
     if plan.host_bytes and needed > free:
         raise PlanError(
             f"the plan's host pool needs {_more(plan.host_bytes, needed)} of main memory and {format_bytes(free)} "
-            f"are free: ask for a smaller context than {plan.ctx:,} tokens, give a budget with less in host of its "
-            f"[memory] section, or free memory"
+            f"are free: ask for a smaller context than {plan.capacity:,} tokens, give a budget with less in host of "
+            f"its [memory] section, or free memory"
         )
 
 

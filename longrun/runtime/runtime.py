@@ -109,9 +109,9 @@ class Runtime:
             PlanError: it does not fit in the budget beside what is alive of this runtime and of those over the same
                 weights, or in free memory.
         """
-        capacity = self.plan.ctx if capacity is None else parse_tokens(capacity, "capacity")
+        capacity = self.plan.capacity if capacity is None else parse_tokens(capacity, "capacity")
         plan, shared, pinned = self.plan, self._setup.shared, self.parts.pinned
-        if capacity != plan.ctx or any(self._setup.taken()) or any(item.name == "reserved" for item in plan.items):
+        if capacity != plan.capacity or any(self._setup.taken()) or any(item.name == "reserved" for item in plan.items):
             plan = self._setup.plan_session(capacity)
         check_free_memory(plan, True, shared.compiled, 0 if pinned is None else pinned.kept_bytes)
         with failed_allocations("while a session was made"):
@@ -176,7 +176,7 @@ class Runtime:
             split: which heads keep every token: `HeadMap`, folder in DuoAttention's format, or "full".
             kv_format: "int4", "k5v3", "bf16" or "fp32".
             chunk_size: the most tokens of one prefill step.
-            ctx: capacity to plan for, tokens; default: this runtime's plan's.
+            ctx: tokens to plan for; default: this runtime's plan's.
             retrieval_ratio: share of the heads of `split`, or of this runtime's own head map, to keep.
 
         Raises:
@@ -184,5 +184,5 @@ class Runtime:
             ConfigError, HeadMapError, InputError: an argument cannot be used, or the weights are quantized and the
                 split wants another order: load the model with it, or in bf16 or fp32.
         """
-        ctx = self.plan.ctx if ctx is None else parse_tokens(ctx, "ctx")
-        return Runtime(derived(self._setup, split, retrieval_ratio, kv_format, chunk_size, ctx))
+        capacity = self.plan.capacity if ctx is None else parse_tokens(ctx, "ctx")
+        return Runtime(derived(self._setup, split, retrieval_ratio, kv_format, chunk_size, capacity))

@@ -49,8 +49,8 @@ class Setup:
         """Bytes on the device and in the host pool that other sessions and weights hold now."""
         return self.shared.taken_beside(self.parts.decoder)
 
-    def plan_session(self, ctx: int, more_bytes: int = 0) -> Plan:
-        """The plan of one more session of `ctx` tokens, beside all that is taken and `more_bytes` of device memory.
+    def plan_session(self, capacity: int, more_bytes: int = 0) -> Plan:
+        """The plan of one more session of `capacity` tokens on top of all that is taken and `more_bytes` on the device.
 
         Raises:
             PlanError: as `longrun.plan.plan.make_plan`.
@@ -58,6 +58,6 @@ class Setup:
         on_device, on_host = self.taken()
         budget = self.budget.override(host_bytes=max(0, self.budget.host_bytes - on_host))
         return make_plan(
-            self.model.config, budget, ctx, split=self.chosen, device_type=self.plan.device_type,
+            self.model.config, budget, capacity, split=self.chosen, device_type=self.plan.device_type,
             reserved_bytes=on_device + more_bytes, device_share=self.device_share, gpu_kernels=self.compiled_kernels,
         )  # fmt: skip

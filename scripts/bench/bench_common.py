@@ -85,7 +85,7 @@ def load_runtime(args: argparse.Namespace, ctx: int, **memory: int | None) -> Ru
     """The model as the options ask, planned for `ctx` tokens.
 
     Args:
-        memory: gpu_bytes and host_bytes in place of the budget's, where they are not None.
+        memory: device_bytes and host_bytes in place of the budget's, where they are not None.
     """
     head_map: HeadMap | Path | str = args.head_map or "full"
     ratio = args.retrieval_ratio

@@ -96,7 +96,7 @@ def compare(ids: list[int], other_ids: list[int], logits: torch.Tensor, other_lo
 def run(args: argparse.Namespace) -> int:
     """The command `offload`."""
     device = check_device(args.device)
-    gpu_bytes = parse_bytes(args.gpu_budget, "--gpu-budget")
+    device_bytes = parse_bytes(args.gpu_budget, "--gpu-budget")
     host_bytes = None if args.host_budget is None else parse_bytes(args.host_budget, "--host-budget")
     if args.repeats < 1 or args.new_tokens < 1:
         raise InputError("offload needs at least one repeat and one new token")
@@ -106,13 +106,13 @@ def run(args: argparse.Namespace) -> int:
     console = Console(width=160)
     console.print(f"{ceilings['host_to_device_gb_s']:.1f} GB/s ({ceilings['transfer_is']})", highlight=False)
     ctx = parse_tokens(args.length, "--length") + decoded_tokens(args) + 1
-    runtime = load_runtime(args, ctx, gpu_bytes=gpu_bytes, host_bytes=host_bytes)
+    runtime = load_runtime(args, ctx, device_bytes=device_bytes, host_bytes=host_bytes)
     if runtime.plan.cache.host_pages == 0:
         raise InputError(
-            f"{format_bytes(gpu_bytes)} hold all {ctx:,} tokens, so nothing would be offloaded: give a smaller "
+            f"{format_bytes(device_bytes)} hold all {ctx:,} tokens, so nothing would be offloaded: give a smaller "
             f"--gpu-budget or a longer --length"
         )
-    settings = {**describe(runtime, args), "gpu_budget": gpu_bytes, "host_budget": runtime.plan.host_budget}
+    settings = {**describe(runtime, args), "gpu_budget": device_bytes, "host_budget": runtime.plan.host_budget}
     row, ids, logits = measure(runtime, "offloaded", args, ceilings, memory)
     rows, agreement = [row], None
     result = {"benchmark": "offload", "settings": settings, "ceilings": ceilings, "rows": rows}

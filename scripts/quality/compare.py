@@ -132,7 +132,7 @@ class Comparison:
         )
         budget = comparison_budget(arguments.budget, arguments.device, settings["chunk_size"])
         self._runtimes = Runtimes(
-            arguments.model, arguments.adapter, budget, arguments.device, ctx=max(settings["lengths"]) + SPARE_TOKENS
+            arguments.model, arguments.adapter, budget, arguments.device, max(settings["lengths"]) + SPARE_TOKENS
         )
         self._loaded: tuple[Row, Runtime, Plan] | None = None
         self._told: set[str] = set()

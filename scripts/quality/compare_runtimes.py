@@ -59,11 +59,11 @@ class Runtimes:
         folder: the model; adapter: LoRA adapter for all rows, or None.
         budget: see `comparison_budget`.
         device: as `longrun.load` takes it.
-        ctx: capacity to plan for, tokens.
+        capacity: tokens to plan for.
     """
 
-    def __init__(self, folder: Path, adapter: Path | None, budget: Budget, device: str | None, ctx: int) -> None:
-        self._folder, self._adapter, self._budget, self._ctx = folder, adapter, budget, ctx
+    def __init__(self, folder: Path, adapter: Path | None, budget: Budget, device: str | None, capacity: int) -> None:
+        self._folder, self._adapter, self._budget, self._capacity = folder, adapter, budget, capacity
         self._device = device or default_device()
         if self._device == "cuda":
             # cuDNN plans for tenths of a second for every pair of lengths it has not seen, and hundreds come up here.
@@ -95,11 +95,11 @@ class Runtimes:
         if weights not in self._bases:
             self._bases[weights] = self._load(replace(row, chunk_size=None), _FULL, None)
         return self._bases[weights].derive(
-            head_map, row.stored_kv, row.chunk_size, ctx=self._ctx, retrieval_ratio=row.retrieval_ratio
+            head_map, row.stored_kv, row.chunk_size, ctx=self._capacity, retrieval_ratio=row.retrieval_ratio
         )
 
     def _load(self, row: Row, head_map: HeadMap | str, ratio: float | None) -> Runtime:
         return longrun.load(
             self._folder, self._budget.override(chunk_size=row.chunk_size), head_map, row.stored_kv, row.weights,
-            self._device, ctx=self._ctx, adapter=self._adapter, retrieval_ratio=ratio,
+            self._device, ctx=self._capacity, adapter=self._adapter, retrieval_ratio=ratio,
         )  # fmt: skip

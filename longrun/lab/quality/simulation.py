@@ -2,7 +2,7 @@
 
 A page is put onto the format's grid and taken off it again at the moment it is finished, where an INT4 cache would
 quantize it, and is stored as bf16: attention, paging, rewinding and offloading are those of `kv_format` bf16, on a CPU
-as on a GPU. The exceptions are those of INT4 pages: the first page and the tail stay exact, and a running chunk sees
+as on a GPU. The exceptions are those of INT4 pages: sink page and tail stay exact, and a running chunk sees
 its own keys exact. Rings of streaming heads are exact in every format.
 
 INT4 pages hold rotated keys and are read with rotated queries; here keys are rotated, put onto the grid and rotated
@@ -27,7 +27,7 @@ from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
 
 STORED_AS = "bf16"  # the page format that simulated pages are held in
-EXACT_PAGES = 1  # leading pages that stay exact, as the sink page of INT4 caches
+SINK_PAGES = 1  # stays exact, as in INT4 caches
 _PAGES_AT_ONCE = 64  # a head; bounds the float32 temporaries of a long chunk
 
 
@@ -70,7 +70,7 @@ class SimulatingMover(TorchPageMover):
     ) -> None:
         """See `PageMover.quantize`; `fmt` is the exact format that the pages are stored in."""
         assert fmt.name == STORED_AS and index is None
-        exact, dtype = max(0, EXACT_PAGES - first), exact_dtype(fmt)
+        exact, dtype = max(0, SINK_PAGES - first), exact_dtype(fmt)
         if exact:
             super().quantize(k[:, :exact], v[:, :exact], pool, slots[:, :exact], None, first, fmt)
         for begin in range(exact, k.shape[1], _PAGES_AT_ONCE):
@@ -120,9 +120,9 @@ def computed_bytes(cache: DualCache, fmt: SimulatedFormat) -> int:
     for pages, ring in cache.layers:
         if pages is not None:
             own = pages.fmt
-            quantized = max(0, pages.num_pooled - EXACT_PAGES)
+            quantized = max(0, pages.num_pooled - SINK_PAGES)
             page = fmt.page_bytes(own.page_size, own.head_dim) + pages.table.itemsize
-            total += pages.num_heads * (quantized * page + (EXACT_PAGES + 1) * own.exact_page_bytes)
+            total += pages.num_heads * (quantized * page + (SINK_PAGES + 1) * own.exact_page_bytes)
         if ring is not None and ring.num_slots:
             total += ring.nbytes // ring.num_slots * min(ring.num_slots, ring.num_valid(cache.seq_len))
     return total
