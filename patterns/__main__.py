@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from longrun.arguments import COUNT, SEED, SHARE, real, whole
 from longrun.cli import EXIT_STATUS, Parser, run
+from longrun.hub.find import MODEL_HELP, add_download_option, find_model
 from longrun.interrupts import leaving_at_once
 from longrun.patterns.compare_maps import DEFAULT_RATIOS, compare_maps, draw_comparison
 from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, DEFAULT_THRESHOLD, HeadMap
@@ -94,7 +95,7 @@ def identify_command(options: argparse.Namespace) -> int:
         for text, option in ((options.context, "--context"), (options.min_context, "--min-context"))
     )
     settings = IdentifySettings(
-        model_dir=options.model,
+        model_dir=str(find_model(options.model, options.download)),
         out=options.out,
         method=options.method,
         sink_size=options.sink_size,
@@ -201,7 +202,8 @@ def _add_show(command: argparse.ArgumentParser) -> None:
 
 def _add_identify(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--model", required=True, metavar="DIR", help="checkpoint folder with its tokenizer")
+    add("--model", required=True, metavar="DIR|NAME", help=f"{MODEL_HELP}, with its tokenizer")
+    add_download_option(command)
     add("--adapter", metavar="DIR", help="LoRA adapter folder: the model is measured with it (default: none)")
     add(
         "--out", required=True, metavar="DIR", help="folder for the map; DIR.partial keeps an unfinished run's progress"

@@ -37,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, HeadMapError, InputError, LongrunError, short_path, shortened
 from longrun.files.user_files import read_object
+from longrun.hub.names import model_name
 from longrun.model.adapter import Adapter
 from longrun.model.adapter_merge import load_merged
 from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
@@ -108,7 +109,7 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
     facts = {
         **deciding,
         "weights_fingerprint": weights_fingerprint(settings.model_dir),
-        "model": Path(settings.model_dir).resolve().name,
+        "model": model_name(Path(settings.model_dir).resolve()),
         **({} if adapter is None else {"adapter": adapter.folder.resolve().name}),
         "text_files": [Path(name).name for name in settings.text_files],
         "seconds": round(time.perf_counter() - began, 1),

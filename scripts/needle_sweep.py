@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from longrun.arguments import COUNT, SEED, SHARE
 from longrun.cli import Parser, run
 from longrun.errors import InputError
+from longrun.hub.find import add_model_option
+from longrun.hub.names import model_name
 from longrun.lab.needle_report import draw_heatmap, grid, summary
 from longrun.lab.needle_results import SweepResults
 from longrun.lab.report_env import environment
@@ -42,7 +44,7 @@ SPARE_TOKENS = 4  # generated beyond the key, to see that the number ends where 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Needle x depth x length grid, scored by exact match.")
-    parser.add_argument("--model", type=path_option, metavar="DIR", help="checkpoint folder (default: the demo model)")
+    add_model_option(parser)
     parser.add_argument(
         "--adapter",
         type=path_option,
@@ -349,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = parse_arguments(argv)
     settings = collect_settings(arguments)
-    choice = choose_model(arguments.model, arguments.adapter)
+    choice = choose_model(arguments.model, arguments.adapter, arguments.download)
     arguments.model, arguments.adapter = choice.model_dir, choice.adapter
     adapter = None
     if arguments.adapter is not None:
@@ -357,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings["model_fingerprint"] = model_fingerprint(arguments.model, adapter)
     haystack = Haystack.from_files(arguments.haystack) if arguments.haystack else Haystack.generated(arguments.seed)
     results = SweepResults.open(arguments.out, settings, arguments.force)
-    results.head |= {"model": arguments.model.name, "environment": environment()}
+    results.head |= {"model": model_name(arguments.model), "environment": environment()}
     if adapter is not None:
         results.head["adapter"] = adapter.folder.name
     note = NOTE if is_planted(arguments.model) else None
@@ -377,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_setting(arguments, settings, setting, haystack, results, console)
         gc.collect()  # the runtime is gone before the next one is planned
 
-    titles = {setting: panel_title(arguments.model.name, setting, results.head[setting]) for setting in wanted}
+    titles = {setting: panel_title(model_name(arguments.model), setting, results.head[setting]) for setting in wanted}
     for setting, title in titles.items():
         console.print(grid(results, setting, title))
     for line in summary(results):

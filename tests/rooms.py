@@ -74,12 +74,13 @@ ROOMS = (
         light=True,
     ),
     Room("config", ("longrun.config", "longrun.config.*"), light=True),
+    Room("hub", ("longrun.hub", "longrun.hub.*"), packages=("huggingface_hub",), light=True),
     Room("machine", ("longrun.machine", "longrun.machine.*"), packages=("psutil",), light=True),
     Room("specs", ("longrun.specs", "longrun.specs.*"), ("machine", "config", "formats"), light=True),
     Room(
         "plan",
         ("longrun.plan", "longrun.plan.*"),
-        ("specs", "machine", "config", "head maps", "formats"),
+        ("specs", "machine", "hub", "config", "head maps", "formats"),
         ("rich",),
         light=True,
     ),
@@ -98,7 +99,7 @@ ROOMS = (
     Room(
         "model",
         ("longrun.model", "longrun.model.*"),
-        ("attention interface", "quant", "text", "specs", "config", "formats"),
+        ("attention interface", "quant", "text", "specs", "hub", "config", "formats"),
         ("torch", "numpy", "transformers", "huggingface_hub"),
     ),
     Room(
@@ -120,7 +121,7 @@ ROOMS = (
             "longrun.patterns.reconstruction",
             "longrun.patterns.reconstruction_*",
         ),
-        ("needles", "text", "documents", "model", "kernels", "config", "head map tools", "head maps"),
+        ("needles", "text", "documents", "model", "kernels", "hub", "config", "head map tools", "head maps"),
         ("torch", "transformers", "safetensors"),
     ),
     Room(
@@ -139,6 +140,7 @@ ROOMS = (
             "plan",
             "machine",
             "specs",
+            "hub",
             "config",
             "head map tools",
             "head maps",
@@ -148,13 +150,13 @@ ROOMS = (
     Room(
         "chat",
         ("longrun.chat", "longrun.chat.*"),
-        ("runtime", "session", "engine", "documents", "text", "model", "plan", "formats"),
+        ("runtime", "session", "engine", "documents", "text", "model", "plan", "hub", "formats"),
         ("rich", "transformers"),
     ),
     Room(
         "patterns command",
         ("longrun.patterns.__main__",),
-        ("trainers", "head map tools", "head maps"),
+        ("trainers", "hub", "head map tools", "head maps"),
         ("rich",),
     ),
     Room(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from longrun.arguments import COUNT, SEED, SHARE, real, whole
 from longrun.cli import EXIT_STATUS, INTERRUPTED, PLAN_OPTIONS, Parser, StdoutLost, run
 from longrun.errors import InputError
+from longrun.hub.find import MODEL_HELP, add_download_option
 from longrun.interrupts import leaving_at_once
 from longrun.paths import user_path
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
@@ -120,7 +121,7 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
         claimed = SessionStore(folder)
         claimed.claim()
     started = time.perf_counter()
-    choice = choose_model(args.model, args.adapter)
+    choice = choose_model(args.model, args.adapter, args.download)
     if choice.notice is not None:
         console.print(f"note: {choice.notice}", highlight=False, markup=False, soft_wrap=True)
     runtime = _load(
@@ -276,7 +277,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"{EXIT_STATUS} After SIGTERM it is 143.",
     )
     model = parser.add_argument_group("model and memory")
-    model.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint folder (default: a demo model of 135M)")
+    model.add_argument("--model", metavar="DIR|NAME", help=f"{MODEL_HELP} (default: a demo model of 135M)")
+    add_download_option(model)
     model.add_argument(
         "--adapter",
         metavar="DIR|none",

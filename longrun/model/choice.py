@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from longrun.hub.find import find_model
 from longrun.model.demo import demo_adapter, demo_model_dir
 from longrun.paths import user_path
 
@@ -21,7 +22,7 @@ class ModelChoice:
     """A model to load.
 
     Attributes:
-        model_dir: checkpoint folder.
+        model_dir: checkpoint folder, or a GGUF file.
         adapter: adapter folder, or None.
         notice: a sentence for a person, where an adapter is used that nobody named.
     """
@@ -31,20 +32,23 @@ class ModelChoice:
     notice: str | None = None
 
 
-def choose_model(model: str | Path | None, adapter: str | Path | None) -> ModelChoice:
+def choose_model(model: str | Path | None, adapter: str | Path | None, download: bool = False) -> ModelChoice:
     """The model and the adapter to load.
 
     Args:
-        model: checkpoint folder; None is the demo model, which is made where it is not there yet.
+        model: checkpoint folder, or a name on the Hugging Face hub; None is the demo model, which is made where it is
+            not there yet.
         adapter: adapter folder; "none" is no adapter; None is the one that ships for the demo model where that is
             loaded without being named, otherwise none.
+        download: fetch a model of the hub without asking.
 
     Raises:
-        CheckpointError: the demo model cannot be made, or its adapter is incomplete.
+        CheckpointError: the demo model cannot be made, or its adapter is incomplete; the hub does not have the model.
+        InputError: no path and no name on the hub, or nobody agreed to the download.
     """
     named = None if adapter is None or str(adapter) == NO_ADAPTER else user_path(adapter, "--adapter")
     if model is not None:
-        return ModelChoice(user_path(model, "--model"), named)
+        return ModelChoice(find_model(model, download), named)
     shipped = demo_adapter() if adapter is None else None
     notice = None
     if shipped is not None:

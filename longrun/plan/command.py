@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         required=True,
         metavar="DIR_OR_NAME",
-        help=f"checkpoint folder, of which only config.json is read, or a shape: {', '.join(SHAPES)}",
+        help=f"checkpoint folder or name on the Hugging Face hub (user/repo), of which only config.json is read or "
+        f"fetched, or a shape: {', '.join(SHAPES)}",
     )
     parser.add_argument("--ctx", metavar="TOKENS", help="context, like 128K or 3.3M (default: the trained window)")
     parser.add_argument(

@@ -13,6 +13,7 @@ from typing import Any
 
 from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError
+from longrun.hub.find import find_config
 
 _LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -58,10 +59,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def config_of(name_or_folder: str | Path) -> tuple[ModelConfig, str | None]:
-    """The config of a checkpoint folder, else of a shape of that name (in any case); and a note where it is a shape.
+    """The config of a checkpoint folder, of a shape of that name (in any case) or of a model on the Hugging Face hub,
+    and a note where it is a shape.
 
     Raises:
-        CheckpointError, ConfigError: neither, or as `ModelConfig.from_dir`.
+        CheckpointError, ConfigError, InputError: none of them, or as `find_config` and `ModelConfig.from_dir`.
     """
     text = str(name_or_folder)
     name = next((name for name in SHAPES if name.lower() == text.lower()), None)
@@ -69,7 +71,7 @@ def config_of(name_or_folder: str | Path) -> tuple[ModelConfig, str | None]:
         note = f"there is no folder {text} here: this is the shape of {name} as it was published"
         return ModelConfig.from_dict(SHAPES[name], name), note
     try:
-        return ModelConfig.from_dir(name_or_folder), None
+        return ModelConfig.from_dir(find_config(name_or_folder)), None
     except CheckpointError as error:
         if os.sep in text or os.path.exists(text):
             raise

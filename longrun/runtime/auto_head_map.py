@@ -21,6 +21,7 @@ import torch
 from longrun.config.model_config import ModelConfig
 from longrun.errors import HeadMapError, InputError, PlanError, shortened
 from longrun.files.user_files import read_object
+from longrun.hub.names import model_name
 from longrun.machine.host_memory import available_bytes, still_needed
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import model_fingerprint
@@ -111,7 +112,7 @@ def kept_folder(model_dir: str | Path, adapter: Adapter | None = None) -> Path:
     Raises:
         CheckpointError, ConfigError: the model cannot be read.
     """
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_dir).resolve().name).strip(".-")[:80] or "model"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model_name(Path(model_dir).resolve())).strip(".-")[:80] or "model"
     return cache_dir() / "head_maps" / f"{name}-{model_fingerprint(model_dir, adapter)[:12]}"
 
 

@@ -14,6 +14,7 @@ from longrun.arguments import callback, check_platform, choice, flag, number
 from longrun.cache.pinned_pool import PinnedMemory
 from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
+from longrun.hub.find import find_model
 from longrun.kernels.cpu_pages import CpuPageKernels, KernelUnavailable
 from longrun.machine.host_memory import resident_bytes
 from longrun.model.adapter import Adapter
@@ -57,6 +58,7 @@ def load(
     device_share: float = 1.0,
     compiled_kernels: bool = True,
     session: str | Path | None = None,
+    download: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     on_pin: Callable[[int, int], None] | None = None,
     on_head_map: Callable[[AutoHeadMap], None] | None = None,
@@ -65,7 +67,8 @@ def load(
     """Plan, then load a checkpoint of the Llama family.
 
     Args:
-        model_dir: Hugging Face checkpoint folder (config.json and safetensors).
+        model_dir: Hugging Face checkpoint folder (config.json and safetensors), or a name on its hub, like `user/repo`:
+            found in the local cache, or fetched with `download`.
         budget: name of a shipped budget, TOML file or `Budget`; default: `cpu` on the CPU, on a GPU the largest
             shipped one that the card's memory holds.
         head_map: folder in DuoAttention's format, `HeadMap`, "full" (also None): every head keeps every token, or
@@ -83,6 +86,7 @@ def load(
         device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
             rest goes to the host pool although the device has room.
         compiled_kernels: use the compiled kernels of the CPU or the GPU; False runs plain torch.
+        download: fetch a model of the Hugging Face hub that is not in the local cache.
         session: folder of a session that will be loaded: where it is damaged, or was saved with another model, head
             split or format, it is refused before the first weight is read. A folder without a session is no error.
         on_plan: shown the plan before the first weight is read.
@@ -112,7 +116,8 @@ def load(
     ):
         callback(called, name)
     capacity = None if ctx is None else parse_tokens(ctx, "ctx")
-    folder = user_path(model_dir, "model_dir")
+    flag(download, "download")
+    folder = find_model(model_dir, download, what="model_dir", consent="download=True", ask=False)
     config = ModelConfig.from_dir(folder)
     lora = None if adapter is None else Adapter.open(user_path(adapter, "adapter"), config)
     if lora is not None:

@@ -19,6 +19,8 @@ import longrun
 from longrun.arguments import SEED, SHARE
 from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
+from longrun.hub.find import add_model_option
+from longrun.hub.names import model_name
 from longrun.lab.planted import NOTE, is_planted
 from longrun.lab.report_env import environment
 from longrun.paths import path_option
@@ -35,7 +37,7 @@ DEFAULT_BUDGETS = {"cpu": "cpu", "cuda": "h100-80g"}
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Options of the commands that run a model."""
-    parser.add_argument("--model", required=True, type=path_option, metavar="DIR", help="checkpoint folder")
+    add_model_option(parser, default=None)
     parser.add_argument(
         "--head-map", type=path_option, metavar="DIR", help="head map folder (default: every head is kept)"
     )
@@ -112,7 +114,7 @@ def describe(runtime: Runtime, args: argparse.Namespace) -> dict[str, Any]:
     if args.head_map is None and args.retrieval_ratio is not None:
         note = "arbitrary heads, for timing only"
     return {
-        "model": runtime.model_dir.name,
+        "model": model_name(runtime.model_dir),
         "shape": plan.model,
         "note": NOTE if is_planted(runtime.model_dir) else None,
         "weight_format": plan.weight_format,

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 import longrun
+from longrun.hub.names import model_name
 from longrun.model.demo import demo_model_dir
-from longrun.paths import user_path
 from longrun.patterns.head_map import HeadMap
 from longrun.units import format_bytes, format_tokens, parse_tokens
 from scripts.bench.bench_ceilings import cpu_ceilings
@@ -107,7 +107,7 @@ class Transformers:
 
 def run(args: argparse.Namespace) -> int:
     """The command `peer`."""
-    model_dir = user_path(args.model, "--model") if args.model else demo_model_dir()
+    model_dir = args.model or demo_model_dir()
     lengths = [parse_tokens(text.strip(), "--lengths") for text in args.lengths.split(",")]
     console = Console(stderr=False)
     ceilings = cpu_ceilings()
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     for length in lengths:
         rows += compare(model_dir, other, length, args, ceilings)
     print_rows(console, rows)
-    result = {"benchmark": "peer", "model": model_dir.name, "ceilings": ceilings, "repeats": args.repeats}
+    result = {"benchmark": "peer", "model": model_name(model_dir), "ceilings": ceilings, "repeats": args.repeats}
     return finish_timed({**result, "new_tokens": args.new_tokens, "rows": [asdict(row) for row in rows]}, args)
 
 

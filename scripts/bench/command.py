@@ -20,13 +20,14 @@ from collections.abc import Sequence
 
 from longrun import cli
 from longrun.arguments import COUNT, whole
+from longrun.hub.find import add_model_option, find_model
 
 
 def add_peer(sub: argparse.ArgumentParser) -> None:
     from scripts.bench.bench_common import add_json_option
     from scripts.bench.bench_peer import run
 
-    sub.add_argument("--model", help="checkpoint folder (default: the demo model)")
+    add_model_option(sub)
     sub.add_argument("--lengths", default="4K,8K", help="prompt lengths in tokens (1K = 1,000)")
     sub.add_argument("--repeats", type=COUNT, default=5)
     sub.add_argument("--new-tokens", type=COUNT, default=24)
@@ -131,4 +132,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (add, text) in COMMANDS.items():
         add(commands.add_parser(name, help=text, description=text))
     args = parser.parse_args(argv)
+    if getattr(args, "model", None) is not None:
+        args.model = find_model(args.model, args.download)
     return args.run(args)

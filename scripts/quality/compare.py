@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from longrun.arguments import COUNT, SEED, whole
 from longrun.cli import Parser, redraws
 from longrun.errors import InputError
+from longrun.hub.find import add_model_option
+from longrun.hub.names import model_name
 from longrun.lab.quality.measures import SPARE_TOKENS, ReferenceLogits, measure_retrieval, measure_text
 from longrun.lab.quality.report import write_report
 from longrun.lab.quality.results import QualityResults
@@ -46,7 +48,7 @@ GROUPS = ("single", "several", "keyvalue", "text")
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=path_option, metavar="DIR", help="checkpoint folder (default: the demo model)")
+    add_model_option(parser)
     parser.add_argument("--adapter", type=path_option, metavar="DIR", help="LoRA adapter of every row, or none")
     parser.add_argument(
         "--settings", required=True, type=path_option, metavar="FILE", help="TOML file with [[row]] tables"
@@ -278,12 +280,12 @@ def main(argv: Sequence[str] | None = None, load_rows: Callable[[Path], tuple[Ro
     arguments = parse_arguments(argv)
     settings = collect_settings(arguments)
     rows = (REFERENCE_ROW, *load_rows(arguments.settings))
-    choice = choose_model(arguments.model, arguments.adapter)
+    choice = choose_model(arguments.model, arguments.adapter, arguments.download)
     arguments.model, arguments.adapter = choice.model_dir, choice.adapter
     settings["model_fingerprint"] = model_fingerprint(arguments.model)
     settings["adapter"] = None if arguments.adapter is None else _folder_checksum(arguments.adapter)
     results = QualityResults.open(arguments.out, settings, [row.to_dict() for row in rows], arguments.force)
-    results.head["model"] = arguments.model.name
+    results.head["model"] = model_name(arguments.model)
     results.measured_in(environment())
     results.head["notes"] = [NOTE] if is_planted(arguments.model) else []
     results.head.setdefault("described", {})

@@ -20,6 +20,8 @@ from longrun.arguments import SEED, SHARE
 from longrun.cli import Parser
 from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, InputError
+from longrun.hub.find import add_model_option, find_model
+from longrun.hub.names import model_name
 from longrun.lab.planted import NOTE, is_planted
 from longrun.model.tokenizer import load_tokenizer
 from longrun.needles.needles import Haystack, build_prompt, make_needles
@@ -38,7 +40,7 @@ Rows = Callable[[int, torch.Tensor], None]
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, type=path_option, metavar="DIR", help="checkpoint folder")
+    add_model_option(parser, default=None)
     parser.add_argument("--tokens", type=parse_tokens, default=8192, metavar="N", help="length of the text")
     parser.add_argument("--text", choices=["needles", "random"], default="needles", help="random: token ids")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
@@ -185,6 +187,7 @@ def compare(args: argparse.Namespace, kv: str, token_ids: torch.Tensor, referenc
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare and report. Status 0 whatever is found; bad input raises a LongrunError."""
     args = parse_arguments(argv)
+    args.model = find_model(args.model, args.download)
     formats = list(dict.fromkeys(part.strip() for part in args.kv.split(",")))
     for kv in formats:
         if kv not in KV_FORMATS:
@@ -203,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {
         "benchmark": "compare_logits",
         "settings": {
-            "model": args.model.name,
+            "model": model_name(args.model),
             "note": NOTE if is_planted(args.model) else None,
             "tokens": len(token_ids),
             "text": args.text,

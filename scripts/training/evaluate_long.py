@@ -28,6 +28,8 @@ import longrun
 from longrun.arguments import COUNT, SEED, whole
 from longrun.cli import Parser, run
 from longrun.errors import InputError
+from longrun.hub.find import add_model_option
+from longrun.hub.names import model_name
 from longrun.lab.long_tasks import Corpus, TaskWriter, TestDocument, TestQuestion
 from longrun.lab.report_env import environment
 from longrun.model.choice import choose_model
@@ -159,7 +161,7 @@ def read_densities(per_depth: str, trials: str) -> list[tuple[int, int]]:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Held-out recall by length and depth; short-text ability.")
-    parser.add_argument("--model", type=path_option, metavar="DIR", help="checkpoint folder (default: the demo model)")
+    add_model_option(parser)
     parser.add_argument("--adapter", type=path_option, metavar="DIR", help="or none: the original model's recall alone")
     parser.add_argument("--data", required=True, type=path_option, metavar="DIR", help="what make_long_data.py wrote")
     parser.add_argument("--lengths", default="8K,32K,64K,128K", metavar="8K,...")
@@ -185,7 +187,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; status 0. Raises `LongrunError` on bad input."""
     arguments = parse_arguments(argv)
-    choice = choose_model(arguments.model, arguments.adapter)
+    choice = choose_model(arguments.model, arguments.adapter, arguments.download)
     arguments.model, arguments.adapter = choice.model_dir, choice.adapter
     if choice.notice:
         print(choice.notice, flush=True)
@@ -195,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     corpus = Corpus.read(arguments.data, "held_out")
     lengths = [parse_tokens(text, "--lengths") for text in arguments.lengths.split(",")]
     results: dict[str, Any] = {
-        "model": arguments.model.name,
+        "model": model_name(arguments.model),
         "adapter": None if arguments.adapter is None else arguments.adapter.name,
         "settings": {
             key: getattr(arguments, key) for key in ("kv", "weights", "depths", "per_depth", "trials", "seed")

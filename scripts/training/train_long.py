@@ -36,8 +36,10 @@ from longrun.arguments import COUNT, real
 from longrun.cli import Parser, run
 from longrun.errors import InputError
 from longrun.files.whole_file import write_whole
+from longrun.hub.find import add_model_option
 from longrun.lab.long_tasks import Corpus
 from longrun.model.checkpoint import weights_fingerprint
+from longrun.model.choice import NO_ADAPTER, choose_model
 from longrun.model.tokenizer import load_tokenizer
 from longrun.paths import path_option
 from scripts.training import long_recompute
@@ -304,7 +306,7 @@ class Trainer:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="LoRA training on long texts; see the recipe file.")
-    parser.add_argument("--model", type=path_option, metavar="DIR", help="checkpoint folder (default: the demo model)")
+    add_model_option(parser)
     parser.add_argument("--data", required=True, type=path_option, metavar="DIR", help="what make_long_data.py wrote")
     parser.add_argument("--recipe", type=path_option, default=DEFAULT_RECIPE, metavar="FILE")
     parser.add_argument("--out", required=True, type=path_option, metavar="DIR")
@@ -335,13 +337,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Nothing here tokenizes in threads; the tokenizer would warn of the fork of BatchMaker if it could.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     ranks = Ranks.start(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if arguments.model is None:
-        from longrun.model.demo import demo_model_dir
-
-        if ranks.rank == 0:
-            demo_model_dir()
-        ranks.wait()
-        arguments.model = demo_model_dir()
+    if ranks.rank == 0:  # makes or fetches it
+        choose_model(arguments.model, NO_ADAPTER, arguments.download)
+    ranks.wait()
+    arguments.model = choose_model(arguments.model, NO_ADAPTER).model_dir
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[arguments.dtype]
     dtype = dtype or (torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
     trainer = Trainer(
