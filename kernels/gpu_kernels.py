@@ -1,4 +1,4 @@
-"""All kernels of the GPU backend in one hand, and the same hand full of their torch references.
+"""All kernels of the GPU backend in one object, and another with their torch references.
 
 The references run on any device: with them the backend's own logic is tested where there is no GPU.
 """
@@ -41,7 +41,7 @@ class GpuKernels:
     Attributes:
         decode_attention: see `page_decode.decode_attention`.
         default_splits: number of retrieval heads -> programs a head.
-        on_gpu: streams and graphs are to be had.
+        on_gpu: streams and graphs exist.
     """
 
     decode_attention: Callable[..., Any]

@@ -90,7 +90,7 @@ def _find(name: str, folder: Path, notices: list[str]) -> Path | None:
                 fault = "is damaged"
         except OSError as error:
             fault = f"cannot be read ({error.strerror})"
-        notices.append(f"{path} {fault}: it was not loaded, and the CPU kernels were compiled anew")
+        notices.append(f"{path} {fault}: it was not loaded, and the CPU kernels were compiled again")
         try:
             path.unlink()
         except OSError:

@@ -2,7 +2,7 @@
 
 The number of valid slots is read on the device when the kernel runs, so one captured CUDA graph serves every length.
 Each query head takes `num_splits` programs, and a program takes its share of the slots as one tile, so that all its
-loads are under way at once. With more than one split, the program that finishes last merges the partial results by
+loads are in flight at once. With more than one split, the program that finishes last merges the partial results by
 log-sum-exp (as in Flash-Decoding, Dao et al., 2023) and sets its counter back for the next call.
 
 Moves 2 * num_heads * num_valid * head_dim items of the ring, once from memory and `group` times from the L2 cache.

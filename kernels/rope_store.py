@@ -4,7 +4,7 @@ launch.
 A decode step in torch takes a dozen small launches a layer for this. Where the token goes is read from device memory
 when the kernel runs, so that one captured CUDA graph serves every position.
 
-A head is rotated in registers: of H_2n the kernel has both halves at hand ([a + b, a - b] times H_n), and H_n is the
+A head is rotated in registers: of H_2n the kernel has both halves ([a + b, a - b] times H_n), and H_n is the
 Kronecker product of two small Hadamard matrices, whose elements are parities of i & j.
 """
 

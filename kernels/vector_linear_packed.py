@@ -228,7 +228,7 @@ def packed_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     row, inside = tile_rows(rows, BLOCK_ROWS, GATED)
     # The first step's loads start here, where it is the only one or loads are made a step ahead: the norm and the fixed
-    # point of x are made while they are under way.
+    # point of x are made while they are in flight.
     ONE_STEP: tl.constexpr = CHUNKS * SIZE >= K
     if ONE_STEP or PDL:
         words = _load_words(w_ptr, row, inside, 0, K, SIZE, CHUNKS)

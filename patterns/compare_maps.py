@@ -1,4 +1,4 @@
-"""Two head maps side by side: rank correlation, and how many retrieval heads they share, beside what chance gives."""
+"""Two head maps side by side: rank correlation, and how many retrieval heads they share, against what chance gives."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ DuoAttention (arXiv 2410.10819): the model is frozen, every KV head gets one gat
 and streaming attention. The loss of a step is the mean squared difference between the final hidden states (after the
 last norm) of the full and the gated model, over the tokens that predict the pass keys asked for at the end of the
 text, plus `regularization` * mean |gate|. AdamW without weight decay; the learning rate rises from a tenth over the
-first fifth of the steps and falls back to a tenth over the last fifth. A gate near 1 in the end is a retrieval head.
+first fifth of the steps and falls back to a tenth over the last fifth. A gate that ends near 1 is a retrieval head.
 
 Mended against the original: a streaming head sees sinks and window at every length and never a chunk; any model that
 goes through transformers' attention interface; the same seed gives the same map, also after an interruption.
@@ -145,7 +145,7 @@ class GateTrainer:
         return self.losses[-1]
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next step depends on, and what is reported in the end."""
+        """All that the next step depends on, and what is reported at the end."""
         moments = self._optimizer.state[self.gates]
         return {
             "gates": self.gates,
@@ -155,7 +155,7 @@ class GateTrainer:
         }
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Take over what `checkpoint` holds, if anything."""
+        """Restore what `checkpoint` holds, if anything."""
         found = checkpoint.load()
         if found is None:
             return

@@ -149,7 +149,7 @@ class HeadMap:
 
         Args:
             force: overwrite another map.
-            facts: JSON types that go into `config.json` beside the window, such as where the scores come from.
+            facts: JSON types that go into `config.json` with the window, such as where the scores come from.
 
         The folder appears complete or not at all. Saving the map that is already there changes nothing; files that
         are not part of a head map are kept.
@@ -254,7 +254,7 @@ class HeadMap:
 
 
 def _score(value: Any, what: str) -> float:
-    """A score as float; NaN and infinity are told by their row and column later."""
+    """A score as float; NaN and infinity are reported with row and column later."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise HeadMapError(f"{what} is {quoted(value)}: every score must be a number")
     try:

@@ -63,7 +63,7 @@ def read_scores(folder: Path) -> list[list[float]]:
 def write_folder(
     target: Path, scores: Sequence[Sequence[float]], sink_size: int, recent_size: int, facts: Mapping[str, object]
 ) -> None:
-    """Write both files into a fresh folder beside `target` and let it take the name `target`.
+    """Write both files into a fresh folder next to `target` and let it take the name `target`.
 
     `facts` follow the window in `config.json`. Other files of an existing `target` are carried over.
 

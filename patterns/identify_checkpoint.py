@@ -1,4 +1,4 @@
-"""Progress of an unfinished identification: a small folder beside the map, from which a rerun goes on."""
+"""Progress of an unfinished identification: a small folder next to the map, from which a rerun resumes."""
 
 from __future__ import annotations
 

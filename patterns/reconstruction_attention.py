@@ -24,7 +24,7 @@ TILE_BYTES = 32 * 2**20
 GPU_TILE_BYTES = 2**28
 """Of a long context a small tile holds a few queries only: a GPU would mostly wait to be told what to do next."""
 
-# Without cuDNN's, which newer versions of torch prefer and which is built anew for every length of keys.
+# Without cuDNN's, which newer versions of torch prefer and which is planned again for every length of keys.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

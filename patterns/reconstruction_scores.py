@@ -139,11 +139,11 @@ class Reconstruction:
 
     @property
     def passes_left(self) -> int:
-        """Forward passes until `run` is through; the context is read anew after `resume`."""
+        """Forward passes until `run` is through; the context is read again after `resume`."""
         return self._passes(self.parts_done) if self.parts_done < len(self.parts) else 0
 
     def resume(self, parts_done: int, maxima: Tensor) -> None:
-        """Take up the state that `on_part` of an earlier run gave: float32 [num_layers, num_kv_heads, context]."""
+        """Continue from what `on_part` of an earlier run gave: float32 [num_layers, num_kv_heads, context]."""
         self.attention.maxima.copy_(maxima)
         self.parts_done = parts_done
 

@@ -44,7 +44,7 @@ class QuantLinear:
     ) -> None:
         """Hold `weight` [out_features, in_features] (floating point) in `weight_format` on `device`.
 
-        A weight that already has the dtype and device is taken over without a copy. int8 rounds to the nearest of
+        A weight that already has the dtype and device is used without a copy. int8 rounds to the nearest of
         -127..127 of each row's largest magnitude; nf4 is bitsandbytes' own quantization, int4 `quantize_int4`.
 
         Args:
@@ -78,7 +78,7 @@ class QuantLinear:
     def of_stored(
         cls, data: Tensor, weight_format: str, scale: Any, shape: tuple[int, int], compute_dtype: torch.dtype
     ) -> QuantLinear:
-        """A layer without bias over what a quantized format stores, taken over as it is.
+        """A layer without bias over what a quantized format stores, used as it is.
 
         Args:
             data: as the property `data` describes it, for weight_format int8, int4 or nf4.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Quality beside full attention, `scripts/quality/compare.py`."""
+"""Quality compared with full attention, `scripts/quality/compare.py`."""
 
 import sys
 from pathlib import Path

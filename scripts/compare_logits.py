@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Logits beside those of transformers, `scripts/quality/compare_logits.py`."""
+"""Logits compared with those of transformers, `scripts/quality/compare_logits.py`."""
 
 import sys
 from pathlib import Path

@@ -125,7 +125,7 @@ def _bounded(seconds: float) -> Iterator[None]:
 
 
 def fuzz(count: int, seed: int, limit: float, only: str | None = None, case: int | None = None) -> list[Ending]:
-    """The endings of `count` cases, or of one; failures are told on stderr as they come.
+    """The endings of `count` cases, or of one; failures are printed on stderr as they come.
 
     Raises:
         InputError: no such kind.

@@ -6,7 +6,7 @@ result without longrun's readers; where it raises, the files mean nothing, and l
     config       logits of transformers' own model of the folder
     weights      the same: header, body and index of the shards; bytes of the body have no checksum, so other weights
                  are legitimate where transformers computes the same from them; NaN and infinity must be refused
-    tokenizer    ids of the tokenizers library from tokenizer.json alone, for every setting beside it
+    tokenizer    ids of the tokenizers library from tokenizer.json alone, for every setting next to it
     generation   the ids that Python's json finds in generation_config.json, which the end tokens must include
     head map     Python's csv and float on every cell, clipped; a window as json reads it
     budget       Python's tomllib and a regular expression for sizes

@@ -5,7 +5,7 @@
 
 A child process resumes the session in a folder and reads on; after a random time it gets SIGKILL, in the middle of a
 chunk or of a save. Every time the folder must load, hold every chunk that was reported as read, and nothing but the
-text. A text read to its end must go on with the very tokens of a run that was never interrupted, and the next text
+text. A text read to its end must continue with the same tokens as a run that was never interrupted, and the next text
 begins. Exit status 1 where one of this fails. It takes a POSIX system (fork); the model is a planted one of a few MB.
 """
 

@@ -332,7 +332,7 @@ def run_setting(
 
 
 def cell_line(cell: dict[str, Any]) -> str:
-    """A finished cell as it is told on the way."""
+    """A finished cell as it is printed during the run."""
     return (
         f"{cell['setting']} {format_tokens(cell['length'])} at {cell['depth']:.2f}: exact {cell['score']:.0%}, tokens "
         f"{cell['token_accuracy']:.0%}, {cell['seconds']:.1f} s (read at {cell['prefill_tokens_per_s']:,.0f} tokens/s)"

@@ -66,7 +66,7 @@ class Training:
         return made
 
     def trainer(self, out: Path, recipe: Path | None = None, **changes) -> train_long.Trainer:
-        """A trainer of this model on these texts that writes into `out`, or goes on with what is there."""
+        """A trainer of this model on these texts that writes into `out`, or resumes what is there."""
         read = train_long.Recipe.read(recipe or self.recipe)
         return train_long.Trainer(self.model, self.data, out, read, ALONE, torch.float32, **changes)
 

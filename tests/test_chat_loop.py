@@ -256,7 +256,7 @@ def test_a_session_that_fits_only_alone_is_loaded_once_nothing_else_is_there(pla
     chat.type("The magic number of", f"/save {saved}")
     tokens = saved_tokens(saved)
     told = chat.type(f"/load {saved}", "/stats")
-    assert "does not fit in memory beside this conversation" in told and f"{tokens:,} of 6,000" in told
+    assert "does not fit in memory together with this conversation" in told and f"{tokens:,} of 6,000" in told
     told = chat.type("/reset", f"/load {saved}")
     assert f"going on with the session in {saved}: {tokens:,} of 6,000" in told and chat.loop.errors == 0
 

@@ -1,4 +1,4 @@
-"""A comparison from its settings to its report, on a model that retrieves by construction; stopped and gone on with."""
+"""A comparison from its settings to its report, on a model that retrieves by construction; stopped and resumed."""
 
 from __future__ import annotations
 

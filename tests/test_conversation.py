@@ -1,4 +1,4 @@
-"""Turns as token ids: equal to the template in one piece, never read twice, taken up after an interruption."""
+"""Turns as token ids: equal to the template in one piece, never read twice, resumed after an interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Free memory is looked at before weights are read and before every session; what fails all the same is a sentence."""
+"""Free memory is checked before weights are read and before every session; what still fails gives one sentence."""
 
 import contextlib
 import resource

@@ -1,4 +1,4 @@
-"""A short form of scripts/fuzz.py, and that its endings are told apart."""
+"""A short form of scripts/fuzz.py, and that it tells its endings apart."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_a_gate_mixes_both_answers_of_its_own_query_group(tmp_path) -> None:
 
 def test_gradients_agree_with_finite_differences_and_reach_nothing_else(tmp_path) -> None:
     save_tiny(tmp_path, "qwen3", max_position_embeddings=1024)
-    model = load_model(settings(tmp_path), ATTN_IMPLEMENTATION).double()  # its norms stay float32, hence the wide step
+    model = load_model(settings(tmp_path), ATTN_IMPLEMENTATION).double()  # its norms stay float32, so the step is wide
     chosen, text = settings(tmp_path, regularization=0.5), random_text(96)
     with torch.no_grad():
         target = label_states(model, text, None)

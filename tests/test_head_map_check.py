@@ -1,4 +1,4 @@
-"""A head map that names another model than the one loaded is told of; one that names this model, or none, is not."""
+"""A head map that names another model than the one loaded gives a notice; one that names this or none does not."""
 
 from __future__ import annotations
 

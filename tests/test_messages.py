@@ -1,4 +1,4 @@
-"""A bad value stands in the message cut, with the way out behind it, wherever it comes in."""
+"""Every message cuts a bad value short and says what to do, wherever the value comes in."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def test_advice_names_options_only_where_there_are_such():
 
 
 def test_where_no_setting_helps_fewer_bits_are_named_with_their_memory():
-    """A model of which not even the smallest weights fit: someone on a CPU hears of `--weights int4`, too."""
+    """A model of which not even the smallest weights fit: on a CPU `--weights int4` is proposed, too."""
     error, found = refused(LLAMA, Budget(device_bytes=5 * 10**9, source="cpu"), 8192, None, device_type="cpu")
     assert found == {"gpu": found["gpu"], "weights": "int4"}
     said = error.told_by(PLAN_OPTIONS)

@@ -89,7 +89,7 @@ print(json.dumps([copied, peak, activation_bytes(config, tokens, 2, "bf16", prod
 
 @pytest.mark.skipif(not processor._flags(processor._CPUINFO) >= processor._AVX512_CORE, reason="needs AVX-512")
 def test_activations_are_as_planned_without_bf16_instructions(tmp_path):
-    """The measurement of test_decoder.py in a process whose oneDNN is told that the processor has none."""
+    """The measurement of test_decoder.py in a process whose oneDNN is set to see none in the processor."""
     sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
     save_tiny(tmp_path, "llama", **sizes, intermediate_size=768, num_hidden_layers=2)
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "PYTHONPATH": str(ROOT)}

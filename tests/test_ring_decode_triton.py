@@ -123,7 +123,7 @@ def test_decode_on_the_gpu(heads, group, num_slots, head_dim, num_splits):
 @not_interpreted
 @pytest.mark.parametrize("num_splits", [1, 3, 6])
 def test_a_captured_decode_follows_the_length(num_splits):
-    """Every replay counts its splits anew, on poisoned outputs, many times in a row."""
+    """Every replay counts its splits from zero, on poisoned outputs, many times in a row."""
     num_slots, device = 384, torch.device("cuda")
     q = torch.randn(4, 4, 128, device=device).bfloat16()
     ring_k, ring_v = torch.randn(2, 4, num_slots, 128, device=device).bfloat16()

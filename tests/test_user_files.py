@@ -51,7 +51,7 @@ def test_json_that_is_read(tmp_path):
 
 
 def test_what_is_no_readable_file(tmp_path):
-    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    os.mkfifo(tmp_path / "pipe")  # reading it would never end
     sparse = tmp_path / "sparse"
     sparse.touch()
     os.truncate(sparse, 10**12)

@@ -26,7 +26,7 @@ class DoubleBuffer:
         self._stream = torch.cuda.Stream() if on_gpu and self.half_pages else None
 
     def each(self, fetches: Iterable[Callable[[Tensor], None]]) -> Iterator[Tensor]:
-        """Yield the half that holds each fetch's pages, in order; the next fetch is under way meanwhile, and the first
+        """Yield the half that holds each fetch's pages, in order; the next fetch runs meanwhile, and the first
         one from the call on.
 
         Args:

@@ -37,7 +37,7 @@ class PageMover(Protocol):
     def copy_behind(
         self, source: PagePool, source_slots: Tensor, target: PagePool, target_slots: Tensor
     ) -> Callable[[], None]:
-        """`copy` beside what is queued from now on; the result makes the current stream wait for its end.
+        """`copy` at the same time as what is queued from now on; the result makes the current stream wait for its end.
 
         Until then neither the source's pages nor the target's may be written.
         """

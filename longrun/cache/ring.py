@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Ring:
-    """Keys and values of `num_heads` streaming heads: positions below sink_size for ever, then the last recent_size.
+    """Keys and values of `num_heads` streaming heads: positions below sink_size always, then the last recent_size.
 
     Token p stands at slot p if p < sink_size, else at `sink_size + (p - sink_size) % recent_size`. The order within
-    the ring is of no consequence to attention, since positions are in the keys already (RoPE comes first).
+    the ring does not matter to attention, since positions are in the keys already (RoPE comes first).
 
     Attributes:
         k, v: [num_heads, num_slots, head_dim] of `dtype`.

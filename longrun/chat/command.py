@@ -327,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seed",
         type=SEED,
         metavar="N",
-        help="of random draws (default: new for every answer, and told)",
+        help="of random draws (default: new for every answer, and printed)",
     )
     answer.add_argument(
         "--json",

@@ -131,7 +131,7 @@ class Conversation:
         """Decide what to read, and note it in the session; the caller then prefills `Reading.token_ids`.
 
         Documents come first. A message without question stays open: more documents or the question follow later. An
-        interrupted message is taken up again where its tokens agree with what is given now.
+        interrupted message is resumed where its tokens agree with what is given now.
 
         Args:
             documents: texts to read; those that the session holds already are left out.

@@ -22,7 +22,7 @@ HELP = """\
 /save DIR    save the conversation with its cache
 /load DIR    resume a saved conversation
 /stats       tokens, documents, and what the last answer cost
-/reset       start anew
+/reset       start over
 /help        this list
 /exit        leave (also Ctrl-D)
 Ctrl-C stops an answer or the reading of a text, never the chat; twice at the prompt it leaves."""

@@ -151,7 +151,7 @@ class ChatRunner:
         Args:
             emit: gets the text piece by piece.
             keep_unfinished: an answer stopped by Ctrl-C or SIGTERM stays in the conversation; otherwise the session
-                goes back to the end of the question, so that the same command answers it anew.
+                goes back to the end of the question, so that the same command answers it again.
         """
         cut = self.conversation.cut_answer
         begun = None if cut is None else self.session.token_ids[cut.start :]
@@ -193,18 +193,18 @@ class ChatRunner:
         self.tell(f"saved {self.session.num_tokens:,} tokens in {folder}")
 
     def load(self, folder: Path) -> None:
-        """Go on with another saved session; where that fails, the conversation is as it was.
+        """Continue with another saved session; where that fails, the conversation is as it was.
 
         Raises:
             SessionError: it cannot be loaded.
-            InputError: there is no room for it beside the conversation in memory.
+            InputError: there is no room for it while the conversation stays in memory.
         """
         try:
             conversation = self._open(folder)
         except PlanError as error:
             if self._conversation is not None and self.session.num_tokens:
                 raise InputError(
-                    f"session {folder} does not fit in memory beside this conversation: /save this one if it is "
+                    f"session {folder} does not fit in memory together with this conversation: /save this one if it is "
                     f"needed, then /reset and /load again"
                 ) from error
             self._drop()

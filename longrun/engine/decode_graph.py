@@ -32,7 +32,7 @@ class DecodeGraph:
         decoder: with fused kernels.
         rotary: cos and sin in host memory.
         attention: over an empty cache.
-        capture: False runs every step anew, for devices without graphs.
+        capture: False runs every step eagerly, for devices without graphs.
     """
 
     def __init__(self, decoder: Decoder, rotary: RotaryTable, attention: CudaAttention, capture: bool) -> None:

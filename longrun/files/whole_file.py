@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 
 def fresh_path(path: Path, suffix: str = "new") -> Path:
-    """A hidden name beside `path` that no one has had before, for what will be renamed to it or was renamed from it."""
+    """A new hidden name next to `path`, for what will be renamed to it or was renamed from it."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.{suffix}")
 
 

@@ -1,4 +1,4 @@
-"""Names of models on the Hugging Face hub, and how they are told from paths."""
+"""Names of models on the Hugging Face hub, and how they are distinguished from paths."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HubName:
     Attributes:
         repo: `user/repo`.
         file: path of a GGUF file within it, or None.
-        tag: the quantization of its one GGUF file that is meant, such as `Q4_K_M`, or None.
+        tag: the quantization of the GGUF file to take, such as `Q4_K_M`, or None.
     """
 
     repo: str

@@ -1,6 +1,6 @@
 """A cache that drops tokens, for the eviction baselines: exact keys and values, only of the tokens kept.
 
-Beside the dual cache this one is plain: per layer a tensor of keys, one of values and one of positions. What is evicted
+Simpler than the dual cache: per layer a tensor of keys, one of values and one of positions. What is evicted
 is gone, and its memory with it. It serves comparisons; nothing is paged, quantized, offloaded or saved.
 """
 

@@ -37,7 +37,7 @@ class EvictionSettings:
     """What is kept.
 
     Attributes:
-        keep: tokens; of every KV head beside the window (SnapKV), of every layer in all (TOVA).
+        keep: tokens; of every KV head besides the window (SnapKV), of every layer in all (TOVA).
         window: newest queries that vote, and tokens that always stay (SnapKV; the paper uses 16 to 64).
         kernel: odd number of neighbouring tokens whose votes are averaged (SnapKV; the paper uses 5 and 7).
     """

@@ -18,7 +18,7 @@ class SweepResults:
     """`results.json` in a folder: what was run with which settings, and the cells finished so far.
 
     Attributes:
-        head: everything beside the cells (model, settings, versions, device, notes); JSON-able.
+        head: everything but the cells (model, settings, versions, device, notes); JSON-able.
         cells: finished cells in the order they were run.
     """
 

@@ -13,7 +13,7 @@ How it works. The residual stream holds a token code A, hashes B and Q, an outpu
   than 0.05 rad over the whole context) and copies A of the matching position into C, which the LM head reads.
 - All else is random with a vanishing output (1e-5 of the stream), so all work is done on random data.
 
-Token codes consist of four parts of norm 1, hence every hash has the same norm, RMSNorm has a known gain and a match of
+Token codes consist of four parts of norm 1, so every hash has the same norm, RMSNorm has a known gain and a match of
 n tokens scores exactly n plus the random products of the others.
 
 Margins, computed (nats of the softmax, tiny shape / 8B shape; `tests/test_planted.py` recomputes them):

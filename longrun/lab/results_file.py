@@ -1,5 +1,5 @@
 """A folder's results.json: one run at a time has it open, it is written whole, and nothing of a run that was killed is
-left beside it."""
+left next to it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def fill_synthetic(cache: DualCache, seq_len: int, seed: int = 0) -> None:
         seq_len: tokens, 1 to the capacity.
         seed: at least 0.
 
-    Memory: beside the cache at most about 400 MB on its device for the time of the call.
+    Memory: at most about 400 MB more than the cache, on its device, during the call.
     """
     assert cache.seq_len == 0, "only an empty cache can be filled"
     assert 0 < seq_len <= cache.spec.capacity and seed >= 0

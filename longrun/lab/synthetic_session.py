@@ -13,9 +13,9 @@ def make_synthetic(session: Session, seq_len: int, seed: int = 0) -> None:
     """Make a new, empty session stand at `seq_len` random tokens, as if they had been read.
 
     All but the last are random cache content (`longrun.lab.synthetic_cache`) under random token ids; the last one is
-    really decoded, which gives the logits to go on from. The same seed gives the same tokens and content wherever pages
-    stand. What follows means nothing: it serves timings, and results that come from it must say so. The session cannot
-    be saved.
+    really decoded, which gives the logits to continue from. The same seed gives the same tokens and content wherever
+    pages stand. What follows means nothing: it serves timings, and results that come from it must say so. The session
+    cannot be saved.
 
     Args:
         session: empty; `Runtime.new_session` makes one.

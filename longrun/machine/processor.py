@@ -16,7 +16,7 @@ _WITHOUT_BF16_INSTRUCTIONS = {"avx512_core", "avx512_core_vnni"}
 
 
 def bf16_product_copy_bytes(cpuinfo: Path = _CPUINFO, environment: Mapping[str, str] = os.environ) -> int:
-    """Bytes an element that a product of bf16 matrices holds beside its bf16 result while it runs, on this CPU.
+    """Bytes an element that a product of bf16 matrices holds besides its bf16 result while it runs, on this CPU.
 
     oneDNN adds up in float32. With bf16 instructions (AVX-512 BF16, AMX) it does so in small buffers: 0. With AVX-512
     alone the whole result stands in float32 first: 4. Below AVX-512 torch multiplies without oneDNN: 0. Measured

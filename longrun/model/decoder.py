@@ -81,7 +81,7 @@ class Decoder:
         token_slice: int = TOKEN_SLICE,
         kernels: DecoderKernels | None = None,
     ) -> None:
-        """Take over loaded weights; see `longrun.model.checkpoint.load_decoder`.
+        """Use loaded weights as they are; see `longrun.model.checkpoint.load_decoder`.
 
         Args:
             embedding, lm_head: [vocab_size, hidden_size]; the same tensor where they are tied.

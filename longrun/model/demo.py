@@ -144,7 +144,7 @@ def _sha256(file: Path) -> str:
 
 
 def _convert_apart(gguf: Path, folder: Path) -> None:
-    """Convert in a process of its own: it takes over 1 GB, which would stay in this process's peak memory."""
+    """Convert in a process of its own: it takes more than 1 GB, which would stay in this process's peak memory."""
     try:
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
             pool.submit(_convert_quietly, gguf, folder).result()

@@ -21,7 +21,7 @@ from longrun.specs.model_bytes import TOKEN_SLICES, activation_bytes, compute_it
 DEFAULT_WEIGHT_FORMAT = {"cpu": "fp32", "cuda": "bf16"}
 
 # What no setting changes, an upper bound of what was measured; without torch nothing better can be known.
-# cpu: resident memory beside weights, cache and activations after a prefill (torch, transformers, safetensors, a
+# cpu: resident memory besides weights, cache and activations after a prefill (torch, transformers, safetensors, a
 # tokenizer of 49,152 tokens, buffers of matrix products) on x86-64 Linux with torch 2.13 and transformers 5.23: 439 MB
 # with fp32 weights, 491 with bf16; with bitsandbytes, which nf4 brings, 586. `library_notice` tells where it is more.
 # cuda: what the driver counts beyond torch's own memory (context, cuBLAS, cuDNN, our kernels) on an H100 with torch
@@ -67,7 +67,7 @@ class PlanSettings:
         device_share: the most of a retrieval head's pages that may stand in the device pool, 0 to 1. Below 1 pages
             go to the host pool although the device has room, which is how the host path is exercised.
         gpu_kernels: on cuda, INT4 pages are served by the GPU kernels; False plans for plain torch.
-        bf16_product_copy: on the CPU, bytes an element that a bf16 product holds beside its result, see
+        bf16_product_copy: on the CPU, bytes an element that a bf16 product holds besides its result, see
             `longrun.machine.processor`.
     """
 

@@ -28,7 +28,7 @@ class Suggestion:
     Attributes:
         setting: ctx (the capacity), retrieval_ratio, weights, kv, chunk_size, host or gpu.
         value: what to set it to, in tokens or bytes where it is one.
-        words: says so to a person; option: the same as options of a command, empty where it is none's.
+        words: the advice in words; option: the same as options of a command, empty where no option does it.
     """
 
     setting: str

@@ -3,7 +3,7 @@ cache folder.
 
 The map stands in `cache_dir()/head_maps/<model's name>-<fingerprint>/`, in the format of every other map, and appears
 there complete or not at all. The method is "reconstruction" of `longrun.patterns.identify`; what an interrupted
-measurement has done is kept beside the folder, and the next one resumes there.
+measurement has done is kept next to the folder, and the next one resumes there.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def _take_blas_workspace(dtype: torch.dtype) -> None:
     """Let cuBLAS take its workspace (32 MiB on an H100) before a session takes memory.
 
     torch allocates it in a thread's first product and keeps it as long as the process lives. Cut out of the memory of
-    `_reserve_activations` it would hold gigabytes back when the session is gone, and the next one take them anew.
+    `_reserve_activations` it would hold gigabytes back when the session is gone, and the next one take them again.
     """
     square = torch.zeros(16, 16, dtype=dtype, device="cuda")
     torch.mm(square, square)

@@ -176,7 +176,7 @@ def load_parts(
     checked: ModelFolder, split: HeadSplit, plan: Plan, compiled_kernels: bool,
     on_pin: Callable[[int, int], None] | None = None,
 ) -> tuple[Parts, Shared, list[str]]:  # fmt: skip
-    """Read the weights, heads in the order of `split`, and compile what runs beside them.
+    """Read the weights, heads in the order of `split`, and compile the kernels that go with them.
 
     Args:
         compiled_kernels, on_pin: see `load`.

@@ -106,7 +106,7 @@ class Runtime:
             capacity: tokens, default the plan's context.
 
         Raises:
-            PlanError: it does not fit in the budget beside what is alive of this runtime and of those over the same
+            PlanError: it does not fit in what is left of the budget by this runtime and those over the same
                 weights, or in free memory.
         """
         capacity = self.plan.capacity if capacity is None else parse_tokens(capacity, "capacity")
@@ -170,7 +170,7 @@ class Runtime:
 
         It answers as one that was loaded with these settings, and a session that either saves opens in the other. Where
         the split puts heads into another order, the q, k, v and output projections of those layers are copied; all
-        other weights are shared. This runtime stays as it is, and the two plan beside each other's sessions and copies.
+        other weights are shared. This runtime stays as it is; each plans with the other's sessions and copies.
 
         Args:
             split: which heads keep every token: `HeadMap`, folder in DuoAttention's format, or "full".
@@ -180,7 +180,7 @@ class Runtime:
             retrieval_ratio: share of the heads of `split`, or of this runtime's own head map, to keep.
 
         Raises:
-            PlanError: the budget, beside what is alive, or the machine's free memory cannot hold it.
+            PlanError: what is left of the budget, or the machine's free memory, cannot hold it.
             ConfigError, HeadMapError, InputError: an argument cannot be used, or the weights are quantized and the
                 split wants another order: load the model with it, or in bf16 or fp32.
         """

@@ -34,7 +34,7 @@ def _next_token(sequence: TokenSequence, params: SamplingParams, seen: Tensor | 
     """Run the token that waits and choose the next one, which then waits.
 
     A chosen token must reach the caller. So where a signal came meanwhile, nothing is chosen before its handlers ran;
-    they raise as a rule, and otherwise the choice is made anew.
+    they raise as a rule, and otherwise the choice is made again.
 
     Args:
         seen: bool [vocab_size] of the tokens so far, kept up to date here; None without a repetition penalty.

@@ -1,4 +1,4 @@
-"""The files beside a session's manifest: pooled pages, and the state of everything else.
+"""A session's files other than its manifest: pooled pages, and the state of everything else.
 
 pages-FIRST-STOP-ID.bin   pooled pages [FIRST, STOP): layer by layer, payloads [heads, n, payload_bytes], then the
                           index [heads, n, 2, head_dim] float16 (INT4 only)

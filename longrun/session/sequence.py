@@ -1,4 +1,4 @@
-"""What a session knows of its tokens beside the cache, and the steps that change both together."""
+"""What a session knows of its tokens besides the cache, and the steps that change both together."""
 
 from __future__ import annotations
 

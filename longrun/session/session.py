@@ -209,7 +209,7 @@ class Session:
         self._keeper.save(self, path)
 
     def snapshot(self) -> dict[str, Tensor]:
-        """What beside the cache makes the session: int32 token ids, logits if there are any, random state."""
+        """What makes the session besides its cache: int32 token ids, logits if there are any, random state."""
         sequence = self._sequence
         found = {"token_ids": sequence.id_tensor(), "generator": sequence.generator.get_state()}
         if sequence.logits is not None:
@@ -217,7 +217,7 @@ class Session:
         return found
 
     def restore(self, token_ids: Tensor, logits: Tensor | None, generator_state: Tensor, extra: dict[str, Any]) -> None:
-        """Take over what `snapshot` gave; the cache has been filled already."""
+        """Restore what `snapshot` gave; the cache has been filled already."""
         sequence = self._sequence
         assert not sequence.ids
         assert self.seq_len <= len(token_ids) <= self.seq_len + 1

@@ -236,7 +236,7 @@ class SavedSession:
         return store
 
     def _read_state(self, session: Savable) -> dict[str, Any]:
-        """The state; where the folder's owner has saved anew since the manifest was read, the newer one."""
+        """The state; where the folder's owner has saved again since the manifest was read, the newer one."""
         while True:
             try:
                 return read_state(self.folder, self.manifest, session)

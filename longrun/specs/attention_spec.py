@@ -1,4 +1,4 @@
-"""What attention needs beside the cache: scratch for dequantized pages, decode buffers and the live tensors of one
+"""What attention needs besides the cache: scratch for dequantized pages, decode buffers and the live tensors of one
 chunk.
 
 Plain arithmetic without torch, so that the planner can add it.

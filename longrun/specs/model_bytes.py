@@ -65,7 +65,7 @@ def activation_bytes(
         weight_format: format of the linears.
         token_slice: tokens worked on at a time where they are independent.
         fused: RoPE and head norms run as GPU kernels, in place.
-        product_copy: bytes an element that a product holds beside its result, see
+        product_copy: bytes an element that a product holds besides its result, see
             `longrun.machine.processor.bf16_product_copy_bytes`.
     """
     tokens, part = chunk_size, min(chunk_size, token_slice)

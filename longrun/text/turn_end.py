@@ -1,4 +1,4 @@
-"""Which tokens end an assistant's turn, beside those that the model's settings name."""
+"""Which tokens end an assistant's turn, besides those that the model's settings name."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Speed and memory on this machine, beside ceilings measured in the same run."""
+"""Speed and memory on this machine, compared with ceilings measured in the same run."""

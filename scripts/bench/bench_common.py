@@ -1,4 +1,4 @@
-"""What the benchmark commands share: options, devices, loading, memory beside the plan, and how results leave."""
+"""What the benchmark commands share: options, devices, loading, memory against the plan, and how results leave."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def describe(runtime: Runtime, args: argparse.Namespace) -> dict[str, Any]:
 
 
 class MemoryWatch:
-    """Memory of this process beside what the plan says; make it before anything touches the GPU.
+    """Memory of this process against what the plan says; make it before anything touches the GPU.
 
     On a GPU the driver's count is the truth (context, kernels and all that torch does not know); what others had taken
     before is subtracted, as nvidia-smi tells it before this process has a context. On a CPU it is the process's peak.
@@ -151,7 +151,7 @@ class MemoryWatch:
             torch.cuda.reset_peak_memory_stats()
 
     def measure(self, plan: Plan) -> dict[str, Any]:
-        """Bytes used beside the plan; `ratio_to_plan` is used / planned on the device."""
+        """Bytes used against the plan; `ratio_to_plan` is used / planned on the device."""
         found: dict[str, Any] = {"plan_device_bytes": plan.device_bytes, "plan_host_bytes": plan.host_bytes}
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
@@ -230,7 +230,7 @@ def save(result: dict[str, Any], args: argparse.Namespace, complete: bool = Fals
         The object as one line of JSON, environment included.
 
     Raises:
-        InputError: the file cannot be written (the object is printed all the same).
+        InputError: the file cannot be written (the object is still printed).
     """
     result = {**result, "complete": complete, "environment": environment()}
     if args.json is not None:

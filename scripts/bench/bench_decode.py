@@ -1,4 +1,4 @@
-"""Decode: milliseconds a token after very long contexts, beside the fewest bytes that a token must read."""
+"""Decode: milliseconds a token after very long contexts, against the fewest bytes that a token must read."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def time_tokens(session: Session, tokens: Iterator[int], count: int) -> tuple[li
     """Take `count` tokens: their ids, and the wall milliseconds from each token to the next, as a reader sees them.
 
     A token is known to the host when it is returned; the GPU may be at work on the next one by then. Nothing is waited
-    for at the beginning, where that work would go on beside the clock: call it right after other tokens were taken.
+    for at the beginning, where that work would escape the clock: call it right after other tokens were taken.
     """
     ids, wall = [], []
     start = time.perf_counter()
@@ -170,7 +170,7 @@ def floor(parts: dict[str, int], ms: float, ceilings: dict[str, Any]) -> dict[st
 
 
 def host_overhead(wall_ms: float, step: float | None, busy: float | None) -> dict[str, Any]:
-    """What a token costs beside the GPU's work.
+    """What a token costs besides the GPU's work.
 
     Args:
         wall_ms: median wall time of a token.

@@ -48,11 +48,11 @@ def parse_formats(text: str) -> list[str]:
     """The formats, `BASE` first.
 
     Raises:
-        InputError: fewer than one beside it, or one twice.
+        InputError: none besides it, or one twice.
     """
     formats = [name.strip() for name in text.split(",") if name.strip()]
     if len(set(formats)) != len(formats) or not set(formats) - {BASE}:
-        raise InputError(f"--weight-formats {text} names none beside {BASE}, or one twice: give nf4,int4,int8")
+        raise InputError(f"--weight-formats {text} names none besides {BASE}, or one twice: give nf4,int4,int8")
     return [BASE, *(name for name in formats if name != BASE)]
 
 

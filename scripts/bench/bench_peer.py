@@ -1,4 +1,4 @@
-"""longrun beside transformers on a CPU, in turn within one process, so that a machine that drifts drifts for both."""
+"""longrun and transformers on a CPU, taking turns in one process, so that a machine that drifts drifts for both."""
 
 from __future__ import annotations
 

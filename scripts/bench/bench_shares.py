@@ -1,4 +1,4 @@
-"""The shares of the hardware's ceilings that must not fall: each hot path beside what the same machine can do.
+"""The shares of the hardware's ceilings that must not fall: each hot path against what the same machine can do.
 
 A share compares two times of one run on one card, so it holds on any card of a kind, whatever its clock does. Each has
 a floor, well below what was measured and well above what the next slower road reaches; `tests/test_gpu_shares.py`
@@ -66,7 +66,7 @@ def attention_tensors(kv_len: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dense_attention(kv_len: int) -> Reached:
-    """A chunk over itself (causal) or over a past of another length, beside the fastest of torch's operators."""
+    """A chunk over itself (causal) or over a past of another length, against the fastest of torch's operators."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from longrun.kernels.dense_attention import attention_with_lse
@@ -124,7 +124,7 @@ def token_linears(weight_format: str) -> Reached:
 
 
 def chunk_linear() -> Reached:
-    """gate and up of a chunk, int4 weights dequantized first, beside a plain product of the same shape."""
+    """gate and up of a chunk, int4 weights dequantized first, against a plain product of the same shape."""
     from scripts.bench import bench_vector_linear as bench
 
     rows, width, *_ = bench.MATRICES["gate_up"]
@@ -138,7 +138,7 @@ def chunk_linear() -> Reached:
 
 
 def fetch() -> Reached:
-    """Pages of host memory, gathered by a kernel, beside one large pinned copy."""
+    """Pages of host memory, gathered by a kernel, against one large pinned copy."""
     from longrun.kernels.page_copy import fetch_pages
     from scripts.bench import bench_fused_kernels as bench
 

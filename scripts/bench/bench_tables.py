@@ -141,7 +141,7 @@ def offload(results: Sequence[Row]) -> list[list[str]]:
 
 
 def formats(results: Sequence[Row]) -> list[list[str]]:
-    """Formats of weights or of pages that took turns: which of the two, the rows say, and so beside which one."""
+    """Formats of weights or of pages that took turns: which of the two, the rows say, and so compared with which."""
     rows = [row for result in results for row in result["rows"]]
     beside = {key for row in rows for key in row if key.startswith("over_")}
     kinds = {key for row in rows for key in _FORMATS if key in row}
@@ -237,7 +237,7 @@ def render(kind: str, names: Sequence[str], folder: Path) -> str:
 
 
 def rendered(text: str, folder: Path, make: Callable[[str, Sequence[str], Path], str] = render) -> str:
-    """The document with all its tables made anew by `make`. Raises InputError as that, and for an unclosed marker."""
+    """The document with all its tables made by `make`. Raises InputError as `make` does, and for an unclosed marker."""
     blocks = list(_blocks(text))
     if len(blocks) != len(_OPENING.findall(text)):
         raise InputError("a table marker is not closed: end each with <!-- /table --> on a line of its own")

@@ -2,12 +2,12 @@
 """Benchmarks: ceilings first, then a table, and one JSON object as the last line.
 
     python scripts/bench.py peer [--model DIR] [--lengths 4K,8K]           longrun and transformers in turn, on a CPU
-    python scripts/bench.py decode --model DIR --lengths 128K,1M           milliseconds a token, beside the bytes' floor
-    python scripts/bench.py prefill --model DIR --lengths 128K [--needles 3]    reading, beside the compute ceilings
+    python scripts/bench.py decode --model DIR --lengths 128K,1M           ms a token, against the bytes' floor
+    python scripts/bench.py prefill --model DIR --lengths 128K [--needles 3]    reading, against the compute ceilings
     python scripts/bench.py offload --model DIR --gpu-budget "20 GiB"      decode with most pages in host memory
     python scripts/bench.py formats --model DIR --length 64K               reading, by weight format, in turns
     python scripts/bench.py kernels                                        every kernel alone, in one table
-    python scripts/bench.py shares                                         hot paths beside floors; status 1 below one
+    python scripts/bench.py shares                                         hot paths against floors; status 1 below one
 
 `--synthetic-cache` fills the cache with random content instead of reading a text: rows then say "synthetic": true and
 are good for timing only. `--help` of each command lists its options. Ratios of `peer` are medians over pairs of runs.
@@ -90,7 +90,7 @@ def add_formats(sub: argparse.ArgumentParser) -> None:
     add_model_options(sub)
     sub.add_argument("--length", default="64K", help="tokens read")
     sub.add_argument(
-        "--weight-formats", default="nf4,int4,int8", help="formats beside bf16; --weight-format is not used"
+        "--weight-formats", default="nf4,int4,int8", help="formats to compare with bf16; --weight-format is not used"
     )
     sub.add_argument(
         "--kv-formats", metavar="LIST", help="vary the pages instead, the first named being compared with: int4,k5v3"
@@ -121,7 +121,7 @@ COMMANDS = {
     "offload": (add_offload, "decode with pages in host memory"),
     "formats": (add_formats, "reading in several weight or page formats, by turns"),
     "kernels": (add_kernels, "every kernel alone"),
-    "shares": (add_shares, "the hot paths' shares of their ceilings, each beside its floor"),
+    "shares": (add_shares, "the hot paths' shares of their ceilings, each with its floor"),
 }
 
 

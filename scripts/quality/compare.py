@@ -1,4 +1,4 @@
-"""Quality of head maps, KV formats and evicting caches, each beside full bf16 attention of the same model.
+"""Quality of head maps, KV formats and evicting caches, each against full bf16 attention of the same model.
 
 Every row reads the same documents and answers the same questions; the reference (full attention, bf16 pages) goes
 first. Writes results.json after every row, length and task (a stopped run goes on where it was), report.md and
@@ -80,7 +80,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What decides the results beside the rows, JSON-able; a resumed run must have the same.
+    """What decides the results besides the rows, JSON-able; a resumed run must have the same.
 
     Raises:
         InputError: an impossible number, an unknown task, or a file that cannot be read.
@@ -265,7 +265,7 @@ def describe(row: Row, runtime: Runtime, plan: Plan) -> dict[str, Any]:
 
 
 def told(items: list[dict[str, Any]]) -> str:
-    """A finished record as it is told on the way."""
+    """A finished record as it is printed during the run."""
     keys = ("exact", "token_accuracy") if "exact" in items[0] else ("nll", "kl", "top1")
     return ", ".join(f"{key} {sum(item[key] for item in items) / len(items):.3f}" for key in keys)
 

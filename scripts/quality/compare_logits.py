@@ -1,4 +1,4 @@
-"""Logits of longrun beside those of the transformers library, at every position of one text, on one checkpoint.
+"""Logits of longrun against those of the transformers library, at every position of one text, on one checkpoint.
 
 Example: python scripts/compare_logits.py --model DIR --tokens 8192 --device cuda --dtype bf16 --kv bf16,int4
 The last line is one JSON object. transformers runs first (SDPA) and is freed before longrun loads.
@@ -163,7 +163,7 @@ def bf16_step(value: float) -> float:
 
 
 def compare(args: argparse.Namespace, kv: str, token_ids: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
-    """One run of longrun beside the reference: a row of the result."""
+    """One run of longrun against the reference: a row of the result."""
     runtime = longrun.load(
         args.model, args.budget or DEFAULT_BUDGETS[args.device], args.head_map, kv, args.dtype, args.device,
         ctx=len(token_ids) + 1, retrieval_ratio=args.retrieval_ratio, chunk_size=args.chunk_size,

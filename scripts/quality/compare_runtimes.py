@@ -2,7 +2,7 @@
 
 Rows differ in their head map, page format and chunk size. These change no weight, so a row's runtime is derived from
 the full-attention one, in milliseconds, where loading takes seconds. Quantized weights cannot be reordered and are
-loaded anew.
+loaded again.
 """
 
 from __future__ import annotations

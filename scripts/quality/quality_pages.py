@@ -1,4 +1,4 @@
-"""Rows of a comparison beside their twins with other KV pages: what a page format alone changes, question by question.
+"""Rows of a comparison against their twins with other KV pages: what a page format alone changes, question by question.
 
 Twins differ in their name and in `kv` and in nothing else; both are measured rows, no simulated ones.
 """

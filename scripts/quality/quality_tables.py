@@ -180,9 +180,7 @@ def page(path: Path) -> str:
     """The page of a published comparison: where it comes from, then every table that has a row."""
     found = read(path)
     parts = [f"# Quality: {path.stem.removeprefix(_PREFIX)}"]
-    parts += [
-        "Written by `python scripts/quality/quality_tables.py`; what it shows is told in [quality](../quality.md)."
-    ]
+    parts += ["Written by `python scripts/quality/quality_tables.py`; [quality](../quality.md) says what it shows."]
     parts += provenance(found, path.name)
     for kind, title in TITLES.items():
         lines = _lines(kind, found, path.name, path.parent)
@@ -249,7 +247,7 @@ def read(path: Path) -> Found:
 
 
 def publish(source: Path, name: str, folder: Path) -> list[Path]:
-    """Take over a finished comparison: results (a record a line), with a line said about every row, and pictures.
+    """Copy a finished comparison: results (a record a line), with a sentence about every row, and pictures.
 
     Args:
         source: --out of a comparison; name: letters, digits and dashes; folder: where the document stands.

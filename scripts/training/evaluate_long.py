@@ -1,9 +1,9 @@
 """How well a model with a long-text adapter reads: held-out facts by length and depth, perplexity, a few answers.
 
 Texts, names and forms are those training never saw. Facts are asked with the answer begun, and count as exact where
-greedy generation goes on with the value, read as text; first tokens are counted as well. Texts with 30 facts (five of
+greedy generation continues with the value, read as text; first tokens are counted as well. Texts with 30 facts (five of
 every form compete) and with five are apart. A text is read once, by longrun with full attention. Perplexity at 4K
-tokens of held-out prose and the chat answers are the trained model's beside the original's, by transformers.
+tokens of held-out prose and the chat answers are the trained model's and the original's, by transformers.
 Example: python scripts/training/evaluate_long.py --adapter out/long-train/adapter --data out/long-data --lengths 8K,64K
 """
 

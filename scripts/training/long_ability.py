@@ -1,4 +1,4 @@
-"""What an adapted model can still do with short texts, beside the original: perplexity of prose, answers in a chat."""
+"""What an adapted model still does with short texts, against the original: perplexity of prose, answers in a chat."""
 
 from __future__ import annotations
 

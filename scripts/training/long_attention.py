@@ -23,7 +23,7 @@ SAME = 0.02
 class Attention:
     """The kernel of the moment. What it cannot run is an error then, and never a T x T matrix.
 
-    cuDNN plans anew for every pair of lengths it has not seen, which samples of one length a stage keep few.
+    cuDNN plans for every pair of lengths it has not seen; samples of one length a stage keep these few.
     """
 
     def __init__(self, wanted: str, ranks: Ranks, dtype: torch.dtype) -> None:
@@ -66,7 +66,7 @@ class Attention:
             entry |= {"flash_ms": round(1000 * flash, 3), "cudnn_ms": round(1000 * cudnn, 3)}
             entry["difference"] = round(_difference(results, expected), 6)
             faster, failed = cudnn < flash, not entry["difference"] < SAME
-        except (RuntimeError, ValueError) as error:  # what is not to be had is a result of the measurement
+        except (RuntimeError, ValueError) as error:  # a failure is a result of the measurement
             failed, entry["cudnn_error"] = True, str(error)[:300]
         failed = self._ranks.any(failed)
         self.kernel = "cudnn" if self._ranks.any(self._ranks.rank == 0 and faster) and not failed else "flash"

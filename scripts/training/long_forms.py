@@ -1,4 +1,4 @@
-"""More words, forms and lists for training on long texts, beside those of longrun/lab/long_words.py.
+"""More words, forms and lists for training on long texts, added to those of longrun/lab/long_words.py.
 
 None of it is a test's: the six forms of `long_words.TEST_FORMS`, their phrasings and names, the needle sweep's form and
 the quality comparison's entries ("The code of NAME is: KEY.") stand nowhere here.

@@ -146,7 +146,7 @@ class LoraModel:
         return found
 
     def load_state(self, tensors: dict[str, Tensor], source: str) -> None:
-        """Take over A and B of the same names and shapes. Raises `InputError` where they are others."""
+        """Load A and B of the same names and shapes. Raises `InputError` where they are others."""
         own = self.state()
         if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
             raise InputError(f"{source} holds LoRA layers of another model or rank: start in another folder")
@@ -155,7 +155,7 @@ class LoraModel:
                 parameter.copy_(tensors[name])
 
     def load_adapter(self, folder: Path) -> float:
-        """Take over a saved adapter of the same rank; its RoPE base may be another, and is returned.
+        """Load a saved adapter of the same rank; its RoPE base may be another, and is returned.
 
         Raises:
             InputError: it cannot be read or has another rank.

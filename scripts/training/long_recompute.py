@@ -1,7 +1,7 @@
 """What the backward pass of train_long.py finds in memory, and what it computes again.
 
 Where memory allows, everything stays. Beyond it a layer keeps its input and the output of its attention, and computes
-the rest again: attention is what long texts cost, the rest is cheap beside it.
+the rest again: attention is what long texts cost, the rest is cheap in comparison.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def make_session(
 
     Raises:
         InputError: an unknown method, keep below 1, or a runtime with streaming heads.
-        PlanError: the cache does not fit in the budget beside the runtime's weights.
+        PlanError: the cache does not fit in what the runtime's weights leave of the budget.
     """
     if method not in ("snapkv", "tova"):
         raise InputError(f"eviction method {quoted(method)} is unknown: use snapkv or tova")

@@ -108,7 +108,7 @@ def simulated_format(name: str) -> SimulatedFormat:
     """The simulated format of that name.
 
     Raises:
-        InputError: there is none; the nearest name is told.
+        InputError: there is none; the message has the nearest name.
     """
     if name not in _FORMATS:
         nearest = difflib.get_close_matches(name, SIMULATED_FORMATS, n=1, cutoff=0.0)[0]

@@ -18,7 +18,7 @@ class QualityResults:
     """`results.json` in a folder.
 
     Attributes:
-        head: everything beside the records (settings, rows, environment, notes); JSON-able.
+        head: everything but the records (settings, rows, environment, notes); JSON-able.
         records: what was measured, in the order it was; one a (row, length, group).
     """
 
@@ -100,7 +100,7 @@ class QualityResults:
             sound = head["format"] == FORMAT and isinstance(head["settings"], dict)
         except (InputError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{path} cannot be read as a comparison's results: name the folder of one, or compare anew with --force"
+                f"{path} cannot be read as a comparison's results: name the folder of one, or start over with --force"
             ) from error
         if not sound or len(keys) != len(set(keys)) or not {row for row, _, _ in keys} <= known:
             raise InputError(

@@ -1,4 +1,4 @@
-"""From the items of a comparison to estimates with intervals, each row beside the reference on the same items."""
+"""From the items of a comparison to estimates with intervals, each row against the reference on the same items."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def families(results: QualityResults) -> dict[str, list[str]]:
 def beside(results: QualityResults, base: str) -> list[dict[str, Any]]:
     """Each row's exact match less that of the row `base` on the same questions, over all retrieval tasks.
 
-    What a head split costs beside its page format, for instance, is its difference to full attention in that format.
+    What a head split costs apart from its page format, say, is its difference to full attention in that format.
 
     Returns:
         JSON-able: row, length, and `exact`, an `Estimate`'s fields; for each row and length where
