@@ -1,4 +1,4 @@
-"""The dual cache of one sequence (DuoAttention, arXiv 2410.10819): retrieval heads in pages, streaming heads in rings."""
+"""The dual cache of a sequence (DuoAttention, arXiv 2410.10819): retrieval heads in pages, streaming heads in rings."""
 
 from __future__ import annotations
 
