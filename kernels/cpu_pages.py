@@ -4,55 +4,13 @@ ctypes on tensors' memory. Signatures are those of the torch references in `page
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from longrun.kernels.kept_library import load_kept_library
+from longrun.kernels.cpu_library import load_cpu_library
 from longrun.kernels.page_view import ExactRun, PageRun
-
-_SOURCE = Path(__file__).with_name("cpu_pages.cpp")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-std=c++17")
-_TIMEOUT_S = 120
-
-
-class KernelUnavailable(Exception):
-    """The compiled kernels cannot be had on this machine; the message says why."""
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-
-
-def _load(cache_dir: Path | None) -> tuple[ctypes.CDLL, list[str]]:
-    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise KernelUnavailable("no C++ compiler found (g++, clang++ or $CXX)")
-    key = hashlib.sha256("\0".join((_SOURCE.read_text(), compiler, *_FLAGS, _cpu_name())).encode()).hexdigest()[:16]
-
-    def compile_to(path: Path) -> None:
-        command = [compiler, *_FLAGS, "-o", str(path), str(_SOURCE)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise KernelUnavailable(f"building with {compiler} failed: {error}") from error
-        if done.returncode:
-            raise KernelUnavailable(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
-
-    try:
-        return load_kept_library(f"cpu_pages-{key}", cache_dir, compile_to)
-    except OSError as error:
-        raise KernelUnavailable(f"the compiled library cannot be loaded: {error}") from error
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:
@@ -84,8 +42,7 @@ class CpuPageKernels:
     """
 
     def __init__(self, cache_dir: Path | None) -> None:
-        # torch is imported by now, so the library binds to the OpenMP runtime that torch loaded: one thread pool
-        self._lib, self.notices = _load(cache_dir)
+        self._lib, self.notices = load_cpu_library("cpu_pages", cache_dir)
 
     def decode_attention(self, q: Tensor, pages: PageRun | None, exact: tuple[ExactRun, ...]) -> tuple[Tensor, Tensor]:
         """See `page_view.decode_attention`; q float32, contiguous."""

@@ -123,13 +123,18 @@ class QuantLinear:
         return None if self._state is None else self._state.code
 
     @property
+    def scale(self) -> Tensor | None:
+        """`row_scale`, `group_scale` or `absmax`, whichever the format has; None for fp32 and bf16."""
+        return self.absmax if self._state is not None else self._scale
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of weight, scales and bias; equal to `linear_bytes`."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def tensors(self) -> list[Tensor]:
         """Every tensor this layer holds."""
-        return [tensor for tensor in (self._data, self._scale, self.absmax, self.bias) if tensor is not None]
+        return [tensor for tensor in (self._data, self.scale, self.bias) if tensor is not None]
 
     def dense(self) -> Tensor:
         """The weight [out_features, in_features] in the compute dtype: itself for fp32 and bf16, else a temporary."""
@@ -141,8 +146,23 @@ class QuantLinear:
             unpack = _kernels().dequantize_int4 if self._data.is_cuda else dequantize_int4
             return unpack(self._data, self._scale, self.in_features, self.compute_dtype)
         if self.weight_format == "nf4":
-            return _bitsandbytes().functional.dequantize_4bit(self._data, self._state)
+            if self._data.is_cuda or self.in_features % NF4_GROUP == 0:
+                return _bitsandbytes().functional.dequantize_4bit(self._data, self._state)
+            return self._dense_nf4()
         return self._data
+
+    def _dense_nf4(self) -> Tensor:
+        """bitsandbytes 0.50 gives wrong weights on a CPU where a row ends within a group."""
+        pairs = torch.stack((self.code.repeat_interleave(16), self.code.repeat(16)), 1)  # the two values of each byte
+        weight = torch.empty(self.out_features, self.in_features, dtype=self.compute_dtype, device=self._data.device)
+        rest = weight.view(-1)
+        for start in range(0, len(self.absmax), _QUANTIZE_ROWS):
+            scale = self.absmax[start : start + _QUANTIZE_ROWS, None]
+            codes = self._data[start * NF4_GROUP // 2 :][: len(scale) * NF4_GROUP // 2]
+            values = F.pad(pairs[codes.view(-1).int()].view(-1), (0, len(scale) * NF4_GROUP - 2 * len(codes)))
+            part = rest[start * NF4_GROUP :][: values.numel()]
+            part.copy_((values.view(-1, NF4_GROUP) * scale).view(-1)[: part.numel()])
+        return weight
 
     def __call__(
         self, x: Tensor, out: Tensor | None = None, accumulate: bool = False, dense: Tensor | None = None

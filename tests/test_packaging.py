@@ -117,8 +117,9 @@ def packaged_files(source: Path) -> set[str]:
 
 
 LOCATIONS = """
-import json, longrun, longrun.kernels.page_view as ours, longrun.quant.kv_format, longrun.kernels.cpu_pages as compiled
-assert compiled._SOURCE.is_file()
+import json, longrun, longrun.kernels.page_view as ours, longrun.quant.kv_format
+from longrun.kernels.cpu_library import source_of
+assert all(source_of(name).is_file() for name in ("cpu_linear", "cpu_pages", "cpu_rope_store"))
 print(json.dumps([longrun.__file__, ours.__file__, longrun.quant.kv_format.__file__]))
 """
 
@@ -145,7 +146,9 @@ def test_wheel_holds_every_file_and_no_other_top_level_name(source: Path, wheel:
     expected = packaged_files(source)
     assert {
         "longrun/plan/budgets/a100-80g.toml",
+        "longrun/kernels/cpu_linear.cpp",
         "longrun/kernels/cpu_pages.cpp",
+        "longrun/kernels/cpu_rope_store.cpp",
         "longrun/quant/page_codec.py",
     } <= expected
     assert "longrun/model/adapters/made-up/adapter_model.safetensors" in expected

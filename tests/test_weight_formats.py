@@ -140,6 +140,17 @@ def test_int4_takes_the_nearest_multiple_of_each_step():
     assert relative(layer.dense()[5] / 1e20, weight[5] / 1e20) < 0.12
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(24, 16), (3000, 96), (5, 50), (7, 13), (33, 272)])
+def test_nf4_where_rows_end_within_groups(rows, columns):
+    """Values and groups count through the whole matrix."""
+    layer, weight = make("nf4", rows, columns)
+    at = torch.arange(rows * columns)
+    byte = layer.data.view(-1)[at // 2].int()
+    expected = layer.code[torch.where(at % 2 == 0, byte >> 4, byte & 15)] * layer.absmax[at // 64]
+    assert torch.equal(layer.dense(), expected.view(rows, columns))
+    assert relative(layer.dense(), weight) < 0.13
+
+
 def test_int4_step_is_better_than_the_largest_weight_and_than_nf4():
     weight = random(64, 2048)
     grouped = weight.view(-1, 32)

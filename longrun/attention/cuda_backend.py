@@ -178,14 +178,14 @@ class CudaAttention:
         tail = seq_len - closed * fmt.page_size
         on_host = 0 if self._first_pages is None else self._first_pages.num_on_host
         pooled = fmt.pooled_pages(seq_len)
-        ring_slot = start if start < spec.sink_size else spec.sink_size + (start - spec.sink_size) % spec.recent_size
         if self._round_lengths is not None:
             for per_round, row, count in self._rounds.values():
                 first = np.arange(count, dtype=np.int32) * per_round
                 self._round_lengths[row : row + count, 0] = first
                 self._round_lengths[row : row + count, 1] = (on_host - first).clip(0, per_round)
         self.state.fill(
-            token_id, (tail - 1, ring_slot), (on_host, pooled - on_host, fmt.page_size if closed else 0, tail),
+            token_id, (tail - 1, spec.ring_slot(start)),
+            (on_host, pooled - on_host, fmt.page_size if closed else 0, tail),
             min(seq_len, spec.sink_size + spec.recent_size), on_host, self._round_lengths, cos, sin,
         )  # fmt: skip
 

@@ -48,10 +48,11 @@ class Attention(Protocol):
 
 
 class FusedDecode(Protocol):
-    """Attention for one token in a form that a CUDA graph can replay: nothing depends on host values."""
+    """Attention for one token, from the fused projection on; on a GPU in a form that a CUDA graph can replay: nothing
+    depends on host values."""
 
     def decode(self, layer_idx: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> Tensor:
-        """Head norms, RoPE, append and attend, for the token that the backend's device state describes.
+        """Head norms, RoPE, append and attend, for the token that `begin_decode` described.
 
         Args:
             qkv: [1, (num_qo_heads + 2 * num_kv_heads) * head_dim] as the projection leaves it, compute dtype.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from longrun.cache.pages import PagedHeads
 from longrun.cache.ring import Ring
 from longrun.kernels.banded_attention import BandPlan, banded_attention, plan_band
 from longrun.kernels.cpu_pages import CpuPageKernels
+from longrun.kernels.cpu_rope_store import CpuRopeStore
 from longrun.kernels.dense_attention import attention_with_lse, merge_partial
 from longrun.kernels.page_view import ExactRun, PageRun, dequantize_run
 from longrun.quant.page_codec import exact_dtype
+from longrun.quant.rotation import random_signs
 from longrun.specs.attention_spec import AttentionSpec
 
 
@@ -32,18 +35,22 @@ class TorchAttention:
         cache: the sequence's cache.
         spec: scratch and shape; scratch is allocated here, once.
         compute_dtype: dtype of q and of the result.
-        kernels: compiled CPU kernels for INT4 pages, or None for plain torch.
+        kernels: compiled CPU kernels for quantized pages, or None for plain torch.
+        rope_store: compiled CPU kernel that `decode` needs; `run` serves every number of tokens without it.
     """
 
     def __init__(
-        self, cache: DualCache, spec: AttentionSpec, compute_dtype: torch.dtype, kernels: CpuPageKernels | None
-    ) -> None:
+        self, cache: DualCache, spec: AttentionSpec, compute_dtype: torch.dtype, kernels: CpuPageKernels | None,
+        rope_store: CpuRopeStore | None = None,
+    ) -> None:  # fmt: skip
         self.cache, self.spec, self.kernels = cache, spec, kernels
         self.softmax_scale = spec.head_dim**-0.5
         self.group = spec.num_qo_heads // spec.num_kv_heads
         self.exact = exact_dtype(cache.spec.page_format)
         fmt = cache.spec.page_format
         self._rotation = HeadRotation(fmt, compute_dtype, cache.device) if fmt.rotates_keys else None
+        self._rope_store = rope_store
+        self._signs = random_signs(spec.head_dim) if fmt.rotates_keys else None
         elements = spec.max_retrieval_heads * spec.scratch_tokens * spec.head_dim
         self._scratch = torch.empty(2, elements, dtype=compute_dtype, device=cache.device).fill_(0)
         self._band: BandPlan | None = None
@@ -58,7 +65,7 @@ class TorchAttention:
         v = v.transpose(0, 1).to(self.exact)
         if step.num_tokens == 1:
             self.cache.append(layer_idx, k, v, step.start)
-            out = self._decode(layer_idx, q, step.start + 1)
+            out = self._decode(layer_idx, q, step.start + 1).reshape(q.shape).to(q.dtype)
         else:
             out = self._prefill(layer_idx, q, k.to(q.dtype), v.to(q.dtype), step)
             self.cache.append(layer_idx, k, v, step.start)
@@ -66,7 +73,40 @@ class TorchAttention:
             rotation.unrotate_(out, pages.num_heads * self.group)
         return out
 
+    def begin_decode(self, step: Step) -> Callable[..., Tensor]:
+        """Make room for the step's one token.
+
+        Returns:
+            `FusedDecode.decode` for this token.
+        """
+        assert step.num_tokens == 1 and step.start == self.cache.seq_len and self._rope_store is not None
+        self.cache.make_room()
+        spec, start = self.cache.spec, step.start
+        fmt = spec.page_format
+        tail = start - fmt.closed_pages(start + 1) * fmt.page_size
+        return partial(self._decode_fused, self._rope_store, step, (tail, spec.ring_slot(start)))
+
+    def _decode_fused(
+        self, rope_store: CpuRopeStore, step: Step, slots: tuple[int, int], layer_idx: int, qkv: Tensor,
+        q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+    ) -> Tensor:  # fmt: skip
+        pages, ring = self.cache.layers[layer_idx]
+        signs = None if pages is None else self._signs
+        values = signs is not None and self.cache.spec.page_format.rotates_values
+        q = qkv.new_empty(1, self.spec.num_qo_heads, self.spec.head_dim)
+        rope_store.rope_store(
+            qkv, step.cos, step.sin, q[0],
+            None if pages is None else pages.tail_k, None if pages is None else pages.tail_v,
+            None if ring is None else ring.k, None if ring is None else ring.v,
+            slots, self.spec.num_qo_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, signs=signs, rotate_values=values,
+        )  # fmt: skip
+        out = self._decode(layer_idx, q, step.start + 1)
+        if pages is not None and signs is not None and values:
+            rope_store.unrotate_(out[: pages.num_heads], signs)
+        return out.view(1, -1).to(qkv.dtype)
+
     def _decode(self, layer_idx: int, q: Tensor, seq_len: int) -> Tensor:
+        """float32 [num_kv_heads, group, head_dim] for q [1, num_qo_heads, head_dim]."""
         pages, ring = self.cache.layers[layer_idx]
         scaled = (q[0].float() * self.softmax_scale).view(-1, self.group, q.shape[2])
         parts = []
@@ -75,8 +115,7 @@ class TorchAttention:
         if ring is not None:
             run = ExactRun(ring.k, ring.v, ring.num_valid(seq_len))
             parts.append(self._decode_exact(scaled[scaled.shape[0] - ring.k.shape[0] :], run))
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out.reshape(1, -1, q.shape[2]).to(q.dtype)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode_exact(self, scaled: Tensor, run: ExactRun) -> Tensor:
         if self.kernels is not None:

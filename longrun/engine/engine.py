@@ -31,15 +31,16 @@ class Engine:
         cache: the sequence's dual cache.
         chunk_size: the most tokens of one forward pass in prefill.
         decode_graph: runs the steps of a single token; without it they are chunks of one token.
+        begin_decode: attention's, where it and the decoder have the CPU's kernels for single tokens.
     """
 
     def __init__(
         self, decoder: Decoder, rotary: RotaryTable, attention: Attention, cache: DualCache, chunk_size: int,
-        decode_graph: DecodeGraph | None = None,
+        decode_graph: DecodeGraph | None = None, begin_decode: Callable[[Step], Callable[..., Tensor]] | None = None,
     ) -> None:  # fmt: skip
         self.decoder, self.rotary, self.attention = decoder, rotary, attention
         self.cache, self.chunk_size = cache, chunk_size
-        self.decode_graph = decode_graph
+        self.decode_graph, self.begin_decode = decode_graph, begin_decode
         self._broken: str | None = None
         self._proven = False
 
@@ -130,6 +131,8 @@ class Engine:
         start = self.cache.seq_len
         cos, sin = self.rotary.cos_sin(start, len(chunk), rope_seq_len)
         step = Step(start, len(chunk), cos, sin)
+        if len(chunk) == 1 and self.begin_decode is not None:
+            return self.decoder.forward_one(chunk, self.begin_decode(step))
         hidden = self.decoder.forward(chunk.to(self.decoder.device), step, self.attention, all_positions=all_positions)
         return self.decoder.logits(hidden.view(-1, hidden.shape[-1]))
 

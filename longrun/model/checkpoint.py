@@ -15,7 +15,7 @@ from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, quoted, short_path, shortened
 from longrun.files.user_files import read_object
 from longrun.model.adapter import Adapter
-from longrun.model.decoder import Decoder, DecoderKernels, DecoderLayer
+from longrun.model.decoder import Decoder, DecoderKernels, DecoderLayer, FewTokenLinear
 from longrun.model.rope import RopeParameters
 from longrun.model.safetensors_file import StoredTensor, read_header
 from longrun.quant.linear import QuantLinear
@@ -39,6 +39,7 @@ def load_decoder(
     token_slice: int = TOKEN_SLICE,
     kernels: DecoderKernels | None = None,
     adapter: Adapter | None = None,
+    few_tokens: FewTokenLinear | None = None,
 ) -> Decoder:
     """Load a checkpoint into a decoder whose KV heads are reordered per layer.
 
@@ -52,7 +53,7 @@ def load_decoder(
         permutation: per layer, the old index of each KV head in its new place.
         weight_format: format of the linears; embedding, lm_head, norms and biases are in the compute dtype.
         device: where the weights go, and stay.
-        token_slice, kernels: see `Decoder`.
+        token_slice, kernels, few_tokens: see `Decoder`.
         adapter: added to the linears in float32, before they are permuted and quantized.
 
     Raises:
@@ -72,7 +73,7 @@ def load_decoder(
     lm_head = embedding if config.tie_word_embeddings else loader.tensor("lm_head.weight")
     if config.tie_word_embeddings:
         loader.check_tied(embedding)
-    return Decoder(config, permutation, embedding, layers, final_norm, lm_head, token_slice, kernels)
+    return Decoder(config, permutation, embedding, layers, final_norm, lm_head, token_slice, kernels, few_tokens)
 
 
 def find_tensors(model_dir: str | Path, config: ModelConfig) -> dict[str, StoredTensor]:

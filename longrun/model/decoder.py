@@ -60,6 +60,13 @@ class DecoderKernels(Protocol):
     vector_linear: Callable[..., Tensor]
 
 
+class FewTokenLinear(Protocol):
+    """The CPU's kernel for linears of a few tokens; see `longrun.kernels.cpu_linear`."""
+
+    max_tokens: int
+    vector_linear: Callable[..., Tensor]
+
+
 class Decoder:
     """One model, its KV heads reordered per layer.
 
@@ -80,13 +87,16 @@ class Decoder:
         lm_head: Tensor,
         token_slice: int = TOKEN_SLICE,
         kernels: DecoderKernels | None = None,
+        few_tokens: FewTokenLinear | None = None,
     ) -> None:
         """Use loaded weights as they are; see `longrun.model.checkpoint.load_decoder`.
 
         Args:
             embedding, lm_head: [vocab_size, hidden_size]; the same tensor where they are tied.
             final_norm: [hidden_size].
-            kernels: fused kernels for RoPE, MLP and the linears of a single token; plain torch without them.
+            kernels: fused GPU kernels for RoPE, MLP and the linears of a single token; plain torch without them.
+            few_tokens: compiled CPU kernel for the linears of a few tokens; without it torch multiplies, by a
+                dequantized copy where weights are quantized.
         """
         assert len(layers) == len(permutation) == config.num_layers
         assert all(sorted(order) == list(range(config.num_kv_heads)) for order in permutation)
@@ -97,7 +107,7 @@ class Decoder:
         self._layers = list(layers)
         self._final_norm = final_norm
         self._lm_head = lm_head
-        self._kernels = kernels
+        self._kernels, self._few_tokens = kernels, few_tokens
         self._head_linear = QuantLinear(lm_head, "fp32" if lm_head.dtype == torch.float32 else "bf16")
 
     @property
@@ -131,7 +141,7 @@ class Decoder:
         """Another decoder of other layers, heads and kernels; embedding, final norm and lm_head are shared."""
         return Decoder(
             self.config, permutation, self._embedding, layers, self._final_norm, self._lm_head, self.token_slice,
-            kernels,
+            kernels, self._few_tokens,
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -169,17 +179,19 @@ class Decoder:
 
     @torch.inference_mode()
     def forward_one(self, token_id: Tensor, decode: Callable[..., Tensor]) -> Tensor:
-        """One token through all layers and the lm_head with the fused kernels, in a form that a CUDA graph can replay.
+        """One token through all layers and the lm_head with fused linears; on a GPU in a form that a CUDA graph can
+        replay.
 
         Args:
-            token_id: int64 [1] on the decoder's device, read when the graph runs.
+            token_id: int64 [1] on the decoder's device; read when the graph runs.
             decode: see `FusedDecode.decode`.
 
         Returns:
             float32 [1, vocab_size].
         """
-        assert self._kernels is not None
-        linear, eps = self._kernels.vector_linear, self.config.rms_norm_eps
+        kernels = self._kernels or self._few_tokens
+        assert kernels is not None
+        linear, eps = kernels.vector_linear, self.config.rms_norm_eps
         hidden = F.embedding(token_id, self._embedding)
         for layer_idx, layer in enumerate(self._layers):
             qkv = linear(hidden, layer.qkv, norm_weight=layer.input_norm, eps=eps)
@@ -192,7 +204,8 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [n, vocab_size] from hidden states [n, hidden_size] as `forward` returns them."""
-        return F.linear(hidden, self._lm_head).float()
+        few = self._few_linear(hidden.shape[0])
+        return (F.linear(hidden, self._lm_head) if few is None else few(hidden, self._head_linear)).float()
 
     def _slices(self, num_tokens: int) -> Iterator[slice]:
         for start in range(0, num_tokens, self.token_slice):
@@ -200,12 +213,12 @@ class Decoder:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last dimension."""
-        eps, width = self.config.rms_norm_eps, x.shape[-1]
-        if x.numel() == width and x.device.type == "cpu" and x.dtype == torch.float32:
-            # One token: torch's norm is seven small operations, a tenth of a decode step on a small model.
-            row = x.view(width)
-            return torch.mul(x, weight).mul_((torch.dot(row, row).item() / width + eps) ** -0.5)
-        return F.rms_norm(x, (width,), weight, eps)
+        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+
+    def _few_linear(self, num_tokens: int) -> Callable[..., Tensor] | None:
+        """The CPU kernel's `vector_linear`, where there is one for so many tokens."""
+        few = self._few_tokens
+        return few.vector_linear if few is not None and num_tokens <= few.max_tokens else None
 
     def _project(self, layer: DecoderLayer, hidden: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Norm, q/k/v projection, head norms and RoPE, into `qkv` [T, q_size + 2 * kv_size].
@@ -215,8 +228,12 @@ class Decoder:
         config, num_tokens = self.config, hidden.shape[0]
         num_turned = config.num_qo_heads + config.num_kv_heads
         dense = layer.qkv.dense() if num_tokens > self.token_slice else None
+        few = self._few_linear(num_tokens)
         for part in self._slices(num_tokens):
-            layer.qkv(self._norm(hidden[part], layer.input_norm), out=qkv[part], dense=dense)
+            if few is not None:
+                few(hidden, layer.qkv, out=qkv, norm_weight=layer.input_norm, eps=config.rms_norm_eps)
+            else:
+                layer.qkv(self._norm(hidden[part], layer.input_norm), out=qkv[part], dense=dense)
             heads = qkv[part].view(-1, num_turned + config.num_kv_heads, config.head_dim)[:, :num_turned]
             if self._kernels is not None:
                 self._kernels.rotary_(
@@ -233,6 +250,12 @@ class Decoder:
     def _finish(self, layer: DecoderLayer, hidden: Tensor, attended: Tensor) -> None:
         """Output projection and MLP, both added to `hidden` [T, hidden_size] in place."""
         num_tokens, width = hidden.shape[0], self.config.intermediate_size
+        few = self._few_linear(num_tokens)
+        if few is not None:
+            few(attended, layer.out, out=hidden, accumulate=True)
+            gate = few(hidden, layer.gate_up, norm_weight=layer.post_norm, eps=self.config.rms_norm_eps, gated=True)
+            few(gate, layer.down, out=hidden, accumulate=True)
+            return
         share = num_tokens > self.token_slice
         dense = layer.out.dense() if share else None
         for part in self._slices(num_tokens):

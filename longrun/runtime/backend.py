@@ -16,7 +16,7 @@ from longrun.cache.dual import DualCache
 from longrun.cache.pinned_pool import PinnedMemory
 from longrun.engine.engine import Engine
 from longrun.errors import ConfigError
-from longrun.kernels.cpu_pages import CpuPageKernels
+from longrun.kernels.cpu_kernels import CpuKernels
 from longrun.model.decoder import Decoder
 from longrun.model.rope import RotaryTable
 from longrun.plan.plan import Plan
@@ -40,7 +40,7 @@ class Parts:
     decoder: Decoder
     rotary: RotaryTable
     rotary_host: RotaryTable
-    cpu_kernels: CpuPageKernels | None
+    cpu_kernels: CpuKernels | None
     gpu_kernels: GpuKernels | None
     pinned: PinnedMemory | None = None
 
@@ -56,8 +56,14 @@ def build_engine(parts: Parts, plan: Plan) -> Engine:
     decoder = parts.decoder
     cache = DualCache(plan.cache, decoder.device)
     _check_bytes(cache, plan)
-    attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, parts.cpu_kernels)
-    return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size)
+    kernels = parts.cpu_kernels
+    if kernels is None:
+        attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, None)
+        return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size)
+    attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, kernels.pages, kernels.rope_store)
+    return Engine(
+        decoder, parts.rotary, attention, cache, plan.chunk_size, begin_decode=attention.begin_decode
+    )  # fmt: skip
 
 
 def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:

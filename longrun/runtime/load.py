@@ -15,7 +15,8 @@ from longrun.cache.pinned_pool import PinnedMemory
 from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
 from longrun.hub.find import find_model
-from longrun.kernels.cpu_pages import CpuPageKernels, KernelUnavailable
+from longrun.kernels.cpu_kernels import CpuKernels, load_cpu_kernels
+from longrun.kernels.cpu_library import KernelUnavailable
 from longrun.machine.host_memory import resident_bytes
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import load_decoder, model_fingerprint
@@ -195,6 +196,7 @@ def load_parts(
     decoder = load_decoder(
         checked.path, config, [split.permutation(layer_idx) for layer_idx in range(config.num_layers)],
         plan.weight_format, device, TOKEN_SLICES[plan.device_type], gpu_kernels, checked.adapter,
+        None if cpu_kernels is None else cpu_kernels.linear,
     )  # fmt: skip
     shared.add_decoder(decoder)
     _return_freed_memory(device)
@@ -206,7 +208,7 @@ def load_parts(
     return Parts(decoder, rotary, checked.rotary, cpu_kernels, gpu_kernels, pinned), shared, notices
 
 
-def _build_cpu_kernels(notices: list[str]) -> CpuPageKernels | None:
+def _build_cpu_kernels(notices: list[str]) -> CpuKernels | None:
     """The compiled kernels of the CPU, or None; `notices` gets a sentence about what is not as it should be."""
     try:
         folder = cache_dir() / "kernels"
@@ -214,11 +216,11 @@ def _build_cpu_kernels(notices: list[str]) -> CpuPageKernels | None:
         notices.append(f"{error}: until then the CPU kernels are compiled at every start")
         folder = None
     try:
-        kernels = CpuPageKernels(folder)
+        kernels, kept_notices = load_cpu_kernels(folder)
     except KernelUnavailable as error:
         notices.append(f"compiled CPU kernels are off ({error}): plain torch is used, which decodes slower")
         return None
-    notices += kernels.notices
+    notices += kept_notices
     return kernels
 
 

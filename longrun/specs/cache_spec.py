@@ -86,6 +86,12 @@ class CacheSpec:
         """Tokens a ring has room for: sinks and window, or the whole capacity where that is smaller."""
         return min(self.sink_size + self.recent_size, self.capacity)
 
+    def ring_slot(self, position: int) -> int:
+        """Where a ring keeps the token at `position`."""
+        return (
+            position if position < self.sink_size else self.sink_size + (position - self.sink_size) % self.recent_size
+        )
+
     def device_bytes(self) -> dict[str, int]:
         """Bytes on the device, by part."""
         fmt, heads = self.page_format, self.total_retrieval_heads

@@ -1,0 +1,30 @@
+"""All compiled kernels of the CPU, built together or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from longrun.kernels.cpu_linear import CpuLinear
+from longrun.kernels.cpu_pages import CpuPageKernels
+from longrun.kernels.cpu_rope_store import CpuRopeStore
+
+
+@dataclass(frozen=True)
+class CpuKernels:
+    """Each documents itself."""
+
+    linear: CpuLinear
+    rope_store: CpuRopeStore
+    pages: CpuPageKernels
+
+
+def load_cpu_kernels(cache_dir: Path | None) -> tuple[CpuKernels, list[str]]:
+    """The kernels, and sentences on what was wrong with kept libraries or their folder.
+
+    Raises:
+        KernelUnavailable: no compiler, or a build failed.
+    """
+    kernels = CpuKernels(CpuLinear(cache_dir), CpuRopeStore(cache_dir), CpuPageKernels(cache_dir))
+    notices = [*kernels.linear.notices, *kernels.rope_store.notices, *kernels.pages.notices]
+    return kernels, list(dict.fromkeys(notices))

@@ -1,0 +1,68 @@
+"""A C++ source of this folder as a library: built once per machine with the compiler found there."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from longrun.kernels.kept_library import load_kept_library
+
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-std=c++17")
+_TIMEOUT_S = 120
+
+
+class KernelUnavailable(Exception):
+    """The compiled kernels cannot be had on this machine; the message says why."""
+
+
+def source_of(name: str) -> Path:
+    return Path(__file__).with_name(f"{name}.cpp")
+
+
+def load_cpu_library(
+    name: str, cache_dir: Path | None, more_flags: tuple[str, ...] = ()
+) -> tuple[ctypes.CDLL, list[str]]:
+    """The library of `name`.cpp, and sentences on what was wrong with a kept one or its folder.
+
+    torch must be imported before, so that the library binds to the OpenMP runtime that torch loaded: one thread pool.
+
+    Args:
+        cache_dir: keeps the compiled library; None, or one that cannot: it is compiled for this process alone.
+        more_flags: for the compiler, after its usual ones.
+
+    Raises:
+        KernelUnavailable: no compiler, or the build failed.
+    """
+    source = source_of(name)
+    flags = (*_FLAGS, *more_flags)
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise KernelUnavailable("no C++ compiler found (g++, clang++ or $CXX)")
+    key = hashlib.sha256("\0".join((source.read_text(), compiler, *flags, _cpu_name())).encode()).hexdigest()[:16]
+
+    def compile_to(path: Path) -> None:
+        command = [compiler, *flags, "-o", str(path), str(source)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise KernelUnavailable(f"building with {compiler} failed: {error}") from error
+        if done.returncode:
+            raise KernelUnavailable(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
+
+    try:
+        return load_kept_library(f"{name}-{key}", cache_dir, compile_to)
+    except OSError as error:
+        raise KernelUnavailable(f"the compiled library cannot be loaded: {error}") from error
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
