@@ -19,18 +19,19 @@ from longrun.lab.planted import make_planted_model
 from longrun.lab.synthetic_session import make_synthetic
 from longrun.patterns.head_map import HeadMap
 from scripts.bench import (
-    bench_ceilings,
     bench_common,
     bench_decode,
     bench_kernel_table,
     bench_offload,
-    bench_peer,
     bench_prefill,
     bench_transformers,
+    ceilings,
+    kernel_rows,
 )
 from scripts.bench import command as bench
+from scripts.bench.gpu_timer import Times
 
-CEILINGS = {"gemm_gflops": 100.0, "memory_read_gb_s": 10.0}
+CEILINGS = {"memory_tb_s": 0.01, "matmul_tflops": 0.1, "attention_tflops": 0.05, "host_to_device_gb_s": 5.0}
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,12 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture
 def quick(monkeypatch):
     """Ceilings as they are on no machine, so that nothing waits for them."""
-    for module in (bench_ceilings, bench_peer):
-        monkeypatch.setattr(module, "cpu_ceilings", lambda: CEILINGS)
+    kinds = zip(("memory", "matmul", "attention", "transfer"), CEILINGS, strict=True)
+    fixed = {kind: ((lambda device, key=key: {key: CEILINGS[key]}), kind) for kind, key in kinds}
+    monkeypatch.setattr(ceilings, "MEASURES", fixed)
+    ceilings.measured.cache_clear()
+    yield
+    ceilings.measured.cache_clear()
 
 
 def run(capsys, tmp_path, *argv: str) -> dict:
@@ -228,22 +233,14 @@ def test_a_peer_without_memory_is_a_row(model, capsys, tmp_path, quick, monkeypa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
-    "command", [["decode"], ["prefill"], ["offload", "--gpu-budget", "20 GiB"], ["formats"], ["kernels"]]
+    "command",
+    [["decode"], ["prefill"], ["offload", "--gpu-budget", "20 GiB"], ["formats"], ["kernels"], ["pinning"], ["shares"]],
 )
 def test_without_a_gpu_one_sentence_says_so(command, model):
-    argv = command if command == ["kernels"] else [*command, "--model", str(model)]
+    argv = command if command[0] in ("kernels", "pinning", "shares") else [*command, "--model", str(model)]
     with pytest.raises(InputError, match="no GPU") as caught:
         bench.main(argv)
     assert "\n" not in str(caught.value)
-
-
-def test_ceilings_of_a_cpu():
-    device = torch.device("cpu")
-    found = {**bench_ceilings.memory_ceilings(device), **bench_ceilings.transfer_ceilings(device)}
-    assert 1e-3 < found["memory_tb_s"] < 10 and 0.1 < found["host_to_device_gb_s"] < 1e4
-    compute = bench_ceilings.compute_ceilings(device)
-    assert 1e-3 < compute["matmul_tflops"] < 100 and 1e-4 < compute["attention_tflops"] < 100
-    assert bench_ceilings.causal_flops(torch.empty(1, 2, 10, 4)) == 4 * 4 * 2 * 10 * 10 / 2
 
 
 def test_host_overhead_takes_the_steps_own_time_first():
@@ -266,23 +263,23 @@ def test_memory_is_counted_from_before_this_process(monkeypatch):
     assert (found["used_bytes"], found["ratio_to_plan"], found["torch_peak_reserved_bytes"]) == (1200, 1.2, 900)
 
 
-def test_a_kernel_benchmark_that_fails_leaves_the_others(capsys, tmp_path, monkeypatch):
-    def broken():
-        raise AssertionError("the timed kernel computes something else")
-
+def test_a_kernel_benchmark_that_fails_leaves_the_others(capsys, tmp_path, quick, monkeypatch):
     def fine():
-        row = {"kernel": "store", "us": 5.0, "bytes": 10**6, "fraction_of_copy": 0.5, "heads": 8}
-        return [bench_kernel_table.common(row, shape="8 heads")]
+        yield kernel_rows.kernel_row("store", "8 heads", Times(5e-6, 4e-6, 6e-6), num_bytes=25_000)
+
+    def broken():
+        yield from fine()
+        raise AssertionError("the timed kernel computes something else")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench_kernel_table, "BENCHMARKS", {"broken": broken, "fine": fine})
     monkeypatch.setattr(bench_kernel_table, "release", lambda device: None)
     monkeypatch.setattr(bench_common, "environment", lambda: {"command": "", "commit": "", "torch": "", "device": ""})
     result = run(capsys, tmp_path, "kernels")
-    (row,) = result["rows"]
-    assert (row["benchmark"], row["microseconds"], row["fraction_of_ceiling"], row["ceiling"]) == (
-        "fine", 5.0, 0.5, "copy",
-    )  # fmt: skip
+    assert [row["benchmark"] for row in result["rows"]] == ["broken", "fine"]  # what was measured before stays
+    for row in result["rows"]:
+        assert (row["ceiling"], row["fraction_of_ceiling"]) == ("copy", pytest.approx(0.5))
+    assert result["ceilings"]["memory_tb_s"] == 0.01
     assert "something else" in result["problems"]["broken"]
     with pytest.raises(InputError, match="nothing is no kernel benchmark"):
         bench.main(["kernels", "--only", "nothing"])

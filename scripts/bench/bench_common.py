@@ -247,7 +247,7 @@ def save(result: dict[str, Any], args: argparse.Namespace, complete: bool = Fals
 
 _SHARES = (
     "share", "of_matmul_and_attention", "floor_over_measured", "link_over_measured", "fraction_of_ceiling",
-    "fraction_of_copy", "fraction_of_matmul", "prefill_of_product",
+    "read_share", "prefill_of_product",
 )  # fmt: skip
 
 

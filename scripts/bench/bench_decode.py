@@ -20,7 +20,6 @@ from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
 from longrun.specs.cache_spec import CacheSpec
 from longrun.specs.model_bytes import compute_itemsize, model_weight_bytes
-from scripts.bench.bench_ceilings import gpu_seconds, memory_ceilings
 from scripts.bench.bench_common import (
     MemoryWatch,
     check_device,
@@ -39,6 +38,8 @@ from scripts.bench.bench_common import (
     tokens_text,
 )
 from scripts.bench.bench_transformers import TransformersPeer
+from scripts.bench.ceilings import measure_ceilings
+from scripts.bench.gpu_timer import gpu_times
 
 WARM_TOKENS = 8  # the first pays for compiling and capturing
 PROFILED_TOKENS = 8
@@ -102,7 +103,7 @@ def graph_ms(runtime: Runtime, session: Session) -> float | None:
     graph = runtime.engine(session).decode_graph
     if graph is None or session.cache.device.type != "cuda":
         return None
-    return 1e3 * gpu_seconds(graph.replay, 32)
+    return 1e3 * gpu_times(graph.replay, captured=False, repeats=32).seconds
 
 
 def busy_ms(spans: list[tuple[float, float]]) -> float:
@@ -198,10 +199,8 @@ def run(args: argparse.Namespace) -> int:
     if args.repeats < 1 or args.new_tokens < 1 or not lengths:
         raise InputError("decode needs at least one length, one repeat and one new token")
     memory = MemoryWatch(device)
-    ceilings = memory_ceilings(device)
-    release(device)
+    ceilings = measure_ceilings(device, "memory")
     console = Console(width=160)
-    console.print(f"{ceilings['memory_tb_s']:.3f} TB/s ({ceilings['memory_is']})", highlight=False)
     runtime = load_runtime(args, max(lengths) + decoded_tokens(args) + 1)
     rows: list[dict[str, Any]] = []
     result = {"benchmark": "decode", "settings": describe(runtime, args), "ceilings": ceilings, "rows": rows}

@@ -15,7 +15,6 @@ from longrun.errors import InputError
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
-from scripts.bench.bench_ceilings import compute_ceilings
 from scripts.bench.bench_common import (
     check_device,
     describe,
@@ -28,6 +27,7 @@ from scripts.bench.bench_common import (
     save,
 )
 from scripts.bench.bench_prefill import ideal_seconds, prefill_flops
+from scripts.bench.ceilings import measure_ceilings
 
 BASE = "bf16"  # of weight formats; of page formats it is the first one named
 
@@ -79,8 +79,7 @@ def run(args: argparse.Namespace) -> int:
     axis, key = ("kv", "kv_format") if args.kv_formats else ("weight_format", "weight_format")
     formats = parse_kv_formats(args.kv_formats) if args.kv_formats else parse_formats(args.weight_formats)
     base, length = formats[0], lengths[0]
-    ceilings = compute_ceilings(device)
-    release(device)
+    ceilings = measure_ceilings(device, "matmul", "attention")
     runtimes: dict[str, Runtime] = {}
     for name in formats:
         setattr(args, axis, name)

@@ -15,7 +15,6 @@ from longrun.errors import InputError, PlanError
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
 from longrun.units import format_bytes, parse_bytes, parse_tokens
-from scripts.bench.bench_ceilings import memory_ceilings, transfer_ceilings
 from scripts.bench.bench_common import (
     MemoryWatch,
     check_device,
@@ -32,6 +31,7 @@ from scripts.bench.bench_common import (
     tokens_text,
 )
 from scripts.bench.bench_decode import WARM_TOKENS, decoded_tokens, fill, floor, graph_ms, time_tokens, token_bytes
+from scripts.bench.ceilings import measure_ceilings
 
 
 def host_bytes_per_token(session: Session) -> int:
@@ -101,10 +101,8 @@ def run(args: argparse.Namespace) -> int:
     if args.repeats < 1 or args.new_tokens < 1:
         raise InputError("offload needs at least one repeat and one new token")
     memory = MemoryWatch(device)
-    ceilings = {**memory_ceilings(device), **transfer_ceilings(device)}
-    release(device)
+    ceilings = measure_ceilings(device, "memory", "transfer")
     console = Console(width=160)
-    console.print(f"{ceilings['host_to_device_gb_s']:.1f} GB/s ({ceilings['transfer_is']})", highlight=False)
     ctx = parse_tokens(args.length, "--length") + decoded_tokens(args) + 1
     runtime = load_runtime(args, ctx, device_bytes=device_bytes, host_bytes=host_bytes)
     if runtime.plan.cache.host_pages == 0:

@@ -17,10 +17,10 @@ from longrun.hub.names import model_name
 from longrun.model.demo import demo_model_dir
 from longrun.patterns.head_map import HeadMap
 from longrun.units import format_bytes, format_tokens, parse_tokens
-from scripts.bench.bench_ceilings import cpu_ceilings
 from scripts.bench.bench_common import finish_timed, percent
 from scripts.bench.bench_decode import token_bytes
 from scripts.bench.bench_prefill import prefill_flops
+from scripts.bench.ceilings import measure_ceilings
 
 
 @dataclass
@@ -110,11 +110,7 @@ def run(args: argparse.Namespace) -> int:
     model_dir = args.model or demo_model_dir()
     lengths = [parse_tokens(text.strip(), "--lengths") for text in args.lengths.split(",")]
     console = Console(stderr=False)
-    ceilings = cpu_ceilings()
-    console.print(
-        f"ceilings: {ceilings['gemm_gflops']:.0f} GFLOP/s (float32 product), "
-        f"{ceilings['memory_read_gb_s']:.1f} GB/s (memory read), {torch.get_num_threads()} threads"
-    )
+    ceilings = measure_ceilings(torch.device("cpu"), "matmul", "memory")
     other = Transformers(model_dir, args.new_tokens)
     rows: list[Row] = []
     for length in lengths:
@@ -152,9 +148,10 @@ def compare(
         if runner is not other:
             row.kv_bytes = runner.kv_bytes
             flops = prefill_flops(config, runner.runtime.split, length)
-            row.prefill_of_product = sum(flops.values()) / statistics.median(prefills) / ceilings["gemm_gflops"] / 1e9
+            tflops = sum(flops.values()) / statistics.median(prefills) / 1e12
+            row.prefill_of_product = tflops / ceilings["matmul_tflops"]
             moved = sum(token_bytes(config, "fp32", "cpu", runner.runtime.plan.cache, length).values())
-            row.decode_of_memory = moved / statistics.median(decodes) / ceilings["memory_read_gb_s"] / 1e9
+            row.decode_of_memory = moved / statistics.median(decodes) / ceilings["memory_tb_s"] / 1e12
             pairs = list(zip(times[0], found, strict=True))
             row.prefill_ratio = statistics.median(a[0] / b[0] for a, b in pairs)
             row.decode_ratio = statistics.median(a[1] / b[1] for a, b in pairs)

@@ -1,28 +1,28 @@
-"""What pinning the host pool costs and gives on this machine: `bench_pinning.py --gib 8 64 --json FILE`.
+"""What pinning the host pool costs and gives on this machine, by its size, with and without huge pages.
 
-For every size, with and without huge pages: seconds to pin (of which in the driver's registering) and to give back, and
-GB/s at which a kernel reads and writes randomly chosen pages of 8,448 bytes straight in host memory.
+Seconds to pin (of which in the driver's registering) and to give back, and GB/s at which a kernel reads and writes
+randomly chosen pages straight in host memory, compared with one large pinned copy in the same direction.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
+import argparse
 import sys
 import time
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
-from longrun.arguments import real
 from longrun.cache.pinned import PIECE_BYTES, CudaRegistrar, pinned_bytes
-from longrun.cli import Parser, run
-from longrun.lab.report_env import environment
-from longrun.paths import path_option
-from scripts.bench.bench_ceilings import transfer_ceilings
+from longrun.kernels.page_copy import copy_pages
+from scripts.bench.bench_common import check_device, figure, finish_timed, percent, save
+from scripts.bench.ceilings import measure_ceilings
+from scripts.bench.gpu_timer import gpu_times
 
 PAYLOAD_BYTES = 8448  # INT4, head_dim 128
 PAGES_A_CALL = 65_536
@@ -37,28 +37,6 @@ class TimedRegistrar(CudaRegistrar):
         begin = time.perf_counter()
         super().register(address, size)
         self.seconds += time.perf_counter() - begin
-
-
-@triton.jit
-def copy_pages(source, from_slots, target, to_slots, WORDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid: pages. Page from_slots[i] of `source` to page to_slots[i] of `target`; int32 words, int64 slots."""
-    begin = tl.load(from_slots + tl.program_id(0)) * WORDS
-    end = tl.load(to_slots + tl.program_id(0)) * WORDS
-    at = tl.arange(0, BLOCK)
-    tl.store(target + end + at, tl.load(source + begin + at, mask=at < WORDS), mask=at < WORDS)
-
-
-def gigabytes_per_second(source: Tensor, from_slots: Tensor, target: Tensor, to_slots: Tensor) -> float:
-    """Median of 5 calls, by CUDA events."""
-    words, rates = PAYLOAD_BYTES // 4, []
-    for _ in range(6):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        copy_pages[(len(from_slots),)](source, from_slots, target, to_slots, words, triton.next_power_of_2(words))
-        stop.record()
-        stop.synchronize()
-        rates.append(len(from_slots) * PAYLOAD_BYTES / 1e6 / start.elapsed_time(stop))
-    return statistics.median(rates[1:])
 
 
 def copies_across_pieces(words: Tensor) -> bool:
@@ -78,49 +56,45 @@ def measure(gib: float, huge_pages: bool, ceilings: dict[str, Any]) -> dict[str,
     begin = time.perf_counter()
     buffer = pinned_bytes(num_slots * PAYLOAD_BYTES, registrar=registrar, huge_pages=huge_pages)
     pinned_seconds = time.perf_counter() - begin
-    words = buffer.tensor.view(torch.int32)
+    pool = buffer.tensor.view(num_slots, PAYLOAD_BYTES)
     count = min(PAGES_A_CALL, num_slots)
-    on_host = torch.randperm(num_slots, generator=torch.Generator().manual_seed(0))[:count].cuda()
-    on_device = torch.arange(count, device="cuda")
-    pages = torch.randint(-(2**31), 2**31 - 1, (count * PAYLOAD_BYTES // 4,), dtype=torch.int32, device="cuda")
+    on_host = torch.randperm(num_slots, generator=torch.Generator().manual_seed(0))[:count].int().cuda()
+    on_device = torch.arange(count, dtype=torch.int32, device="cuda")
+    pages = torch.randint(0, 256, (count, PAYLOAD_BYTES), dtype=torch.uint8, device="cuda")
     back = torch.empty_like(pages)
+    written = gpu_times(partial(copy_pages, pages, on_device, pool, on_host), captured=False)
+    read = gpu_times(partial(copy_pages, pool, on_host, back, on_device), captured=False)
+    assert torch.equal(pages, back), "the timed kernel moved other bytes"
+    write_gb_s, read_gb_s = (pages.nbytes / times.seconds / 1e9 for times in (written, read))
     row = {
-        "gib": gib,
-        "huge_pages": huge_pages,
-        "pin_s": round(pinned_seconds, 2),
-        "register_s": round(registrar.seconds, 2),
-        "write_gb_s": round(gigabytes_per_second(pages, on_device, words, on_host), 1),
-        "read_gb_s": round(gigabytes_per_second(words, on_host, back, on_device), 1),
-        "same": torch.equal(pages, back),
-    }
-    row["write_share"] = row["write_gb_s"] / ceilings["device_to_host_gb_s"]
-    row["read_share"] = row["read_gb_s"] / ceilings["host_to_device_gb_s"]
+        "gib": gib, "huge_pages": huge_pages, "pin_s": pinned_seconds, "register_s": registrar.seconds,
+        "write_gb_s": write_gb_s, "write_share": write_gb_s / ceilings["device_to_host_gb_s"],
+        "read_gb_s": read_gb_s, "read_share": read_gb_s / ceilings["host_to_device_gb_s"],
+    }  # fmt: skip
     if buffer.nbytes > PIECE_BYTES:
-        row["copies_across_pieces"] = copies_across_pieces(words)
+        row["copies_across_pieces"] = copies_across_pieces(buffer.tensor.view(torch.int32))
     begin = time.perf_counter()
-    del words
+    del pool
     buffer.close()
     del buffer
-    return row | {"give_back_s": round(time.perf_counter() - begin, 2)}
+    return row | {"give_back_s": time.perf_counter() - begin}
 
 
-def main() -> int:
-    """Print one line of JSON a row, and write all of them with the environment to --json."""
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--gib", type=real(0, above=True), nargs="+", default=[8.0], help="sizes of the pool")
-    parser.add_argument("--json", type=path_option, help="file to write")
-    arguments = parser.parse_args()
-    rows, ceilings = [], transfer_ceilings(torch.device("cuda"))
-    for gib in arguments.gib:
-        for huge_pages in (True, False):
-            rows.append(measure(gib, huge_pages, ceilings))
-            print(json.dumps(rows[-1]), flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(
-            json.dumps({"environment": environment(), "ceilings": ceilings, "rows": rows}, indent=2) + "\n"
-        )
-    return 0
-
-
-if __name__ == "__main__":
-    run(main)
+def run(args: argparse.Namespace) -> int:
+    """The command `pinning`."""
+    device, rows = check_device("cuda"), []
+    ceilings = measure_ceilings(device, "transfer")
+    result = {"benchmark": "pinning", "ceilings": ceilings, "rows": rows}
+    for gib, huge_pages in product(args.gib, (True, False)):
+        rows.append(measure(gib, huge_pages, ceilings))
+        save(result, args)
+    table = Table("GiB", "huge pages", "s to pin", "in the driver", "to give back", "GB/s read", "", "GB/s written", "")
+    for row in rows:
+        table.add_row(
+            figure(row["gib"], 1), "yes" if row["huge_pages"] else "no",
+            *(figure(row[key]) for key in ("pin_s", "register_s", "give_back_s")),
+            figure(row["read_gb_s"], 1), percent(row["read_share"]),
+            figure(row["write_gb_s"], 1), percent(row["write_share"]),
+        )  # fmt: skip
+    Console(width=120).print(table)
+    return finish_timed(result, args)

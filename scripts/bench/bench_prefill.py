@@ -16,7 +16,6 @@ from longrun.errors import InputError
 from longrun.needles.needles import Haystack, NeedlePrompt, build_prompt, make_needles
 from longrun.patterns.head_split import HeadSplit
 from longrun.runtime.runtime import Runtime
-from scripts.bench.bench_ceilings import compute_ceilings
 from scripts.bench.bench_common import (
     MemoryWatch,
     check_device,
@@ -34,6 +33,7 @@ from scripts.bench.bench_common import (
     tokens_text,
 )
 from scripts.bench.bench_transformers import TransformersPeer
+from scripts.bench.ceilings import measure_ceilings
 
 SPARE_TOKENS = 64  # questions and answers
 WARM_CHUNKS = 2  # read once before timing: the second brings what libraries load and plan for a chunk over a past
@@ -60,7 +60,7 @@ def prefill_flops(config: ModelConfig, split: HeadSplit, num_tokens: int) -> dic
 
 
 def ideal_seconds(flops: dict[str, float], ceilings: dict[str, Any]) -> float:
-    """What the operations of `prefill_flops` take at the speeds of `compute_ceilings`."""
+    """What the operations of `prefill_flops` take at the speeds of `measure_ceilings`."""
     attention = flops["retrieval_attention"] + flops["streaming_attention"]
     return (flops["linear"] / ceilings["matmul_tflops"] + attention / ceilings["attention_tflops"]) / 1e12
 
@@ -170,13 +170,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("prefill needs at least one length: give --lengths 128K")
     parse_depths(args.depth, args.needles)
     memory = MemoryWatch(device)
-    ceilings = compute_ceilings(device)
-    release(device)
+    ceilings = measure_ceilings(device, "matmul", "attention")
     console = Console(width=160)
-    console.print(
-        f"{ceilings['matmul_tflops']:.2f} TFLOP/s matrix product, {ceilings['attention_tflops']:.2f} TFLOP/s attention "
-        f"({ceilings['attention_by']})", highlight=False,
-    )  # fmt: skip
     runtime = load_runtime(args, max(lengths) + SPARE_TOKENS)
     rows: list[dict[str, Any]] = []
     result = {"benchmark": "prefill", "settings": describe(runtime, args), "ceilings": ceilings, "rows": rows}

@@ -8,7 +8,6 @@ fails where one is missed, and so does `python scripts/bench.py shares`.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,9 @@ from torch import Tensor
 from longrun.cli import Parser
 from longrun.errors import InputError
 from longrun.paths import path_option
-from scripts.bench.bench_ceilings import causal_flops, compute_ceilings, gpu_seconds, memory_ceilings
 from scripts.bench.bench_common import MemoryWatch, check_device, finish_timed, percent, release, save
+from scripts.bench.ceilings import causal_flops, measure_ceilings, sdpa_seconds
+from scripts.bench.gpu_timer import gpu_times
 
 Q_HEADS, KV_HEADS, HEAD_DIM, CHUNK, PAST = 16, 4, 128, 32_768, 65_536  # Llama-3-8B, half of its heads kept
 TOKENS = 1_000_000
@@ -67,28 +67,17 @@ def attention_tensors(kv_len: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def dense_attention(kv_len: int) -> Reached:
     """A chunk over itself (causal) or over a past of another length, against the fastest of torch's operators."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     from longrun.kernels.dense_attention import attention_with_lse
 
     q, k, v = attention_tensors(kv_len)
     causal = kv_len == CHUNK
     flops = causal_flops(q[None]) if causal else 4 * HEAD_DIM * Q_HEADS * CHUNK * kv_len
     rows = q if causal else q.view(KV_HEADS, -1, HEAD_DIM)  # as prefill asks
-    own = gpu_seconds(lambda: attention_with_lse(rows, k, v, causal, HEAD_DIM**-0.5))
+    attend = partial(attention_with_lse, rows, k, v, causal, HEAD_DIM**-0.5)
+    own = gpu_times(attend, captured=False).seconds
     repeated = [x.repeat_interleave(Q_HEADS // KV_HEADS, dim=0)[None] for x in (k, v)]
-    best = float("inf")
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        try:
-            with sdpa_kernel(backend):
-                best = min(best, gpu_seconds(partial(_sdpa, q[None], *repeated, causal)))
-        except RuntimeError:
-            continue
+    best = min(sdpa_seconds(q[None], *repeated, causal).values())
     return Reached(flops / own / 1e12, flops / best / 1e12, "TFLOP/s")
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 def page_decode(kv_format: str) -> Reached:
@@ -104,12 +93,8 @@ def page_decode(kv_format: str) -> Reached:
     kernel = CudaPageDecode(HEAD_DIM, kv_format=kv_format)
     space = Workspace.empty(KV_HEADS, kernel.default_splits(KV_HEADS), q.shape[1], HEAD_DIM, q.device)
     out, lse = torch.empty(q.shape, device="cuda"), torch.empty(q.shape[:2], device="cuda")
-
-    def step() -> None:
-        for layer in layers:
-            kernel.decode_attention(q, layer, workspace=space, out=out, lse=lse)
-
-    seconds = bench.time_us(step, len(layers)) / 1e6
+    decode = partial(kernel.decode_attention, q, workspace=space, out=out, lse=lse)
+    seconds = gpu_times(*(partial(decode, layer) for layer in layers)).seconds
     moved = KV_HEADS * pages * PageFormat(kv_format, 64, HEAD_DIM).page_bytes
     return Reached(moved / seconds / 1e12, copy_tb_s(), "TB/s")
 
@@ -118,9 +103,9 @@ def token_linears(weight_format: str) -> Reached:
     """All linears of 8 layers for one token, with what is fused into them."""
     from scripts.bench import bench_vector_linear as bench
 
-    rows = bench.measure(copy_tb_s() * 1e12, [weight_format], layers=8)
-    (row,) = [row for row in rows if row["matrix"] == "all" and row["kernel"] == "vector_linear"]
-    return Reached(row["tb_per_s"], copy_tb_s(), "TB/s")
+    rows = bench.measure([weight_format], layers=8)
+    (row,) = [row for row in rows if row["kernel"] == "vector_linear" and row["details"]["matrix"] == "all"]
+    return Reached(row["per_second"] / 1e12, copy_tb_s(), "TB/s")
 
 
 def chunk_linear() -> Reached:
@@ -133,8 +118,11 @@ def chunk_linear() -> Reached:
     weight = torch.randn(rows, width, device="cuda").bfloat16()
     out = torch.empty(CHUNK, rows, dtype=torch.bfloat16, device="cuda")
     flops = 2 * CHUNK * rows * width
-    own = gpu_seconds(lambda: linear(x, out=out))
-    return Reached(flops / own / 1e12, flops / gpu_seconds(lambda: torch.mm(x, weight.t(), out=out)) / 1e12, "TFLOP/s")
+    own, plain = (
+        gpu_times(work, captured=False).seconds
+        for work in (partial(linear, x, out=out), partial(torch.mm, x, weight.t(), out=out))
+    )
+    return Reached(flops / own / 1e12, flops / plain / 1e12, "TFLOP/s")
 
 
 def fetch() -> Reached:
@@ -147,15 +135,13 @@ def fetch() -> Reached:
     table = torch.randperm(count, device="cuda").int().view(KV_HEADS, -1)
     limit = torch.tensor([table.shape[1]], dtype=torch.int32, device="cuda")
     buffer = torch.empty(count, bench.PAYLOAD, dtype=torch.uint8, device="cuda")
-    times = bench.seconds([lambda: fetch_pages(host, table, limit, buffer, 0, table.shape[1])])
-    link = bench.seconds([lambda: buffer.copy_(host, non_blocking=True)], captured=False)
-    own, best = (host.nbytes / statistics.median(found) / 1e9 for found in (times, link))
-    return Reached(own, best, "GB/s")
+    times = gpu_times(partial(fetch_pages, host, table, limit, buffer, 0, table.shape[1]))
+    link = measure_ceilings(torch.device("cuda"), "transfer")["host_to_device_gb_s"]
+    return Reached(host.nbytes / times.seconds / 1e9, link, "GB/s")
 
 
-@cache
 def copy_tb_s() -> float:
-    return memory_ceilings(torch.device("cuda"))["memory_tb_s"]
+    return measure_ceilings(torch.device("cuda"), "memory")["memory_tb_s"]
 
 
 def whole_model(command: str, *options: str) -> argparse.Namespace:
@@ -190,8 +176,7 @@ def whole_prefill() -> Reached:
 
     length = 4 * CHUNK
     args = whole_model("prefill", "--lengths", str(length))
-    ceilings = compute_ceilings(torch.device("cuda"))
-    release(torch.device("cuda"))
+    ceilings = measure_ceilings(torch.device("cuda"), "matmul", "attention")
     runtime, memory = load_runtime(args, length + bench_prefill.SPARE_TOKENS), MemoryWatch(torch.device("cuda"))
     for _ in range(2):
         row = bench_prefill.prefill_row(runtime, length, args, ceilings, memory)

@@ -4,23 +4,21 @@
     python scripts/bench/bench_vector_linear.py [--formats nf4,int4,int8,bf16] [--no-sweep] [--json FILE]
 
 Every time is of a CUDA graph over 32 distinct weights, so that L2 serves none of them. Bytes are those of the stored
-weight with its scales, each once; the ceiling is the faster of two large device-to-device copies in the same run, its
-bytes read and written. qkv and gate_up include RMS norm, gate_up the gate, o and down the residual; the products of
-torch and bitsandbytes beside them include nothing. *dense* is what prefill does before a product of many rows: the
-whole weight in bf16, read and written. Weights are random bytes, and results are compared with a float32 product of
-what the bytes mean.
+weight with its scales, each once; the ceiling is a device copy. qkv and gate_up include RMS norm, gate_up the gate, o
+and down the residual; the products of torch and bitsandbytes include nothing. *dense* is what prefill does
+before a product of many rows: the whole weight in bf16, read and written. Weights are random bytes, and results are
+compared with a float32 product of what the bytes mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor
 
 from longrun import cli
@@ -40,10 +39,13 @@ from longrun.quant.int4_weight import dequantize_int4
 from longrun.quant.linear import QuantLinear
 from longrun.quant.weight_format import is_quantized, linear_bytes
 from scripts.bench.bench_common import finish_timed
-from scripts.bench.bench_graph import copy_ceilings, graph_seconds
+from scripts.bench.ceilings import measure_ceilings
+from scripts.bench.gpu_timer import Work, gpu_times
+from scripts.bench.kernel_rows import error_of, kernel_row, table
 
 LAYERS = 32
 EPS = 1e-5
+LIMIT = 1e-2  # relative error to a product in float32
 # rows, columns, norm, gated, accumulate
 MATRICES = {
     "qkv": (6144, 4096, True, False, False),
@@ -149,12 +151,8 @@ class Matrix:
             accumulate=self.accumulate, tuning=tuning,
         )  # fmt: skip
 
-    def run_all(self, tuning: Tuning | None = None) -> None:
-        for layer in range(len(self.linears)):
-            self.run(layer, tuning)
-
     def check(self, tuning: Tuning | None) -> float:
-        """Relative RMS error of the first 128 outputs of the first layer against float32; raises above 1%."""
+        """Relative error of the first 128 outputs of the first layer, against float32. AssertionError above LIMIT."""
         count = 128
         before = torch.randn_like(self.out)
         self.out.copy_(before) if self.accumulate else self.out.fill_(float("nan"))
@@ -166,92 +164,81 @@ class Matrix:
             expected = F.silu(expected) * (x.float() @ up.T)
         if self.accumulate:
             expected += before[:, :count].float()
-        error = ((self.out[:, :count].float() - expected).norm() / expected.norm()).item()
-        if not (error < 1e-2 and torch.isfinite(self.out).all()):
-            raise AssertionError(f"{self.name}, {tuning}: the timed kernel is wrong, relative error {error}")
-        return error
+        assert self.out.isfinite().all(), f"{self.name}, {tuning}: the timed kernel left outputs unwritten"
+        return error_of(self.out[:, :count], expected, LIMIT)
 
 
-def timed(label: str, weight_format: str, name: str, moved: int, ceiling: float, work, inner: int, **more) -> dict:
-    times = graph_seconds(work, 1, inner)
-    median = statistics.median(times)
-    return {
-        "format": weight_format, "matrix": name, "kernel": label, **more, "bytes": moved,
-        "microseconds": median * 1e6, "fastest_microseconds": times[0] * 1e6, "slowest_microseconds": times[-1] * 1e6,
-        "tb_per_s": moved / median / 1e12, "fraction_of_copy": moved / median / ceiling,
-    }  # fmt: skip
+def row(kernel: str, weight_format: str, matrix: str, num_bytes: int, works: Sequence[Work], **more: Any) -> dict:
+    more |= {"format": weight_format, "matrix": matrix}
+    return kernel_row(kernel, f"{weight_format}, {matrix}", gpu_times(*works), num_bytes=num_bytes, **more)
 
 
 def measure(
-    ceiling: float,
-    weight_formats: Sequence[str] = ("nf4", "int4", "int8", "bf16"),
-    layers: int = LAYERS,
-    sweep: bool = False,
-) -> list[dict[str, Any]]:
-    """Times by format and matrix, of `layers` layers' matrices in a row (microseconds are of one), and of all four in
+    weight_formats: Sequence[str] = ("nf4", "int4", "int8", "bf16"), layers: int = LAYERS, sweep: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Rows by format and matrix, of `layers` layers' matrices in a row (microseconds are of one), and of all four in
     all layers, as decoding reads them (matrix `all`: microseconds of all layers).
 
     Args:
-        ceiling: bytes a second that count as one hundred percent, as `copy_ceilings` gives them.
         sweep: also try `SWEEP`, and time `all` with the best of each matrix as kernel `vector_linear best`.
     """
-    found = []
     for weight_format in weight_formats:
-        matrices = [Matrix(weight_format, name, layers) for name in MATRICES]
-        moved = sum(m.bytes for m in matrices) * layers
-        best: dict[str, Tuning] = {}
-        for m in matrices:
-            rows = []
-            for i, tuning in enumerate(tunings(weight_format, m.name, sweep)):
-                label = "vector_linear sweep" if i else "vector_linear"
-                more = {"tuning": asdict(tuning), "relative_error": m.check(tuning)}
-                work = lambda m=m, tuning=tuning: m.run_all(tuning)  # noqa: E731
-                rows.append(timed(label, weight_format, m.name, m.bytes, ceiling, work, layers, **more))
-            best[m.name] = Tuning(**min(rows, key=lambda row: row["microseconds"])["tuning"])
-            found += rows
-        ways: dict[str, Callable[[Matrix, int], object]] = {"vector_linear": lambda m, layer: m.run(layer)}
-        if sweep:
-            ways["vector_linear best"] = lambda m, layer, best=best: m.run(layer, best[m.name])
-        if weight_format == "bf16":
-            ways["cublas"] = lambda m, layer: torch.mm(m.x, m.linears[layer].data.t(), out=m.product)
-        if weight_format == "nf4" and bitsandbytes() is not None:
-            ways["bitsandbytes"] = lambda m, layer: m.linears[layer](m.x, out=m.product)
-        for label, way in ways.items():
+        yield from measure_format(weight_format, layers, sweep)
 
-            def work(way=way, matrices=matrices) -> None:
-                for layer in range(layers):
-                    for m in matrices:
-                        way(m, layer)
 
-            found.append(timed(label, weight_format, "all", moved, ceiling, work, 1))
-            if not label.startswith("vector_linear"):
+def measure_format(weight_format: str, layers: int, sweep: bool) -> Iterator[dict[str, Any]]:
+    matrices = [Matrix(weight_format, name, layers) for name in MATRICES]
+    moved = sum(m.bytes for m in matrices) * layers
+    best: dict[str, Tuning] = {}
+    for m in matrices:
+        least = float("inf")
+        for i, tuning in enumerate(tunings(weight_format, m.name, sweep)):
+            label = "vector_linear sweep" if i else "vector_linear"
+            more = {"settings": asdict(tuning), "relative_error": m.check(tuning)}
+            works = [partial(m.run, layer, tuning) for layer in range(layers)]
+            found = row(label, weight_format, m.name, m.bytes, works, **more)
+            if found["microseconds"] < least:
+                least, best[m.name] = found["microseconds"], tuning
+            yield found
+    ways: dict[str, Callable[[Matrix, int], object]] = {"vector_linear": lambda m, layer: m.run(layer)}
+    if sweep:
+        ways["vector_linear best"] = lambda m, layer: m.run(layer, best[m.name])
+    if weight_format == "bf16":
+        ways["cublas"] = lambda m, layer: torch.mm(m.x, m.linears[layer].data.t(), out=m.product)
+    if weight_format == "nf4" and bitsandbytes() is not None:
+        ways["bitsandbytes"] = lambda m, layer: m.linears[layer](m.x, out=m.product)
+    for label, way in ways.items():
+
+        def all_layers(way=way) -> None:
+            for layer in range(layers):
                 for m in matrices:
-                    each = lambda m=m, way=way: [way(m, layer) for layer in range(layers)]  # noqa: E731
-                    found.append(timed(label, weight_format, m.name, m.bytes, ceiling, each, layers))
-        found += time_dense(ceiling, weight_format, matrices, layers)
-        del matrices, ways, m
-    return found
+                    way(m, layer)
+
+        yield row(label, weight_format, "all", moved, [all_layers])
+        if not label.startswith("vector_linear"):
+            for m in matrices:
+                works = [partial(way, m, layer) for layer in range(layers)]
+                yield row(label, weight_format, m.name, m.bytes, works)
+    yield from measure_dense(weight_format, matrices)
 
 
-def time_dense(ceiling: float, weight_format: str, matrices: Sequence[Matrix], layers: int) -> list[dict[str, Any]]:
-    """Times of dequantizing all matrices of all layers to bf16, as prefill does once a chunk: stored bytes read, dense
-    ones written."""
+def measure_dense(weight_format: str, matrices: Sequence[Matrix]) -> Iterator[dict[str, Any]]:
+    """Dequantizing all matrices of all layers to bf16, as prefill does once a chunk: stored bytes read, dense ones
+    written."""
     if not is_quantized(weight_format) or (weight_format == "nf4" and bitsandbytes() is None):
-        return []
+        return
     ways: dict[str, Callable[[QuantLinear], Tensor]] = {"dense": QuantLinear.dense}
     if weight_format == "int8":
         ways["dense, torch"] = lambda linear: dequantize_int8_reference(linear.data, linear.row_scale, torch.bfloat16)
-    moved = sum(m.bytes + 2 * m.rows * m.width for m in matrices) * layers
-    found = []
+    linears = [(m, linear) for m in matrices for linear in m.linears]
+    moved = sum(m.bytes + 2 * m.rows * m.width for m, _ in linears)
     for label, way in ways.items():
 
-        def work(way=way) -> None:
-            for m in matrices:
-                for linear in m.linears:
-                    way(linear)
+        def all_layers(way=way) -> None:
+            for _, linear in linears:
+                way(linear)
 
-        found.append(timed(label, weight_format, "all", moved, ceiling, work, 1))
-    return found
+        yield row(label, weight_format, "all", moved, [all_layers])
 
 
 def compile_all(weight_formats: Sequence[str], sweep: bool, share: str | None) -> None:
@@ -286,22 +273,11 @@ def main() -> int:
     if args.compile_share:
         compile_all(weight_formats, not args.no_sweep, args.compile_share)
         return 0
-    ceilings = copy_ceilings()
-    ceiling = max(ceilings.values())
-    print("copy, TB/s:", ", ".join(f"{name} {speed / 1e12:.3f}" for name, speed in ceilings.items()), flush=True)
+    ceilings = measure_ceilings(torch.device("cuda"), "memory")
     compile_all(weight_formats, not args.no_sweep, None)
-    rows = measure(ceiling, weight_formats, sweep=not args.no_sweep)
-    again = copy_ceilings()
-    for r in rows:
-        shape = ""
-        if "tuning" in r:
-            shape = "rows {block_rows} k {block_k} warps {num_warps} stages {num_stages}".format(**r["tuning"])
-        print(f"{r['format']:5} {r['matrix']:8} {r['kernel']:20} {r['microseconds']:9.1f} us "
-              f"{r['bytes'] / 1e6:9.1f} MB {r['fraction_of_copy']:6.1%}  {shape}")  # fmt: skip
-    return finish_timed({
-        "benchmark": "vector linear", "rows": rows,
-        "copy_bytes_per_s": ceilings, "copy_bytes_per_s_afterwards": again,
-    }, args)  # fmt: skip
+    rows = list(measure(weight_formats, sweep=not args.no_sweep))
+    Console(width=180).print(table(rows))
+    return finish_timed({"benchmark": "vector linear", "ceilings": ceilings, "rows": rows}, args)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
     python scripts/bench.py offload --model DIR --gpu-budget "20 GiB"      decode with most pages in host memory
     python scripts/bench.py formats --model DIR --length 64K               reading, by weight format, in turns
     python scripts/bench.py kernels                                        every kernel alone, in one table
+    python scripts/bench.py pinning --gib 8 64                             what a pinned host pool costs and gives
     python scripts/bench.py shares                                         hot paths against floors; status 1 below one
 
 `--synthetic-cache` fills the cache with random content instead of reading a text: rows then say "synthetic": true and
@@ -19,7 +20,7 @@ import argparse
 from collections.abc import Sequence
 
 from longrun import cli
-from longrun.arguments import COUNT, whole
+from longrun.arguments import COUNT, real, whole
 from longrun.hub.find import add_model_option, find_model
 
 
@@ -108,6 +109,15 @@ def add_kernels(sub: argparse.ArgumentParser) -> None:
     sub.set_defaults(run=run)
 
 
+def add_pinning(sub: argparse.ArgumentParser) -> None:
+    from scripts.bench.bench_common import add_json_option
+    from scripts.bench.bench_pinning import run
+
+    sub.add_argument("--gib", type=real(0, above=True), nargs="+", default=[8.0], help="sizes of the pool")
+    add_json_option(sub)
+    sub.set_defaults(run=run)
+
+
 def add_shares(sub: argparse.ArgumentParser) -> None:
     from scripts.bench.bench_shares import add_options
 
@@ -121,6 +131,7 @@ COMMANDS = {
     "offload": (add_offload, "decode with pages in host memory"),
     "formats": (add_formats, "reading in several weight or page formats, by turns"),
     "kernels": (add_kernels, "every kernel alone"),
+    "pinning": (add_pinning, "what a pinned host pool costs and gives"),
     "shares": (add_shares, "the hot paths' shares of their ceilings, each with its floor"),
 }
 

@@ -1,0 +1,128 @@
+"""The kernel benchmarks without a GPU: everything but the timing, in small shapes, through Triton's interpreter.
+
+What they make on the GPU is made on the CPU. How the interpreted tests run: interpreted.py.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from interpreted import INTERPRETED, interpreted_tests, not_interpreted
+from torch.overrides import TorchFunctionMode
+
+pytest.importorskip("triton", reason="Triton is optional without a GPU")
+
+
+class CpuForCuda(TorchFunctionMode):
+    """What is asked for on the GPU stands on the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device")) == "cuda":
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return args[0] if func is torch.Tensor.cuda else func(*args, **kwargs)
+
+
+def once(*works, captured=True, prepare=None, **more):
+    """The first and the last of the works, once, and a time that no GPU needed."""
+    from scripts.bench.gpu_timer import Times
+
+    if prepare is not None:
+        prepare()
+    for work in dict.fromkeys((works[0], works[-1])):
+        work()
+    return Times(1e-3, 1e-3, 1e-3)
+
+
+if INTERPRETED:
+    from longrun.kernels import page_decode, vector_linear
+    from scripts.bench import (
+        bench_fused_kernels,
+        bench_kernels,
+        bench_page_kernels,
+        bench_streaming_kernels,
+        bench_vector_linear,
+        kernel_rows,
+    )
+
+    @pytest.fixture(autouse=True)
+    def small(monkeypatch):
+        modules = (
+            bench_fused_kernels, bench_kernels, bench_page_kernels, bench_streaming_kernels, bench_vector_linear,
+        )  # fmt: skip
+        for module in modules:
+            monkeypatch.setattr(module, "gpu_times", once)
+        ceilings = {
+            "memory_tb_s": 3.0, "host_to_device_gb_s": 50.0, "device_to_host_gb_s": 50.0, "matmul_tflops": 600.0,
+        }  # fmt: skip
+        monkeypatch.setattr(kernel_rows, "measure_ceilings", lambda device, *kinds: ceilings)
+        with CpuForCuda():
+            yield
+
+    def test_interpreted_page_decode(monkeypatch):
+        """By the reference in both kernels' places: interpreted they take a minute, and have tests of their own."""
+
+        def decode(q, pages, *, workspace, out, lse):
+            for own, found in zip((out, lse), bench_kernels.reference(q, pages), strict=True):
+                own.copy_(found)
+
+        made = SimpleNamespace(default_splits=lambda heads: 2, decode_attention=decode)
+        monkeypatch.setattr(bench_kernels, "CudaPageDecode", lambda head_dim, kv_format: made)
+        monkeypatch.setattr(page_decode, "decode_attention", decode)
+        rows = list(bench_kernels.measure((256,), pool_bytes=1))
+        assert len(rows) == 2 * 3 * 2 and {row["ceiling"] for row in rows} == {"copy"}
+        assert rows[0]["bytes"] == 4 * 4 * (8448 + 512)
+
+    def test_interpreted_page_kernels(monkeypatch):
+        """Of this seed all bytes are the reference's: the interpreter rounds twice in a fused multiply-add."""
+        monkeypatch.setattr(bench_page_kernels, "HEADS", 2)
+        rows = list(bench_page_kernels.measure((128,)))
+        assert [row["kernel"] for row in rows] == 2 * ["page_store", "page_dequantize"]
+
+    def test_interpreted_fused_kernels(monkeypatch):
+        monkeypatch.setattr(bench_fused_kernels, "LAYERS", 2)
+        monkeypatch.setattr(bench_fused_kernels, "PROGRAMS", (1, 4))
+        monkeypatch.setattr(bench_fused_kernels, "WIDTH", 96)
+        monkeypatch.setattr(bench_fused_kernels, "BF16_LIMIT", 8e-3)  # the interpreter cuts off where others round
+        rows = list(bench_fused_kernels.measure(tokens=8, merged_rows=64, pool_gib=3e-4))
+        assert [row["kernel"] for row in rows] == [
+            *["rope_store"] * 3, "rotary_", "silu_mul_", "merge_partial_", "merge_into", "copy_pages device",
+            *["fetch_pages"] * 2, *["copy_pages to host"] * 2, *["fetch_pages of nothing"] * 2,
+        ]  # fmt: skip
+        assert rows[-1]["fraction_of_ceiling"] == 0 and rows[-1]["details"]["settings"] == {"num_programs": 4}
+
+    def test_interpreted_vector_linear(monkeypatch):
+        small = {name: (256, 128, *rest) for name, (_, _, *rest) in bench_vector_linear.MATRICES.items()}
+        monkeypatch.setattr(bench_vector_linear, "MATRICES", small)
+        for module in (bench_vector_linear, vector_linear):  # few programs, which the interpreter runs in turn
+            monkeypatch.setattr(module, "default_tuning", lambda *shape: vector_linear.Tuning(128, 128, 4, 1))
+        monkeypatch.setattr(bench_vector_linear, "SWEEP", {"bf16": ((64, 128, 4, 1),)})
+        monkeypatch.setattr(bench_vector_linear, "LIMIT", 2e-2)  # as above
+        rows = list(bench_vector_linear.measure(["bf16"], layers=2, sweep=True))
+        labels = [(row["kernel"], row["details"]["matrix"]) for row in rows]
+        assert labels[:2] == [("vector_linear", "qkv"), ("vector_linear sweep", "qkv")]
+        assert labels[8:11] == [(name, "all") for name in ("vector_linear", "vector_linear best", "cublas")]
+        assert labels[11:] == [("cublas", matrix) for matrix in small]
+        assert rows[8]["bytes"] == 2 * sum(row["bytes"] for row in rows[:8:2])
+        matrices = [bench_vector_linear.Matrix("int8", name, 2) for name in small]
+        dense, by_torch = bench_vector_linear.measure_dense("int8", matrices)
+        assert (dense["kernel"], by_torch["kernel"]) == ("dense", "dense, torch")
+        assert dense["bytes"] == 2 * sum(m.bytes + 2 * 256 * 128 for m in matrices)
+
+    def test_interpreted_streaming_kernels(monkeypatch):
+        """Prefill by its reference: the interpreter multiplies bfloat16 matrices as if they were integers."""
+        reference = bench_streaming_kernels.banded_prefill_reference
+        monkeypatch.setattr(bench_streaming_kernels, "banded_prefill", lambda *args: reference(*args[:-1]))
+        rows = list(bench_streaming_kernels.measure((32,), ring_bytes=2**20))
+        assert [row["kernel"] for row in rows] == [
+            "banded_prefill", "torch banded_attention", "ring_decode", "torch decode",
+        ]  # fmt: skip
+        assert rows[0]["flops"] == 4 * 16 * 128 * 32 * 384 and rows[2]["bytes"] == 2 * 4 * 384 * 128 * 2
+
+
+@not_interpreted
+def test_the_kernel_benchmarks_run_interpreted():
+    assert interpreted_tests(__file__) == 5
