@@ -17,7 +17,7 @@ _TIMEOUT_S = 120
 
 
 class KernelUnavailable(Exception):
-    """The compiled kernels cannot be had on this machine; the message says why."""
+    """The compiled kernels cannot be built or loaded on this machine; the message says why."""
 
 
 def source_of(name: str) -> Path:

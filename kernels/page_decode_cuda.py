@@ -1,6 +1,6 @@
 """Decode attention straight from quantized pages in CUDA C++ (`page_decode.cu`), compiled at run time: the fast kernel.
 
-Same meaning as `page_decode.decode_attention` (Triton), for NVIDIA GPUs from sm_80 on. Why it exists beside Triton's:
+Same meaning as `page_decode.decode_attention` (Triton), for NVIDIA GPUs from sm_80 on. Why it exists next to Triton's:
 the unpacked registers are the tensor core's operand here, nothing unpacked crosses shared memory, and every warp has
 pages in flight of its own.
 """

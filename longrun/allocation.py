@@ -16,7 +16,7 @@ _REMEDY = "end what else uses memory, raise the limit (ulimit -v, the container'
 
 
 def is_failed_allocation(error: BaseException) -> bool:
-    """Whether `error` says that memory could not be had: torch's on CPU and GPU, Python's own, the system's."""
+    """Whether `error` says that memory ran out: torch's on CPU and GPU, Python's own, the system's."""
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):

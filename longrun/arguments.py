@@ -1,4 +1,4 @@
-"""What a caller may hand in: numbers, names and callbacks, checked at the door of every public function and option.
+"""Checks of what a caller passes in: the numbers, names and callbacks of every public function and option.
 
 Each check returns the value in the plain type that the code behind it wants, or raises an InputError with the value,
 the limit and what to do. Paths are in `longrun.paths`.

@@ -1,7 +1,7 @@
 """What every command-line program of longrun shares: its options, and how it leaves the process.
 
 Exit status: 0; 1 for a defect of ours, with its traceback; 2 for bad input, and where stdout cannot be written (a full
-disk, say); 130 after Ctrl-C; 141 where the reader of stdout left (`| head`), without a word.
+disk, say); 130 after Ctrl-C; 141, silently, where the reader of stdout left (`| head`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Errors a person can cause and mend. Each message is one sentence with the value, the limit and the way out.
+"""Errors a person can cause and fix. Each message is one sentence with the value, the limit and what to do.
 
 Command-line programs print the message and leave with status 2 (see `longrun.cli.run`); anything else that is
 raised is a defect of ours and keeps its traceback.
@@ -62,7 +62,7 @@ def shortened(text: object, limit: int = VALUE_LIMIT) -> str:
     For names and paths, which stand in a message as they are; line breaks and control characters are escaped.
     """
     text = str(text)
-    if len(text) > 2 * limit:  # nothing of what lies between can remain
+    if len(text) > 2 * limit:  # the middle would be empty
         text = text[:limit] + "\0" + text[-limit:]
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if len(line) <= limit:

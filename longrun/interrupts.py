@@ -1,5 +1,5 @@
-"""Finish a step before a signal is heard: SIGINT and SIGTERM never leave a session half changed, and while libraries
-load they end the process at once."""
+"""Finish a step before a signal takes effect: SIGINT and SIGTERM never leave a session half changed, and while
+libraries load they end the process at once."""
 
 from __future__ import annotations
 

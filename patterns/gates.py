@@ -6,7 +6,7 @@ last norm) of the full and the gated model, over the tokens that predict the pas
 text, plus `regularization` * mean |gate|. AdamW without weight decay; the learning rate rises from a tenth over the
 first fifth of the steps and falls back to a tenth over the last fifth. A gate that ends near 1 is a retrieval head.
 
-Mended against the original: a streaming head sees sinks and window at every length and never a chunk; any model that
+Changed from the original: a streaming head sees sinks and window at every length and never a chunk; any model that
 goes through transformers' attention interface; the same seed gives the same map, also after an interruption.
 """
 

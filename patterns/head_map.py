@@ -50,7 +50,7 @@ class HeadMap:
     Attributes:
         scores: [num_layers][num_kv_heads], each in [0, 1].
         sink_size, recent_size: tokens a streaming head keeps: positions < sink_size and the last recent_size.
-        notes: what was mended or assumed while loading; meant to be shown.
+        notes: what was corrected or assumed while loading; to be shown.
         origin: the model it was made for, or None where that is not known; maps of the same scores are equal whatever
             it says.
 

@@ -21,7 +21,7 @@ def print_head_map(
     """Print the map: window, rule of the split and its hash, a row per layer with scores and retrieval heads.
 
     A retrieval head's score is bold and in brackets (`[0.93]`); with more than 16 heads a layer scores become shades,
-    and the retrieval heads are marked beside them. `notes` follow the head lines.
+    and the retrieval heads are marked next to them. `notes` follow the head lines.
     """
     heads = head_map.num_layers * head_map.num_kv_heads
     lines = [

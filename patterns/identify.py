@@ -58,7 +58,7 @@ _GENERATED_SENTENCES = 2000
 def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) -> HeadMap:
     """Measure a model's retrieval heads and write the map to `settings.out`.
 
-    A run that was interrupted goes on where its progress was saved last. Where `settings.out` already holds the map
+    A run that was interrupted resumes where its progress was saved last. Where `settings.out` already holds the map
     of exactly these settings, model and text, it is returned and nothing is computed.
 
     Raises:

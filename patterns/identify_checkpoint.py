@@ -102,7 +102,7 @@ class Checkpoint:
         self.release()
 
     def release(self) -> None:
-        """Let others go on from the progress saved."""
+        """Let others resume from the progress saved."""
         self._lock.release()
 
     def _drop(self) -> None:

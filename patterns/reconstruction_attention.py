@@ -1,4 +1,4 @@
-"""Attention of a transformers model that keeps its own keys and notes who was looked at.
+"""Attention of a transformers model that keeps its own keys and notes which tokens were looked at.
 
 A transformers attention function (registered by its public `AttentionInterface`) finds a `ReconstructionAttention`
 among the keyword arguments of the model's forward pass and hands it queries, keys and values of one layer. That object

@@ -1,4 +1,4 @@
-"""Head scores from a few forward passes, without training: who is looked at when the model repeats its context?
+"""Head scores from a few forward passes, without training: which tokens matter when the model repeats its context?
 
 After KVzip (arXiv 2505.23416). The model reads the context once. Then it is made to repeat it part by part, each part
 after a short prompt that quotes the last tokens of the part before. A context token's score in a KV head is the

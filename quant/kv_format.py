@@ -94,8 +94,8 @@ class PageFormat:
 
     @property
     def rotates_values(self) -> bool:
-        """Whether retrieval heads keep rotated values, too, and attention's output is rotated back: with three bits it
-        pays, with four hardly."""
+        """Whether retrieval heads keep rotated values, too, and attention's output is rotated back: worth it
+        with three bits, hardly with four."""
         return self.name == "k5v3"
 
     @property

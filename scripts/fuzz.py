@@ -1,9 +1,9 @@
-"""Damage every file that a user hands to longrun, and see that it is refused in a sentence or understood rightly.
+"""Damage every file that a user hands to longrun, and check that it is refused in a sentence or read correctly.
 
     python scripts/fuzz.py [--count 1000] [--seed 0] [--kind NAME] [--case N]
 
 Each case copies sound files of a tiny model, damages one (`fuzz_mutations`), uses it as a run would, and ends in one
-of these ways; what is right is said by others than longrun (`fuzz_kinds`):
+of these ways; what is right is computed without longrun (`fuzz_kinds`):
 
     refused     a `LongrunError` whose message is one printable line of at most 500 characters
     unchanged   it works as before the damage, and that is right
@@ -44,7 +44,7 @@ from scripts.fuzz_kinds import Bench, Kind
 
 ENDINGS = ("refused", "unchanged", "other", "traceback", "hang", "wrong")
 FAILURES = ("traceback", "hang", "wrong")
-# Turns of the kinds, so that each gets a share of the cases that goes with what can go wrong in it.
+# Turns of the kinds, so that each gets as many cases as it has ways to fail.
 TURNS = (
     "config", "weights", "tokenizer", "session", "config", "adapter", "weights", "head map", "config", "session",
     "generation", "weights", "tokenizer", "adapter", "budget",
@@ -52,7 +52,7 @@ TURNS = (
 
 
 class Hang(BaseException):
-    """A case took too long. No `Exception`, so that nothing on the way takes it for a fault of the file."""
+    """A case took too long. No `Exception`, so that no handler on the way catches it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What fuzz.py damages, how longrun uses it, and who else says what the damaged files mean.
+"""What fuzz.py damages, how longrun uses it, and an independent reading of the damaged files.
 
 A kind's `use` does what a run does and gives back a result that a user would see. Its `expected` computes the same
 result without longrun's readers; where it raises, the files mean nothing, and longrun must have refused them:
@@ -11,7 +11,7 @@ result without longrun's readers; where it raises, the files mean nothing, and l
     head map     Python's csv and float on every cell, clipped; a window as json reads it
     budget       Python's tomllib and a regular expression for sizes
     adapter      transformers' model with W + alpha / r * B @ A set in float64 from the safetensors library
-    session      everything in the folder is under a checksum: what loads must go on exactly like the undamaged one,
+    session      everything in the folder is under a checksum: what loads must continue exactly like the undamaged one,
                  even where the manifest's own checksum was put right after it was changed
 """
 

@@ -1,4 +1,4 @@
-"""Damage as it comes: bytes that a disk or a download got wrong, and values that a person or another program wrote.
+"""Damage as it happens: bytes that a disk or a download got wrong, and values that a person or another program wrote.
 
 Every function takes a `random.Random` and gives back the damaged content with a word on what was done to it.
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Kill a prefill that keeps its session, again and again, and see that nothing is lost; JSON is the last line.
+"""Kill a prefill that keeps its session, again and again, and check that nothing is lost; JSON is the last line.
 
     python scripts/kill_sessions.py [--kills 100] [--seed 0] [--tokens 3000] [--chunk-size 50] [--model DIR]
 

@@ -1,6 +1,6 @@
 """Needle sweep: hide numbers at every depth of texts of every length, and count how many a model gives back.
 
-Writes results.json (after every cell; a stopped run goes on where it was) and heatmap.png. With --one-document the
+Writes results.json (after every cell; a stopped run resumes) and heatmap.png. With --one-document the
 needles of every depth stand in one text a length, which is read once: where reading takes minutes, the only way.
 Example: python scripts/needle_sweep.py --lengths 1K,4K --depths 5 --kv int4 --control full --out sweeps/demo
 """

@@ -1,6 +1,6 @@
 """The rooms of the sources: which modules stand in each, and what they may import.
 
-The table is the one in docs/architecture.md, as `python tests/rooms.py` prints it; a test holds the two together.
+The table is the one in docs/architecture.md, as `python tests/rooms.py` prints it; a test compares the two.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whatever a caller hands in wrongly is one sentence: numbers, names, paths, token ids, and every public function."""
+"""Every wrong argument gives one sentence: numbers, names, paths, token ids, and every public function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--head-map auto`: measured once a model, kept, used again, never half-written; and its complaints."""
+"""`--head-map auto`: measured once a model, kept, used again, never half-written; and its errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> PlantedModel:
 
 @pytest.fixture(scope="module")
 def measured(planted: PlantedModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[AutoHeadMap]]:
-    """A cache folder with the planted model's map, and what was told while it was made."""
+    """A cache folder with the planted model's map, and what was reported while it was made."""
     cache, told = tmp_path_factory.mktemp("cache"), []
     kernels = cache_dir() / "kernels"  # they are compiled once a machine
     kernels.mkdir(parents=True, exist_ok=True)

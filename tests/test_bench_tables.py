@@ -64,7 +64,7 @@ EXPECTED = {
 
 @pytest.fixture
 def document(tmp_path) -> Path:
-    """A document with one table of every kind, still empty, and the result files beside it."""
+    """A document with one table of every kind, still empty, and the result files next to it."""
     (tmp_path / "results").mkdir()
     parts = ["# Benchmarks"]
     for kind, result in RESULTS.items():
@@ -98,7 +98,7 @@ def test_tables_are_rendered_from_result_files_and_checked(document, capsys):
 
 
 def test_decode_rows_of_several_formats_name_theirs():
-    """Rows of both files stand beside the one peer; a row without its tokens has a range and no mean."""
+    """Rows of both files stand next to the one peer; a row without its tokens has a range and no mean."""
     rows = [{"runner": "longrun", "length": 96_000, "ms": {"median": 4.0, "min": 3.9, "max": 6.0},
              "bytes_total": 7_500_000_000, "floor_ms": 2.5, "floor_over_measured": 0.625,
              "host_overhead_ms": -0.004}]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Budget files: what they mean, and what each mistake in one says."""
+"""Budget files: what they mean, and the message for each mistake in one."""
 
 import pytest
 

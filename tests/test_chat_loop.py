@@ -35,7 +35,7 @@ class Chat:
         self.runner = ChatRunner(runtime, AnswerOptions(**{"max_new_tokens": 8, **options}), console, folder=folder)
 
     def type(self, *lines: str | BaseException, interactive: bool = True) -> str:
-        """Feed lines (an exception is raised instead of a line); returns what was told since then."""
+        """Feed lines (an exception is raised instead of a line); returns what was printed since then."""
         feed: Iterator[str | BaseException] = iter(lines)
 
         def read_line() -> str | None:

@@ -1,4 +1,4 @@
-"""The chat's command, killed or told to stop while it reads or answers: run again, it goes on where it was."""
+"""The chat's command, killed or told to stop while it reads or answers: run again, it resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Templates are programs of a checkpoint's: rendered as transformers does it, within bounds, and what they tell."""
+"""A template is a program: rendered as transformers does it, within bounds, and what longrun reads from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a checkpoint: what is accepted, what is refused and how it is said, what it costs in memory."""
+"""Loading a checkpoint: what is accepted, what is refused with which message, what it costs in memory."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_rotation_is_for_outlier_channels_and_tokens_of_one_scale():
 
 
 def test_undoing_the_rotation_equals_rotating_the_queries():
-    """Scores from keys quantized in the rotated space, by hand, beside those of the simulated keys."""
+    """Scores from keys quantized in the rotated space, by hand, against those of the simulated keys."""
     k, v = random_pages(outliers=2)
     rotation = hadamard_rotation(DIM, 0)
     assert torch.allclose(rotation @ rotation.T, torch.eye(DIM), atol=1e-6)

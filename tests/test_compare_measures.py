@@ -28,7 +28,7 @@ def runtime(planted):
 
 
 def test_exact_match_is_what_greedy_generation_gives(planted):
-    """Beside another way to the same answer: generate, decode and compare the digits."""
+    """Against another way to the same answer: generate, decode and compare the digits."""
     row = Row("random", f"random:{maps_that_miss(planted)[0]}", 0.25)
     runtime = longrun.load(
         planted.path, "cpu", row.make_map(2, 4), device="cpu", ctx=800, retrieval_ratio=row.retrieval_ratio

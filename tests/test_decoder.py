@@ -28,7 +28,7 @@ LIMIT = 1e-4
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Two threads only get in each other's way on tensors this small."""
+    """Two threads only slow each other down on tensors this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""The demo model: where it comes from, that it appears whole or not at all, and that it is what it should be."""
+"""The demo model: where it comes from, that it appears whole or not at all, and that it is the right one."""
 
 from __future__ import annotations
 

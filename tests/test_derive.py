@@ -1,4 +1,4 @@
-"""`Runtime.derive`: answers as a freshly loaded runtime, plans beside the one it comes from, and leaves it alone."""
+"""`Runtime.derive`: answers as a loaded runtime, counts the memory of the one it comes from, leaves it alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documents keep their word: commands, links, budgets, dependencies, the printed plan and the Python example."""
+"""The documents are right: commands, links, budgets, dependencies, the printed plan and the Python example."""
 
 from __future__ import annotations
 

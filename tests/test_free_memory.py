@@ -74,7 +74,7 @@ def test_what_is_resident_is_not_asked_for_twice(runtime, monkeypatch):
 
 
 def test_a_run_that_fits_in_a_small_container_is_not_refused(planted, monkeypatch):
-    """600 MB, of which the libraries hold 200: what is left holds what the plan needs beside them."""
+    """600 MB, of which the libraries hold 200: what is left holds what the plan needs besides them."""
     own_memory(monkeypatch, 300 * 10**6, 100 * 10**6, 400 * 10**6)
     monkeypatch.setattr(longrun.runtime.load, "load_parts", lambda *args: (None, None, ()))
     monkeypatch.setattr(longrun.runtime.load, "Runtime", lambda *args: "loaded")

@@ -257,7 +257,7 @@ def test_tiles_computed_at_once_give_the_answer_and_gradients_of_single_ones(
 
 
 def test_interior_tiles_are_computed_at_once() -> None:
-    """One call of the attention for all tiles but the first and the last: what makes long texts quick on a GPU."""
+    """One call of the attention for all tiles but the first and the last: which makes long texts fast on a GPU."""
     band = plan_band(0, 256 * 8 + 10, SINKS, RECENT, torch.float32, torch.device("cpu"))
     assert [len(run) for run in _alike(band.tiles, 10**9)] == [1, 7, 1]
     assert [len(run) for run in _alike(band.tiles, 3 * band.tiles[1].mask.numel())] == [1, 3, 3, 1, 1]

@@ -1,4 +1,4 @@
-"""The GPU backend's own logic over the torch references of its kernels, beside the torch backend; on any machine."""
+"""The GPU backend's own logic over the torch references of its kernels, against the torch backend; on any machine."""
 
 import dataclasses
 

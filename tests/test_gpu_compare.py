@@ -1,4 +1,4 @@
-"""Quality comparisons on a real GPU, beside the CPU's: `pytest -m gpu`. Collected only where there is one."""
+"""Quality comparisons on a real GPU, against the CPU's: `pytest -m gpu`. Collected only where there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`identify` on a real GPU: `pytest -m gpu`. It repeats to the bit, goes on after a stop, is linear in memory."""
+"""`identify` on a real GPU: `pytest -m gpu`. It repeats to the bit, resumes after a stop, is linear in memory."""
 
 from __future__ import annotations
 

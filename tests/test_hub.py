@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub: told from paths, found in the local cache, fetched with consent, refused in a line."""
+"""Names on the Hugging Face hub: told from paths, found in the local cache, fetched with consent, refused."""
 
 from __future__ import annotations
 

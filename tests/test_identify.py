@@ -1,4 +1,4 @@
-"""`identify` and `compare`: folder and progress on disk, resuming to the bit, complaints; Spearman by hand."""
+"""`identify` and `compare`: folder and progress on disk, resuming to the bit, errors; Spearman by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of import directions finds what is wrong: sources that do not exist, put beside the real ones."""
+"""The check of import directions finds what is wrong: made-up sources among the real ones."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_an_incomplete_adapter_is_an_error_and_not_left_out(shipped: Path, model
 
 @pytest.fixture
 def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Runs the chat on a CPU with one question; returns what was said beside the answer."""
+    """Runs the chat on a CPU with one question; returns what was printed besides the answer."""
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
 

@@ -1,4 +1,4 @@
-"""longrun runs uninstalled, editable and installed, from the repository root and from elsewhere, and gets along with
+"""longrun runs uninstalled, editable and installed, from the repository root and from elsewhere, and works with
 the library named `kernels` that transformers imports. No network; every program runs in a process of its own."""
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is packaged: building writes beside the sources."""
+    """A copy of what is packaged: building writes next to the sources."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)

@@ -1,4 +1,4 @@
-"""`python -m longrun.patterns show`: the table, the picture, the JSON and its complaints."""
+"""`python -m longrun.patterns show`: the table, the picture, the JSON and its errors."""
 
 import json
 import os

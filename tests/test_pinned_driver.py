@@ -1,4 +1,4 @@
-"""What the driver is asked when host memory is pinned, and what becomes of its refusals: with a driver made up here."""
+"""What the driver is asked when host memory is pinned, and how its refusals are reported: with a made-up driver."""
 
 import pytest
 import torch

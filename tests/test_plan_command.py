@@ -1,4 +1,4 @@
-"""The plan's command: its table and JSON, status and sentence of what is wrong, and that it starts quickly."""
+"""The plan's command: its table and JSON, status and message of errors, and that it starts quickly."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What the plan says where something does not fit: what it suggests fits, and one step beyond it does not."""
+"""Refusals of the plan: what it suggests fits, and one step beyond it does not."""
 
 import json
 import random

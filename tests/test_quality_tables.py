@@ -1,4 +1,4 @@
-"""The quality tables in the document and beside their files: what a comparison gives, what lacks, what is refused."""
+"""The quality tables in the document and next to their files: what a comparison gives, what is missing or refused."""
 
 from __future__ import annotations
 

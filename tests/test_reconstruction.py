@@ -1,4 +1,4 @@
-"""Head scores from repeating the context: beside transformers' own attention matrices, at any chunk size, resumed."""
+"""Head scores from repeating the context: against transformers' own attention matrices, at any chunk size, resumed."""
 
 from __future__ import annotations
 

@@ -317,7 +317,7 @@ def test_beyond_the_trained_window_is_told(saved):
 
 
 def test_sigint_waits_for_the_chunk(saved):
-    """A signal during prefill: the chunk is finished, KeyboardInterrupt comes out, and the session goes on."""
+    """A signal during prefill: the chunk is finished, KeyboardInterrupt comes out, and the session can be continued."""
     folder, _ = saved("llama")
     session = load(folder, chunk_size=20).new_session()
     ids = token_ids()

@@ -1,4 +1,4 @@
-"""Files that several processes may want at once: whole or not at all, one owner, no trace of whoever was killed."""
+"""Files that several processes may want at once: whole or not at all, one owner, no trace of killed processes."""
 
 from __future__ import annotations
 

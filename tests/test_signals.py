@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM at any moment of a session's work: what stands afterwards is a whole state, and goes on as if
+"""SIGINT and SIGTERM at any moment of a session's work: what stands afterwards is a whole state, and continues as if
 nothing had happened."""
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def test_a_second_signal_while_the_first_one_has_the_session_rewound(runtime):
 
 
 def test_signals_from_outside_while_tokens_are_decoded(runtime):
-    """Another thread sends them whenever it likes."""
+    """Another thread sends them at random moments."""
     session, mark = begin(runtime)
     expected = [*session.token_ids, *session.generate(150, temperature=1.0, eos=False)]
     chance, heard = random.Random(1), 0

@@ -24,7 +24,7 @@ from scripts.training.long_lora import LoraModel
 
 
 def test_the_shipped_adapter_gives_the_trained_logits(training):
-    """The trained model in transformers beside the checkpoint and the adapter in our loader."""
+    """The trained model in transformers against the checkpoint with the adapter in our loader."""
     model, trained = training.model, training.trained
     ours = training.trainer(trained)
     for layer in ours.lora.layers.values():  # what ships is rounded to bf16

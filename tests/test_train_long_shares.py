@@ -21,7 +21,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_training(out: Path, other: Path) -> None:
-    """Equal up to rounding, which Adam blows up where a gradient is near zero."""
+    """Equal up to rounding, which Adam enlarges where a gradient is near zero."""
     for steps in zip(steps_of(out), steps_of(other), strict=True):
         for key in ("answer", "text", "keep", "gradient"):
             assert steps[0][key] == pytest.approx(steps[1][key], rel=2e-3), (steps[0]["step"], key)

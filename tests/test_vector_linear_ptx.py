@@ -1,4 +1,4 @@
-"""The PTX of the one-token linear kernels: their own text, instruction by instruction, beside products by hand."""
+"""The PTX of the one-token linear kernels: their own text, instruction by instruction, against products by hand."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_ptx_of_a_word_decodes_every_nibble():
 
 
 def test_ptx_of_an_int4_chunk_multiplies_every_nibble():
-    """Random words and activations, and those of the largest sums, beside the products of the weights by hand."""
+    """Random words and activations, and those of the largest sums, against the products of the weights by hand."""
     g = np.random.default_rng(1)
     words = g.integers(0, 2**32, (4, 200), dtype=np.uint32)
     planes = g.integers(-128, 128, (2, 32, 200))

@@ -99,7 +99,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def save_tokenizer(folder: Path, vocab_size: int = 97) -> None:
-    """A tokenizer of single characters beside a tiny model: BOS 0, EOS 1, unknown 2; whatever is text comes back."""
+    """A tokenizer of single characters next to a tiny model: BOS 0, EOS 1, unknown 2; whatever is text comes back."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = [chr(code) for code in range(32, 127)][: vocab_size - 3]

@@ -30,7 +30,7 @@ class CudaAttention:
     """Reads and appends to one `DualCache` with INT4 pages; everything it needs is allocated here.
 
     Prefill attends to the chunk itself and to the past in pieces, merged by log-sum-exp, with the fastest dense
-    attention at hand. Decode reads pages in place; pages in host memory are fetched ahead of the layer that needs
+    attention there is. Decode reads pages in place; pages in host memory are fetched ahead of the layer that needs
     them. The answer is `TorchAttention`'s, up to rounding.
 
     Args:

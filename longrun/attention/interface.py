@@ -1,4 +1,4 @@
-"""What the decoder and attention say to each other: one `Step` a forward pass, one `run` a layer."""
+"""The interface between decoder and attention: one `Step` a forward pass, one `run` a layer."""
 
 from __future__ import annotations
 

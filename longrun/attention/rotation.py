@@ -8,7 +8,7 @@ from torch import Tensor
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.rotation import key_rotation
 
-_TOKENS_AT_ONCE = 2048  # bounds the product that stands beside q or k
+_TOKENS_AT_ONCE = 2048  # bounds the product, which is a copy of a part of q or k
 
 
 class HeadRotation:

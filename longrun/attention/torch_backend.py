@@ -1,4 +1,4 @@
-"""Attention in torch over the dual cache, exact to docs/architecture.md's semantics at every chunk size."""
+"""Attention in torch over the dual cache, with the semantics of docs/architecture.md at every chunk size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How finished pages come into being and move between pools: one small interface, in torch and in GPU kernels."""
+"""Quantizing finished pages and moving them between pools: one small interface, in torch and in GPU kernels."""
 
 from __future__ import annotations
 

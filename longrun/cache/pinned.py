@@ -198,7 +198,7 @@ def _pin(
             for at in range(begin, end, _TOUCH_BYTES)
         ]
 
-    # Leaving the block waits for what is being touched: nothing may be unmapped under a thread's hands.
+    # Leaving the block waits for what is being touched: nothing may be unmapped while a thread uses it.
     with ThreadPoolExecutor(workers, "pinning") as threads:
         try:
             touching = touch(0)

@@ -1,4 +1,4 @@
-"""One answer: tokens from the session, text to whoever listens, and why and when it ended."""
+"""One answer: tokens from the session, text as it comes, and why and when it ended."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Turns of a chat over one session: which documents and messages it holds, and which tokens come next.
 
 Everything is appended: the history is never tokenized or read again. What the chat knows is kept in
-`session.extra["chat"]`, so that a saved session, also one that was killed in the middle of a document, can go on.
+`session.extra["chat"]`, so that a saved session, also one that was killed in the middle of a document, can be resumed.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ class Conversation:
         """What must be read before anything else may follow, and whether the message before is complete then.
 
         A message that was interrupted in its opening or its closing needs the rest of that; one that was interrupted
-        in its text goes on there, and the unread rest of the text is left out.
+        in its text is resumed there, and the unread rest of the text is left out.
         """
         turn = self._state["turn"]
         if turn is None or not self.unread:

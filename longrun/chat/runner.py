@@ -1,4 +1,4 @@
-"""Reads documents and questions into a session, answers, and tells what it does: what every way to chat shares."""
+"""Reads documents and questions into a session, answers, and reports: what every way to chat shares."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class ModelConfig:
         qkv_bias, out_bias, mlp_bias: whether these linear layers carry a bias.
         qk_norm: RMS norm of each query and key head over head_dim, before RoPE (Qwen3).
         sliding_window: the checkpoint's own attention window in tokens, None where it is absent or switched off.
-        warnings: what a person should hear of keys of config.json that are not followed.
+        warnings: sentences for a person about keys of config.json that are not followed.
     """
 
     architecture: str
@@ -125,7 +125,7 @@ class ModelConfig:
     def arithmetic(self) -> dict[str, Any]:
         """Every field that decides what is computed: what a model's fingerprint takes in."""
         fields = asdict(self)
-        for said_only in ("warnings", "rope_factor", "rope_original"):  # RoPE's own parameters are another thing
+        for said_only in ("warnings", "rope_factor", "rope_original"):  # not RoPE's own parameters
             del fields[said_only]
         return fields
 

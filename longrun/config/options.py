@@ -1,7 +1,7 @@
-"""Keys of a config.json that ask for other arithmetic than the decoder's: refused, or said where they begin to matter.
+"""Keys of a config.json that ask for other arithmetic than the decoder's: refused, or named in a warning.
 
-transformers drops a key that a family's class does not have without a word, and a checkpoint that came with code of its
-own then runs as another model. Here a key is read, known to change nothing, refused, or named in a warning.
+transformers silently drops a key that a family's class does not have, and a checkpoint that came with code of its own
+then runs as another model. Here a key is read, known to change nothing, refused, or named in a warning.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def refuse_other_arithmetic(values: Values, model_type: str) -> None:
 
 
 def warnings_of(values: Values) -> tuple[ConfigWarning, ...]:
-    """What a person should hear of keys that longrun does not follow."""
+    """Warnings for a person about keys that longrun does not follow."""
     data, source, found = values.data, values.source, []
     window = data["max_position_embeddings"]
     for key in _BEYOND_THE_WINDOW:

@@ -1,4 +1,4 @@
-"""One decoded token on a GPU as one CUDA graph, captured once before the first token and replayed ever after.
+"""One decoded token on a GPU as one CUDA graph, captured once before the first token and replayed for every token.
 
 The graph ends by finding the likeliest next token and writing it to where the next step reads its own. Greedy decoding
 can therefore launch a step before the host has seen its token ("ahead"), and the GPU never waits for the host.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """One sequence's way through the model.
+    """Runs one sequence through the model.
 
     Args:
         decoder: the weights.

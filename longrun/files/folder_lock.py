@@ -135,7 +135,7 @@ def _release(descriptor: int, path: Path, pid: int, made: bool) -> None:
             path.unlink(missing_ok=True)
             if made:
                 path.parent.rmdir()
-    except OSError:  # not empty, or no longer ours to change: the lock ends all the same
+    except OSError:  # not empty, or no longer ours to change: the lock still ends
         pass
     finally:
         os.close(descriptor)

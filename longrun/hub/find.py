@@ -1,4 +1,4 @@
-"""From what --model says to a folder or file on this machine: a path, or a name on the Hugging Face hub."""
+"""Turns the value of --model into a folder or file on this machine: a path, or a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_model_option(parser: argparse.ArgumentParser, default: str | None = "the
 
 
 def add_download_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """The option --download, beside a --model of the caller's own."""
+    """The option --download, for a caller with a --model of its own."""
     parser.add_argument("--download", action="store_true", help=DOWNLOAD_HELP)
 
 
@@ -82,7 +82,7 @@ def find_model(
     lacking = {file: sizes[file] for file in needed if folder is None or not (folder / file).is_file()}
     if not lacking and found is not None:
         return found
-    if found is None and not download:  # small files beside the weights are fetched unasked
+    if found is None and not download:  # small files other than the weights are fetched without asking
         _agree(name, sum(lacking.values()), ask, consent)
     print(f"longrun: fetching {name}, {format_bytes(sum(lacking.values()))}", file=sys.stderr, flush=True)
     folder = fetch(name, lacking)

@@ -1,7 +1,7 @@
 """A cache that drops tokens, for the eviction baselines: exact keys and values, only of the tokens kept.
 
 Simpler than the dual cache: per layer a tensor of keys, one of values and one of positions. What is evicted
-is gone, and its memory with it. It serves comparisons; nothing is paged, quantized, offloaded or saved.
+is gone, with its memory. For comparisons only; nothing is paged, quantized, offloaded or saved.
 """
 
 from __future__ import annotations

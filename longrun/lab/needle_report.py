@@ -62,7 +62,7 @@ def _means(cells: Iterable[dict[str, Any]]) -> tuple[float, float]:
 
 
 def draw_heatmap(results: SweepResults, titles: dict[str, str], note: str | None = None) -> Path:
-    """Write `heatmap.png` beside the results: a panel per setting in `titles`, colour and first line = exact match.
+    """Write `heatmap.png` next to the results: a panel per setting in `titles`, colour and first line = exact match.
 
     Args:
         titles: setting -> title of its panel.

@@ -1,4 +1,4 @@
-"""What this processor's bf16 products cost in memory, told without torch: its flags and oneDNN's environment."""
+"""What this processor's bf16 products cost in memory, found without torch: from its flags and oneDNN's environment."""
 
 from __future__ import annotations
 

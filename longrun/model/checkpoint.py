@@ -80,7 +80,7 @@ def find_tensors(model_dir: str | Path, config: ModelConfig) -> dict[str, Stored
     """Every tensor of the checkpoint by name, after checking that it is the one `config` describes.
 
     Left-over tensors are errors, except `*.rotary_emb.inv_freq` (buffers in old Llama checkpoints) and
-    `lm_head.weight` beside tied embeddings (checked for equality when it is loaded).
+    `lm_head.weight` next to tied embeddings (checked for equality when it is loaded).
 
     Raises:
         CheckpointError: no safetensors files, or a missing, left-over or misshapen tensor, a damaged or truncated file.
@@ -296,7 +296,7 @@ class _Loader:
                 target.index_copy_(0, place[rows], piece)
 
     def check_tied(self, embedding: Tensor) -> None:
-        """A stored lm_head beside tied embeddings must equal them, or the checkpoint contradicts its config.json."""
+        """A stored lm_head next to tied embeddings must equal them, or the checkpoint contradicts its config.json."""
         stored = self.tensors.get("lm_head.weight")
         if stored is None:
             return

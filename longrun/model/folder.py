@@ -75,7 +75,7 @@ def check_folder(model_dir: str | Path, config: ModelConfig, adapter: Adapter | 
 
 
 def ends_and_notices(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], tuple[str, ...]]:
-    """What ends a turn by the tokenizer and its chat template, and what a person should be told of the template.
+    """What ends a turn by the tokenizer and its chat template, and sentences for a person about the template.
 
     Raises:
         CheckpointError: the template goes beyond its bounds.

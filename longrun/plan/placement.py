@@ -23,7 +23,7 @@ DEFAULT_WEIGHT_FORMAT = {"cpu": "fp32", "cuda": "bf16"}
 # What no setting changes, an upper bound of what was measured; without torch nothing better can be known.
 # cpu: resident memory besides weights, cache and activations after a prefill (torch, transformers, safetensors, a
 # tokenizer of 49,152 tokens, buffers of matrix products) on x86-64 Linux with torch 2.13 and transformers 5.23: 439 MB
-# with fp32 weights, 491 with bf16; with bitsandbytes, which nf4 brings, 586. `library_notice` tells where it is more.
+# with fp32 weights, 491 with bf16; with bitsandbytes, which nf4 brings, 586. `library_notice` says where it is more.
 # cuda: what the driver counts beyond torch's own memory (context, cuBLAS, cuDNN, our kernels) on an H100 with torch
 # 2.11: 720 MB after a decode, 805 MB after a prefill with needle questions; rounded up.
 RUNTIME_BASE_BYTES = {"cpu": 500 * 10**6, "cuda": 850 * 10**6}

@@ -29,7 +29,7 @@ class NoFitError(PlanError):
     """The budget does not hold what was asked.
 
     Attributes:
-        device_short, host_short: bytes with which it would: no smaller sum of the two does.
+        device_short, host_short: bytes that are missing; no smaller sum of the two would be enough.
         suggestions: the nearest changes that fit, each verified; empty where none does.
     """
 
@@ -72,7 +72,7 @@ class Plan:
         items: every part, with its place ("device" or "host").
         device_budget, host_budget: what the budget allows.
         split_hash: hash of the head split; split_note: where the split comes from.
-        warnings: what a person must know before the run; notes: what is good to know.
+        warnings: sentences a person must see before the run; notes: sentences that may help.
     """
 
     capacity: int
@@ -257,7 +257,7 @@ def _with_origin(split: HeadSplit | ChosenSplit | None, config: ModelConfig, bud
 
 
 def _default_capacity(config: ModelConfig, max_capacity: int) -> tuple[int, list[str]]:
-    """The trained window, or what fits of it; without a fit, one token, which then tells what is missing."""
+    """The trained window, or what fits of it; without a fit, one token, whose refusal then says what is missing."""
     wanted = config.trained_positions
     if config.sliding_window is not None:
         wanted = min(wanted, config.sliding_window)

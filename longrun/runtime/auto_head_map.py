@@ -75,7 +75,7 @@ def auto_head_map(
     Args:
         model_dir: checkpoint folder with a tokenizer.
         device_type: "cpu" or "cuda", where to measure.
-        on_progress: told once of a kept map; otherwise at the start and after every forward pass.
+        on_progress: called once for a kept map; otherwise at the start and after every forward pass.
         adapter: what the model runs with: it is measured with it, and has another map than without.
 
     Raises:

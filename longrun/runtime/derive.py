@@ -51,7 +51,7 @@ def derived(
 
 
 def _with_split(setup: Setup, head_map: HeadMap | str | Path | None, retrieval_ratio: float | None) -> Setup:
-    """With the split of `head_map`, or without one with another ratio of the own map, and what is to be said of it."""
+    """With the split of `head_map`, or else with another ratio of its own map; and notices about it."""
     if isinstance(head_map, str) and head_map == "auto":
         raise InputError(
             "head map auto is measured before a model is loaded: give it to longrun.load, or give the folder in which "

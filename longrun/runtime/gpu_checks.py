@@ -1,4 +1,4 @@
-"""What must hold before a plan is made or a weight is read: each failure is one sentence with a way out."""
+"""What must hold before a plan is made or a weight is read: each failure is one sentence that says what to do."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def load(
             shipped one that the card's memory holds.
         head_map: folder in DuoAttention's format, `HeadMap`, "full" (also None): every head keeps every token, or
             "auto": the map of this model with this adapter, measured on the first call and kept (see
-            `longrun.runtime.auto_head_map`). Where a map says that it was made for another model, a notice does.
+            `longrun.runtime.auto_head_map`). A notice says so where a map was made for another model.
         kv_format: "int4", "k5v3", "bf16" or "fp32"; default: the budget's (k5v3 where it says nothing).
         weight_format: "fp32", "bf16", "int8", "nf4" or "int4"; default: the budget's.
         device: "cpu" or "cuda"; default: cuda where there is one.
@@ -93,7 +93,7 @@ def load(
         on_plan: shown the plan before the first weight is read.
         on_pin: called with (bytes pinned, bytes in all) while a session pins its host pool, on cuda only.
         on_tokenizer: shown the tokenizer before the first weight is read; what it raises goes through.
-        on_head_map: told of the map of "auto" and of the progress of measuring it; without it a notice says where the
+        on_head_map: called with the map of "auto" and the progress of measuring it; without it a notice says where the
             map is kept.
 
     Raises:
@@ -209,7 +209,7 @@ def load_parts(
 
 
 def _build_cpu_kernels(notices: list[str]) -> CpuKernels | None:
-    """The compiled kernels of the CPU, or None; `notices` gets a sentence about what is not as it should be."""
+    """The compiled kernels of the CPU, or None; `notices` gets a sentence about what is wrong."""
     try:
         folder = cache_dir() / "kernels"
     except InputError as error:
@@ -226,7 +226,7 @@ def _build_cpu_kernels(notices: list[str]) -> CpuKernels | None:
 
 def _return_freed_memory(device: torch.device) -> None:
     """Give the loader's freed temporaries back to the system: glibc keeps them (200 MB were seen with nf4), and the
-    plan does not count them. Other C libraries have no such call and no such habit."""
+    plan does not count them. Other C libraries have no such call and do not need it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

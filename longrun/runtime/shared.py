@@ -46,7 +46,7 @@ class Shared:
         return self._gpu_kernels[kv_format]
 
     def taken_beside(self, decoder: Decoder) -> tuple[int, int]:
-        """Bytes on the device and in the host pool that stand beside `decoder`: sessions that are alive, and weights
+        """Bytes on the device and in the host pool that are not of `decoder`: sessions that are alive, and weights
         that only other decoders hold."""
         weights = {id(tensor): tensor.nbytes for each in self._decoders for tensor in each.tensors()}
         own = {id(tensor) for tensor in decoder.tensors()}

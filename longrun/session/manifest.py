@@ -145,7 +145,7 @@ def check_extra(extra: object) -> None:
 
 
 def shown(path: str | Path) -> str:
-    """A path as it stands in a message: whole as a rule, for people must find it."""
+    """A path as it stands in a message: whole as a rule, so that people find it."""
     return shortened(path, 240)
 
 

@@ -110,7 +110,7 @@ class Session:
         return self._sequence.append(new, after_chunk=after_chunk)[-1]
 
     def score(self, token_ids: Sequence[int] | Tensor) -> Tensor:
-        """Append known tokens and tell how they were predicted (teacher forcing).
+        """Append known tokens and return how they were predicted (teacher forcing).
 
         Returns:
             float32 [n, vocab_size]: row i are the logits that predict token_ids[i].

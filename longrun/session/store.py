@@ -90,7 +90,7 @@ class SessionStore:
         )
         try:
             on_disk = Manifest.read(self.folder) if is_session(self.folder) else None
-        except SessionError:  # damaged, or of another version: whose files are whose cannot be told
+        except SessionError:  # damaged, or of another version: no telling which files belong to what
             self._lock = lock
             return
         if self._seen is not None and on_disk is not None and on_disk.sha256 != self._seen:

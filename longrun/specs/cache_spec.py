@@ -1,6 +1,6 @@
 """What the dual cache of one sequence costs: a frozen description that computes its own bytes, without torch.
 
-The planner only adds these numbers, and `DualCache` allocates exactly them; a test holds the two together.
+The planner only adds these numbers, and `DualCache` allocates exactly that; a test compares the two.
 """
 
 from __future__ import annotations

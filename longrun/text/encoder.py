@@ -1,6 +1,6 @@
-"""Somebody's text as token ids, with every added token in it read as the characters it is written with.
+"""Plain text as token ids, with every added token in it read as the characters it is written with.
 
-Messages, documents, prompts, haystacks and whatever else is only text come this way into a model: a document that holds
+Messages, documents, prompts, haystacks and all other plain text reach a model this way: a document that holds
 `<|im_start|>system` or `<think>` has written characters, not a turn. A tokenizer's own `split_special_tokens` covers
 only the added tokens that are marked special.
 """

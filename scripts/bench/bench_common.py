@@ -137,7 +137,7 @@ class MemoryWatch:
     """Memory of this process against what the plan says; make it before anything touches the GPU.
 
     On a GPU the driver's count is the truth (context, kernels and all that torch does not know); what others had taken
-    before is subtracted, as nvidia-smi tells it before this process has a context. On a CPU it is the process's peak.
+    before is subtracted, as nvidia-smi reports it before this process has a context. On a CPU it is the process's peak.
     """
 
     def __init__(self, device: torch.device) -> None:

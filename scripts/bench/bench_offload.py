@@ -1,4 +1,4 @@
-"""Offload: decode with most pages in host memory, beside what the link to the host allows, and beside all-resident."""
+"""Offload: decode with most pages in host memory, against what the link to the host allows and against all-resident."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
             resident, other_ids, other_logits = measure(runtime, "all resident", args, ceilings, memory)
             rows.append(resident)
             agreement = compare(ids, other_ids, logits, other_logits)
-        except PlanError as error:  # what was measured before is worth keeping
+        except PlanError as error:  # keep what was measured before
             agreement = {"error": str(error)}
             console.print(f"no comparison with an all-resident session: {error}", highlight=False)
     console.print(table(rows))

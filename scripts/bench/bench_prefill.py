@@ -1,4 +1,4 @@
-"""Prefill: really reading long texts, beside what the GPU's matrix units and torch's own attention reach at best."""
+"""Prefill: really reading long texts, against what the GPU's matrix units and torch's own attention reach at best."""
 
 from __future__ import annotations
 

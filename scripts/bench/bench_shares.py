@@ -1,7 +1,7 @@
 """The shares of the hardware's ceilings that must not fall: each hot path against what the same machine can do.
 
 A share compares two times of one run on one card, so it holds on any card of a kind, whatever its clock does. Each has
-a floor, well below what was measured and well above what the next slower road reaches; `tests/test_gpu_shares.py`
+a floor, well below what was measured and well above what the next slower path reaches; `tests/test_gpu_shares.py`
 fails where one is missed, and so does `python scripts/bench.py shares`.
 """
 
@@ -169,7 +169,7 @@ def planted_model() -> str:
 
 
 def whole_prefill() -> Reached:
-    """131,072 tokens really read by 4 layers, beside the time of their operations at the ceilings' speeds. The second
+    """131,072 tokens really read by 4 layers, against the time of their operations at the ceilings' speeds. The second
     reading counts: over so few layers, what libraries plan and load for new shapes would be half of the first."""
     from scripts.bench import bench_prefill
     from scripts.bench.bench_common import load_runtime
@@ -185,7 +185,7 @@ def whole_prefill() -> Reached:
 
 
 def whole_decode() -> Reached:
-    """A token after a million, 4 layers, the captured step with everything around it, beside the bytes' own time."""
+    """A token after a million, 4 layers, the captured step with everything around it, against the bytes' own time."""
     from scripts.bench import bench_decode
     from scripts.bench.bench_common import load_runtime
 

@@ -59,7 +59,7 @@ def memory(row: Row) -> list[str]:
 
 
 def unlike(results: Sequence[Row]) -> list[str]:
-    """What tells longrun's rows of one file from those of another: formats of weights and pages where files differ."""
+    """How longrun's rows of several files differ: formats of weights and pages, where they are not the same."""
     said = [""] * len(results)
     for key, name in _FORMATS.items():
         formats = [result["settings"][key] for result in results]

@@ -1,8 +1,8 @@
 """Quality of head maps, KV formats and evicting caches, each against full bf16 attention of the same model.
 
 Every row reads the same documents and answers the same questions; the reference (full attention, bf16 pages) goes
-first. Writes results.json after every row, length and task (a stopped run goes on where it was), report.md and
-pictures. Several processes may share the lengths out, each with an --out of its own: compare_merge.py joins them.
+first. Writes results.json after every row, length and task (a stopped run resumes), report.md and
+pictures. Several processes may share the lengths, each with an --out of its own: compare_merge.py joins them.
 Example: python scripts/compare.py --settings scripts/quality/compare_settings.toml --lengths 4K,8K --out DIR
 """
 

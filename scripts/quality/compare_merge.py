@@ -95,7 +95,7 @@ def _described(parts: Sequence[QualityResults]) -> dict[str, Any]:
 
 
 def _origins(part: QualityResults) -> list[dict[str, Any]]:
-    """Where the part comes from: an entry a run, more than one where it was stopped and went on elsewhere."""
+    """Where the part comes from: an entry a run, more than one where it was stopped and resumed elsewhere."""
     lengths = part.head["settings"]["lengths"]
     return [{"folder": part.folder.name, "lengths": lengths, **one} for one in part.environments]
 

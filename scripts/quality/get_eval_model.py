@@ -44,7 +44,7 @@ Copyright 2024 Alibaba Cloud. Licensed under the Apache License, Version 2.0: se
 
 @dataclass(frozen=True)
 class EvalModel:
-    """One file, by where it can be had.
+    """One file, and where it can be fetched from.
 
     Attributes:
         repo, file: on the hub.

@@ -5,7 +5,7 @@
     python scripts/quality/quality_tables.py --check              status 1 where one of them is not what the files give
     python scripts/quality/quality_tables.py --publish DIR NAME   copy DIR's results and pictures as NAME, then rewrite
 
-Every docs/results/quality-NAME.json has a page beside it, quality-NAME.md, with all its tables: written whole, never by
+Every docs/results/quality-NAME.json has a page next to it, quality-NAME.md, with all its tables: never written by
 hand. In the document a table stands between two comments; the first names its kind and its file, relative to the
 document, and the rows to show where not all are wanted. Where the file is not there yet, the table says so.
 
@@ -285,7 +285,7 @@ def _differences_to_int4(results: QualityResults) -> list[Found]:
 
 
 def wanted_texts(document: Path) -> dict[Path, str]:
-    """What the document, and the page beside every published comparison, must hold.
+    """What the document, and the page next to every published comparison, must hold.
 
     Raises:
         InputError: as `render`; a document that is not there.

@@ -1,4 +1,4 @@
-"""Split a file into parts below a size, and join them again: for machines that only small files travel to.
+"""Split a file into parts below a size, and join them again: for machines that accept only small files.
 
 `split FILE DIR` writes DIR/NAME.part0, .part1, ... and DIR/NAME.parts.json (size and SHA-256 of the whole);
 `join DIR NAME TARGET` puts the parts together and checks them.

@@ -1,4 +1,4 @@
-"""Short questions for train_long.py: what the original model answers to them is what training must not change."""
+"""Short questions for train_long.py: training must not change the original model's answers to them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts of one training sample: many of few forms, about people and things that are easily taken for one another."""
+"""Facts of one training sample: many of few forms, about people and things that are easy to confuse."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _TOKENS_A_FACT, _MOST_FACTS = 90, 320  # stated in a dense sample: at most so ma
 _TOKENS_A_QUESTION, _MOST_QUESTIONS = 170, 240
 _MOST_ROWS = 1500
 _FEW_ASKED, _LONG_FEW_ASKED = 0.25, 0.1  # dense samples and lists of which one to four facts are asked
-_LONG = 32_768  # tokens of a sample from which reading it is dear, and asking little a waste
+_LONG = 32_768  # tokens of a sample from which reading is expensive, and few questions a waste
 _LINE_JOINTS = 8  # places in a list where positions may jump
 
 

@@ -6,8 +6,8 @@ chat answers. What to watch in the log is `exact`: the share of the values asked
 one, given those before it; `first` is that of their first tokens alone, where a fact has to be found, `first_answers`
 and `stretched` are `exact` of the first answers alone and of samples with stretched positions. Everything random is
 drawn from the seed and the number of the step, sample or chat, so that a run that was stopped (SIGTERM, --stop-after)
-goes on as if it had not been, and torchrun's processes, each with its share of every step, take the steps that one
-process would take. Writes to --out: log.jsonl, state.pt (to go on from) and adapter/ (what ships).
+continues as if it had not been, and torchrun's processes, each with its share of every step, take the steps that one
+process would take. Writes to --out: log.jsonl, state.pt (to resume from) and adapter/ (what ships).
 Example: python scripts/training/train_long.py --data out/long-data --out out/long-train --stop-after 540
 """
 
@@ -61,7 +61,7 @@ class Trainer:
         self, model_dir: Path, data: Path, out: Path, recipe: Recipe, ranks: Ranks, dtype: torch.dtype,
         start_from: Path | None = None, attention: str = "flash",
     ) -> None:  # fmt: skip
-        """Load the model, and go on from what `out` holds. Only the first process writes there.
+        """Load the model, and resume from what `out` holds. Only the first process writes there.
 
         Raises:
             InputError: a batch that the processes cannot share, or `out` is of a run with other settings.
@@ -107,7 +107,7 @@ class Trainer:
     # What is written
 
     def _resume(self) -> bool:
-        """Go on from state.pt where there is one. Raises `InputError` where it was run with other settings."""
+        """Resume from state.pt where there is one. Raises `InputError` where it was run with other settings."""
         file = self.out / "state.pt"
         if not file.exists():
             return False

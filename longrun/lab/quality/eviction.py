@@ -33,7 +33,7 @@ def make_session(
 ) -> EvictingSession:
     """An empty session that evicts.
 
-    Read the prompt with `prefill`, then call `end_prompt`; marks and rewinds work as in any session. Positions go on
+    Read the prompt with `prefill`, then call `end_prompt`; marks and rewinds work as in any session. Positions keep
     counting what was seen, so `seq_len` is that, and `cache.layers[i].length` what is kept. It cannot be saved.
 
     Args:

@@ -74,7 +74,7 @@ def cache_bytes(cache: DualCache | EvictingCache, simulates: SimulatedFormat | N
 def measure_retrieval(
     runtime: Runtime, row: Row, length: int, documents: Iterable[TaskDocument], on_document: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Read every document, put its questions; `on_document` hears its name when it is done.
+    """Read every document, put its questions; `on_document` is called with its name when it is done.
 
     Returns:
         `items`: one a question (task, document, depth, exact, token_accuracy, answer expected and the greedy choices

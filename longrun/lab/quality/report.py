@@ -29,7 +29,7 @@ _TITLES = {"passkey": "pass key", "needle": "needle", "several": "several needle
 
 
 def write_report(results: QualityResults) -> list[Path]:
-    """Write report.md and the pictures beside the results, and the estimates into results.json itself.
+    """Write report.md and the pictures next to the results, and the estimates into results.json itself.
 
     Returns:
         The files written.
@@ -63,7 +63,7 @@ def _rows(results: QualityResults, length: int) -> list[RowSummary]:
 def _report(results: QualityResults, by_length: dict[int, list[RowSummary]]) -> list[str]:
     head = results.head
     commits = ", ".join(sorted({str(record["commit"]) for record in results.records}))
-    lines = [f"# Quality of {head['model']} beside its own full attention", ""]
+    lines = [f"# Quality of {head['model']} against its own full attention", ""]
     lines += [f"**{note}**\n" for note in head["notes"]]
     lines += [
         f"{' '.join(asked(results))} Seed {head['settings']['seed']}; commit {commits}, "

@@ -54,7 +54,7 @@ def make_session(runtime: Runtime, fmt: SimulatedFormat, capacity: int) -> Sessi
 
 
 class SimulatingMover(TorchPageMover):
-    """Stores finished pages after a way through a simulated format; copies and fetches as any other pages.
+    """Stores finished pages as a simulated format would give them back; copies and fetches as any other pages.
 
     Args:
         fmt: the format.

@@ -10,7 +10,7 @@ import numpy as np
 
 _Z = 1.959963984540054  # two-sided 95%
 _RESAMPLES = 4000
-_MIN_GROUPS = 8  # below this many documents their resampling says little, and single items are resampled
+_MIN_GROUPS = 8  # with fewer documents resampling them says little, and single items are resampled
 
 
 @dataclass(frozen=True)
