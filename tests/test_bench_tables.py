@@ -119,7 +119,7 @@ def test_rows_of_unlike_pages_name_them_and_turns_of_pages_are_a_table():
         ],
     }
     head, *rows = bench_tables.formats([turns])
-    assert head == ["pages", "tokens", "seconds, median of turns", "time beside int4", "of product and attention"]
+    assert head == ["pages", "tokens", "seconds, median of turns", "time against int4", "of product and attention"]
     assert rows == [["int4", "64K", "3.100", "100.0%", ""], ["k5v3", "64K", "3.112", "100.3%", "87.1%"]]
     with pytest.raises(InputError, match="two tables"):
         bench_tables.formats([turns, {"length": 1, "rows": [{"weight_format": "nf4", "over_bf16": 1.0}]}])

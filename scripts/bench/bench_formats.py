@@ -120,7 +120,7 @@ def table(rows: list[dict[str, Any]], length: int, key: str, base: str) -> Table
         "pages" if key == "kv_format" else "weights",
         "seconds",
         "tokens/s",
-        f"time beside {base}",
+        f"time against {base}",
         "of product and attention",
     )
     for row in rows:

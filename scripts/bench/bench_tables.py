@@ -148,7 +148,7 @@ def formats(results: Sequence[Row]) -> list[list[str]]:
     if len(beside) != 1 or len(kinds) != 1:
         raise InputError("formats of weights and of pages, or beside unlike ones, are two tables: name files of one")
     (over,), (kind,) = beside, kinds
-    table = [[_FORMATS[kind], "tokens", "seconds, median of turns", f"time beside {over.removeprefix('over_')}",
+    table = [[_FORMATS[kind], "tokens", "seconds, median of turns", f"time against {over.removeprefix('over_')}",
               "of product and attention"]]  # fmt: skip
     for result in results:
         for row in result["rows"]:
