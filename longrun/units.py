@@ -84,6 +84,16 @@ def format_tokens(count: int) -> str:
     return f"{count:,}"
 
 
+def format_seconds(seconds: float) -> str:
+    """Two or three significant digits: `3.5 ms`, `22 ms`, `7.2 s`, `45 s`, `4 min`, `1 h 6 min`."""
+    if seconds < 1:
+        return f"{1e3 * seconds:.{1 if seconds < 0.00995 else 0}f} ms"
+    if seconds < 100:
+        return f"{seconds:.{1 if seconds < 9.95 else 0}f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def format_bytes(count: int) -> str:
     """Three significant digits in decimal units: `59136000000` -> `59.1 GB`."""
     sign, value = ("-" if count < 0 else ""), abs(count)

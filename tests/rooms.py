@@ -75,6 +75,7 @@ ROOMS = (
     ),
     Room("config", ("longrun.config", "longrun.config.*"), light=True),
     Room("hub", ("longrun.hub", "longrun.hub.*"), packages=("huggingface_hub",), light=True),
+    Room("measuring", ("longrun.machine.measure",), ("machine",), ("torch",)),
     Room("machine", ("longrun.machine", "longrun.machine.*"), packages=("psutil",), light=True),
     Room("specs", ("longrun.specs", "longrun.specs.*"), ("machine", "config", "formats"), light=True),
     Room(
@@ -150,7 +151,7 @@ ROOMS = (
     Room(
         "chat",
         ("longrun.chat", "longrun.chat.*"),
-        ("runtime", "session", "engine", "documents", "text", "model", "plan", "hub", "formats"),
+        ("runtime", "session", "engine", "documents", "text", "model", "plan", "measuring", "hub", "formats"),
         ("rich", "transformers"),
     ),
     Room(

@@ -110,9 +110,14 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
     """Print the plan, load the model, then the session; say what else a person should know."""
     from longrun.chat.progress import HeadMapProgress, PinProgress
     from longrun.chat.runner import ChatRunner
+    from longrun.machine.measure import first_speeds
     from longrun.model.choice import choose_model
     from longrun.plan.report import print_plan
     from longrun.session.store import SessionStore
+
+    def on_plan(plan: Plan) -> None:
+        speeds = first_speeds(plan.device_type, lambda text: console.print(text, highlight=False, markup=False))
+        print_plan(plan, console, speeds)
 
     options = _answer_options(args)
     folder = None if args.session is None else user_path(args.session, "--session")
@@ -129,7 +134,7 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
         choice,
         capacity,
         folder,
-        lambda plan: print_plan(plan, console),
+        on_plan,
         PinProgress(console),
         HeadMapProgress(console),
     )
@@ -140,7 +145,7 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
     runner.load_seconds = time.perf_counter() - started
     plan = runner.session.plan
     if plan != promised:  # the session was saved with another capacity
-        print_plan(plan, console)
+        on_plan(plan)
     for notice in runtime.notices:
         if notice not in (*plan.notes, *plan.warnings):
             runner.tell(f"note: {notice}")

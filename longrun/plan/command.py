@@ -13,12 +13,14 @@ from rich.console import Console, ConsoleDimensions
 
 from longrun.arguments import COUNT, SHARE
 from longrun.cli import EXIT_STATUS, PLAN_OPTIONS, Parser, run
+from longrun.machine.speeds import known_speeds
 from longrun.plan.budget import Budget, shipped_budgets
 from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import NoFitError, make_plan
 from longrun.plan.report import print_plan
 from longrun.plan.shapes import SHAPES, config_of
 from longrun.plan.split import choose_split
+from longrun.plan.times import predict
 from longrun.quant.kv_format import KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.units import parse_tokens
@@ -48,10 +50,12 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
         if options.json:
             print(json.dumps(error.to_dict(PLAN_OPTIONS)))
         raise
+    speeds = known_speeds(device_type, budget.source)
     if options.json:
-        print(json.dumps(plan.to_dict()))
+        times = predict(plan, speeds)
+        print(json.dumps({**plan.to_dict(), "times": None if times is None else times.to_dict()}))
     else:
-        print_plan(plan, _console())
+        print_plan(plan, _console(), speeds)
     return 0
 
 

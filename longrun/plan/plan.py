@@ -20,6 +20,7 @@ from longrun.plan.search import Suggestion, largest_capacity, shortfall, suggest
 from longrun.plan.split import ChosenSplit, choose_split
 from longrun.specs.attention_spec import AttentionSpec
 from longrun.specs.cache_spec import CacheSpec
+from longrun.specs.model_bytes import ModelWork, model_work
 from longrun.units import format_bytes, parse_tokens
 
 __all__ = ["ChosenSplit", "NoFitError", "Plan", "PlanItem", "Suggestion", "choose_split", "make_plan"]
@@ -69,6 +70,7 @@ class Plan:
             nothing grows with the context).
         model: the model's shape in words.
         cache, attention: what cache and attention backend allocate.
+        work: what the weights cost a step in time.
         items: every part, with its place ("device" or "host").
         device_budget, host_budget: what the budget allows.
         split_hash: hash of the head split; split_note: where the split comes from.
@@ -85,6 +87,7 @@ class Plan:
     split_note: str
     cache: CacheSpec
     attention: AttentionSpec
+    work: ModelWork
     items: tuple[PlanItem, ...]
     device_budget: int
     host_budget: int
@@ -230,6 +233,7 @@ def make_plan(
         split_note=chosen.note,
         cache=placement.cache,
         attention=placement.attention,
+        work=model_work(config, settings.weight_format, device_type),
         items=placement.items,
         device_budget=budget.device_bytes,
         host_budget=budget.host_bytes,

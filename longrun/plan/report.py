@@ -10,15 +10,18 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from longrun.machine.speeds import Speeds
 from longrun.plan.plan import Plan
 from longrun.plan.search import MAX_CAPACITY
+from longrun.plan.times import predict
 from longrun.units import format_bytes, format_tokens
 
 _NOTE_WIDTH = 17  # with its padding; what is longer is wrapped
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """Print the plan: what is planned, every item with its share, totals against the budget, the largest capacity."""
+def print_plan(plan: Plan, console: Console, speeds: Speeds | None = None) -> None:
+    """Print the plan: what is planned, every item with its share, totals against the budget, the largest capacity,
+    and with a machine's speeds how long it takes."""
     cache = plan.cache
     heads = cache.num_layers * cache.num_kv_heads
     lines = [
@@ -43,6 +46,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         tokens = format_tokens(plan.max_capacity)
         most = f"largest context with this budget and these settings: [bold]{tokens} tokens[/bold]"
     console.print(most, highlight=False, soft_wrap=True)
+    times = predict(plan, speeds)
+    if times is not None:
+        console.print(escape(times.line()), highlight=False, soft_wrap=True)
     for note in plan.notes:
         console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
     for warning in plan.warnings:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from longrun.config.model_config import ModelConfig
 from longrun.quant.weight_format import compute_itemsize, is_quantized, linear_bytes
 
-__all__ = ["TOKEN_SLICE", "TOKEN_SLICES", "activation_bytes", "compute_itemsize", "model_weight_bytes"]
+__all__ = [
+    "TOKEN_SLICE",
+    "TOKEN_SLICES",
+    "ModelWork",
+    "activation_bytes",
+    "compute_itemsize",
+    "model_weight_bytes",
+    "model_work",
+]
 
 # The decoder works on this many tokens at a time wherever tokens are independent: the MLP's intermediate of a slice
 # stays in the processor's cache, and activations stay bounded however large the chunk is.
@@ -42,6 +52,33 @@ def model_weight_bytes(config: ModelConfig, weight_format: str, device_type: str
     layer += (2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)) * itemsize
     tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
     return config.num_layers * layer + (tables + config.hidden_size) * itemsize
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """What the weights cost a step in time.
+
+    Attributes:
+        linear_weights: number of weights in the layers' linears; each is multiplied once a token.
+        linear_bytes: of them in their format.
+        dense_bytes: of them in the compute dtype.
+        other_bytes: of the other weights that a token reads: lm_head, norms, one row of the embedding.
+    """
+
+    linear_weights: int
+    linear_bytes: int
+    dense_bytes: int
+    other_bytes: int
+
+
+def model_work(config: ModelConfig, weight_format: str, device_type: str) -> ModelWork:
+    """The work of a model. Arguments and errors as `model_weight_bytes`."""
+    itemsize, linears = compute_itemsize(weight_format, device_type), _linears(config)
+    count = config.num_layers * sum(rows * cols for rows, cols, _ in linears)
+    size = config.num_layers * sum(linear_bytes(*linear[:2], weight_format, itemsize, linear[2]) for linear in linears)
+    unread = 0 if config.tie_word_embeddings else (config.vocab_size - 1) * config.hidden_size * itemsize
+    others = model_weight_bytes(config, weight_format, device_type) - size - unread
+    return ModelWork(count, size, count * itemsize, others)
 
 
 def activation_bytes(

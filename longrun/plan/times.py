@@ -1,0 +1,124 @@
+"""How long reading the context and writing a token take, from a plan and a machine's speeds: arithmetic, no torch.
+
+Reading is the time of the linears' and of attention's operations, and of the bytes that every chunk moves beside them.
+Writing a token is the time of the bytes that it reads. The shares below are what longrun reaches of a machine's best;
+they are fitted to the results in docs/results, and a test holds the two within 20% of each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from longrun.machine.speeds import Speeds
+from longrun.plan.plan import Plan
+from longrun.quant.weight_format import is_quantized
+from longrun.units import format_bytes, format_seconds, format_tokens
+
+# On a GPU: the linears of a chunk, with norms, RoPE, rotation and the cache's work beside them; a chunk's attention
+# reaches what attention alone does. Of one token: the linears by format; what a layer's launches cost; host pages.
+_CHUNK_LINEARS = 0.72
+_TOKEN_LINEARS = {"bf16": 0.90, "int8": 0.83, "int4": 0.75, "nf4": 0.57}
+_LAYER_SECONDS = 20e-6
+_LINK = 0.92
+
+# On a CPU, of reading memory; quantized weights are dequantized first.
+_CPU_WEIGHTS = 0.32
+
+_MOST_STEPS = 128  # of a long context as many chunks are computed, evenly spread
+
+
+@dataclass(frozen=True)
+class Times:
+    """What a run at its full context takes.
+
+    Attributes:
+        capacity: tokens of the context.
+        read_s: reading the whole context, seconds.
+        token_ms: a token written after it, milliseconds.
+        host_bytes: of pages in host memory, which every token moves to the device.
+        speeds: what this was computed from.
+    """
+
+    capacity: int
+    read_s: float
+    token_ms: float
+    host_bytes: int
+    speeds: Speeds
+
+    def line(self) -> str:
+        """As a person reads it."""
+        link = f"; each moves {format_bytes(self.host_bytes)} of pages from host memory" if self.host_bytes else ""
+        return (
+            f"reading {format_tokens(self.capacity)} tokens takes about {format_seconds(self.read_s)}, each token "
+            f"after them about {format_seconds(self.token_ms / 1e3)} ({self.speeds.origin}){link}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return asdict(self)
+
+
+def predict(plan: Plan, speeds: Speeds | None) -> Times | None:
+    """The times of a plan; None without speeds, and for what runs through plain torch on a GPU (exact page formats,
+    fp32 weights), which nobody has measured."""
+    if speeds is None or (plan.device_type == "cuda" and (not plan.attention.fused or plan.weight_format == "fp32")):
+        return None
+    read, token = read_seconds(plan, speeds, plan.capacity), token_seconds(plan, speeds, plan.capacity)
+    return Times(plan.capacity, read, 1e3 * token, host_bytes(plan, plan.capacity), speeds)
+
+
+def read_seconds(plan: Plan, speeds: Speeds, num_tokens: int) -> float:
+    """Seconds of reading `num_tokens` tokens in the plan's chunks."""
+    chunks = -(-num_tokens // plan.chunk_size)
+    steps = min(chunks, _MOST_STEPS)
+    tokens = num_tokens / chunks
+    seconds = 0.0
+    for step in range(steps):
+        past = max(0.0, (step + 0.5) * num_tokens / steps - tokens / 2)
+        seconds += _chunk_seconds(plan, speeds, tokens, past) * chunks / steps
+    return seconds
+
+
+def _chunk_seconds(plan: Plan, speeds: Speeds, tokens: float, past: float) -> float:
+    """A chunk after `past` tokens."""
+    cache, work, page = plan.cache, plan.work, plan.cache.page_format
+    group = plan.attention.num_qo_heads // plan.attention.num_kv_heads
+    window = min(cache.sink_size + cache.recent_size, past + tokens)
+    pairs = cache.total_retrieval_heads * (past + tokens / 2) + cache.total_streaming_heads * window
+    attention = 4 * page.head_dim * group * tokens * pairs / speeds.attention_tflops / 1e12
+    on_gpu = plan.device_type == "cuda"
+    linears = 2 * work.linear_weights * tokens / speeds.matmul_tflops / 1e12 / (_CHUNK_LINEARS if on_gpu else 1)
+    dense = 2 * work.dense_bytes if is_quantized(plan.weight_format) else 0
+    # A page is read, and written and read once more as exact keys and values.
+    past_page = page.page_bytes / page.page_size + 4 * page.head_dim * page.exact_itemsize
+    moved = work.linear_bytes + dense + cache.total_retrieval_heads * past * past_page
+    on_device = cache.device_pages_per_head * page.page_size
+    on_host = cache.total_retrieval_heads * max(0.0, past - on_device) * page.payload_bytes / page.page_size
+    link = on_host / speeds.link_gb_s / 1e9
+    seconds = linears + attention + moved / speeds.memory_gb_s / 1e9
+    return max(seconds, link / _LINK) if on_gpu else seconds + link
+
+
+def token_seconds(plan: Plan, speeds: Speeds, seq_len: int) -> float:
+    """Seconds of one token after `seq_len` tokens, at most the context."""
+    cache, work = plan.cache, plan.work
+    memory = speeds.memory_gb_s * 1e9
+    link = host_bytes(plan, seq_len) / speeds.link_gb_s / 1e9
+    if plan.device_type == "cuda":
+        linears = work.linear_bytes / _TOKEN_LINEARS[plan.weight_format]
+        others = work.other_bytes + cache.filled_bytes(seq_len)
+        return max((linears + others) / memory + cache.num_layers * _LAYER_SECONDS, link / _LINK)
+    group = plan.attention.num_qo_heads // plan.attention.num_kv_heads
+    window = min(cache.sink_size + cache.recent_size, seq_len)
+    pairs = group * (cache.total_retrieval_heads * seq_len + cache.total_streaming_heads * window)
+    dense = 2 * work.dense_bytes if is_quantized(plan.weight_format) else 0
+    attention = 4 * cache.page_format.head_dim * pairs / speeds.attention_tflops / 1e12
+    return (work.linear_bytes + work.other_bytes + dense) / memory / _CPU_WEIGHTS + attention + link
+
+
+def host_bytes(plan: Plan, seq_len: int) -> int:
+    """Bytes of pages that stand in host memory at `seq_len` tokens: a token reads all of them."""
+    cache = plan.cache
+    pages = max(0, cache.page_format.pooled_pages(seq_len) - cache.device_pages_per_head)
+    return cache.total_retrieval_heads * pages * cache.page_format.payload_bytes
