@@ -75,8 +75,13 @@ ROOMS = (
     ),
     Room("config", ("longrun.config", "longrun.config.*"), light=True),
     Room("hub", ("longrun.hub", "longrun.hub.*"), packages=("huggingface_hub",), light=True),
+    Room(
+        "machine",
+        ("longrun.machine", "longrun.machine.host_memory", "longrun.machine.processor", "longrun.machine.speeds"),
+        packages=("psutil",),
+        light=True,
+    ),
     Room("measuring", ("longrun.machine.measure",), ("machine",), ("torch",)),
-    Room("machine", ("longrun.machine", "longrun.machine.*"), packages=("psutil",), light=True),
     Room("specs", ("longrun.specs", "longrun.specs.*"), ("machine", "config", "formats"), light=True),
     Room(
         "plan",
