@@ -131,7 +131,7 @@ class Checkpoint:
             f"{key} {_short(saved.get(key))} there, {_short(self._deciding.get(key))} here" for key in differing
         )
         raise InputError(
-            f"{self.folder} holds the progress of other settings ({shown}): give the same settings to go on, another "
+            f"{self.folder} holds the progress of other settings ({shown}): give the same settings to resume, another "
             f"--out, or --force to start again"
         )
 

@@ -289,7 +289,7 @@ def _no_fit(settings: PlanSettings, placement: Placement, budget: Budget, chosen
         device, host = before_cache - settings.device_bytes, 0
         what = (
             f"{source} does not even hold the weights: {format_bytes(settings.weight_bytes)} in "
-            f"{settings.weight_format} and {format_bytes(before_cache - settings.weight_bytes)} besides against "
+            f"{settings.weight_format}, and {format_bytes(before_cache - settings.weight_bytes)} for the rest, against "
             f"gpu = {format_bytes(settings.device_bytes)}"
         )
     elif settings.loading_bytes > settings.device_bytes:

@@ -83,8 +83,8 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def load_runtime(args: argparse.Namespace, ctx: int, **memory: int | None) -> Runtime:
-    """The model as the options ask, planned for `ctx` tokens.
+def load_runtime(args: argparse.Namespace, capacity: int, **memory: int | None) -> Runtime:
+    """The model as the options ask, planned for `capacity` tokens.
 
     Args:
         memory: device_bytes and host_bytes in place of the budget's, where they are not None.
@@ -96,7 +96,7 @@ def load_runtime(args: argparse.Namespace, ctx: int, **memory: int | None) -> Ru
         head_map = HeadMap.uniform(config.num_layers, config.num_kv_heads, ratio)
     budget = Budget.load(args.budget or DEFAULT_BUDGETS[args.device]).override(**memory)
     return longrun.load(
-        args.model, budget, head_map, args.kv, args.weight_format, args.device, ctx=ctx, retrieval_ratio=ratio,
+        args.model, budget, head_map, args.kv, args.weight_format, args.device, ctx=capacity, retrieval_ratio=ratio,
         chunk_size=args.chunk_size,
     )  # fmt: skip
 

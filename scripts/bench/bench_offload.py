@@ -103,11 +103,11 @@ def run(args: argparse.Namespace) -> int:
     memory = MemoryWatch(device)
     ceilings = measure_ceilings(device, "memory", "transfer")
     console = Console(width=160)
-    ctx = parse_tokens(args.length, "--length") + decoded_tokens(args) + 1
-    runtime = load_runtime(args, ctx, device_bytes=device_bytes, host_bytes=host_bytes)
+    capacity = parse_tokens(args.length, "--length") + decoded_tokens(args) + 1
+    runtime = load_runtime(args, capacity, device_bytes=device_bytes, host_bytes=host_bytes)
     if runtime.plan.cache.host_pages == 0:
         raise InputError(
-            f"{format_bytes(device_bytes)} hold all {ctx:,} tokens, so nothing would be offloaded: give a smaller "
+            f"{format_bytes(device_bytes)} hold all {capacity:,} tokens, so nothing would be offloaded: give a smaller "
             f"--gpu-budget or a longer --length"
         )
     settings = {**describe(runtime, args), "gpu_budget": device_bytes, "host_budget": runtime.plan.host_budget}
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         del runtime
         release(device)
         try:  # without host memory in the budget: all resident, or not at all
-            runtime = load_runtime(args, ctx, host_bytes=0)
+            runtime = load_runtime(args, capacity, host_bytes=0)
             resident, other_ids, other_logits = measure(runtime, "all resident", args, ceilings, memory)
             rows.append(resident)
             agreement = compare(ids, other_ids, logits, other_logits)

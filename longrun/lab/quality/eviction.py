@@ -71,7 +71,7 @@ def make_session(
     if needed > room:
         raise PlanError(
             f"{method} holds {format_bytes(needed)} for {capacity:,} tokens and the budget has {format_bytes(room)} "
-            f"beside the weights: use a smaller capacity or a larger budget"
+            f"besides the weights: use a smaller capacity or a larger budget"
         )
     cache = EvictingCache(spec, parts.decoder.device)
     attention = EvictionAttention(cache, chosen)
