@@ -37,6 +37,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(function, "__defaults__", (tmp_path / "cpuinfo",))
     monkeypatch.setattr(speeds.gpu_name, "__defaults__", (gpus,))
     monkeypatch.setattr(speeds.os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(measure.os, "getloadavg", lambda: (0.5, 0.0, 0.0))
     return gpus
 
 
@@ -106,6 +107,11 @@ def test_a_cpu_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.001 < found.matmul_tflops < 100 and 0.1 < found.memory_gb_s < 10_000 and found.link_gb_s > 0.05
     monkeypatch.setattr(measure, "measure_cpu", lambda: pytest.fail("measured again"))
     assert first_speeds("cpu") == found == known_speeds("cpu")
+
+
+def test_a_busy_cpus_figures_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure.os, "getloadavg", lambda: (4.5, 0.0, 0.0))
+    assert first_speeds("cpu").measured and kept_speeds("cpu") is None
 
 
 def test_a_gpu_is_measured_once_in_a_process_of_its_own(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
