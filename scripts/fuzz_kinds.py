@@ -6,6 +6,7 @@ result without longrun's readers; where it raises, the files mean nothing, and l
     config       logits of transformers' own model of the folder
     weights      the same: header, body and index of the shards; bytes of the body have no checksum, so other weights
                  are legitimate where transformers computes the same from them; NaN and infinity must be refused
+    gguf         transformers' model of what the gguf package reads; quantized bytes have no checksum either
     tokenizer    ids of the tokenizers library from tokenizer.json alone, for every setting next to it
     generation   the ids that Python's json finds in generation_config.json, which the end tokens must include
     head map     Python's csv and float on every cell, clipped; a window as json reads it
@@ -40,6 +41,7 @@ from longrun.model.folder import check_folder
 from longrun.model.tokenizer import load_tokenizer
 from longrun.plan.budget import Budget
 from longrun.plan.plan import choose_split, make_plan
+from scripts.fuzz_gguf import damage_gguf, make_gguf, model_by_package
 from scripts.fuzz_models import CAPACITY, PROMPT, TEXT, make_adapter, make_head_map, make_model, make_session
 from scripts.fuzz_mutations import damage_bytes, damage_header, damage_json, damage_table, damage_template, damage_toml
 
@@ -79,6 +81,7 @@ class Bench:
         model = base / "model"
         make_model(model)
         make_adapter(base / "adapter", model)
+        make_gguf(base / "gguf", model)
         make_head_map(base / "map")
         (base / "budget").mkdir()
         (base / "budget" / "budget.toml").write_text(_TOML)
@@ -90,6 +93,7 @@ class Bench:
         self.kinds = (
             Kind("config", "model", ("config.json",), self._run, _of_transformers, _close),
             Kind("weights", "model", shards, self._run, _of_transformers, _close),
+            Kind("gguf", "gguf", ("*.gguf",), self._run, _of_package, _close),
             Kind("tokenizer", "model", settings, _use_tokenizer, _of_tokenizers, _same),
             Kind("generation", "model", ("generation_config.json",), self._ends, _ends_by_json, _includes),
             Kind("head map", "map", ("full_attention_heads.tsv", "config.json"), self._split, _split_by_csv, _same),
@@ -113,6 +117,8 @@ class Bench:
         elif file.suffix == ".json":
             finish = _with_checksum if kind.name == "session" and rng.random() < 0.7 else dict
             content, what = damage_json(rng, content, finish)
+        elif file.suffix == ".gguf":
+            content, what = damage_gguf(rng, file)
         elif file.suffix == ".safetensors":
             content, what = damage_header(rng, content)
         else:
@@ -196,6 +202,10 @@ def _forward(model: Any) -> torch.Tensor:
 
 def _of_transformers(folder: Path) -> torch.Tensor:
     return _forward(_transformers_model(folder))
+
+
+def _of_package(folder: Path) -> torch.Tensor:
+    return _forward(model_by_package(folder))
 
 
 def _close(ours: torch.Tensor, right: torch.Tensor) -> bool:

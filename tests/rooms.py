@@ -73,7 +73,7 @@ ROOMS = (
         ("rich", "matplotlib"),
         light=True,
     ),
-    Room("config", ("longrun.config", "longrun.config.*"), light=True),
+    Room("config", ("longrun.config", "longrun.config.*"), packages=("gguf",), light=True),
     Room("hub", ("longrun.hub", "longrun.hub.*"), packages=("huggingface_hub",), light=True),
     Room(
         "machine",
@@ -106,7 +106,7 @@ ROOMS = (
         "model",
         ("longrun.model", "longrun.model.*"),
         ("attention interface", "quant", "text", "specs", "hub", "config", "formats"),
-        ("torch", "numpy", "transformers", "huggingface_hub"),
+        ("torch", "numpy", "gguf", "tokenizers", "transformers", "huggingface_hub"),
     ),
     Room(
         "engine",

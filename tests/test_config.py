@@ -207,7 +207,7 @@ def test_folder_errors(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="JSON"):
         ModelConfig.from_dir(tmp_path)
-    with pytest.raises(CheckpointError, match="is a file"):
+    with pytest.raises(CheckpointError, match="is no GGUF file"):
         ModelConfig.from_dir(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(CheckpointError, match="no JSON object"):

@@ -1,4 +1,4 @@
-"""Shape of a model, read from a checkpoint's config.json alone: no torch, no transformers.
+"""Shape of a model, read from a config.json or a GGUF file's metadata alone: no torch, no transformers.
 
 Field names and defaults are those of the published configuration classes of each family; tests compare this
 translation with transformers' own classes, field by field.
@@ -6,17 +6,15 @@ translation with transformers' own classes, field by field.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longrun.config.config_file import read_config
 from longrun.config.options import ConfigWarning, refuse_other_arithmetic, refuse_own_code, warnings_of
 from longrun.config.values import SUPPORTED_ROPE_TYPES, Values
 from longrun.errors import CheckpointError, ConfigError, quoted, short_path, shortened
-from longrun.files.user_files import read_object
-from longrun.paths import user_path
 
 __all__ = ["SUPPORTED_ARCHITECTURES", "SUPPORTED_ROPE_TYPES", "ConfigWarning", "ModelConfig", "WeightSpec"]
 
@@ -156,25 +154,15 @@ class ModelConfig:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> ModelConfig:
-        """Config of the checkpoint in folder `path`.
+        """Config of the checkpoint in folder `path`, or of the GGUF file there.
 
         Raises:
-            CheckpointError: no such folder, no config.json in it, or one that is not a JSON object; an architecture
-                that is not supported.
+            CheckpointError: no such folder, no config.json in it, or one that is not a JSON object; a GGUF file that is
+                damaged; an architecture that is not supported.
             ConfigError: a value that is missing, of the wrong type, impossible, or asks for what is not supported.
         """
-        path = user_path(path, "model folder", CheckpointError)
-        if not os.path.isdir(path):
-            what = "is a file" if os.path.exists(path) else "does not exist"
-            raise CheckpointError(
-                f"model folder {short_path(path)} {what}: give a folder with config.json and *.safetensors"
-            )
-        file = path / "config.json"
-        if not os.path.isfile(file):
-            raise CheckpointError(
-                f"model folder {short_path(path)} holds no config.json: give a Hugging Face checkpoint folder"
-            )
-        return cls.from_dict(read_object(file, CheckpointError, "fetch the checkpoint again"), str(file))
+        file = read_config(path)
+        return cls.from_dict(file.data, str(file.path))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str) -> ModelConfig:

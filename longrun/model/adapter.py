@@ -23,7 +23,8 @@ from longrun.config.values import is_number
 from longrun.errors import CheckpointError, quoted, short_path, shortened
 from longrun.files.user_files import read_object
 from longrun.model.rope import RopeParameters
-from longrun.model.safetensors_file import StoredTensor, read_header
+from longrun.model.safetensors_file import read_header
+from longrun.model.stored_tensor import StoredTensor
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -134,7 +135,8 @@ class Adapter:
     def adapted_rope(self, rope: RopeParameters) -> RopeParameters:
         """`rope` with what the adapter overrides."""
         values = rope.values if self.rope_theta is None else {**rope.values, "rope_theta": self.rope_theta}
-        return RopeParameters(values, self.max_position_embeddings or rope.max_position_embeddings)
+        window = self.max_position_embeddings or rope.max_position_embeddings
+        return replace(rope, values=values, max_position_embeddings=window)
 
     def change_of(self, name: str, device: torch.device) -> WeightChange | None:
         """What is added to the stored weight `name`; None where the adapter leaves it alone."""

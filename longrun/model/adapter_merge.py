@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longrun.config.config_file import read_config
+from longrun.config.gguf_header import gguf_file
 from longrun.config.model_config import ModelConfig
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import check_base, find_tensors
 from longrun.model.rope import RopeParameters
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def load_merged(model_dir: str | Path, adapter: Adapter | None, **options: Any) -> PreTrainedModel:
     """transformers' causal language model of the checkpoint with the adapter merged, on the CPU.
 
     Args:
-        model_dir: checkpoint folder.
+        model_dir: checkpoint folder, or a GGUF file.
         adapter: what is added; None loads the checkpoint as it is.
         options: of `AutoModelForCausalLM.from_pretrained`, such as dtype and attn_implementation.
 
@@ -34,17 +36,50 @@ def load_merged(model_dir: str | Path, adapter: Adapter | None, **options: Any) 
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
+    rope = RopeParameters.from_dir(model_dir)
     if adapter is not None:
-        rope = adapter.adapted_rope(RopeParameters.from_dir(model_dir))
-        config.rope_parameters = dict(rope.values)
-        config.max_position_embeddings = rope.max_position_embeddings
-    model = AutoModelForCausalLM.from_pretrained(
-        str(model_dir), config=config, local_files_only=True, trust_remote_code=False, **options
-    )
+        rope = adapter.adapted_rope(rope)
+    if gguf_file(model_dir) is not None:
+        model = _of_gguf(model_dir, rope, options)
+    else:
+        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
+        if adapter is not None:
+            _set_rope(config, rope)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(model_dir), config=config, local_files_only=True, trust_remote_code=False, **options
+        )
     if adapter is not None:
         merge_weights(model, model_dir, adapter)
     return model
+
+
+def _of_gguf(model_dir: str | Path, rope: RopeParameters, options: dict[str, Any]) -> PreTrainedModel:
+    """The model of a GGUF file: its tensors as our loader reads them, one at a time."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    shape = ModelConfig.from_dir(model_dir)
+    config = CONFIG_MAPPING[shape.model_type].from_dict(read_config(model_dir).data)
+    _set_rope(config, rope)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    state = {}
+    for name, stored in find_tensors(model_dir, shape).items():
+        values = torch.empty(stored.shape, dtype=stored.torch_dtype)
+        stored.read_into(values, 0)
+        state[name] = values.to(model.dtype)
+    model.load_state_dict(state, strict=False, assign=True)  # not strict: a tied lm_head is missing
+    model.tie_weights()
+    rotary = type(model.model.rotary_emb)(config)  # its buffers are computed, and in no file
+    if rope.factors is not None:
+        rotary.inv_freq /= torch.tensor(rope.factors)
+    model.model.rotary_emb = rotary
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    return model.eval()
+
+
+def _set_rope(config: PreTrainedConfig, rope: RopeParameters) -> None:
+    config.rope_parameters = dict(rope.values)
+    config.max_position_embeddings = rope.max_position_embeddings
 
 
 def merge_weights(model: PreTrainedModel, model_dir: str | Path, adapter: Adapter) -> None:

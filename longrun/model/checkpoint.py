@@ -1,29 +1,28 @@
-"""From a checkpoint folder to a `Decoder`: one tensor at a time, everything checked before the first byte is loaded."""
+"""From a checkpoint to a `Decoder`: one tensor at a time, everything checked before the first byte is loaded."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from longrun.config.gguf_header import gguf_file
 from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, quoted, short_path, shortened
-from longrun.files.user_files import read_object
 from longrun.model.adapter import Adapter
 from longrun.model.decoder import Decoder, DecoderKernels, DecoderLayer, FewTokenLinear
+from longrun.model.gguf_tensors import find_gguf_tensors
 from longrun.model.rope import RopeParameters
-from longrun.model.safetensors_file import StoredTensor, read_header
+from longrun.model.safetensors_folder import and_more, read_folder
+from longrun.model.stored_tensor import StoredTensor
 from longrun.quant.linear import QuantLinear
 from longrun.quant.weight_format import compute_itemsize
 from longrun.specs.model_bytes import TOKEN_SLICE
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _PIECE_BYTES = 32 * 2**20
 # A piece that an adapter changes also stands in float32: smaller ones stay within what the plan counts for a piece.
 _ADAPTED_PIECE_BYTES = 8 * 2**20
@@ -48,7 +47,7 @@ def load_decoder(
     quantized, plus a piece of 32 MiB.
 
     Args:
-        model_dir: folder with config.json and safetensors files.
+        model_dir: folder with config.json and safetensors files, or a GGUF file (or its folder).
         config: its shape, from `ModelConfig.from_dir`.
         permutation: per layer, the old index of each KV head in its new place.
         weight_format: format of the linears; embedding, lm_head, norms and biases are in the compute dtype.
@@ -76,31 +75,26 @@ def load_decoder(
     return Decoder(config, permutation, embedding, layers, final_norm, lm_head, token_slice, kernels, few_tokens)
 
 
-def find_tensors(model_dir: str | Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint by name, after checking that it is the one `config` describes.
+def find_tensors(model_dir: str | Path, config: ModelConfig) -> Mapping[str, StoredTensor]:
+    """Every tensor of the checkpoint by our name, after checking that it is the one `config` describes.
 
     Left-over tensors are errors, except `*.rotary_emb.inv_freq` (buffers in old Llama checkpoints) and
-    `lm_head.weight` next to tied embeddings (checked for equality when it is loaded).
+    `lm_head.weight` next to tied embeddings (checked for equality when it is loaded); in GGUF files see
+    `longrun.model.gguf_tensors`.
 
     Raises:
-        CheckpointError: no safetensors files, or a missing, left-over or misshapen tensor, a damaged or truncated file.
+        CheckpointError: no weights there, or a missing, left-over or misshapen tensor, a damaged or truncated file.
     """
+    file = gguf_file(model_dir)
+    if file is not None:
+        return find_gguf_tensors(file, config)
     folder = Path(model_dir)
-    tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(folder):
-        for name, tensor in read_header(file).items():
-            if name in tensors:
-                raise CheckpointError(
-                    f"{short_path(file)} and {shortened(tensors[name].file.name)} both hold tensor "
-                    f"{shortened(name)}: remove one"
-                )
-            tensors[name] = tensor
-
+    tensors = read_folder(folder)
     wanted = {spec.name: spec.shape for spec in config.weights()}
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise CheckpointError(
-            f"checkpoint {short_path(folder)} lacks tensor {missing[0]}{_and_more(missing)}, which config.json calls "
+            f"checkpoint {short_path(folder)} lacks tensor {missing[0]}{and_more(missing)}, which config.json calls "
             f"for: fetch it again or correct config.json"
         )
     allowed = dict(wanted)
@@ -109,7 +103,7 @@ def find_tensors(model_dir: str | Path, config: ModelConfig) -> dict[str, Stored
     extra = [name for name in tensors if name not in allowed and not name.endswith(".rotary_emb.inv_freq")]
     if extra:
         raise CheckpointError(
-            f"{short_path(tensors[extra[0]].file)} holds tensor {shortened(extra[0])}{_and_more(extra)}, which a "
+            f"{short_path(tensors[extra[0]].file)} holds tensor {shortened(extra[0])}{and_more(extra)}, which a "
             f"{config.architecture} of this config.json does not have: correct config.json or use another checkpoint"
         )
     for name, shape in allowed.items():
@@ -129,12 +123,14 @@ def model_fingerprint(model_dir: str | Path, adapter: Adapter | str | None = Non
     parameters, of every tensor its name, dtype, shape and the first and last 4 KiB of its data, and the adapter
     (or its `digest`).
 
-    The folder's name and the sharding do not enter. Raises as `find_tensors` and `ModelConfig.from_dir`.
+    Names of files and folders and the sharding do not enter, and a quantized tensor of a GGUF file counts with its
+    values as float32: such a file has the fingerprint of its conversion to a float32 checkpoint. Raises as
+    `find_tensors` and `ModelConfig.from_dir`.
     """
     config = ModelConfig.from_dir(model_dir)
     tensors = find_tensors(model_dir, config)
     rope = RopeParameters.from_dir(model_dir)
-    digest = hashlib.sha256(json.dumps([config.arithmetic(), rope.values], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([config.arithmetic(), *rope.parts()], sort_keys=True).encode())
     _digest_tensors(digest, tensors, config)
     if adapter is not None:
         digest.update((adapter if isinstance(adapter, str) else adapter.digest()).encode())
@@ -147,13 +143,15 @@ def weights_fingerprint(model_dir: str | Path) -> str:
     return _weights_digest(find_tensors(model_dir, config), config)
 
 
-def _weights_digest(tensors: dict[str, StoredTensor], config: ModelConfig) -> str:
+def _weights_digest(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> str:
     digest = hashlib.sha256()
     _digest_tensors(digest, tensors, config)
     return digest.hexdigest()
 
 
-def check_base(adapter: Adapter, tensors: dict[str, StoredTensor], config: ModelConfig, model_dir: str | Path) -> None:
+def check_base(
+    adapter: Adapter, tensors: Mapping[str, StoredTensor], config: ModelConfig, model_dir: str | Path
+) -> None:
     """Raise CheckpointError where the adapter names another base than the checkpoint's tensors (`find_tensors`)."""
     if adapter.base_weights is not None and adapter.base_weights != _weights_digest(tensors, config):
         raise CheckpointError(
@@ -162,7 +160,7 @@ def check_base(adapter: Adapter, tensors: dict[str, StoredTensor], config: Model
         )
 
 
-def _digest_tensors(digest: hashlib._Hash, tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
+def _digest_tensors(digest: hashlib._Hash, tensors: Mapping[str, StoredTensor], config: ModelConfig) -> None:
     """Take name, dtype, shape, first and last bytes of every tensor of the model into `digest`."""
     for spec in sorted(config.weights()):
         tensor = tensors[spec.name]
@@ -173,54 +171,12 @@ def _digest_tensors(digest: hashlib._Hash, tensors: dict[str, StoredTensor], con
         digest.update(tensor.read_bytes(tensor.num_bytes - tail, tail))
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that model.safetensors.index.json names."""
-    name = short_path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"model folder {name} does not exist: give a folder with config.json and *.safetensors")
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    index = folder / _INDEX
-    if not index.is_file():
-        shards = sorted(file.name for file in folder.glob("*.safetensors"))
-        if shards:
-            raise CheckpointError(
-                f"model folder {name} holds {shortened(shards[0])}{_and_more(shards)} but no {_INDEX}, which says what "
-                f"belongs together: fetch that file, too"
-            )
-        other = sorted(file.name for pattern in ("*.bin", "*.pth", "*.gguf") for file in folder.glob(pattern))
-        found = f" (only {shortened(other[0])}{_and_more(other)})" if other else ""
-        raise CheckpointError(
-            f"model folder {name} holds no {_SINGLE} and no {_INDEX}{found}: only safetensors checkpoints are read"
-        )
-    weight_map = read_object(index, CheckpointError, "fetch it again").get("weight_map")
-    files = set(weight_map.values()) if _maps_to_names(weight_map) else set()
-    if not files or any(Path(file).name != file for file in files):
-        raise CheckpointError(
-            f"{short_path(index)} cannot be used (weight_map names no files of this folder): fetch it again"
-        )
-    for file in sorted(files):
-        if not os.path.isfile(folder / file):
-            raise CheckpointError(
-                f"shard {short_path(folder / file)}, which {_INDEX} names, is missing: fetch it again"
-            )
-    return [folder / file for file in sorted(files)]
-
-
-def _maps_to_names(weight_map: object) -> bool:
-    return isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
-
-
-def _and_more(names: Sequence[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
 class _Loader:
     """Fills tensors on the target device from stored ones, a piece at a time."""
 
     def __init__(
         self,
-        tensors: dict[str, StoredTensor],
+        tensors: Mapping[str, StoredTensor],
         config: ModelConfig,
         weight_format: str,
         dtype: torch.dtype,

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longrun.config.config_file import read_config
+from longrun.config.gguf_header import gguf_file
 from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, ConfigError, quoted, short_path
 from longrun.files.user_files import read_object
@@ -91,18 +93,21 @@ def ends_and_notices(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int]
 
 
 def read_eos_token_ids(model_dir: Path, config: ModelConfig) -> frozenset[int]:
-    """End-of-sequence ids that generation_config.json and config.json name; empty where neither names one.
+    """End-of-sequence ids that generation_config.json and config.json (or a GGUF file) name; empty where none does.
 
     Raises:
         CheckpointError: a file that is damaged, or ids that are no token ids of this model.
     """
+    settings = read_config(model_dir)
+    files = [(settings.path, settings.data)]
+    generation = model_dir / "generation_config.json"
+    if gguf_file(model_dir) is None and os.path.exists(generation):
+        files.insert(0, (generation, read_object(generation, CheckpointError, "fetch the file again")))
     found: frozenset[int] = frozenset()
-    for name in ("generation_config.json", "config.json"):
-        file = model_dir / name
-        if os.path.exists(file):
-            value = read_object(file, CheckpointError, "fetch the file again").get("eos_token_id")
-            if value is not None:
-                found |= token_ids(value, "eos_token_id", file, config.vocab_size)
+    for file, data in files:
+        value = data.get("eos_token_id")
+        if value is not None:
+            found |= token_ids(value, "eos_token_id", file, config.vocab_size)
     return found
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longrun.config.config_file import read_config
 from longrun.config.model_config import SUPPORTED_ROPE_TYPES, ModelConfig
 from longrun.errors import CheckpointError, ConfigError, LongrunError, quoted, short_path, shortened
-from longrun.files.user_files import read_object
 
 # The library computes in float32: a power, a division and a blend, each rounded.
 _CHECK_TOLERANCE = 3e-5
@@ -30,10 +30,12 @@ class RopeParameters:
     Attributes:
         values: the standardised dictionary: rope_type, rope_theta, and what the type needs.
         max_position_embeddings: trained positions; the base of `dynamic`.
+        factors: what the type's inverse frequencies are divided by (head_dim / 2 numbers), which only GGUF files name.
     """
 
     values: dict[str, Any]
     max_position_embeddings: int
+    factors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.rope_type not in SUPPORTED_ROPE_TYPES:
@@ -46,28 +48,31 @@ class RopeParameters:
     def rope_type(self) -> str:
         return self.values.get("rope_type", "default")
 
+    def parts(self) -> list[Any]:
+        """What a model's fingerprint takes in."""
+        return [self.values] if self.factors is None else [self.values, self.factors]
+
     @classmethod
     def from_dir(cls, model_dir: str | Path) -> RopeParameters:
         """Read by the family's class in transformers, in the old and the new spelling; from `model_dir` and no network,
         and without running code of the checkpoint.
 
         Raises:
-            CheckpointError: transformers cannot read the folder's config.json.
+            CheckpointError: transformers cannot read config.json, or what stands for it in a GGUF file.
             ConfigError: a RoPE type outside `SUPPORTED_ROPE_TYPES`, or whatever `ModelConfig.from_dict` refuses.
         """
         from transformers import CONFIG_MAPPING
 
-        file = Path(model_dir) / "config.json"
-        data = read_object(file, CheckpointError, "fetch the checkpoint again")
-        model_type = ModelConfig.from_dict(data, str(file)).model_type
+        file = read_config(model_dir)
+        model_type = ModelConfig.from_dict(file.data, str(file.path)).model_type
         try:
-            config = CONFIG_MAPPING[model_type].from_dict(data)
-            return cls(dict(config.rope_parameters), config.max_position_embeddings)
+            config = CONFIG_MAPPING[model_type].from_dict(file.data)
+            return cls(dict(config.rope_parameters), config.max_position_embeddings, file.rope_factors)
         except LongrunError:
             raise
         except Exception as error:  # the library's checks raise what they like
             raise CheckpointError(
-                f"transformers cannot read {short_path(file)} ({shortened(error, 200)}): correct that file"
+                f"transformers cannot read {short_path(file.path)} ({shortened(error, 200)}): correct that file"
             ) from error
 
 
@@ -91,6 +96,8 @@ class RotaryTable:
                 f"{quoted(params.values, 160)}: correct config.json"
             ) from error
         _check_against_transformers(params, head_dim, self._inv_freq, self.scaling)
+        if params.factors is not None:
+            self._inv_freq = self._inv_freq / torch.tensor(params.factors, dtype=torch.float64)
         self._inv_freq = self._inv_freq.to(self.device)
 
     def to(self, device: torch.device | str) -> RotaryTable:

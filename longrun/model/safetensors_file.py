@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longrun.errors import CheckpointError, quoted, short_path, shortened
 from longrun.files.user_files import MAX_BYTES, parse_object
+from longrun.model.stored_tensor import exact_read
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ITEMSIZES = {
@@ -28,7 +29,7 @@ _MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class SafetensorsTensor:
     """Where one tensor stands: its file, safetensors dtype name, shape, and first byte in the file."""
 
     file: Path
@@ -47,12 +48,13 @@ class StoredTensor:
         assert target.dtype == self.torch_dtype and target.is_contiguous() and target.device.type == "cpu"
         assert target.shape[1:] == self.shape[1:]
         row_bytes = self.num_bytes // max(self.shape[0], 1)
-        self._read(memoryview(target.view(torch.uint8).numpy()).cast("B"), self.offset + first_row * row_bytes)
+        buffer = memoryview(target.view(torch.uint8).numpy()).cast("B")
+        exact_read(self.file, self.name, buffer, self.offset + first_row * row_bytes)
 
     def read_bytes(self, start: int, length: int) -> bytes:
         """`length` bytes of the tensor's data from byte `start` on. Raises as `read_into`."""
         buffer = bytearray(length)
-        self._read(memoryview(buffer), self.offset + start)
+        exact_read(self.file, self.name, memoryview(buffer), self.offset + start)
         return bytes(buffer)
 
     @property
@@ -65,24 +67,8 @@ class StoredTensor:
             )
         return _DTYPES[self.dtype]
 
-    def _read(self, buffer: memoryview, offset: int) -> None:
-        try:
-            with open(self.file, "rb", buffering=0) as file:
-                file.seek(offset)
-                done = 0
-                while done < len(buffer):
-                    count = file.readinto(buffer[done:])
-                    if not count:
-                        raise CheckpointError(
-                            f"{short_path(self.file)} ends inside tensor {self.name}: the file is truncated, fetch it "
-                            f"again"
-                        )
-                    done += count
-        except OSError as error:
-            raise CheckpointError(f"{self.file}: tensor {self.name} cannot be read ({error.strerror})") from error
 
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, SafetensorsTensor]:
     """Every tensor of a safetensors file, after checking that the header is sound and the file complete.
 
     Raises:
@@ -124,7 +110,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTensor:
+def _entry(path: Path, name: str, entry: object, data_start: int) -> SafetensorsTensor:
     where = f"{short_path(path)}: the header's entry of tensor {shortened(name)}"
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
@@ -140,4 +126,4 @@ def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTenso
         )
     if not sound or end - begin != math.prod(shape) * _ITEMSIZES[dtype]:
         raise CheckpointError(f"{where} is damaged ({quoted(entry)}): fetch the file again")
-    return StoredTensor(path, name, dtype, tuple(shape), data_start + begin, end - begin)
+    return SafetensorsTensor(path, name, dtype, tuple(shape), data_start + begin, end - begin)

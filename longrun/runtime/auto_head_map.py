@@ -112,7 +112,8 @@ def kept_folder(model_dir: str | Path, adapter: Adapter | None = None) -> Path:
     Raises:
         CheckpointError, ConfigError: the model cannot be read.
     """
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model_name(Path(model_dir).resolve())).strip(".-")[:80] or "model"
+    name = model_name(Path(model_dir).resolve()).removesuffix(".gguf")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:80] or "model"
     return cache_dir() / "head_maps" / f"{name}-{model_fingerprint(model_dir, adapter)[:12]}"
 
 

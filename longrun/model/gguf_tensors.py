@@ -1,0 +1,146 @@
+"""The tensors of a GGUF file under our names and in our layout, dequantized as they are read.
+
+Two things differ from a Hugging Face checkpoint. Tensors have llama.cpp's names, which the `gguf` package translates.
+And Llama and Mistral files hold the rows of q and k so that RoPE turns neighbouring channels: row 2 i + j of a head is
+row j * head_dim / 2 + i of the checkpoint. Qwen files hold them as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from longrun.config.gguf_config import ROPE_FACTORS
+from longrun.config.gguf_header import GgufEntry, read_gguf_header
+from longrun.config.model_config import ModelConfig
+from longrun.errors import CheckpointError, quoted, short_path, shortened
+from longrun.model.safetensors_folder import and_more
+from longrun.model.stored_tensor import exact_read
+
+_ARCH = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+_INTERLEAVED = ("llama", "mistral")
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Values dequantized at a time: the package holds them about three times.
+_STEP_BYTES = 2 * 2**20
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor, see `longrun.model.stored_tensor.StoredTensor`; quantized types become float32.
+
+    Attributes:
+        entry: where it stands, and how.
+        head_rows: rows of a head whose halves are interleaved in the file; 0 where rows stand as they are.
+    """
+
+    file: Path
+    name: str
+    entry: GgufEntry
+    head_rows: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.entry.type if self.entry.type in _PLAIN else "F32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _PLAIN[self.dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+    def read_into(self, target: Tensor, first_row: int) -> None:
+        assert target.dtype == self.torch_dtype and target.is_contiguous() and target.device.type == "cpu"
+        assert target.shape[1:] == self.shape[1:]
+        step = max(1, _STEP_BYTES * self.shape[0] // self.num_bytes)
+        if self.head_rows:
+            step = max(1, step // self.head_rows) * self.head_rows
+        stop = first_row + len(target)
+        start = first_row - first_row % step
+        while start < stop:
+            end = min(start + step, self.shape[0])
+            rows = self._rows(start, end - start)
+            low, high = max(start, first_row), min(end, stop)
+            target[low - first_row : high - first_row] = rows[low - start : high - start]
+            start = end
+
+    def read_bytes(self, start: int, length: int) -> bytes:
+        row_bytes = self.num_bytes // self.shape[0]
+        first, last = start // row_bytes, -(-(start + length) // row_bytes)
+        rows = torch.empty((last - first, *self.shape[1:]), dtype=self.torch_dtype)
+        self.read_into(rows, first)
+        content = rows.view(torch.uint8).numpy().tobytes()
+        return content[start - first * row_bytes :][:length]
+
+    def _rows(self, first: int, count: int) -> Tensor:
+        """Rows from `first` on, whole heads where these are interleaved."""
+        row_bytes = self.entry.num_bytes // self.shape[0]
+        stored = np.empty((count, row_bytes), dtype=np.uint8)
+        exact_read(self.file, self.entry.name, memoryview(stored).cast("B"), self.entry.offset + first * row_bytes)
+        if self.entry.type in _PLAIN:
+            rows = torch.from_numpy(stored).view(self.torch_dtype).view(count, *self.shape[1:])
+        else:
+            with np.errstate(all="ignore"):  # a damaged scale is heard of when the logits are not finite
+                rows = torch.from_numpy(gguf.dequantize(stored, gguf.GGMLQuantizationType[self.entry.type]))
+        if not self.head_rows:
+            return rows
+        heads = rows.view(count // self.head_rows, self.head_rows // 2, 2, *self.shape[1:])
+        return heads.transpose(1, 2).reshape(rows.shape)
+
+
+def find_gguf_tensors(file: Path, config: ModelConfig) -> dict[str, GgufTensor]:
+    """Every tensor of the model by our name, after checking that it is the one `config` describes.
+
+    Left-over tensors are errors, except RoPE's factors and frequencies.
+
+    Raises:
+        CheckpointError: a damaged or truncated file, a missing, left-over or misshapen tensor, a quantized vector.
+    """
+    stored, where = dict(read_gguf_header(file).tensors), short_path(file)
+    names = gguf.get_tensor_name_map(_ARCH[config.model_type], config.num_layers)
+    found, missing = {}, []
+    for spec in config.weights():
+        name = names.get_name(spec.name, try_suffixes=(".weight", ".bias"))
+        entry = stored.pop(name, None) if name is not None else None
+        if entry is None:
+            missing.append(name or spec.name)
+            continue
+        if entry.shape != spec.shape:
+            raise CheckpointError(
+                f"{where}: tensor {name} has shape {quoted(list(entry.shape))} where the metadata call for "
+                f"{list(spec.shape)}: fetch the file again"
+            )
+        if len(entry.shape) == 1 and entry.type not in _PLAIN:
+            raise CheckpointError(
+                f"{where}: tensor {name} is a vector of type {entry.type}, and must be of {', '.join(_PLAIN)}: fetch "
+                f"another file"
+            )
+        turned = config.model_type in _INTERLEAVED and ".attn_" in name and name.split(".")[2] in ("attn_q", "attn_k")
+        found[spec.name] = GgufTensor(file, spec.name, entry, config.head_dim if turned else 0)
+    if missing:
+        raise CheckpointError(
+            f"{where} lacks tensor {missing[0]}{and_more(missing)}, which its metadata call for: fetch it again"
+        )
+    extra = [name for name in stored if name != ROPE_FACTORS and not name.endswith(".attn_rot_embd.weight")]
+    if extra:
+        raise CheckpointError(
+            f"{where} holds tensor {shortened(extra[0])}{and_more(extra)}, which a {config.architecture} does not "
+            f"have: use another file"
+        )
+    return found
