@@ -181,7 +181,7 @@ def test_fingerprint_is_of_the_values(tmp_path):
 
 def test_a_run_and_its_session(tmp_path):
     file = write_gguf(tmp_path / "model.gguf", tiny_model("qwen2"), tokenizer="gpt2")
-    budget = Budget(gpu_bytes=2 * 10**9, kv_format="fp32", weight_format="fp32", chunk_size=64)
+    budget = Budget(device_bytes=2 * 10**9, kv_format="fp32", weight_format="fp32", chunk_size=64)
     runtime = longrun.load(file, budget, device="cpu", ctx=64)
     assert runtime.eos_token_ids == {2} and runtime.notices == []
     session = runtime.new_session()

@@ -85,7 +85,7 @@ def test_folders(tmp_path, sound):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     refused(tmp_path, "2 GGUF files", "a.gguf", "name one of them")
     (tmp_path / "a.gguf").unlink()
-    (tmp_path / "config.json").write_text("{}")  # beside a GGUF file it is not read
+    (tmp_path / "config.json").write_text("{}")  # not read where a GGUF file is
     assert ModelConfig.from_dir(tmp_path) == ModelConfig.from_dir(sound)
     sound.rename(tmp_path / "notes.txt")
     refused(tmp_path, "model_type")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longrun.config.gguf_config import config_of_gguf, rope_factors
-from longrun.config.gguf_header import gguf_file, read_gguf_header
+from longrun.config.gguf_header import GgufHeader, gguf_file, read_gguf_header
 from longrun.errors import CheckpointError, short_path
 from longrun.files.user_files import read_object
 from longrun.paths import user_path
@@ -21,12 +21,16 @@ class ConfigFile:
     Attributes:
         path: config.json, or the GGUF file.
         data: content of the config.json, or what it would be.
-        rope_factors: see `longrun.config.gguf_config.rope_factors`; None for a config.json.
+        header: of the GGUF file, or None.
     """
 
     path: Path
     data: dict[str, Any]
-    rope_factors: tuple[float, ...] | None = None
+    header: GgufHeader | None = None
+
+    def rope_factors(self, head_dim: int) -> tuple[float, ...] | None:
+        """See `longrun.config.gguf_config.rope_factors`; None for a config.json."""
+        return None if self.header is None else rope_factors(self.header, head_dim)
 
 
 def read_config(model: str | Path) -> ConfigFile:
@@ -40,9 +44,7 @@ def read_config(model: str | Path) -> ConfigFile:
     gguf = gguf_file(path)
     if gguf is not None:
         header = read_gguf_header(gguf)
-        data = config_of_gguf(header)
-        head_dim = data["head_dim"]
-        return ConfigFile(gguf, data, rope_factors(header, head_dim) if type(head_dim) is int else None)
+        return ConfigFile(gguf, config_of_gguf(header), header)
     if not os.path.isdir(path):
         what = "is no regular file" if os.path.exists(path) else "does not exist"
         raise CheckpointError(

@@ -64,10 +64,10 @@ class RopeParameters:
         from transformers import CONFIG_MAPPING
 
         file = read_config(model_dir)
-        model_type = ModelConfig.from_dict(file.data, str(file.path)).model_type
+        shape = ModelConfig.from_dict(file.data, str(file.path))
         try:
-            config = CONFIG_MAPPING[model_type].from_dict(file.data)
-            return cls(dict(config.rope_parameters), config.max_position_embeddings, file.rope_factors)
+            config = CONFIG_MAPPING[shape.model_type].from_dict(file.data)
+            return cls(dict(config.rope_parameters), config.max_position_embeddings, file.rope_factors(shape.head_dim))
         except LongrunError:
             raise
         except Exception as error:  # the library's checks raise what they like
