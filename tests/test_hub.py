@@ -86,6 +86,8 @@ def test_tags() -> None:
 def test_what_a_snapshot_is_called(hub: FakeHub) -> None:
     assert model_name(hub.snapshot) == "maker/model"
     assert model_name(hub.snapshot / "sub" / "x.gguf") == "maker/model/sub/x.gguf"
+    file = hub.put("config.json") / "config.json"
+    assert model_name(file.resolve()) == "maker/model", "a blob of it"
     assert model_name(Path("models/mine")) == "mine"
 
 

@@ -70,7 +70,7 @@ def model_name(path: str | os.PathLike[str]) -> str:
     name is a commit, otherwise the name of the folder or file."""
     path = Path(path)
     for number, folder in enumerate(path.parents):
-        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
+        if folder.name in ("snapshots", "blobs") and folder.parent.name.startswith("models--"):
             repo = folder.parent.name.removeprefix("models--").replace("--", "/")
             within = path.parts[len(path.parts) - number :]
             return "/".join((repo, *within))
