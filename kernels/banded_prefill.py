@@ -184,7 +184,7 @@ def check_banded_prefill(
 
 def banded_prefill(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, start: int, sink_size: int, recent_size: int,
-    softmax_scale: float, out: Tensor, config: BandConfig | None = None,
+    softmax_scale: float, out: Tensor, config: BandConfig | None = None, in_order: bool = False,
 ) -> None:  # fmt: skip
     """Attention of one layer's streaming heads over a chunk of tokens [start, start + T), written to `out`.
 
@@ -201,6 +201,7 @@ def banded_prefill(
         softmax_scale: factor of the scores, above 0.
         out: [T, num_heads, group, head_dim], any strides, channels contiguous; every element is written.
         config: how to cut the work (None: `default_config`).
+        in_order: ring_k and ring_v hold the sinks and then the newest tokens from the oldest on, instead of a ring.
 
     Raises:
         ConfigError: head_dim other than 64 and 128, or arguments that do not fit together.
@@ -213,10 +214,11 @@ def banded_prefill(
     config = default_config(dim, q.dtype, q.device) if config is None else config
     pack = group if config.packed else 1
     ring_k, ring_v = ring_k.to(q.dtype), ring_v.to(q.dtype)
+    oldest = 0 if in_order and start >= sink_size + recent_size else (start - sink_size) % recent_size
     banded_prefill_kernel[(triton.cdiv(tokens * pack, config.block_m), heads * (group // pack))](
         q, k, v, ring_k, ring_v, out, *q.stride()[:3], *out.stride()[:3], *k.stride()[:2], *v.stride()[:2],
         ring_k.stride(0), tokens, min(sink_size, start), min(start, sink_size + recent_size),
-        (start - sink_size) % recent_size, max(sink_size - start, -_LIMIT), sink_size, recent_size,
+        oldest, max(sink_size - start, -_LIMIT), sink_size, recent_size,
         softmax_scale * math.log2(math.e),
         GROUP=group, PACK=pack, HEAD_DIM=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
@@ -226,14 +228,15 @@ def banded_prefill(
 
 def banded_prefill_reference(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, start: int, sink_size: int, recent_size: int,
-    softmax_scale: float, out: Tensor,
+    softmax_scale: float, out: Tensor, in_order: bool = False,
 ) -> None:  # fmt: skip
     """`banded_prefill` in torch, in float32 (float64 for float64 q): a mask over the positions of all keys held. Same
     arguments, any head_dim; slow, and meant for tests."""
     tokens, heads, _, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
     old = [*range(min(sink_size, start)), *range(max(sink_size, start - recent_size), start)]
-    slots = [p if p < sink_size else sink_size + (p - sink_size) % recent_size for p in old]
+    ring = [p if p < sink_size else sink_size + (p - sink_size) % recent_size for p in old]
+    slots = list(range(len(old))) if in_order else ring
     positions = torch.tensor([*old, *range(start, start + tokens)], device=q.device)
     for head in range(heads):
         keys = torch.cat((ring_k[head, slots].to(q.dtype), k[head])).to(exact)

@@ -162,19 +162,53 @@ inline void lane_order(const T* from, T* to, int N) {
 }
 
 // What the pages of a call share: offsets of the rows of keys, and of values (in lane order, as scores are), in bytes;
-// the channels in lane order.
+// tokens and channels in lane order.
 struct Shape {
   int D, P;
-  std::vector<uint32_t> key_rows, value_rows, channels;
+  std::vector<uint32_t> key_rows, value_rows, tokens, channels;
 
-  Shape(int D, int P) : D(D), P(P), key_rows(D), value_rows(P), channels(D) {
+  Shape(int D, int P) : D(D), P(P), key_rows(D), value_rows(P), tokens(P), channels(D) {
     std::vector<uint32_t> natural(std::max(D, P));
     std::iota(natural.begin(), natural.end(), 0);
     for (int d = 0; d < D; d++) key_rows[d] = uint32_t(d * P / 2);
-    lane_order(natural.data(), value_rows.data(), P);
-    for (uint32_t& row : value_rows) row *= uint32_t(D / 2);
+    lane_order(natural.data(), tokens.data(), P);
+    for (int t = 0; t < P; t++) value_rows[t] = tokens[t] * uint32_t(D / 2);
     lane_order(natural.data(), channels.data(), D);
   }
+};
+
+// kernels/page_view.py's PageView, as cpu_pages.py fills it.
+struct View {
+  const uint8_t *storage, *other;
+  int64_t other_slot, payload_bytes;
+  const int32_t* table;
+  int64_t table_stride;
+  const uint16_t* index;
+  int64_t index_stride;
+  const int32_t* pages;
+  int64_t pages_stride;
+  const int32_t *begins, *counts, *first;
+  int64_t skip, limit, sink_size, origin;  // origin: position of the first token of page 0
+
+  int64_t count(int64_t head) const { return std::clamp<int64_t>(counts[head] - skip, 0, limit); }
+  int64_t longest(int64_t heads) const {
+    int64_t most = 0;
+    for (int64_t head = 0; head < heads; head++) most = std::max(most, count(head));
+    return most;
+  }
+  const int32_t* list(int64_t head) const { return pages + head * pages_stride + begins[head] + skip; }
+  const uint8_t* payload(int64_t head, int64_t page) const {
+    const int64_t slot = table[head * table_stride + page];
+    return slot < other_slot ? storage + slot * payload_bytes : other + (slot - other_slot) * payload_bytes;
+  }
+};
+
+// Of n tokens in a row, those in [begin, end) are hidden from their head.
+struct Hidden {
+  int64_t begin, end;
+  Hidden(const View& view, int64_t head, int64_t position, int64_t n)
+      : begin(std::clamp<int64_t>(view.sink_size - position, 0, n)),
+        end(std::clamp<int64_t>(view.first[head] - position, begin, n)) {}
 };
 
 // Online softmax state of G queries of one KV head.
@@ -223,10 +257,10 @@ inline void unpack_keys(const uint8_t* keys, const uint8_t* fifths, int size, ui
   }
 }
 
-// Leaves run.acc in lane order. `next` is the payload of the page after this one.
+// Leaves run.acc in lane order. `next` is the payload of the page after this one; at least one token is not hidden.
 template <int KEY_BITS, int G>
 void quantized_page(Running& run, const float* q, const uint8_t* payload, const uint16_t* index,
-                    const uint8_t* next, const Shape& shape, float* work) {
+                    const uint8_t* next, Hidden hidden, const Shape& shape, float* work) {
   const int D = shape.D, P = shape.P;
   float* scaled = work;             // [G][D], then reused as [G][P]
   const int wide = std::max(D, P);
@@ -252,6 +286,10 @@ void quantized_page(Running& run, const float* q, const uint8_t* payload, const 
     keys = planes;
   }
   steps_product<KEY_BITS, G>(scaled, D, keys, shape.key_rows.data(), D, P, next, scores, P);
+  if (hidden.begin < hidden.end)
+    for (int t = 0; t < P; t++)
+      if (shape.tokens[t] >= hidden.begin && shape.tokens[t] < hidden.end)
+        for (int g = 0; g < G; g++) scores[g * P + t] = NEG_INF;
   softmax_step(run, scores, G, P, D);
   uint16_t scales[512];
   std::memcpy(scales, values + D * P / 2, 4 * P);
@@ -354,21 +392,19 @@ void dequantize_page(void* k_out, void* v_out, int64_t at, int64_t out_itemsize,
 
 extern "C" {
 
-// Decode attention of `heads` KV heads, `group` queries each, over pages [0, num_pages) and two runs of exact tokens.
+// Decode attention of `heads` KV heads, `group` queries each, over the view's pages and two runs of exact tokens.
 //   q, out    float32 [heads, group, D]; q already times softmax_scale
 //   lse       float32 [heads, group]: natural-log-sum-exp of the scores; -inf where there was no token at all
-//   pool      pages of payload_bytes; table int32 [heads][table_stride] gives the slot of each page
-//   index     float16 [heads][index_stride] elements: 2 * D a page
-//   exact_*   bf16 or float32 (itemsize 2, 4) [heads][exact_stride elements a head], first exact_n tokens of each
+//   sink_*, tail_*   bf16 or float32 (itemsize 2, 4) [heads][stride elements a head]
+//   lengths   sink tokens, tail tokens, position of the tail's first token
 void longrun_decode(const float* q, float* out, float* lse, int64_t heads, int64_t group, int64_t D, int64_t P,
-                    int64_t key_bits, const uint8_t* pool, int64_t payload_bytes, const int32_t* table,
-                    int64_t table_stride, const uint16_t* index, int64_t index_stride, int64_t num_pages,
-                    const void* exact0_k, const void* exact0_v, int64_t exact0_stride, int64_t exact0_n,
-                    const void* exact1_k, const void* exact1_v, int64_t exact1_stride, int64_t exact1_n,
+                    int64_t key_bits, const View* of, const void* sink_k, const void* sink_v, int64_t sink_stride,
+                    const void* tail_k, const void* tail_v, int64_t tail_stride, const int32_t* lengths,
                     int64_t itemsize, int64_t threads) {
+  const View& view = *of;
   const int64_t parts = (group + MAX_GROUP - 1) / MAX_GROUP;
   const int64_t want = std::max<int64_t>(1, (4 * threads + heads * parts - 1) / (heads * parts));
-  const int64_t splits = std::max<int64_t>(1, std::min(want, num_pages / 8));
+  const int64_t splits = std::max<int64_t>(1, std::min(want, view.longest(heads) / 8));
   const int64_t state = group * (D + 2);  // per (head, split): acc [group][D], max [group], sum [group]
   std::vector<float> partial(size_t(heads * splits * state));
   const Shape shape{int(D), int(P)};
@@ -387,25 +423,33 @@ void longrun_decode(const float* q, float* out, float* lse, int64_t heads, int64
       run.acc = base + part * MAX_GROUP * D;
       std::fill(run.acc, run.acc + G * D, 0.0f);
       for (int g = 0; g < G; g++) run.max[g] = NEG_INF, run.sum[g] = 0;
-      const int64_t first = num_pages * split / splits, last = num_pages * (split + 1) / splits;
-      for (int64_t page = first; page < last; page++) {
-        const int64_t slot = table[head * table_stride + page];
-        const int64_t next = page + 1 < last ? table[head * table_stride + page + 1] : slot;
-        decode_page(run, qh, pool + slot * payload_bytes, index + head * index_stride + page * 2 * D,
-                    pool + next * payload_bytes, shape, work.data());
+      const int64_t count = view.count(head), first = count * split / splits, last = count * (split + 1) / splits;
+      const int32_t* list = view.list(head);
+      for (int64_t e = first; e < last; e++) {
+        const int64_t page = list[e];
+        const Hidden hidden(view, head, view.origin + page * P, P);
+        if (hidden.end - hidden.begin == P) continue;
+        decode_page(run, qh, view.payload(head, page), view.index + head * view.index_stride + page * 2 * D,
+                    view.payload(head, list[e + 1 < last ? e + 1 : e]), hidden, shape, work.data());
       }
       for (int g = 0; g < G; g++) {
         float* acc = run.acc + g * D;
         std::copy(acc, acc + D, work.data());
         for (int64_t d = 0; d < D; d++) acc[shape.channels[size_t(d)]] = work[size_t(d)];
       }
-      const auto exact = [&](const void* k, const void* v, int64_t stride, int64_t n) {
-        const int64_t at = head * stride * itemsize;
-        exact_run(run, qh, G, static_cast<const char*>(k) + at, static_cast<const char*>(v) + at, int(itemsize), int(n),
-                  int(D), work.data());
+      const auto exact = [&](const void* k, const void* v, int64_t stride, int64_t n, int64_t position) {
+        const Hidden hidden(view, head, position, n);
+        const auto attend = [&](int64_t begin, int64_t end) {
+          const int64_t at = (head * stride + begin * D) * itemsize;
+          exact_run(run, qh, G, static_cast<const char*>(k) + at, static_cast<const char*>(v) + at, int(itemsize),
+                    int(end - begin), int(D), work.data());
+        };
+        if (hidden.begin == hidden.end) return attend(0, n);
+        attend(0, hidden.begin);
+        attend(hidden.end, n);
       };
-      if (split == 0 && exact0_n > 0) exact(exact0_k, exact0_v, exact0_stride, exact0_n);
-      if (split == splits - 1 && exact1_n > 0) exact(exact1_k, exact1_v, exact1_stride, exact1_n);
+      if (split == 0) exact(sink_k, sink_v, sink_stride, lengths[0], 0);
+      if (split == splits - 1) exact(tail_k, tail_v, tail_stride, lengths[1], lengths[2]);
       for (int g = 0; g < G; g++) {
         base[group * D + part * MAX_GROUP + g] = run.max[g];
         base[group * D + group + part * MAX_GROUP + g] = run.sum[g];
@@ -432,21 +476,23 @@ void longrun_decode(const float* q, float* out, float* lse, int64_t heads, int64
   }
 }
 
-// Dequantize pages [first, first + count) of every head to k, v [heads][out_stride elements a head], token-major.
-// out_itemsize 4: float32, 2: bf16.
-void longrun_dequantize(void* k_out, void* v_out, int64_t out_stride, int64_t out_itemsize, int64_t heads, int64_t D,
-                        int64_t P, int64_t key_bits, const uint8_t* pool, int64_t payload_bytes, const int32_t* table,
-                        int64_t table_stride, const uint16_t* index, int64_t index_stride, int64_t first, int64_t count,
-                        int64_t threads) {
+// Dequantize the view's pages to k, v [heads][out_stride elements a head], token-major, in the order of the lists.
+// out_itemsize 4: float32, 2: bf16. Returns pages of the longest list; writes nothing where that is more than `room`.
+int longrun_dequantize(void* k_out, void* v_out, int64_t out_stride, int64_t out_itemsize, int64_t room, int64_t heads,
+                       int64_t D, int64_t P, int64_t key_bits, const View* of, int64_t threads) {
+  const View& view = *of;
+  const int64_t longest = view.longest(heads);
+  if (longest > room) return int(longest);
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t task = 0; task < heads * count; task++) {
-    const int64_t head = task / count, page = task % count;
-    const uint8_t* payload = pool + int64_t(table[head * table_stride + first + page]) * payload_bytes;
-    const uint16_t* scales = index + head * index_stride + (first + page) * 2 * D;
-    const int64_t at = head * out_stride + page * P * D;
+  for (int64_t task = 0; task < heads * longest; task++) {
+    const int64_t head = task / longest, e = task % longest;
+    if (e >= view.count(head)) continue;
+    const int64_t page = view.list(head)[e];
     const auto dequantize = key_bits == 5 ? dequantize_page<5> : dequantize_page<4>;
-    dequantize(k_out, v_out, at, out_itemsize, D, P, payload, scales);
+    dequantize(k_out, v_out, head * out_stride + e * P * D, out_itemsize, D, P, view.payload(head, page),
+               view.index + head * view.index_stride + page * 2 * D);
   }
+  return int(longest);
 }
 
 int longrun_cpu_version() { return 1; }

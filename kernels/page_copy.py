@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longrun.errors import ConfigError
+from longrun.kernels.page_view import PageView, check_view
 
 ALIGNMENT = 16  # bytes of one vector access
 FETCH_PROGRAMS = 32
@@ -49,22 +50,36 @@ def copy_kernel(
         _copy_rows(src_ptr + src * WORDS, dst_ptr + dst * WORDS, inside, WORDS, MAIN, REST)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_heads", "first", "per_round", "slot_offset", "num_programs"])
+@triton.jit(
+    do_not_specialize=[
+        "table_stride", "to_table_stride", "pages_stride", "num_heads", "skip", "limit", "per_round", "other_slot",
+        "num_programs",
+    ]
+)  # fmt: skip
 def fetch_kernel(
-    storage_ptr, table_ptr, table_stride, limit_ptr, buffer_ptr, num_heads, first, per_round, slot_offset, num_programs,
-    WORDS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, PAGES: tl.constexpr,
+    other_ptr, table_ptr, table_stride, pages_ptr, pages_stride, begins_ptr, counts_ptr, buffer_ptr, to_table_ptr,
+    to_table_stride, num_heads, skip, limit, per_round, other_slot, num_programs,
+    WORDS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: num_programs, each PAGES pages a step, head by head; pools seen as int32."""
-    valid = tl.minimum(tl.load(limit_ptr) - first, per_round)
-    count = num_heads * tl.maximum(valid, 0)
-    for begin in range(tl.program_id(0) * PAGES, count, num_programs * PAGES):
-        page = begin + tl.arange(0, PAGES)
-        inside = page < count
-        head, number = page // valid, page % valid
-        at = table_ptr + head.to(tl.int64) * table_stride + first + number
-        src = tl.load(at, mask=inside, other=0).to(tl.int64) - slot_offset
-        dst = head.to(tl.int64) * per_round + number
-        _copy_rows(storage_ptr + src * WORDS, buffer_ptr + dst * WORDS, inside, WORDS, MAIN, REST)
+    """Grid: num_programs, each PAGES entries a step, head by head; pools seen as int32. HEADS: a power of two, at least
+    num_heads."""
+    heads = tl.arange(0, HEADS)
+    counts = tl.load(counts_ptr + heads, mask=heads < num_heads, other=0) - skip
+    longest = tl.minimum(tl.max(counts, 0), limit)
+    for begin in range(tl.program_id(0) * PAGES, num_heads * tl.maximum(longest, 0), num_programs * PAGES):
+        entry = begin + tl.arange(0, PAGES)
+        head, number = entry // longest, entry % longest
+        inside = head < num_heads
+        inside &= number < tl.load(counts_ptr + head, mask=inside, other=0) - skip
+        wide = head.to(tl.int64)
+        at = pages_ptr + wide * pages_stride + tl.load(begins_ptr + head, mask=inside, other=0) + skip + number
+        page = tl.load(at, mask=inside, other=0).to(tl.int64)
+        slot = tl.load(table_ptr + wide * table_stride + page, mask=inside, other=0)
+        fetched = inside & (slot >= other_slot)
+        src, dst = (slot - other_slot).to(tl.int64), wide * per_round + number
+        _copy_rows(other_ptr + src * WORDS, buffer_ptr + dst * WORDS, fetched, WORDS, MAIN, REST)
+        slot = tl.where(fetched, other_slot + dst, slot).to(tl.int32)
+        tl.store(to_table_ptr + wide * to_table_stride + page, slot, mask=inside)
 
 
 def row_tiles(payload_bytes: int, num_warps: int) -> dict[str, int]:
@@ -139,55 +154,61 @@ def copy_pages_reference(
     dst[to] = src[of].to(dst.device)
 
 
-def _check_fetch(
-    storage: Tensor, table: Tensor, limit: Tensor, buffer: Tensor, first: int, per_round: int
-) -> tuple[Tensor, Tensor]:
-    assert table.dtype == torch.int32 and table.stride(1) == 1
-    assert limit.dtype == torch.int32 and limit.numel() == 1
-    assert first >= 0 and per_round >= 0 and table.numel() < 2**31
-    assert buffer.shape[0] >= table.shape[0] * per_round and buffer.shape[1] == storage.shape[1]
-    return _words(storage), _words(buffer)
+def _check_fetch(view: PageView, buffer: Tensor, table: Tensor, per_round: int) -> tuple[Tensor, Tensor]:
+    check_view(view)
+    assert view.other is not None and per_round >= view.limit
+    assert table.dtype == torch.int32 and table.shape == view.table.shape and table.stride(1) == 1
+    assert buffer.shape[0] >= view.num_heads * per_round and buffer.shape[1] == view.other.shape[1]
+    assert view.other_slot + len(buffer) < 2**31
+    return _words(view.other), _words(buffer)
 
 
 def fetch_pages(
-    storage: Tensor, table: Tensor, limit: Tensor, buffer: Tensor, first: int, per_round: int, *, slot_offset: int = 0,
-    num_programs: int = FETCH_PROGRAMS, pages_per_step: int = 1, num_warps: int = 4,
+    view: PageView, buffer: Tensor, table: Tensor, per_round: int, *, num_programs: int = FETCH_PROGRAMS,
+    pages_per_step: int = 1, num_warps: int = 4,
 ) -> None:  # fmt: skip
-    """One round of host pages into a fetch buffer: buffer[h * per_round + i] = storage[table[h, first + i] -
-    slot_offset] for every head h and every i < per_round with first + i < limit; other rows of `buffer` stay.
+    """One round of pages of the second memory into a fetch buffer, so that `view.fetched(buffer, table)` can be read.
+
+    For entry e of head h, page p = the listed page: where it stands in `view.other`, its payload goes to
+    buffer[h * per_round + e], and table[h, p] is the slot other_slot + h * per_round + e; where it stands in
+    `view.storage`, table[h, p] is the slot it has. Everything else in `buffer` and `table` stays.
 
     Args:
-        storage: uint8 [num_slots, payload_bytes], host memory that CUDA has pinned or registered (or device memory);
-            contiguous, 16-byte aligned.
-        table: int32 [num_heads, max_pages] on the device, rows of any stride.
-        limit: int32, one item on the device: how many pages of every head are on the host. Read when the kernel runs,
-            so that a captured CUDA graph serves every length; programs without a page end at once.
+        view: `other` is host memory that CUDA has pinned or registered (or device memory), contiguous, 16-byte
+            aligned; everything else is on the device. Lists, lengths and slots are read when the kernel runs, so that a
+            captured CUDA graph serves every length; programs without an entry end at once.
         buffer: uint8 [at least num_heads * per_round, payload_bytes] on the device, contiguous, 16-byte aligned.
-        slot_offset: number of the first slot of `storage`.
+        table: int32, shape of `view.table`, on the device; another memory.
+        per_round: rows of `buffer` that a head has, at least `view.limit`.
         num_programs, pages_per_step, num_warps: as in `copy_pages`.
 
     Raises:
-        ConfigError: payloads that are no multiple of 16 bytes.
-        ValueError: from Triton, where `storage` is host memory that CUDA does not know.
+        ValueError: from Triton, where `view.other` is host memory that CUDA does not know.
     """
-    source, target = _check_fetch(storage, table, limit, buffer, first, per_round)
-    most = table.shape[0] * min(per_round, max(0, table.shape[1] - first))
+    source, target = _check_fetch(view, buffer, table, per_round)
+    most = view.num_heads * min(view.limit, max(0, view.pages.shape[1] - view.skip))
     if most == 0:
         return
     programs = min(triton.cdiv(most, pages_per_step), num_programs)
     fetch_kernel[(programs,)](
-        source, table, table.stride(0), limit, target, table.shape[0], first, per_round, slot_offset, programs,
-        **row_tiles(storage.shape[1], num_warps), PAGES=pages_per_step, num_warps=num_warps,
+        source, view.table, view.table.stride(0), view.pages, view.pages.stride(0), view.begins, view.counts, target,
+        table, table.stride(0), view.num_heads, view.skip, view.limit, per_round, view.other_slot, programs,
+        **row_tiles(buffer.shape[1], num_warps), PAGES=pages_per_step, HEADS=triton.next_power_of_2(view.num_heads),
+        num_warps=num_warps,
     )  # fmt: skip
 
 
 def fetch_pages_reference(
-    storage: Tensor, table: Tensor, limit: Tensor, buffer: Tensor, first: int, per_round: int, *, slot_offset: int = 0,
-    num_programs: int = FETCH_PROGRAMS, pages_per_step: int = 1, num_warps: int = 4,
+    view: PageView, buffer: Tensor, table: Tensor, per_round: int, *, num_programs: int = FETCH_PROGRAMS,
+    pages_per_step: int = 1, num_warps: int = 4,
 ) -> None:  # fmt: skip
-    """`fetch_pages` in torch; waits for the device to read `limit`."""
-    _check_fetch(storage, table, limit, buffer, first, per_round)
-    count = min(int(limit.item()) - first, per_round)
-    for head in range(table.shape[0] if count > 0 else 0):
-        slots = table[head, first : first + count].to(storage.device).long() - slot_offset
-        buffer[head * per_round : head * per_round + count] = storage[slots].to(buffer.device)
+    """`fetch_pages` in torch; waits for the device to read the lists."""
+    _check_fetch(view, buffer, table, per_round)
+    assert view.other is not None
+    for head, (begin, count) in enumerate(zip(view.begins.tolist(), view.num_entries().tolist(), strict=True)):
+        pages = view.pages[head, begin + view.skip :][:count].long()
+        slots, to = view.table[head, pages].long(), torch.arange(count, device=table.device) + head * per_round
+        fetched = slots >= view.other_slot
+        source = view.other[(slots[fetched] - view.other_slot).to(view.other.device)]
+        buffer[to[fetched]] = source.to(buffer.device)
+        table[head, pages] = torch.where(fetched, to + view.other_slot, slots).int()

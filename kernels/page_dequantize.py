@@ -1,4 +1,4 @@
-"""Quantized pages to dense keys and values in Triton: `page_view.dequantize_run` as one kernel.
+"""Quantized pages to dense keys and values in Triton: `page_view.dequantize_pages` as one kernel.
 
 Moves, a page of head_dim D and output items of B bytes: 64 * D + 256 bytes of payload, 4 * D of index and 128 * D * B
 of output (41,728 bytes for D = 128 in bfloat16), each once; with k5v3 the keys' program reads the values' 32 * D bytes
@@ -7,12 +7,12 @@ once more, while the values' program next to it does.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from longrun.errors import ConfigError
-from longrun.kernels.page_view import PageRun
+from longrun.kernels.page_view import PageView, check_view
 from longrun.quant.kv_format import PageFormat
 
 TRITON_PAGE_SIZE = 64
@@ -76,60 +76,68 @@ def _write_values(
     tl.store(start + HALF, _value(packed >> 4, scale, minimum).to(out.dtype.element_ty))
 
 
+@triton.jit
+def payload_of(slot, storage, other, other_slot, PAYLOAD: tl.constexpr):
+    """Where a slot's page stands; `other` is None or a second memory, from `other_slot` on."""
+    slot = slot.to(tl.int64)
+    place = storage + slot * PAYLOAD
+    if other is not None:
+        place = tl.where(slot < other_slot, place, other + (slot - other_slot) * PAYLOAD)
+    return place
+
+
 # one compilation for all pieces of a sequence
-@triton.jit(do_not_specialize=["table_head_stride", "first", "count", "slot_offset"])
+@triton.jit(do_not_specialize=["table_stride", "pages_stride", "skip", "limit", "count", "other_slot"])
 def dequantize_kernel(
-    k_out, v_out, storage, halves, table, index,
-    k_head_stride, k_token_stride, v_head_stride, v_token_stride,
-    table_head_stride, table_page_stride, index_head_stride, index_page_stride,
-    first, count, slot_offset,
+    k_out, v_out, storage, other, table, index, pages, begins, counts,
+    k_head_stride, k_token_stride, v_head_stride, v_token_stride, table_stride, index_stride, pages_stride,
+    skip, limit, count, other_slot,
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, KEY_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Program (head * count + page, 0) writes a page's keys, (head * count + page, 1) its values. `halves` is
-    `storage` seen as float16; KEY_BITS is 4 (int4) or 5 (k5v3)."""
+    """Program (head * count + e, 0) writes the keys of entry e of the head's list, (head * count + e, 1) its values.
+    KEY_BITS is 4 (int4) or 5 (k5v3)."""
     SIDE: tl.constexpr = HEAD_DIM * PAGE_SIZE // 2
     PAYLOAD: tl.constexpr = 2 * SIDE + 4 * PAGE_SIZE
     head = (tl.program_id(0) // count).to(tl.int64)
-    page = (tl.program_id(0) % count).to(tl.int64)
-    place = first + page
-    slot = tl.load(table + head * table_head_stride + place * table_page_stride).to(tl.int64) - slot_offset
-    payload = storage + slot * PAYLOAD
-    if tl.program_id(1) == 0:
-        scales = index + head * index_head_stride + place * index_page_stride
-        out = k_out + head * k_head_stride
-        _write_keys(out, k_token_stride, payload, scales, page * PAGE_SIZE, HEAD_DIM, PAGE_SIZE, KEY_BITS)
-    else:
-        scales = halves + slot * (PAYLOAD // 2) + SIDE
-        out = v_out + head * v_head_stride
-        _write_values(out, v_token_stride, payload + SIDE, scales, page * PAGE_SIZE, HEAD_DIM, PAGE_SIZE, KEY_BITS)
+    entry = (tl.program_id(0) % count).to(tl.int64)
+    if entry < tl.minimum(tl.load(counts + head) - skip, limit):
+        page = tl.load(pages + head * pages_stride + tl.load(begins + head) + skip + entry).to(tl.int64)
+        payload = payload_of(tl.load(table + head * table_stride + page), storage, other, other_slot, PAYLOAD)
+        row = entry * PAGE_SIZE
+        if tl.program_id(1) == 0:
+            scales = index + head * index_stride + page * (2 * HEAD_DIM)
+            out = k_out + head * k_head_stride
+            _write_keys(out, k_token_stride, payload, scales, row, HEAD_DIM, PAGE_SIZE, KEY_BITS)
+        else:
+            scales = (payload + 2 * SIDE).to(tl.pointer_type(tl.float16))
+            out = v_out + head * v_head_stride
+            _write_values(out, v_token_stride, payload + SIDE, scales, row, HEAD_DIM, PAGE_SIZE, KEY_BITS)
 
 
-def dequantize_run(run: PageRun, k_out: torch.Tensor, v_out: torch.Tensor, num_warps: int = 4) -> None:
-    """Write the run's keys and values, in token order, to k_out and v_out: what `page_view.dequantize_run` writes,
-    bit for bit.
+def dequantize_pages(view: PageView, k_out: Tensor, v_out: Tensor, num_warps: int = 4) -> None:
+    """Write the listed pages' keys and values: what `page_view.dequantize_pages` writes, bit for bit.
 
     Args:
-        run: pages of int4 or k5v3, page_size 64, head_dim 64 or 128; slots of `run.table` must lie in `run.storage`.
-        k_out, v_out: [num_heads, count * page_size, head_dim], bfloat16, float16 or float32; any strides of heads and
-            tokens, channels contiguous.
+        view: pages of int4 or k5v3, page_size 64, head_dim 64 or 128; lists and lengths are read when the kernel runs.
+        k_out, v_out: [num_heads, n * page_size, head_dim] with n at least the longest list, bfloat16, float16 or
+            float32; any strides of heads and tokens, channels contiguous.
         num_warps: warps that share a page's keys, or its values.
 
     Raises:
         ConfigError: a format that the kernel does not serve.
     """
-    fmt = run.fmt
+    fmt = view.fmt
     check_triton_format(fmt)
-    shape = (run.table.shape[0], run.count * fmt.page_size, fmt.head_dim)
-    assert k_out.shape == v_out.shape == shape and k_out.stride(2) == v_out.stride(2) == 1, (k_out.shape, shape)
-    assert run.storage.is_contiguous() and run.storage.shape[1] == fmt.payload_bytes
-    assert run.index is not None and run.index.stride()[2:] == (fmt.head_dim, 1)
-    assert run.first >= 0 and run.first + run.count <= min(run.table.shape[1], run.index.shape[1])
-    if k_out.numel() == 0:
+    check_view(view)
+    assert k_out.shape == v_out.shape and k_out.stride(2) == v_out.stride(2) == 1
+    assert k_out.shape[0] == view.num_heads and k_out.shape[2] == fmt.head_dim
+    count = min(k_out.shape[1] // fmt.page_size, view.limit)
+    if count == 0:
         return
-    dequantize_kernel[(shape[0] * run.count, 2)](
-        k_out, v_out, run.storage, run.storage.view(torch.float16), run.table, run.index,
+    assert view.index is not None
+    dequantize_kernel[(view.num_heads * count, 2)](
+        k_out, v_out, view.storage, view.other, view.table, view.index, view.pages, view.begins, view.counts,
         k_out.stride(0), k_out.stride(1), v_out.stride(0), v_out.stride(1),
-        run.table.stride(0), run.table.stride(1), run.index.stride(0), run.index.stride(1),
-        run.first, run.count, run.slot_offset,
+        view.table.stride(0), view.index.stride(0), view.pages.stride(0), view.skip, view.limit, count, view.other_slot,
         HEAD_DIM=fmt.head_dim, PAGE_SIZE=fmt.page_size, KEY_BITS=fmt.key_bits, num_warps=num_warps,
     )  # fmt: skip

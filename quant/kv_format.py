@@ -151,6 +151,10 @@ class PageFormat:
         """
         return max(0, -(-seq_len // self.page_size) - 1)
 
+    def tail_tokens(self, seq_len: int) -> int:
+        """Tokens of a head that stand in the tail at `seq_len` tokens."""
+        return seq_len - self.closed_pages(seq_len) * self.page_size
+
     def pooled_pages(self, seq_len: int) -> int:
         """Pages of a head that stand in a pool at `seq_len` tokens: closed pages less the sink page."""
         return max(0, self.closed_pages(seq_len) - self.sink_pages)

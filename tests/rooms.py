@@ -91,7 +91,10 @@ ROOMS = (
         light=True,
     ),
     Room(
-        "cache", ("longrun.cache", "longrun.cache.*"), ("machine", "kernels", "quant", "specs", "formats"), ("torch",)
+        "cache",
+        ("longrun.cache", "longrun.cache.*"),
+        ("machine", "kernels", "quant", "specs", "formats"),
+        ("torch", "numpy"),
     ),
     Room("documents", ("longrun.text", "longrun.text.documents"), light=True),
     Room("text", ("longrun.text.*",), ("machine",), ("tokenizers", "transformers", "jinja2")),
@@ -114,7 +117,12 @@ ROOMS = (
         ("model", "attention", "attention interface", "cache"),
         ("torch",),
     ),
-    Room("session", ("longrun.session", "longrun.session.*"), ("engine", "cache", "plan"), ("torch", "safetensors")),
+    Room(
+        "session",
+        ("longrun.session", "longrun.session.*"),
+        ("engine", "cache", "plan", "specs"),
+        ("torch", "safetensors"),
+    ),
     Room("needles", ("longrun.needles", "longrun.needles.*"), ("text",), ("transformers",)),
     Room(
         "trainers",

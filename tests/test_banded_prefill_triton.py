@@ -67,12 +67,17 @@ def torch_path(q, k, v, ring, start, scale):
 def chunks_through_a_ring(kernel, sink_size, recent_size, chunks, dtype, device="cpu", head_dim=64):
     """RMS ratio of `kernel` to the torch path over consecutive chunks."""
     heads, group, start, errors = 2, 3, 0, []
-    ring = Ring(heads, sink_size + recent_size, sink_size, recent_size, head_dim, dtype, torch.device(device))
+    memory = torch.zeros(2, heads, sink_size + recent_size, head_dim, dtype=dtype, device=device)
+    ring = Ring(*memory, sink_size, recent_size)
     for tokens in chunks:
         q, k, v = fused_chunk(tokens, heads, group, head_dim, dtype, device, seed=start)
         expected = torch_path(q, k, v, ring, start, head_dim**-0.5)
         out = torch.full_like(q, float("nan"))
         kernel(q, k, v, ring.k, ring.v, start, sink_size, recent_size, head_dim**-0.5, out)
+        errors.append(rms_ratio(out, expected))
+        in_order = [x.contiguous() for x in ring.in_order(start)]
+        out.fill_(float("nan"))
+        kernel(q, k, v, *in_order, start, sink_size, recent_size, head_dim**-0.5, out, in_order=True)
         errors.append(rms_ratio(out, expected))
         ring.append(k, v, start)
         start += tokens
@@ -131,8 +136,8 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
     def test_interpreted_prefill_in_chunks_is_the_torch_path(config):
-        def kernel(*arguments):
-            banded_prefill(*arguments, config)
+        def kernel(*arguments, in_order=False):
+            banded_prefill(*arguments, config, in_order)
 
         chunks = (3, 1, 20, 7, 45, 2, 16)  # below the sinks, within the window, beyond it
         assert chunks_through_a_ring(kernel, 9, 16, chunks, torch.float32) < TOLERANCE[torch.float32]

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import save_tiny
@@ -196,10 +197,10 @@ def test_sessions_answer_as_the_real_pages_do_and_count_their_bytes(tiny):
     # layer 0 sees the same inputs in both: its values are equal to the last bit of bf16, its keys but for rounding to
     # bf16 before the rotation or after it, the sink page exact
     real, own, exact = (sessions[name].cache.layers[0][0] for name in ("int4", OWN, "bf16"))
-    k, v = decode_pages(real.read_payload(0, 5), real.index[:, :5], real.fmt)
+    k, v = decode_pages(real.places.read(slice(None), np.arange(5)), real.index[:, :5], real.fmt)
     back = key_rotation(real.fmt.head_dim)[0].T
-    dk, dv = decode_pages(own.read_payload(0, 6), None, own.fmt)
-    plain, _ = decode_pages(exact.read_payload(0, 6), None, own.fmt)
+    dk, dv = decode_pages(own.places.read(slice(None), np.arange(6)), None, own.fmt)
+    plain, _ = decode_pages(exact.places.read(slice(None), np.arange(6)), None, own.fmt)
     assert (dk[:, 1:] - k @ back).norm() < 0.5 * (dk - plain).norm() and torch.equal(dv[:, 1:], v.bfloat16().float())
     assert torch.equal(dk[:, 0], plain[:, 0]) and torch.equal(dv[:, 0], real.sink_v.float())
     assert (dk[:, 0] - real.sink_k.float() @ back).norm() < 4e-3 * dk[:, 0].norm()

@@ -59,7 +59,7 @@ def equal_caches(one: Engine, other: Engine) -> None:
     used = length - tail.closed_pages(length) * tail.page_size
     for (pages, ring), (pages_b, ring_b) in zip(one.cache.layers, other.cache.layers, strict=True):
         if pages is not None:
-            assert torch.equal(pages.table, pages_b.table) and torch.equal(pages.index, pages_b.index)
+            assert torch.equal(pages.places.table, pages_b.places.table) and torch.equal(pages.index, pages_b.index)
             assert torch.equal(pages.tail_k[:, :used], pages_b.tail_k[:, :used])
             assert torch.equal(pages.sink_v, pages_b.sink_v)
         if ring is not None:

@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 
 pytest.importorskip("triton", reason="the GPU backend needs Triton, which is optional without a GPU")
 
-from longrun.attention import cuda_backend
+from longrun.attention import prefill
 from longrun.config.model_config import ModelConfig
 from longrun.errors import ConfigError
 from longrun.kernels import gpu_kernels
@@ -21,6 +21,7 @@ from longrun.plan.budget import Budget
 from longrun.plan.plan import make_plan
 from longrun.runtime import backend
 from longrun.runtime.backend import Parts, build_engine
+from longrun.specs.reach import ALL_TOKENS
 
 CTX = 700
 TOLERANCE = 5e-3
@@ -108,6 +109,32 @@ def test_prefill_and_decode_agree_with_the_torch_backend(tmp_path, scores, devic
     check_agreement(engines(tmp_path, scores, device_share, kv=kv), ids, pieces)
 
 
+@pytest.mark.parametrize("device_share", [1.0, 0.4])
+@pytest.mark.parametrize("kv", ["int4", "k5v3"])
+def test_heads_of_finite_reach(tmp_path, device_share, kv):
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (660,), generator=torch.Generator().manual_seed(9))
+    pair = engines(tmp_path, "mixed", device_share, kv=kv, reaches=((ALL_TOKENS, 200), (130,), ()))
+    held = pair[0].cache.layers[1][0]
+    check_agreement(pair, ids, [250, 1, 1, 64, 123, *[1] * 181, 40])
+    assert held.num_pages() < held.num_pooled
+
+
+def test_pages_of_any_position_may_stand_on_the_host(tmp_path):
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (600,), generator=torch.Generator().manual_seed(10))
+    moved, plain = (engines(tmp_path, "full", 0.4, fetch_pages=12)[0] for _ in range(2))
+    run_both((moved, plain), ids[:420], [380, *[1] * 40])
+    for pages, _ in moved.cache.layers:
+        for head, (away, back) in enumerate((([2, 3], [0]), ([4], [1]), ([3], [0]))):
+            pages.places.move(head, away, to_host=True)
+            pages.places.move(head, back, to_host=False)
+    pieces = [1] * 20 + [90] + [1] * 70  # pages are added and leave meanwhile
+    found = [torch.stack([engine.run(piece)[-1] for piece in ids[420:].split(pieces)]) for engine in (moved, plain)]
+    moved.cache.check()
+    assert rms_ratio(*found) < TOLERANCE
+
+
 @pytest.mark.parametrize(("family", "rope"), [("qwen2", "default"), ("qwen3", "default"), ("llama", "dynamic")])
 def test_families(tmp_path, family, rope):
     tiny_model(family, rope, **SHAPE).save_pretrained(tmp_path)
@@ -137,7 +164,8 @@ def test_a_backend_that_forgets_to_rotate_is_noticed(tmp_path):
     ids = torch.randint(0, 97, (330,), generator=torch.Generator().manual_seed(7))
     for name, kv in (("_rotation", "int4"), ("_signs", "int4"), ("_rotates_values", "k5v3")):
         pair = engines(tmp_path, kv=kv)
-        setattr(pair[0].attention, name, None)
+        attention = pair[0].attention
+        setattr(attention if name == "_rotation" else attention.decode, name, None)
         fused, plain = run_both(pair, ids, [200, *[1] * 70, 60])
         assert rms_ratio(fused, plain) > 20 * TOLERANCE, name
 
@@ -147,7 +175,8 @@ def test_many_rounds_of_fetched_pages(tmp_path):
     tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
     ids = torch.randint(0, 97, (640,), generator=torch.Generator().manual_seed(3))
     pair = engines(tmp_path, "full", 0.1, fetch_pages=12)
-    assert pair[0].attention._rounds[3][2] > 2
+    decode = pair[0].attention.decode
+    assert len(decode._host_parts(0, pair[0].cache.layers[0][0])) > 2
     check_agreement(pair, ids, [400, *[1] * 40, 100, *[1] * 100])
 
 
@@ -157,16 +186,17 @@ def test_a_chunk_in_a_full_ones_shape_gives_the_same(tmp_path, monkeypatch):
     ids = torch.randint(0, 97, (260,), generator=torch.Generator().manual_seed(8))
     pair = engines(tmp_path)
     attention, lengths = pair[0].attention, []
-    attention._pads_chunks = True
-    monkeypatch.setattr(cuda_backend, "padded_rows", lambda heads, q_len, head_dim, start, chunk_size: chunk_size)
-    dense = attention.kernels.dense_attention
+    attention._prefill_pages._pads_chunks = True
+    monkeypatch.setattr(prefill, "padded_rows", lambda heads, q_len, head_dim, start, chunk_size: chunk_size)
+    dense = attention._prefill_pages._kernels.dense_attention
 
     def watched(q, k, v, causal, softmax_scale):
         lengths.append(q.shape[1])
         assert not causal or k.shape[1] == v.shape[1] == q.shape[1]
         return dense(q, k, v, causal, softmax_scale)
 
-    attention.kernels = dataclasses.replace(attention.kernels, dense_attention=watched)
+    paged = attention._prefill_pages
+    paged._kernels = dataclasses.replace(paged._kernels, dense_attention=watched)
     check_agreement(pair, ids, [100, 63, 1, 96])
     assert set(lengths) == {100, 2 * 100}  # over the past the group's queries stand in one row
 
@@ -219,5 +249,4 @@ def test_decode_buffers_are_planned(tmp_path):
     tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
     fused, plain = engines(tmp_path, device_share=0.4)
     assert plain.attention.spec.decode_bytes() == 0
-    tables = fused.attention._fetch_tables.values()
-    assert 4 * fused.attention.spec.fetch_table_pages == sum(table.nbytes for table in tables) > 0
+    assert 4 * fused.attention.spec.fetch_table_pages == fused.attention.decode._fetcher.nbytes > 0

@@ -96,7 +96,7 @@ def answer_slots(planted: PlantedModel, prompt: NeedlePrompt, session: Session) 
     """(position, slot in the page pool) of each answer's first token, in the one head that retrieves."""
     layer, head = planted.retrieval_head  # every head is kept, so that the split leaves the heads in their order
     pages = session.cache.layers[layer][0]
-    table, fmt = pages.table[head].cpu(), pages.fmt
+    table, fmt = pages.places.table[head].cpu(), pages.fmt
     found = []
     for question in prompt.questions:
         position = find(prompt.document_ids, [*question.token_ids[-NUM_SLOTS:], *question.expected_ids]) + NUM_SLOTS

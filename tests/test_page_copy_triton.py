@@ -3,11 +3,16 @@
 How the interpreted tests run: interpreted.py.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from interpreted import INTERPRETED, accesses, compiled, interpreted_tests, not_interpreted
+from page_views import FEW_AND_MANY, UNREAD, listed, scattered_view
 
 from longrun.errors import ConfigError
+from longrun.kernels.page_view import PageView
+from longrun.quant.kv_format import PageFormat
 
 pytest.importorskip("triton", reason="Triton is optional without a GPU")
 
@@ -20,6 +25,7 @@ from longrun.kernels.page_copy import (
     fetch_pages_reference,
     row_tiles,
 )
+from longrun.kernels.page_dequantize import dequantize_pages
 
 PAYLOADS = (8448, 4352)
 
@@ -35,26 +41,34 @@ def scattered(count, of, device="cpu", seed=1):
     return torch.randperm(of, generator=torch.Generator().manual_seed(seed))[:count].int().to(device)
 
 
-def check_fetch(storage, heads, per_round, first, limit, device="cpu", slot_offset=1000, **how):
-    max_pages = first + per_round + 3
-    wide = torch.full((heads, max_pages + 5), -1, dtype=torch.int32, device=device)
-    table = wide[:, 2 : 2 + max_pages]
-    if limit:
-        slots = scattered(heads * limit, len(storage), device).view(heads, limit) + slot_offset
-        table[:, :limit] = slots
-    lengths = torch.tensor([7, limit, 9], dtype=torch.int32, device=device)
-    buffer = torch.full((heads * per_round + 2, storage.shape[1]), 0xAA, dtype=torch.uint8, device=device)
-    expected = buffer.clone()
-    fetch_pages(storage, table, lengths[1:2], buffer, first, per_round, slot_offset=slot_offset, **how)
-    fetch_pages_reference(storage, table, lengths[1:2], expected, first, per_round, slot_offset=slot_offset)
-    assert torch.equal(buffer, expected)
-    for head in range(heads):  # by hand
-        for i in range(per_round):
-            row = buffer[head * per_round + i].cpu()
-            page = first + i
-            assert torch.equal(
-                row, storage[int(table[head, page]) - slot_offset].cpu() if page < limit else row * 0 + 0xAA
-            )
+def fetch_case(fmt, counts, skip, limit, shared=False, other_slot=1000, device="cpu", seed=0):
+    """A view of pages in both memories; a poisoned buffer with two rows too many; a poisoned table."""
+    how = {"skip": skip, "limit": limit, "shared": shared, "other_slot": other_slot}
+    view = scattered_view(fmt, counts, device=device, seed=seed, **how)
+    buffer = torch.full((len(counts) * limit + 2, fmt.payload_bytes), 0xAA, dtype=torch.uint8, device=device)
+    wide = torch.full((len(counts), view.table.shape[1] + 5), UNREAD, dtype=torch.int32, device=device)
+    return view, buffer, wide[:, 2 : 2 + view.table.shape[1]]
+
+
+def check_fetch(view, buffer, table, per_round, **how):
+    expected = buffer.clone(), table.clone()
+    fetch_pages_reference(view, *expected, per_round)
+    by_hand = buffer.clone(), table.clone()
+    for head in range(view.num_heads):
+        for e, page in enumerate(listed(view, head)):
+            slot = int(view.table[head, page])
+            if slot >= view.other_slot:
+                by_hand[0][head * per_round + e] = view.other[slot - view.other_slot].to(buffer.device)
+                slot = view.other_slot + head * per_round + e
+            by_hand[1][head, page] = slot
+    fetch_pages(view, buffer, table, per_round, **how)
+    for x, y, z in zip((buffer, table), expected, by_hand, strict=True):
+        assert torch.equal(x, y) and torch.equal(x, z)
+
+
+# pages a head, skip, limit, one list for all heads
+ROUNDS = [((3, 3, 3), 0, 4, False), ((0,), 0, 5, False), ((3, 1), 4, 4, False), ((6, 4, 9, 5, 0), 4, 4, False),
+          ((20, 20, 20), 5, 3, True), ((1,), 0, 1, False)]  # fmt: skip
 
 
 if INTERPRETED:
@@ -74,21 +88,29 @@ if INTERPRETED:
         copy_pages_reference(src, of, reference, to, src_offset=100, dst_offset=7)
         assert torch.equal(dst, expected) and torch.equal(reference, expected)
 
-    @pytest.mark.parametrize("payload", PAYLOADS)
-    @pytest.mark.parametrize(
-        ("heads", "per_round", "first", "limit"),
-        [(3, 4, 0, 3), (1, 5, 0, 0), (2, 4, 4, 3), (2, 4, 4, 6), (3, 3, 5, 99), (1, 1, 0, 1)],
-    )
-    def test_interpreted_fetch_pages(heads, per_round, first, limit, payload):
-        limit = min(limit, first + per_round + 1)
-        storage, _ = pools(payload, 41, 1)
-        check_fetch(storage, heads, per_round, first, limit, num_programs=4)
-        check_fetch(storage, heads, per_round, first, limit, num_programs=2, pages_per_step=2, num_warps=2)
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    @pytest.mark.parametrize(("counts", "skip", "limit", "shared"), ROUNDS)
+    @pytest.mark.parametrize("other_slot", [0, 1000, 2**31 - 1000])
+    def test_interpreted_fetch_pages(counts, skip, limit, shared, other_slot, head_dim):
+        case = fetch_case(PageFormat("k5v3", 64, head_dim), counts, skip, limit, shared, other_slot)
+        check_fetch(*case, limit, num_programs=4)
+        case = fetch_case(PageFormat("k5v3", 64, head_dim), counts, skip, limit, shared, other_slot)
+        check_fetch(*case, limit, num_programs=2, pages_per_step=2, num_warps=2)
+
+    def test_interpreted_fetch_makes_the_view_readable():
+        """Dequantized through the buffer, after host memory is overwritten: the same keys and values."""
+        view, buffer, table = fetch_case(PageFormat("int4", 64, 64), (6, 0, 9), 1, 4)
+        expected, found = torch.full((2, 2, 3, 4 * 64, 64), float("nan"))
+        dequantize_pages(view, *expected)
+        fetch_pages(view, buffer, table, 4)
+        view.other.fill_(0xAA)
+        dequantize_pages(view.fetched(buffer, table), *found)
+        assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
 
 
 @not_interpreted
 def test_kernels_through_the_interpreter():
-    assert interpreted_tests(__file__) >= 27
+    assert interpreted_tests(__file__) >= 52
 
 
 @not_interpreted
@@ -97,8 +119,6 @@ def test_payloads_that_are_not_served_are_refused():
     slots = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ConfigError, match="8440 bytes"):
         copy_pages(src, slots, dst, slots)
-    with pytest.raises(ConfigError, match="8440 bytes"):
-        fetch_pages(src, slots[None], slots, dst, 0, 1)
 
 
 @not_interpreted
@@ -107,15 +127,19 @@ def test_payloads_that_are_not_served_are_refused():
 @pytest.mark.parametrize("pages", [1, 2])
 def test_page_copies_compile_without_a_gpu(pages, payload, capability):
     """16 bytes an access, and every load of a step before its first store."""
-    names = ("src", "src_slots", "dst", "dst_slots", "storage", "table", "limit", "buffer")
+    names = ("src", "src_slots", "dst", "dst_slots")
+    names += ("other", "table", "pages", "begins", "counts", "buffer", "to_table")
     for kernel in (copy_kernel, fetch_kernel):
         constants = row_tiles(payload, 4) | {"PAGES": pages}
+        if kernel is fetch_kernel:
+            constants["HEADS"] = 8 if pages == 1 else 1
         pointers = {f"{name}_ptr": "*i32" for name in names if f"{name}_ptr" in kernel.arg_names}
         found = accesses(compiled(kernel, capability, pointers, constants, 4))
         wide = [kind for kind, number in found if number == 16]
         per_thread = pages * (payload // 2048 + 1)
         assert wide == ["ld"] * per_thread + ["st"] * per_thread
-        assert {number for kind, number in found if kind == "st"} == {16}
+        small = [number for kind, number in found if kind == "st" and number != 16]
+        assert small == ([4] if kernel is fetch_kernel else [])  # the slot
 
 
 @pytest.mark.gpu
@@ -151,50 +175,61 @@ def test_page_copies_beyond_two_gib_and_four():
     copy_pages(pool, slots + 9, back, order, src_offset=9)
     assert torch.equal(back, pages)
     back = torch.zeros_like(pages)
-    limit = torch.tensor([len(slots)], dtype=torch.int32, device="cuda")
-    fetch_pages(pool, slots[None] + 9, limit, back, 0, len(slots), slot_offset=9)
+    zero, count = slots.new_zeros(1), slots.new_tensor([len(slots)])
+    fmt = PageFormat("k5v3", 64, 128)
+    index = torch.zeros(1, len(slots), 2, 128, dtype=torch.float16, device="cuda")
+    view = PageView(pages, slots[None] + 9, index, order[None], zero, count, zero, fmt, 0, pool, 9, 0, len(slots))
+    fetch_pages(view, back, torch.empty_like(view.table), len(slots))
     assert torch.equal(back, pages)
 
 
-@pytest.mark.gpu
-@not_interpreted
-@pytest.mark.parametrize("payload", PAYLOADS)
-@pytest.mark.parametrize(("per_round", "first", "limit"), [(64, 0, 64), (64, 64, 100), (64, 128, 100), (33, 7, 22)])
-def test_fetch_pages_from_pinned_memory(per_round, first, limit, payload):
-    storage, _ = pools(payload, 1024, 1)
-    check_fetch(storage.pin_memory(), 8, per_round, first, limit, "cuda")
-    check_fetch(storage.pin_memory(), 8, per_round, first, limit, "cuda", num_programs=5, pages_per_step=4)
+def pinned(view):
+    return replace(view, other=view.other.cpu().pin_memory())
 
 
 @pytest.mark.gpu
 @not_interpreted
-def test_a_captured_fetch_follows_limit_table_and_host_pages():
-    storage = pools(8448, 900, 1)[0].pin_memory()
-    table = scattered(800, 900, "cuda").view(8, 100)
-    limit = torch.ones(1, dtype=torch.int32, device="cuda")
-    buffers = [torch.zeros(8 * 40, 8448, dtype=torch.uint8, device="cuda") for _ in range(3)]
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("skip", "limit"), [(0, 64), (64, 64), (7, 22)])
+@pytest.mark.parametrize("counts", [(64,) * 8, FEW_AND_MANY])
+def test_fetch_pages_from_pinned_memory(counts, skip, limit, head_dim):
+    for how in ({}, {"num_programs": 5, "pages_per_step": 4}):
+        view, *room = fetch_case(PageFormat("int4", 64, head_dim), counts, skip, limit, device="cuda")
+        check_fetch(pinned(view), *room, limit, **how)
+
+
+@pytest.mark.gpu
+@not_interpreted
+def test_a_captured_fetch_follows_lists_table_and_host_pages():
+    fmt = PageFormat("int4", 64, 128)
+    make = lambda seed, counts: pinned(scattered_view(fmt, counts, device="cuda", seed=seed))  # noqa: E731
+    view = make(0, (100,) * 8)
+    rows = [torch.zeros(8 * 40, fmt.payload_bytes, dtype=torch.uint8, device="cuda") for _ in range(3)]
+    tables = [torch.zeros_like(view.table) for _ in range(3)]
 
     def rounds(fetch):
-        for i, buffer in enumerate(buffers):
-            fetch(storage, table, limit, buffer, 40 * i, 40)
+        for i, (buffer, table) in enumerate(zip(rows, tables, strict=True)):
+            fetch(view.part(40 * i, 40), buffer, table, 40)
+
+    def poisoned_rounds(work):
+        for x in (*rows, *tables):
+            x.fill_(0x55)
+        work()
+        return [x.clone() for x in (*rows, *tables)]
 
     rounds(fetch_pages)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         rounds(fetch_pages)
-    for step, number in enumerate((1, 39, 0, 40, 41, 99, 100)):
-        limit.fill_(number)
-        table.copy_(scattered(800, 900, "cuda", seed=step).view(8, 100))
+    for seed, counts in enumerate([(100,) * 8, (1, 39, 0, 40, 41, 99, 100, 80), (0,) * 8, (0, 0, 100, 0, 0, 3, 0, 0)]):
+        other = make(seed, (100,) * 8)  # of the same shapes
+        for to, of in ((view.table, other.table), (view.pages, other.pages), (view.begins, other.begins)):
+            to.copy_(of)
+        view.counts.copy_(torch.tensor(counts))
         torch.cuda.synchronize()
-        storage[step * 100 : step * 100 + 50] ^= 0x5A  # the host writes between replays
-        for buffer in buffers:
-            buffer.fill_(0xAA)
-        graph.replay()
-        found = [buffer.clone() for buffer in buffers]
-        for buffer in buffers:
-            buffer.fill_(0xAA)
-        rounds(fetch_pages_reference)
-        assert all(torch.equal(x, y) for x, y in zip(found, buffers, strict=True))
+        view.other.copy_(other.other)  # the host writes between replays
+        found = poisoned_rounds(graph.replay)
+        assert all(map(torch.equal, found, poisoned_rounds(lambda: rounds(fetch_pages_reference))))
 
 
 @pytest.mark.gpu

@@ -4,20 +4,22 @@ How the interpreted tests run: interpreted.py.
 """
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from interpreted import INTERPRETED, interpreted_tests, not_interpreted, same_bits
+from page_views import FEW_AND_MANY, in_order, scattered_view
 
 from longrun.errors import ConfigError
 from longrun.kernels import page_view
-from longrun.kernels.page_view import PageRun
+from longrun.kernels.page_view import PageView
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
 
 pytest.importorskip("triton", reason="Triton is optional without a GPU")
 
-from longrun.kernels.page_dequantize import dequantize_kernel, dequantize_run
+from longrun.kernels.page_dequantize import dequantize_kernel, dequantize_pages
 from longrun.kernels.page_store import reference_store_pages, store_kernel, store_pages
 
 POISON = 0xFF  # as float16 or bfloat16 pairs of it are NaN
@@ -59,22 +61,33 @@ def store_both(k, v, fmt, slot_offset=0):
     return [x.cpu() for x in actual], expected
 
 
-def check_dequantize(name, heads, pages, first, head_dim, dtype, device="cpu", slot_offset=0):
-    fmt = PageFormat(name, 64, head_dim)
-    payload, index = encode_pages(
-        *(x.unflatten(1, (-1, 64)) for x in random_tokens(heads, pages, fmt, torch.float)), fmt
-    )
-    storage, slots, _, _ = poisoned_pool(heads, pages, fmt)
-    storage[slots.long()] = payload
-    table = (slots + slot_offset).to(device)
-    run = PageRun(storage.to(device), table, index.to(device), first, pages - first, fmt, slot_offset)
-    tokens = run.count * 64
-    expected = torch.empty(2, heads, tokens, head_dim, dtype=dtype, device=device)
-    page_view.dequantize_run(run, *expected)
-    wide = torch.full((2, heads, tokens + 3, head_dim), float("nan"), dtype=dtype, device=device)
-    dequantize_run(run, wide[0, :, :tokens], wide[1, :, :tokens])
-    assert torch.isfinite(expected).all() and same_bits(wide[:, :, :tokens], expected)
-    assert wide[:, :, tokens:].isnan().all()
+def all_pages(storage, slots, index, fmt):
+    """A view of every page, in order."""
+    heads, pages = slots.shape
+    zeros = torch.zeros(heads, dtype=torch.int32, device=slots.device)
+    row = torch.arange(pages, dtype=torch.int32, device=slots.device).expand(heads, -1)
+    return PageView(storage, slots, index, row, zeros, zeros + pages, zeros, fmt)
+
+
+# pages a head, skip, limit, one list for all heads, first slot of a second memory
+LISTS = [((1,), 0, 9, False, None), ((5, 0, 3), 2, 2, False, 77), ((3, 3), 0, 9, True, 5000), ((2, 7), 1, 9, False, 0)]
+
+
+def check_dequantize(name, lists, head_dim, dtype, device="cpu"):
+    counts, skip, limit, shared, other_slot = lists
+    how = {"skip": skip, "limit": limit, "shared": shared, "other_slot": other_slot}
+    view = scattered_view(PageFormat(name, 64, head_dim), counts, device=device, **how)
+    tokens = 64 * int(view.num_entries().max())
+    expected = torch.full((2, len(counts), tokens, head_dim), float("nan"), dtype=dtype, device=device)
+    page_view.dequantize_pages(view, *expected)
+    wide = torch.full((2, len(counts), tokens + 3, head_dim), float("nan"), dtype=dtype, device=device)
+    dequantize_pages(view, wide[0, :, :tokens], wide[1, :, :tokens])
+    assert same_bits(wide[:, :, :tokens], expected) and wide[:, :, tokens:].isnan().all()
+    written = 2 * 64 * head_dim * int(view.num_entries().sum())
+    assert int(torch.isfinite(expected).sum()) == written > 0
+    dense = torch.full_like(expected, float("nan"))
+    dequantize_pages(in_order(view), *dense)
+    assert same_bits(dense, expected)
 
 
 def steps(payload, fmt):
@@ -114,9 +127,10 @@ if INTERPRETED:
 
     @both_formats
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    @pytest.mark.parametrize(("heads", "pages", "first", "head_dim"), [(1, 1, 0, 128), (3, 5, 2, 64), (2, 3, 0, 128)])
-    def test_interpreted_dequantize(name, heads, pages, first, head_dim, dtype):
-        check_dequantize(name, heads, pages, first, head_dim, dtype, slot_offset=77)
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    @pytest.mark.parametrize("lists", LISTS)
+    def test_interpreted_dequantize(name, lists, head_dim, dtype):
+        check_dequantize(name, lists, head_dim, dtype)
 
     @both_formats
     def test_interpreted_round_trip_bounds_the_error(name):
@@ -125,7 +139,7 @@ if INTERPRETED:
         storage, slots, index, _ = poisoned_pool(2, 2, fmt)
         store_pages(k, v, storage, slots, index, torch.tensor([0, 1], dtype=torch.int32), fmt)
         out = torch.full((2, 2, 128, 64), float("nan"))
-        dequantize_run(PageRun(storage, slots, index, 0, 2, fmt), *out)
+        dequantize_pages(all_pages(storage, slots, index, fmt), *out)
         for x, y, dim, bits in ((k, out[0], 2, fmt.key_bits), (v, out[1], 3, fmt.value_bits)):
             x = x.unflatten(1, (2, 64))
             step = (x.amax(dim, keepdim=True) - x.amin(dim, keepdim=True)) / (2**bits - 1)
@@ -134,7 +148,7 @@ if INTERPRETED:
 
 @not_interpreted
 def test_kernels_through_the_interpreter():
-    assert interpreted_tests(__file__) >= 28
+    assert interpreted_tests(__file__) >= 48
 
 
 @not_interpreted
@@ -147,13 +161,14 @@ def test_other_formats_are_refused(fmt):
     with pytest.raises(ConfigError, match=word):
         store_pages(k, k, storage, slots[None], index, numbers, fmt)
     with pytest.raises(ConfigError, match=word):
-        dequantize_run(PageRun(storage, slots[None], index, 0, 1, fmt), k, k)
+        dequantize_pages(all_pages(storage, slots[None], index, fmt), k, k)
 
 
 def signature(kernel, item):
     """Types of the kernel's arguments: pointers by their names, the rest as a large cache would pass them."""
     pointers = {
-        "storage": "*u8", "halves": "*fp16", "index": "*fp16",
+        "storage": "*u8", "other": "*u8", "halves": "*fp16", "index": "*fp16",
+        "pages": "*i32", "begins": "*i32", "counts": "*i32",
         "table": "*i32", "slots": "*i32", "page_numbers": "*i32",
     }  # fmt: skip
     types = {
@@ -208,9 +223,9 @@ def test_store_on_the_gpu_writes_the_reference_bytes(name, heads, pages, head_di
 @both_formats
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(("heads", "pages", "first"), [(1, 1, 0), (3, 11, 4), (8, 257, 1)])
-def test_dequantize_on_the_gpu_writes_the_reference_bits(name, heads, pages, first, head_dim, dtype):
-    check_dequantize(name, heads, pages, first, head_dim, dtype, "cuda", slot_offset=123)
+@pytest.mark.parametrize("lists", [*LISTS, (FEW_AND_MANY, 0, 99, False, 300), ((257,) * 8, 1, 999, True, None)])
+def test_dequantize_on_the_gpu_writes_the_reference_bits(name, lists, head_dim, dtype):
+    check_dequantize(name, lists, head_dim, dtype, "cuda")
 
 
 @pytest.mark.gpu
@@ -232,10 +247,12 @@ def test_offsets_beyond_two_gib_and_four(name):
     tokens, far = count * 64, 2**31 + 64
     room = torch.empty(far + 2 * k.numel(), dtype=torch.bfloat16, device="cuda")
     out = torch.as_strided(room, (2, tokens, 128), (far, 128, 1))  # the second head lies beyond 2**31 elements
-    run = PageRun(storage, slots.expand(2, -1), index.expand(2, -1, -1, -1), 0, count, fmt)
-    dequantize_run(run, out, torch.empty_like(out))
+    view = all_pages(storage, slots.expand(2, -1), index.expand(2, -1, -1, -1), fmt)
     expected = decode_pages(payload, index, fmt)[0].flatten(1, 2).bfloat16()
-    assert same_bits(out, expected.expand(2, -1, -1))
+    for pages in (view, replace(view, storage=storage[:1], other=storage, other_slot=0)):
+        out.fill_(float("nan"))
+        dequantize_pages(pages, out, torch.empty_like(out))
+        assert same_bits(out, expected.expand(2, -1, -1))
     near = torch.arange(1, 2 * count + 1, dtype=torch.int32, device="cuda").view(2, count)
     found = torch.zeros(2, count, 2, 128, dtype=torch.float16, device="cuda")
     store_pages(out, out, storage, near, found, torch.arange(count, dtype=torch.int32, device="cuda"), fmt)

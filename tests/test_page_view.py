@@ -1,11 +1,15 @@
-"""Pages: the codec against plain quantization, the compiled CPU kernels against the torch references."""
+"""Pages: the codec against plain quantization, the torch references against loops over tokens, the compiled CPU kernels
+against the references."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from page_views import FEW_AND_MANY, exact_tokens, in_order, listed, page_tensors, random_pages, scattered_view
 
 from longrun.errors import ConfigError
 from longrun.kernels.cpu_pages import CpuPageKernels
-from longrun.kernels.page_view import ExactRun, PageRun, decode_attention, dequantize_run
+from longrun.kernels.page_view import ExactTokens, PageView, decode_attention, dequantize_pages
 from longrun.paths import cache_dir
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
@@ -18,17 +22,16 @@ def rms_ratio(actual, expected):
     return ((actual - expected).double().pow(2).mean() / expected.double().pow(2).mean()).sqrt().item()
 
 
+def assert_close(out, lse, expected, expected_lse):
+    """Head by head: one of them may have large values, another none at all."""
+    for head in range(len(out)):
+        assert torch.equal(out[head], expected[head]) or rms_ratio(out[head], expected[head]) < 2e-5
+    assert torch.allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def cpu_kernels():
     return CpuPageKernels(cache_dir() / "kernels")  # compiled by whichever test comes first
-
-
-def random_pages(heads, pages, fmt, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    scale = torch.rand(1, 1, 1, fmt.head_dim, generator=g) * 4  # channels of unlike size, as keys have
-    k = torch.randn(heads, pages, fmt.page_size, fmt.head_dim, generator=g) * scale + scale.flip(-1)
-    v = torch.randn(heads, pages, fmt.page_size, fmt.head_dim, generator=g)
-    return k, v
 
 
 def test_bytes_of_the_design():
@@ -84,35 +87,96 @@ def test_constant_page_survives(name):
     assert torch.equal(dk, k) and torch.equal(dv, -k)
 
 
-def scattered_run(heads, pages, fmt, seed=0, first=0, extra_slots=5):
-    """Pages at random slots of a pool whose other slots are garbage."""
-    k, v = random_pages(heads, pages, fmt, seed)
-    payload, index = encode_pages(k, v, fmt)
-    g = torch.Generator().manual_seed(seed + 1)
-    slots = torch.randperm(heads * pages + extra_slots, generator=g)
-    storage = torch.randint(0, 256, (len(slots), fmt.payload_bytes), dtype=torch.uint8, generator=g)
-    table = slots[: heads * pages].view(heads, pages).int()
-    storage[table.long()] = payload
-    return PageRun(storage, table, index, first, pages - first, fmt)
+# page counts, skip, limit, one list for all heads
+LISTS = [((1,), 0, 100, False), ((11, 0, 9), 4, 6, False), ((37, 37), 0, 100, True), ((9, 2, 30), 1, 100, False)]
+
+
+@pytest.mark.parametrize("name", ["int4", "k5v3", "fp32"])
+@pytest.mark.parametrize(("counts", "skip", "limit", "shared"), LISTS)
+@pytest.mark.parametrize("split", [False, True])
+def test_reference_dequantizes_page_by_page(name, counts, skip, limit, shared, split):
+    fmt = PageFormat(name, 16, 32)
+    view = scattered_view(fmt, counts, skip=skip, limit=limit, shared=shared)
+    if split:  # a part of a part
+        view = replace(view, skip=0, limit=2**31 - 1).part(skip - skip // 2, 99).part(skip // 2, limit)
+    expected = [[page_tensors(view, head, page) for page in listed(view, head)] for head in range(len(counts))]
+    assert [len(pages) for pages in expected] == view.num_entries().tolist()
+    out = torch.full((2, len(counts), 16 * max(map(len, expected)), 32), float("nan"))
+    dequantize_pages(view, *out)
+    for head, pages in enumerate(expected):
+        for side in (0, 1):
+            of = torch.cat([page[side] for page in pages]) if pages else torch.empty(0, 32)
+            assert torch.equal(out[side, head, : len(of)], of) and out[side, head, len(of) :].isnan().all()
+
+
+def attention_by_token(q, view, exact, softmax_scale):
+    """Token by token in float64, each asked for by its position."""
+    out, lse = torch.zeros(q.shape, dtype=torch.float64), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float64)
+    for head in range(q.shape[0]):
+        keys, values = [], []
+
+        def add(position, k, v, head=head, keys=keys, values=values):
+            if view is None or position < view.sink_size or position >= int(view.first[head]):
+                keys.append(k.double()), values.append(v.double())
+
+        for page in listed(view, head) if view is not None else ():
+            for token, (k, v) in enumerate(zip(*page_tensors(view, head, page), strict=True)):
+                add((page + view.fmt.sink_pages) * view.fmt.page_size + token, k, v)
+        sinks, tails, start = exact.lengths.tolist() if exact is not None else (0, 0, 0)
+        for token in range(sinks):
+            add(token, exact.sink_k[head, token], exact.sink_v[head, token])
+        for token in range(tails):
+            add(start + token, exact.tail_k[head, token], exact.tail_v[head, token])
+        if keys:
+            scores = q[head].double() * softmax_scale @ torch.stack(keys).T
+            lse[head] = scores.exp().sum(-1).log()
+            out[head] = scores.softmax(-1) @ torch.stack(values)
+    return out.float(), lse.float()
+
+
+# sinks, oldest position seen beside them, by head: nothing hidden, halves of pages, whole pages, all of them
+MASKS = [(0, 0), (5, (0, 37, 64, 1000)), (20, (33, 2**31 - 1, 16, 160)), (0, (2**31 - 1, 200, 0, 90))]
+
+
+@pytest.mark.parametrize("name", ["k5v3", "fp32"])
+@pytest.mark.parametrize(("sink_size", "first"), MASKS)
+def test_reference_attends_to_what_is_seen(name, sink_size, first):
+    fmt = PageFormat(name, 16, 32)
+    view = scattered_view(fmt, (9, 1, 12, 7), skip=1, limit=8, sink_size=sink_size, first=first)
+    q = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(1))
+    for exact in (exact_tokens(4, fmt, 16, 7, 208), exact_tokens(4, fmt, 16, 0, 0), None):
+        for pages in (view, None):
+            expected, expected_lse = attention_by_token(q, pages, exact, 0.25)
+            out, lse = decode_attention(q, pages, exact, softmax_scale=0.25)
+            assert torch.allclose(out, expected, atol=1e-5) and torch.allclose(lse, expected_lse, atol=1e-5)
+            held = torch.empty_like(out), torch.empty_like(lse)
+            decode_attention(q, pages, exact, softmax_scale=0.25, out=held[0], lse=held[1])
+            assert torch.equal(held[0], out) and torch.equal(held[1], lse)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
-@pytest.mark.parametrize(("heads", "pages", "first"), [(1, 1, 0), (3, 11, 4), (2, 37, 0)])
+@pytest.mark.parametrize(("counts", "skip", "limit", "shared"), [*LISTS, (FEW_AND_MANY, 0, 100, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_dequantize(cpu_kernels, name, head_dim, heads, pages, first, dtype):
+def test_compiled_dequantize(cpu_kernels, name, head_dim, counts, skip, limit, shared, dtype):
     fmt = PageFormat(name, 64, head_dim)
-    run = scattered_run(heads, pages, fmt, first=first)
-    shape = (heads, run.count * 64, head_dim)
-    expected = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-    dequantize_run(run, *expected)
-    wide = torch.full((2, heads, run.count * 64 + 3, head_dim), float("nan"), dtype=dtype)  # poisoned, strided
-    out_k, out_v = wide[0, :, : shape[1]], wide[1, :, : shape[1]]
-    cpu_kernels.dequantize_run(run, out_k, out_v)
+    view = scattered_view(fmt, counts, skip=skip, limit=limit, shared=shared)
+    tokens = 64 * int(view.num_entries().max())
+    expected = torch.full((2, len(counts), tokens, head_dim), float("nan"), dtype=dtype)
+    dequantize_pages(view, *expected)
+    wide = torch.full((2, len(counts), tokens + 3, head_dim), float("nan"), dtype=dtype)  # poisoned, strided
+    out = wide[:, :, :tokens]
+    cpu_kernels.dequantize_pages(view, *out)
+    written = ~expected.isnan()
+    assert torch.equal(written, ~out.isnan()) and wide[:, :, tokens:].isnan().all()
     tolerance = 1e-6 if dtype == torch.float32 else 2e-3  # a fused multiply-add may round the other way
-    assert rms_ratio(out_k.float(), expected[0].float()) < tolerance
-    assert rms_ratio(out_v.float(), expected[1].float()) < tolerance
-    assert wide[:, :, shape[1] :].isnan().all()
+    for side in (0, 1):
+        assert rms_ratio(out[side][written[side]].float(), expected[side][written[side]].float()) < tolerance
+    dense = torch.full_like(expected, float("nan"))
+    cpu_kernels.dequantize_pages(in_order(view), *dense)
+    assert torch.equal(dense[written], out[written])
+    with pytest.raises(AssertionError, match="room"):
+        cpu_kernels.dequantize_pages(view, *dense[:, :, :-1])
 
 
 def page_of_steps(fmt, keys, values):
@@ -120,7 +184,8 @@ def page_of_steps(fmt, keys, values):
     one_and_zero = torch.tensor([1, 0]).half()
     payload = torch.cat((keys, values, one_and_zero.repeat_interleave(fmt.page_size).view(torch.uint8)))
     index = one_and_zero.repeat_interleave(fmt.head_dim).view(1, 1, 2, fmt.head_dim)
-    return PageRun(payload[None], torch.zeros(1, 1).int(), index, 0, 1, fmt)
+    zero, one = torch.zeros(1).int(), torch.ones(1).int()
+    return PageView(payload[None], zero[None], index, zero[None], zero, one, zero, fmt)
 
 
 @pytest.mark.parametrize(("head_dim", "page_size"), [(16, 64), (80, 32), (128, 16)])
@@ -136,7 +201,7 @@ def test_k5v3_steps_by_hand(cpu_kernels, head_dim, page_size):
         token, channel = divmod(n, head_dim // 2)
         expected[1, 0, token, channel] = value & 7
         expected[1, 0, token, channel + head_dim // 2] = value >> 4 & 7
-    for read in (dequantize_run, cpu_kernels.dequantize_run):
+    for read in (dequantize_pages, cpu_kernels.dequantize_pages):
         out = torch.full_like(expected, float("nan"))
         read(page_of_steps(fmt, keys, values), *out)
         assert torch.equal(out, expected)
@@ -157,11 +222,11 @@ def test_a_fifth_bit_of_a_key_decides(cpu_kernels, head_dim, page_size, group):
     for bit, chosen in ((8, token), (128, token + half)):
         values = plain.clone()
         values[channel * half + token] |= bit
-        run = page_of_steps(fmt, torch.zeros_like(plain), values)
+        view = page_of_steps(fmt, torch.zeros_like(plain), values)
         row = plain.view(page_size, head_dim // 2)[chosen]
         expected = torch.cat((row & 7, row >> 4 & 7)).float().expand(1, group, head_dim)
         for read in (decode_attention, cpu_kernels.decode_attention):
-            out, lse = read(q, run, ())
+            out, lse = read(q, view, None)
             assert torch.allclose(out, expected, atol=1e-6) and torch.allclose(lse, torch.full_like(lse, 64.0))
 
 
@@ -173,42 +238,76 @@ def test_compiled_decode(cpu_kernels, name, group, head_dim, page_size, pages):
     heads, fmt = 3, PageFormat(name, page_size, head_dim)
     g = torch.Generator().manual_seed(group)
     q = torch.randn(heads, group, head_dim, generator=g) * 0.3
-    run = scattered_run(heads, pages, fmt, seed=group) if pages else None
-    sink = ExactRun(*torch.randn(2, heads, page_size, head_dim, generator=g).bfloat16(), page_size)
-    tail = ExactRun(*torch.randn(2, heads, page_size, head_dim, generator=g).bfloat16(), page_size - 3)
-    for exact in ((sink, tail), (tail,), ()):
-        if not exact and run is None:
-            continue
-        expected, expected_lse = decode_attention(q, run, exact)
-        out, lse = cpu_kernels.decode_attention(q, run, exact)
-        assert rms_ratio(out, expected) < 1e-5
-        assert torch.allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    view = scattered_view(fmt, [pages] * heads, seed=group) if pages else None
+    both = exact_tokens(heads, fmt, page_size, page_size - 3, 1000)
+    for exact in (both, replace(both, lengths=torch.tensor([0, 5, 1000]).int()), None):
+        expected, expected_lse = decode_attention(q, view, exact)
+        out, lse = cpu_kernels.decode_attention(q, view, exact)
+        assert_close(out, lse, expected, expected_lse)
+
+
+def view_and_q(name, page_size, head_dim, **more):
+    fmt = PageFormat(name, page_size, head_dim)
+    view = scattered_view(fmt, FEW_AND_MANY, **more)
+    q = torch.randn(len(FEW_AND_MANY), 3, head_dim, generator=torch.Generator().manual_seed(5)) * 0.3
+    return view, q, exact_tokens(len(FEW_AND_MANY), fmt, page_size, page_size - 3, page_size * 136)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize(("head_dim", "page_size"), [(16, 16), (80, 32), (64, 64), (96, 128)])
+@pytest.mark.parametrize(("skip", "limit", "shared"), [(0, 1000, False), (1, 63, False), (62, 40, True)])
+def test_compiled_decode_of_a_list_a_head(cpu_kernels, name, head_dim, page_size, skip, limit, shared):
+    """The same pages give the same bits, wherever they stand, whatever their numbers."""
+    view, q, exact = view_and_q(name, page_size, head_dim, skip=skip, limit=limit, shared=shared)
+    for more in (exact, None):
+        found = cpu_kernels.decode_attention(q, view, more, softmax_scale=0.5)
+        assert_close(*found, *decode_attention(q, view, more, softmax_scale=0.5))
+        dense = cpu_kernels.decode_attention(q, in_order(view), more, softmax_scale=0.5)
+        assert torch.equal(found[0], dense[0]) and torch.equal(found[1], dense[1])
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
+def test_compiled_decode_sees_what_is_not_hidden(cpu_kernels, name, page_size):
+    """In pages, sinks and tail: the ends of pages, their middle, all of some, all of everything."""
+    last = page_size * 136
+    for sink_size, first in (
+        (0, (3, 2 * page_size - 1, last // 2, page_size * 9, last // 2 + 13)),
+        (page_size + 5, (page_size, 2 * page_size, 2 * page_size - 5, last - 1, last + 2)),
+        (7, (0, 8, 2**31 - 1, last + page_size - 4, last)),
+        (0, 2**31 - 1),
+    ):
+        view, q, exact = view_and_q(name, page_size, 64, sink_size=sink_size, first=first)
+        for more in (exact, None):
+            expected, expected_lse = decode_attention(q, view, more)
+            out, lse = cpu_kernels.decode_attention(q, view, more)
+            assert_close(out, lse, expected, expected_lse)
+            unseen = expected_lse == -torch.inf
+            assert (out[unseen] == 0).all() and unseen.any() == (more is None or first == 2**31 - 1)
+
+
+def test_nothing_hidden_is_the_same_bits(cpu_kernels):
+    """Where the mask hides no token, its way through the kernel changes nothing."""
+    plain, q, exact = view_and_q("k5v3", 64, 64)
+    for sink_size, first in ((10**6, 2**31 - 1), (64 * 100, 64 * 100), (700, 650)):
+        masked = replace(plain, sink_size=sink_size, first=torch.full_like(plain.first, first))
+        for x, y in zip(*(cpu_kernels.decode_attention(q, v, exact) for v in (plain, masked)), strict=True):
+            assert torch.equal(x, y)
 
 
 def test_compiled_decode_over_exact_float32(cpu_kernels):
     g = torch.Generator().manual_seed(3)
     q = torch.randn(2, 3, 64, generator=g)
-    ring = ExactRun(*torch.randn(2, 2, 321, 64, generator=g), 123)
-    expected, expected_lse = decode_attention(q, None, (ring,))
-    out, lse = cpu_kernels.decode_attention(q, None, (ring,))
+    ring = ExactTokens(*torch.randn(4, 2, 321, 64, generator=g), torch.tensor([123, 300, 400]).int())
+    expected, expected_lse = decode_attention(q, None, ring)
+    out, lse = cpu_kernels.decode_attention(q, None, ring)
     assert rms_ratio(out, expected) < 1e-5 and torch.allclose(lse, expected_lse, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_large_scores_do_not_overflow(cpu_kernels, name):
-    fmt = PageFormat(name, 64, 64)
-    run = scattered_run(1, 3, fmt)
+    view = scattered_view(PageFormat(name, 64, 64), (3,))
     q = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(1)) * 100
-    expected, expected_lse = decode_attention(q, run, ())
-    out, lse = cpu_kernels.decode_attention(q, run, ())
+    expected, expected_lse = decode_attention(q, view, None)
+    out, lse = cpu_kernels.decode_attention(q, view, None)
     assert rms_ratio(out, expected) < 1e-4 and torch.allclose(lse, expected_lse, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_slot_offset(cpu_kernels, name):
-    fmt = PageFormat(name, 64, 64)
-    run = scattered_run(2, 9, fmt)
-    moved = PageRun(run.storage, run.table + 1000, run.index, 0, 9, fmt, slot_offset=1000)
-    q = torch.randn(2, 2, 64)
-    for read in (decode_attention, cpu_kernels.decode_attention):
-        assert torch.equal(read(q, run, ())[0], read(q, moved, ())[0])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -48,7 +49,7 @@ def content(session):
     """All that makes a session: every page wherever it stands, tails, rings, tokens, logits, random state, extra."""
     session.cache.check()
     pages = [heads for heads, _ in session.cache.layers if heads is not None]
-    parts = [heads.read_payload(0, heads.num_pooled) for heads in pages]
+    parts = [heads.places.read(slice(None), np.arange(heads.num_pooled)) for heads in pages]
     parts += [heads.index[:, : heads.num_pooled] for heads in pages]
     parts += [*session.cache.state().values(), *session.snapshot().values()]
     return session.seq_len, session.extra, [part.contiguous().view(torch.uint8).numpy().tobytes() for part in parts]

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from longrun.errors import InputError, SessionError
 from longrun.patterns.head_map import HeadMap
 from longrun.session.manifest import VERSION, _digest
 from longrun.session.store import is_session
+from longrun.specs.reach import ALL_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,6 +122,39 @@ def test_rewound_pages_are_written_anew(saved):
     again = runtime.load_session(folder)
     assert again.token_ids == session.token_ids
     assert list(again.generate(20, eos=False)) == list(session.generate(20, eos=False))
+
+
+def test_heads_that_drop_pages_are_saved_with_those_they_hold(checkpoint, tmp_path):
+    runtime = load(checkpoint, kv_format="k5v3", device_share=1.0)
+    reaches = ((ALL_TOKENS, 150), (), (90, 64))
+    runtime.plan = replace(runtime.plan, cache=replace(runtime.plan.cache, reaches=reaches))
+    session = runtime.new_session()
+    folder = tmp_path / "s"
+    session.prefill(token_ids(500))
+    session.save(folder)
+    mark = session.mark()
+    session.prefill(token_ids(300, seed=2))
+    session.save(folder)
+    expected = list(session.generate(40))
+    session.rewind(mark)  # the files written later lack what this length reads
+    session.save(folder)
+    session.prefill(token_ids(300, seed=2))
+    session.cache.check()
+    assert list(session.generate(40)) == expected
+    del session, mark
+    runtime.plan = replace(runtime.plan, cache=replace(runtime.plan.cache, reaches=reaches))
+    again = runtime.load_session(folder)
+    assert again.seq_len == 500 and again.cache.spec.reaches == reaches
+    again.cache.check()
+    again.prefill(token_ids(300, seed=2))
+    assert list(again.generate(40)) == expected
+    held = [pages.num_pages() for pages, _ in again.cache.layers if pages is not None]
+    assert held[1] < 2 * 5 < again.cache.layers[2][0].num_pooled * 2
+    marks = [again.mark(), again.mark()]
+    with pytest.raises(SessionError, match=r"2 marks are alive.*release"):
+        again.mark()
+    again.release(marks.pop())
+    again.mark()
 
 
 def test_another_conversation_replaces_the_old_one_whole(saved):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import save_tiny
 
 import longrun
 from longrun.cache.dual import DualCache
+from longrun.cache.spans import DEVICE, HOST
 from longrun.errors import ContextFullError, InputError, SessionError
 from longrun.lab.synthetic_cache import distinct_pages, fill_synthetic
 from longrun.lab.synthetic_session import make_synthetic
@@ -48,15 +50,15 @@ def test_pages_stand_where_appending_would_have_put_them(name, seq_len, device_s
     assert made.host_pool.num_used == real.host_pool.num_used
     for (pages, ring), (real_pages, _) in zip(made.layers, real.layers, strict=True):
         if pages is not None:
-            assert (pages.num_pooled, pages.num_on_host) == (real_pages.num_pooled, real_pages.num_on_host)
-            assert pages.tail_run(seq_len).num_tokens == real_pages.tail_run(seq_len).num_tokens
+            assert pages.num_pooled == real_pages.num_pooled
+            assert [pages.num_pages(at) for at in (HOST, DEVICE)] == [real_pages.num_pages(at) for at in (HOST, DEVICE)]
         if ring is not None:
             assert ring.k.float().std() > 0.3
 
 
 def pooled(cache: DualCache, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
     pages = cache.layers[layer_idx][0]
-    return pages.read_payload(0, pages.num_pooled), pages.index[:, : pages.num_pooled]
+    return pages.places.read(slice(None), np.arange(pages.num_pooled)), pages.index[:, : pages.num_pooled]
 
 
 def test_content_depends_on_seed_layer_head_and_page_and_on_nothing_else():
@@ -65,7 +67,7 @@ def test_content_depends_on_seed_layer_head_and_page_and_on_nothing_else():
     )
     for cache, seq_len, seed in ((wide, 1000, 5), (split, 1000, 5), (longer, 2900, 5), (other, 1000, 6)):
         fill_synthetic(cache, seq_len, seed)
-    assert split.layers[0][0].num_on_host > 0
+    assert split.layers[0][0].num_pages(HOST) > 0
     for layer_idx in (0, 2):
         payload, index = pooled(wide, layer_idx)
         for cache in (split, longer):
@@ -98,7 +100,7 @@ def test_a_pool_whose_free_slots_are_in_disorder_is_filled_as_well():
     fill_synthetic(used, 900)
     used.check()
     assert torch.equal(pooled(plain, 2)[0], pooled(used, 2)[0])
-    assert not torch.equal(plain.layers[2][0].table, used.layers[2][0].table)
+    assert not torch.equal(plain.layers[2][0].places.table, used.layers[2][0].places.table)
 
 
 def test_the_library_of_pages_stays_small():

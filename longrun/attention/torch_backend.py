@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from longrun.attention.interface import Step
-from longrun.attention.past import past_pieces
+from longrun.attention.prefill import PagedPrefill, PrefillKernels
 from longrun.attention.rotation import HeadRotation
+from longrun.attention.window import WindowAttention
 from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
 from longrun.cache.ring import Ring
-from longrun.kernels.banded_attention import BandPlan, banded_attention, plan_band
+from longrun.kernels import page_view
 from longrun.kernels.cpu_pages import CpuPageKernels
 from longrun.kernels.cpu_rope_store import CpuRopeStore
 from longrun.kernels.dense_attention import attention_with_lse, merge_partial
-from longrun.kernels.page_view import ExactRun, PageRun, dequantize_run
+from longrun.kernels.page_view import ExactTokens
 from longrun.quant.page_codec import exact_dtype
 from longrun.quant.rotation import random_signs
 from longrun.specs.attention_spec import AttentionSpec
@@ -28,7 +29,7 @@ class TorchAttention:
     """Reads and appends to one `DualCache`.
 
     Keys and values are rounded to the cache's exact dtype before anything sees them, so that a chunk's own tokens
-    and cached ones are the same numbers; what remains between chunk sizes is rounding, and with INT4 pages the
+    and cached ones are the same numbers; what remains between chunk sizes is rounding, and with quantized pages the
     quantization of those tokens that had left the chunk.
 
     Args:
@@ -36,7 +37,7 @@ class TorchAttention:
         spec: scratch and shape; scratch is allocated here, once.
         compute_dtype: dtype of q and of the result.
         kernels: compiled CPU kernels for quantized pages, or None for plain torch.
-        rope_store: compiled CPU kernel that `decode` needs; `run` serves every number of tokens without it.
+        rope_store: compiled CPU kernel that `begin_decode` needs; `run` serves every number of tokens without it.
     """
 
     def __init__(
@@ -45,15 +46,18 @@ class TorchAttention:
     ) -> None:  # fmt: skip
         self.cache, self.spec, self.kernels = cache, spec, kernels
         self.softmax_scale = spec.head_dim**-0.5
-        self.group = spec.num_qo_heads // spec.num_kv_heads
-        self.exact = exact_dtype(cache.spec.page_format)
+        self.group = spec.group
         fmt = cache.spec.page_format
+        self.exact = exact_dtype(fmt)
         self._rotation = HeadRotation(fmt, compute_dtype, cache.device) if fmt.rotates_keys else None
         self._rope_store = rope_store
         self._signs = random_signs(spec.head_dim) if fmt.rotates_keys else None
-        elements = spec.max_retrieval_heads * spec.scratch_tokens * spec.head_dim
-        self._scratch = torch.empty(2, elements, dtype=compute_dtype, device=cache.device).fill_(0)
-        self._band: BandPlan | None = None
+        compiled = kernels is not None and fmt.quantized
+        self._decode_attention = kernels.decode_attention if kernels is not None and compiled else None
+        dequantize = kernels.dequantize_pages if kernels is not None and compiled else page_view.dequantize_pages
+        self._window_attention = WindowAttention()
+        used = PrefillKernels(attention_with_lse, _merge_partial_, dequantize, self._window_attention)
+        self._prefill_pages = PagedPrefill(spec, fmt, compute_dtype, cache.device, used)
 
     def run(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """See `Attention.run`."""
@@ -65,9 +69,9 @@ class TorchAttention:
         v = v.transpose(0, 1).to(self.exact)
         if step.num_tokens == 1:
             self.cache.append(layer_idx, k, v, step.start)
-            out = self._decode(layer_idx, q, step.start + 1).reshape(q.shape).to(q.dtype)
+            out = self._decode(layer_idx, q, step.start).reshape(q.shape).to(q.dtype)
         else:
-            out = self._prefill(layer_idx, q, k.to(q.dtype), v.to(q.dtype), step)
+            out = self._prefill(layer_idx, q, k.to(q.dtype), v.to(q.dtype), step.start)
             self.cache.append(layer_idx, k, v, step.start)
         if pages is not None and rotation is not None:
             rotation.unrotate_(out, pages.num_heads * self.group)
@@ -81,121 +85,79 @@ class TorchAttention:
         """
         assert step.num_tokens == 1 and step.start == self.cache.seq_len and self._rope_store is not None
         self.cache.make_room()
-        spec, start = self.cache.spec, step.start
-        fmt = spec.page_format
-        tail = start - fmt.closed_pages(start + 1) * fmt.page_size
-        return partial(self._decode_fused, self._rope_store, step, (tail, spec.ring_slot(start)))
+        return partial(self._decode_fused, self._rope_store, step)
 
     def _decode_fused(
-        self, rope_store: CpuRopeStore, step: Step, slots: tuple[int, int], layer_idx: int, qkv: Tensor,
-        q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+        self, rope_store: CpuRopeStore, step: Step, layer_idx: int, qkv: Tensor, q_norm: Tensor | None,
+        k_norm: Tensor | None, eps: float,
     ) -> Tensor:  # fmt: skip
         pages, ring = self.cache.layers[layer_idx]
         signs = None if pages is None else self._signs
         values = signs is not None and self.cache.spec.page_format.rotates_values
         q = qkv.new_empty(1, self.spec.num_qo_heads, self.spec.head_dim)
+        place = self.cache.place_of(step.start)
         rope_store.rope_store(
             qkv, step.cos, step.sin, q[0],
             None if pages is None else pages.tail_k, None if pages is None else pages.tail_v,
-            None if ring is None else ring.k, None if ring is None else ring.v,
-            slots, self.spec.num_qo_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, signs=signs, rotate_values=values,
+            None if ring is None else ring.k, None if ring is None else ring.v, (place.tail_slot, place.ring_slot),
+            self.spec.num_qo_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, signs=signs, rotate_values=values,
         )  # fmt: skip
-        out = self._decode(layer_idx, q, step.start + 1)
+        out = self._decode(layer_idx, q, step.start)
         if pages is not None and signs is not None and values:
             rope_store.unrotate_(out[: pages.num_heads], signs)
         return out.view(1, -1).to(qkv.dtype)
 
-    def _decode(self, layer_idx: int, q: Tensor, seq_len: int) -> Tensor:
+    def _decode(self, layer_idx: int, q: Tensor, position: int) -> Tensor:
         """float32 [num_kv_heads, group, head_dim] for q [1, num_qo_heads, head_dim]."""
         pages, ring = self.cache.layers[layer_idx]
         scaled = (q[0].float() * self.softmax_scale).view(-1, self.group, q.shape[2])
         parts = []
         if pages is not None:
-            parts.append(self._decode_pages(scaled[: pages.num_heads], pages, seq_len))
+            parts.append(self._decode_pages(scaled[: pages.num_heads], layer_idx, pages, position))
         if ring is not None:
-            run = ExactRun(ring.k, ring.v, ring.num_valid(seq_len))
-            parts.append(self._decode_exact(scaled[scaled.shape[0] - ring.k.shape[0] :], run))
+            parts.append(self._decode_ring(scaled[scaled.shape[0] - ring.k.shape[0] :], ring, position))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _decode_exact(self, scaled: Tensor, run: ExactRun) -> Tensor:
+    def _decode_ring(self, scaled: Tensor, ring: Ring, position: int) -> Tensor:
+        count = self.cache.place_of(position).ring_tokens
         if self.kernels is not None:
-            return self.kernels.decode_attention(scaled, None, (run,))[0]
-        k, v = (x[:, : run.num_tokens].float() for x in (run.k, run.v))
+            lengths = torch.tensor([count, 0, 0], dtype=torch.int32)
+            exact = ExactTokens(ring.k, ring.v, ring.k[:, :0], ring.v[:, :0], lengths)
+            return self.kernels.decode_attention(scaled, None, exact)[0]
+        k, v = (x[:, :count].float() for x in (ring.k, ring.v))
         return torch.softmax(scaled @ k.transpose(1, 2), dim=-1) @ v
 
-    def _decode_pages(self, scaled: Tensor, pages: PagedHeads, seq_len: int) -> Tensor:
-        exact = tuple(run for run in (pages.sink_run(seq_len), pages.tail_run(seq_len)) if run.num_tokens)
-        if self.kernels is None or not pages.fmt.quantized:
+    def _decode_pages(self, scaled: Tensor, layer_idx: int, pages: PagedHeads, position: int) -> Tensor:
+        if self._decode_attention is None and all(group.reach.is_all for group in pages.groups):
             out = lse = None
-            for k, v in self._past(pages, seq_len):
+            for k, v in self._prefill_pages.past(pages, position + 1):
                 found = attention_with_lse(scaled.to(k.dtype), k, v, False, 1.0)
                 found = found[0].float(), found[1]
                 out, lse = found if out is None else merge_partial(out, lse, *found)
             return out
-        out, lse = self.kernels.decode_attention(scaled, pages.device_run(), exact)
-        for first, count in pages.host_rounds(self.cache.fetch_buffer):
-            run = pages.fetch(first, count, self.cache.fetch_buffer)
-            out, lse = merge_partial(out, lse, *self.kernels.decode_attention(scaled, run, ()))
+        place = self.cache.place_of(position)
+        lengths = torch.tensor([place.sink_tokens, place.tail_tokens, place.tail_start], dtype=torch.int32)
+        exact = ExactTokens(pages.sink_k, pages.sink_v, pages.tail_k, pages.tail_v, lengths)
+        self.cache.describe(position + 1)
+        decode = self._decode_attention or page_view.decode_attention
+        return decode(scaled, self.cache.view(layer_idx), exact)[0]
+
+    def _prefill(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        pages, ring = self.cache.layers[layer_idx]
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        heads = 0 if pages is None else pages.num_heads
+        split = heads * self.group
+        if pages is not None:
+            self._prefill_pages.run(pages, q[:, :split], k[:heads], v[:heads], start, out[:, :split])
+        if ring is not None:
+            shape = (q.shape[0], -1, self.group, q.shape[2])
+            self._window_attention(
+                q[:, split:].view(shape), k[heads:], v[heads:], *ring.in_order(start), start, ring.sink_size,
+                ring.recent_size, self.softmax_scale, out[:, split:].view(shape),
+            )  # fmt: skip
         return out
 
-    def _prefill(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-        pages, ring = self.cache.layers[layer_idx]
-        grouped = q.view(q.shape[0], -1, self.group, q.shape[2])  # [T, num_kv_heads, group, head_dim]
-        out = torch.empty_like(q).view(grouped.shape)
-        split = 0 if pages is None else pages.num_heads
-        if pages is not None:
-            found = self._prefill_pages(grouped[:, :split].permute(1, 2, 0, 3), k[:split], v[:split], pages, step)
-            out[:, :split] = found.permute(2, 0, 1, 3)
-        if ring is not None:
-            found = self._prefill_ring(grouped[:, split:].permute(1, 2, 0, 3), k[split:], v[split:], ring, step)
-            out[:, split:] = found.permute(2, 0, 1, 3)
-        return out.reshape(q.shape)
 
-    def _prefill_pages(self, q: Tensor, k: Tensor, v: Tensor, pages: PagedHeads, step: Step) -> Tensor:
-        heads, group, tokens, dim = q.shape
-        q = q.contiguous()
-        k, v = (x[:, None].expand(heads, group, tokens, dim).reshape(-1, tokens, dim) for x in (k, v))
-        out, lse = attention_with_lse(q.view(-1, tokens, dim), k, v, True, self.softmax_scale)
-        if step.start == 0:
-            return out.reshape(q.shape)
-        packed = (heads, group * tokens, dim)
-        out, lse = out.reshape(packed).float(), lse.reshape(packed[:2])
-        for past_k, past_v in self._past(pages, step.start):
-            found, found_lse = attention_with_lse(q.view(packed), past_k, past_v, False, self.softmax_scale)
-            out, lse = merge_partial(out, lse, found, found_lse)
-        return out.reshape(q.shape)
-
-    def _prefill_ring(self, q: Tensor, k: Tensor, v: Tensor, ring: Ring, step: Step) -> Tensor:
-        if self._band is None or (self._band.start, self._band.num_tokens) != (step.start, step.num_tokens):
-            size, recent = ring.sink_size, ring.recent_size
-            self._band = plan_band(step.start, step.num_tokens, size, recent, q.dtype, q.device)
-        plan, start = self._band, step.start
-        held = min(plan.num_sinks, start)
-        sinks = [x[:, :held].to(q.dtype) for x in (ring.k, ring.v)]
-        if held < plan.num_sinks:
-            new = slice(held - start, plan.num_sinks - start)
-            sinks = [torch.cat((old, x[:, new]), dim=1) for old, x in zip(sinks, (k, v), strict=True)]
-        if plan.window_start < start:
-            older = ring.window(plan.window_start, start)
-            window = [torch.cat((old.to(q.dtype), x), dim=1) for old, x in zip(older, (k, v), strict=True)]
-        else:
-            window = [x[:, plan.window_start - start :] for x in (k, v)]
-        return banded_attention(q, *sinks, *window, plan, self.softmax_scale)
-
-    def _past(self, pages: PagedHeads, seq_len: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of tokens [0, seq_len) of the retrieval heads, see `past_pieces`."""
-        runs = self._past_runs(pages, seq_len)
-        return past_pieces(runs, pages.num_heads, pages.fmt, self._scratch, self._dequantize)
-
-    def _past_runs(self, pages: PagedHeads, seq_len: int) -> Iterator[PageRun | ExactRun]:
-        yield pages.sink_run(seq_len)
-        for first, count in pages.host_rounds(self.cache.fetch_buffer):
-            yield pages.fetch(first, count, self.cache.fetch_buffer)
-        yield pages.device_run()
-        yield pages.tail_run(seq_len)
-
-    def _dequantize(self, run: PageRun, k: Tensor, v: Tensor) -> None:
-        if self.kernels is not None and run.fmt.quantized:
-            self.kernels.dequantize_run(run, k, v)
-        else:
-            dequantize_run(run, k, v)
+def _merge_partial_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """`merge_partial` in place."""
+    lse.copy_(merge_partial(out, lse, other_out, other_lse)[1])

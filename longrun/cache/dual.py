@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from longrun.cache.exact_memory import ExactMemory, SavedState
 from longrun.cache.page_movers import PageMover
 from longrun.cache.pages import PagedHeads
 from longrun.cache.pool import PagePool
 from longrun.cache.ring import Ring
-from longrun.quant.page_codec import exact_dtype
-from longrun.specs.cache_spec import CacheSpec
+from longrun.cache.spans import BOTH, Spans
+from longrun.kernels.page_view import PageView
+from longrun.specs.cache_spec import CacheSpec, ring_slot
+
+
+@dataclass(frozen=True, eq=False)
+class CacheMark:
+    """A point to come back to, as long as it is referred to: what later tokens overwrite (tails, rings) is copied, and
+    pages that the heads read here stay.
+
+    Attributes:
+        seq_len: tokens at this point.
+        state: the copy; None of an empty cache.
+    """
+
+    seq_len: int
+    state: SavedState | None
 
 
 @dataclass(frozen=True)
-class CacheMark:
-    """A point to come back to: what later tokens overwrite (tails, rings, sink pages), in host memory."""
+class TokenPlace:
+    """Where one token's keys and values go, and how many exact tokens it sees with itself.
 
-    seq_len: int
-    num_pooled: int
-    state: dict[str, Tensor]
+    Attributes:
+        tail_slot, ring_slot: places in a tail and in a ring.
+        sink_tokens, tail_tokens: in the exact sink page and in the tail.
+        tail_start: position of the tail's first token.
+        ring_tokens: leading slots of a ring that hold a token of the window.
+    """
+
+    tail_slot: int
+    ring_slot: int
+    sink_tokens: int
+    tail_tokens: int
+    tail_start: int
+    ring_tokens: int
 
 
 class DualCache:
@@ -32,7 +59,7 @@ class DualCache:
     Attributes:
         seq_len: tokens that every layer holds; a forward pass appends layer by layer and then calls `advance`.
         layers: (PagedHeads or None, Ring or None) of each layer.
-        fetch_buffer: uint8 [fetch_pages, payload_bytes], through which host pages are read.
+        fetch_buffer: uint8 [fetch_pages, payload_bytes], through which a GPU reads host pages.
     """
 
     def __init__(
@@ -53,19 +80,21 @@ class DualCache:
             spec.host_pages, fmt.payload_bytes, host, first_slot=spec.device_pages, storage=host_storage
         )
         self.fetch_buffer = torch.empty(spec.fetch_pages, fmt.payload_bytes, dtype=torch.uint8, device=device).fill_(0)
+        self._exact = ExactMemory(spec, device)
+        self._spans = Spans(spec, device) if spec.total_retrieval_heads else None
+        self._marks: weakref.WeakSet[CacheMark] = weakref.WeakSet()
         self.layers: list[tuple[PagedHeads | None, Ring | None]] = []
-        for num_retrieval in spec.retrieval_heads:
+        for layer_idx, num_retrieval in enumerate(spec.retrieval_heads):
             pages = ring = None
             if num_retrieval:
+                assert self._spans is not None
                 pages = PagedHeads(
-                    num_retrieval, spec.pages_per_head, spec.device_pages_per_head, fmt,
-                    self.device_pool, self.host_pool, device, mover,
+                    spec, layer_idx, self._exact.take(num_retrieval, fmt.page_size),
+                    (self.device_pool, self.host_pool), self._spans, self._marked_lengths, mover,
                 )  # fmt: skip
             if num_retrieval < spec.num_kv_heads:
-                ring = Ring(
-                    spec.num_kv_heads - num_retrieval, spec.ring_slots, spec.sink_size, spec.recent_size,
-                    fmt.head_dim, exact_dtype(fmt), device,
-                )  # fmt: skip
+                memory = self._exact.take(spec.num_kv_heads - num_retrieval, spec.ring_slots)
+                ring = Ring(*memory, spec.sink_size, spec.recent_size)
             self.layers.append((pages, ring))
 
     def append(self, layer_idx: int, k: Tensor, v: Tensor, start: int) -> None:
@@ -81,8 +110,7 @@ class DualCache:
 
     def make_room(self) -> None:
         """Flush full tails, so that the next token's keys and values can be written into them in place."""
-        fmt = self.spec.page_format
-        if self.seq_len - fmt.closed_pages(self.seq_len) * fmt.page_size < fmt.page_size:
+        if self.spec.page_format.tail_tokens(self.seq_len) < self.spec.page_format.page_size:
             return
         for pages, _ in self.layers:
             if pages is not None:
@@ -91,7 +119,31 @@ class DualCache:
     def takes_in_place(self, start: int) -> bool:
         """Whether a token at `start` has room and can be written without flushing full tails before it."""
         fmt = self.spec.page_format
-        return start < self.spec.capacity and start - fmt.closed_pages(start) * fmt.page_size < fmt.page_size
+        return start < self.spec.capacity and fmt.tail_tokens(start) < fmt.page_size
+
+    def place_of(self, start: int) -> TokenPlace:
+        """Where the token at position `start` goes, once there is room for it."""
+        fmt, spec = self.spec.page_format, self.spec
+        closed, tail = fmt.closed_pages(start + 1), fmt.tail_tokens(start + 1)
+        return TokenPlace(
+            tail_slot=tail - 1,
+            ring_slot=ring_slot(start, spec.sink_size, spec.recent_size),
+            sink_tokens=fmt.page_size if closed and fmt.sink_pages else 0,
+            tail_tokens=tail,
+            tail_start=closed * fmt.page_size,
+            ring_tokens=min(start + 1, spec.sink_size + spec.recent_size),
+        )
+
+    def describe(self, seq_len: int) -> None:
+        """Bring what views name up to date on the device, for the last of `seq_len` tokens as the query."""
+        if self._spans is not None:
+            self._spans.describe(seq_len)
+
+    def view(self, layer_idx: int, place: tuple[int, int] = BOTH) -> PageView:
+        """The pages that a layer's retrieval heads read for the token last described; see `PagedHeads.view`."""
+        pages, _ = self.layers[layer_idx]
+        assert pages is not None, f"layer {layer_idx} has no retrieval heads"
+        return pages.view(place)
 
     def advance(self, num_tokens: int) -> None:
         """Every layer has appended `num_tokens`: they now count."""
@@ -104,6 +156,9 @@ class DualCache:
         total["retrieval pages on host"] = self.host_pool.nbytes
         total["fetch buffer"] = self.fetch_buffer.nbytes
         total["page tables"] = self.device_pool.free_list_bytes + self.host_pool.free_list_bytes
+        if self._spans is not None:
+            total["page tables"] += self._spans.nbytes
+        total["marks"] = self._exact.copies_bytes
         for pages, ring in self.layers:
             for name, count in (pages.nbytes() if pages is not None else {}).items():
                 total[name] += count
@@ -117,18 +172,15 @@ class DualCache:
     def check(self) -> None:
         """Conservation: free + used == total in both pools, every slot named once, page counts fit the length."""
         pooled = self.spec.page_format.pooled_pages(self.seq_len)
-        on_device, on_host = [], []
+        used = {self.device_pool: [], self.host_pool: []}
         for pages, _ in self.layers:
-            if pages is None:
-                continue
-            assert pages.num_pooled == pooled, (pages.num_pooled, pooled, self.seq_len)
-            assert pages.num_pooled - pages.num_on_host <= pages.device_quota
-            on_host.append(pages.table[:, : pages.num_on_host].reshape(-1))
-            on_device.append(pages.table[:, pages.num_on_host : pages.num_pooled].reshape(-1))
-            assert (pages.table[:, pages.num_pooled :] == -1).all()
-        nothing = [torch.empty(0, dtype=torch.int32)]
-        self.device_pool.check(torch.cat(on_device or nothing))
-        self.host_pool.check(torch.cat(on_host or nothing))
+            if pages is not None:
+                assert pages.num_pooled == pooled, (pages.num_pooled, pooled, self.seq_len)
+                pages.places.check()
+                for pool, slots in used.items():
+                    slots.append(pages.places.slots_in(pool))
+        for pool, slots in used.items():
+            pool.check(torch.cat([torch.empty(0, dtype=torch.int32), *slots]))
 
     def state(self) -> dict[str, Tensor]:
         """What is not pages: tails, sink pages and rings by name (`3.tail_k`), the cache's own tensors."""
@@ -153,16 +205,38 @@ class DualCache:
             slots = min(own.shape[1], saved.shape[1])
             own[:, :slots].copy_(saved[:, :slots])
 
+    def _marked_lengths(self) -> list[int]:
+        return [mark.seq_len for mark in self._marks]
+
+    @property
+    def holds_back_pages(self) -> bool:
+        """Whether the live marks are as many as the plan has pages for: another one could not keep its pages."""
+        return bool(self.spec.reaches) and len([n for n in self._marked_lengths() if n]) >= self.spec.marks
+
     def mark(self) -> CacheMark:
-        """Remember this length, to come back to it with `rewind`; costs a copy of tails and rings, no page."""
-        pooled = self.spec.page_format.pooled_pages(self.seq_len)
-        return CacheMark(self.seq_len, pooled, {n: t.detach().to("cpu", copy=True) for n, t in self.state().items()})
+        """Remember this length, to come back to it with `rewind` as long as the mark lives.
+
+        Costs a copy of tails and rings beside them on the device; in host memory where `spec.marks` marks are alive.
+        """
+        mark = CacheMark(self.seq_len, self._exact.save() if self.seq_len else None)
+        self._marks.add(mark)
+        return mark
+
+    def release(self, mark: CacheMark) -> None:
+        """The mark is of no more use: the pages it holds back return to their pool with the next ones that do."""
+        self._marks.discard(mark)
+        if mark.state is not None:
+            mark.state.release()
 
     def rewind(self, mark: CacheMark) -> None:
         """Drop everything appended since `mark`; pages that spilled meanwhile stay in the host pool."""
         assert mark.seq_len <= self.seq_len
+        assert not self.spec.reaches or mark.seq_len == 0 or mark in self._marks, "its pages may be gone"
+        for later in [other for other in self._marks if other.seq_len > mark.seq_len]:
+            self._marks.discard(later)
         for pages, _ in self.layers:
             if pages is not None:
-                pages.truncate(mark.num_pooled)
-        self.load_state(mark.state)
+                pages.places.truncate(mark.seq_len)
+        if mark.state is not None:
+            self._exact.load(mark.state)
         self.seq_len = mark.seq_len

@@ -18,7 +18,7 @@ from longrun.model.decoder import Decoder
 from longrun.model.rope import RotaryTable
 
 if TYPE_CHECKING:
-    from longrun.attention.cuda_backend import CudaAttention
+    from longrun.attention.cuda_decode import CudaDecode
 
 
 class DecodeGraph:
@@ -35,7 +35,7 @@ class DecodeGraph:
         capture: False runs every step eagerly, for devices without graphs.
     """
 
-    def __init__(self, decoder: Decoder, rotary: RotaryTable, attention: CudaAttention, capture: bool) -> None:
+    def __init__(self, decoder: Decoder, rotary: RotaryTable, attention: CudaDecode, capture: bool) -> None:
         assert attention.cache.seq_len == 0 and rotary.device.type == "cpu"
         self._decoder, self._rotary, self._attention = decoder, rotary, attention
         device = attention.cache.device

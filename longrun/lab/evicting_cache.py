@@ -130,6 +130,7 @@ class EvictingCache:
 
     def __init__(self, spec: EvictingSpec, device: torch.device) -> None:
         self.spec, self.device, self.seq_len = spec, device, 0
+        self.holds_back_pages = False  # marks refer to tensors of their own
         self.layers = [EvictingLayer(spec, device) for _ in range(spec.num_layers)]
         self.queries: list[Tensor | None] = [None] * spec.num_layers
         self.compressed = False
@@ -188,6 +189,9 @@ class EvictingCache:
             for layer in self.layers
         )
         return EvictingMark(self.seq_len, layers, tuple(self.queries), self.compressed)
+
+    def release(self, mark: EvictingMark) -> None:
+        """Nothing to give back: a mark's tensors go with it."""
 
     def rewind(self, mark: EvictingMark) -> None:
         """Back to `mark`, evicted tokens included."""

@@ -43,7 +43,7 @@ def fill_synthetic(cache: DualCache, seq_len: int, seed: int = 0) -> None:
         exact = []
         if pages is not None:
             payload, index = _library(count, fmt, generator, device)
-            _place(pages, payload, index, choose_pages(layer_idx, pages, seq_len, seed, count))
+            _place(pages, seq_len, payload, index, choose_pages(layer_idx, pages, seq_len, seed, count))
             exact += [pages.tail_k, pages.tail_v, pages.sink_k, pages.sink_v]
         if ring is not None:
             exact += [ring.k, ring.v]
@@ -59,8 +59,8 @@ def distinct_pages(fmt: PageFormat) -> int:
 
 def choose_pages(layer_idx: int, pages: PagedHeads, seq_len: int, seed: int, count: int) -> Tensor:
     """Which of the layer's `count` library pages each pooled page is: int64 [num_heads, pooled pages] on the device."""
-    heads = torch.arange(pages.num_heads, device=pages.table.device)[:, None]
-    numbers = torch.arange(pages.fmt.pooled_pages(seq_len), device=pages.table.device)
+    heads = torch.arange(pages.num_heads, device=pages.tail_k.device)[:, None]
+    numbers = torch.arange(pages.fmt.pooled_pages(seq_len), device=pages.tail_k.device)
     key = numbers * 0x9E3779B1 + heads * 0x85EBCA77 + layer_idx * 0xC2B2AE3D + seed * 0x27D4EB2F
     return _mix(key) % count
 
@@ -98,21 +98,17 @@ def _library(
     return payload, centred(uniform(1.0, 3.0, count, fmt.head_dim), fmt.key_bits)
 
 
-def _place(pages: PagedHeads, payload: Tensor, index: Tensor | None, choice: Tensor) -> None:
-    """Allocate a pooled page for each of `choice` [num_heads, n], the newest on the device, and copy its content."""
-    total = choice.shape[1]
+def _place(pages: PagedHeads, seq_len: int, payload: Tensor, index: Tensor | None, choice: Tensor) -> None:
+    """Make the pages that `seq_len` tokens have, and copy the content of those of `choice` [num_heads, n]."""
     assert pages.num_pooled == 0
-    on_host = max(0, total - pages.device_quota)
-    for pool, begin, end in ((pages.host_pool, 0, on_host), (pages.device_pool, on_host, total)):
-        if begin < end:
-            slots = pool.allocate(pages.num_heads * (end - begin)).view(pages.num_heads, -1)
-            pages.table[:, begin:end] = slots.to(pages.table.device)
-            _copy(pool, slots.reshape(-1), payload, choice[:, begin:end].reshape(-1))
-    if pages.index is not None and total:
-        assert index is not None
-        for head in range(pages.num_heads):
-            torch.index_select(index, 0, choice[head], out=pages.index[head, :total])
-    pages.num_pooled, pages.num_on_host = total, on_host
+    for new in pages.places.add(choice.shape[1], seq_len):
+        chosen = choice[new.heads, new.begin : new.end]
+        _copy(new.pool, new.slots.reshape(-1).cpu(), payload, chosen.reshape(-1))
+        if pages.index is not None:
+            assert index is not None
+            for head in range(len(chosen)):
+                of_head = pages.index[new.heads][head, new.begin : new.end]
+                torch.index_select(index, 0, chosen[head], out=of_head)
 
 
 def _copy(pool: PagePool, slots: Tensor, payload: Tensor, choice: Tensor) -> None:

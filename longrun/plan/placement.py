@@ -29,8 +29,8 @@ DEFAULT_WEIGHT_FORMAT = {"cpu": "fp32", "cuda": "bf16"}
 RUNTIME_BASE_BYTES = {"cpu": 500 * 10**6, "cuda": 850 * 10**6}
 _BITSANDBYTES_BYTES = 100 * 10**6
 
-# The most that the buffer for host pages may take; on cuda two halves, so that one fills while the other is read.
-FETCH_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 256 * 2**20}
+# The most that the GPU kernels' buffer for host pages may take: two halves, so that one fills while the other is read.
+FETCH_BYTES = 2 * 256 * 2**20
 
 # Sampling keeps the logits in float32, scaled logits, sorted logits and their int64 order.
 _LOGITS_BYTES_PER_TOKEN_ID = 3 * 4 + 8
@@ -191,15 +191,16 @@ _NOTES = {
     "sink pages": "exact",
     "tails": "exact",
     "rings": "streaming heads",
+    "marks": "copies of tails and rings",
     "fetch buffer": "host pages in use",
 }
 
 
 def _with_fetch_tables(attention: AttentionSpec, cache: CacheSpec) -> AttentionSpec:
-    """Fetched host pages are read through page tables of their own, one for every number of heads a layer has."""
+    """Fetched host pages are read through page tables of their own, one for each half of the fetch buffer."""
     if not attention.fused:
         return attention
-    return replace(attention, fetch_table_pages=cache.pages_per_head * sum(set(cache.retrieval_heads)))
+    return replace(attention, fetch_table_pages=2 * cache.pages_per_head * max(cache.retrieval_heads))
 
 
 def _attention_spec(settings: PlanSettings, capacity: int) -> AttentionSpec:
@@ -248,10 +249,9 @@ def _cache_spec(
     if most_pages is not None:
         on_device = min(on_device, most_pages)
     fetch_pages = 0
-    if pages > on_device:
-        halves = 2 if settings.fused else 1
-        most_fetched = max(halves * max(counts), FETCH_BYTES[settings.device_type] // page_format.payload_bytes)
-        fetch_pages = min(halves * max(counts) * (pages - on_device), most_fetched)
+    if pages > on_device and settings.fused:
+        most_fetched = max(2 * max(counts), FETCH_BYTES // page_format.payload_bytes)
+        fetch_pages = min(2 * max(counts) * (pages - on_device), most_fetched)
     return CacheSpec(
         retrieval_heads=counts,
         num_kv_heads=settings.config.num_kv_heads,

@@ -84,7 +84,7 @@ def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
     _check_bytes(cache, plan)
     attention = CudaAttention(cache, plan.attention, decoder.compute_dtype, kernels)
     with _naming_kernels():
-        graph = DecodeGraph(decoder, parts.rotary_host, attention, capture=kernels.on_gpu)
+        graph = DecodeGraph(decoder, parts.rotary_host, attention.decode, capture=kernels.on_gpu)
         engine = Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, graph)
         if kernels.on_gpu:
             _reserve_activations(plan)

@@ -9,9 +9,9 @@ from longrun.errors import SessionError
 from longrun.interrupts import deferred_signals
 
 if TYPE_CHECKING:
-    from longrun.cache.dual import CacheMark
     from longrun.session.savable import Savable
     from longrun.session.store import SessionStore
+    from longrun.specs.cache_spec import CacheSpec
 
 
 class SessionKeeper:
@@ -60,10 +60,10 @@ class SessionKeeper:
         """The session was loaded from this store: saving there again writes only what is new."""
         self._store = store
 
-    def rewound(self, mark: CacheMark) -> None:
-        """The session was rewound to `mark`: files with later pages no longer describe it."""
+    def rewound(self, spec: CacheSpec, seq_len: int) -> None:
+        """The session was rewound to `seq_len` tokens: files with later pages no longer describe it."""
         if self._store is not None:
-            self._store.forget_pages(mark.num_pooled)
+            self._store.rewound(spec, seq_len)
 
     def forbid(self, why: str) -> None:
         """From now on `save` and `attach` raise SessionError with `why`, a clause; what was attached is detached."""

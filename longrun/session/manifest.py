@@ -56,13 +56,20 @@ class SessionIdentity:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of the folder; `first` and `stop` are the pooled pages in it, 0 and 0 for the state."""
+    """A file of the folder.
+
+    Attributes:
+        first, stop: the pooled pages in it, 0 and 0 for the state.
+        seq_len: tokens of the session when it was written: heads of a finite reach have only the pages in it that
+            are in reach there.
+    """
 
     name: str
     bytes: int
     sha256: str
     first: int = 0
     stop: int = 0
+    seq_len: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,6 +189,7 @@ def _stored_file(entry: object, pattern: re.Pattern[str]) -> StoredFile:
     return StoredFile(
         name, _whole(entry, "bytes", 0, _MOST_FILE_BYTES), sha256,
         _whole(entry, "first", 0, _MOST_TOKENS), _whole(entry, "stop", 0, _MOST_TOKENS),
+        _whole({"seq_len": 0, **entry}, "seq_len", 0, _MOST_TOKENS),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from longrun.cache.dual import CacheMark
-from longrun.errors import InputError
+from longrun.errors import InputError, SessionError
 from longrun.session.sequence import TokenSequence
 
 
@@ -34,6 +34,11 @@ class SessionMarks:
         sequence = self._sequence
         sequence.take_waiting()
         sequence.engine.check_whole()
+        if sequence.num_tokens and sequence.cache.holds_back_pages:
+            raise SessionError(
+                f"{sequence.cache.spec.marks} marks are alive, and the plan has no room for the pages of another: give "
+                f"one back with release()"
+            )
         logits = None if sequence.logits is None else sequence.logits.clone()
         mark = SessionMark(sequence.cache.mark(), sequence.num_tokens, logits, sequence.generator.get_state())
         self._marks.add(mark)
@@ -48,6 +53,13 @@ class SessionMarks:
                 f"this mark at token {mark.num_tokens:,} is of another session, or its tokens were dropped by a rewind "
                 f"to an earlier mark: take a new one with mark()"
             )
+
+    def release(self, mark: SessionMark) -> None:
+        """See `Session.release`."""
+        if not isinstance(mark, SessionMark):
+            raise InputError(f"release needs a mark that mark() gave, not {type(mark).__name__}")
+        self._marks.discard(mark)
+        self._sequence.cache.release(mark.cache)
 
     def rewind(self, mark: SessionMark) -> None:
         """Back to `mark`, one of these; later ones end. The caller holds signals back."""

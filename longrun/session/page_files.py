@@ -1,8 +1,10 @@
 """A session's files other than its manifest: pooled pages, and the state of everything else.
 
-pages-FIRST-STOP-ID.bin   pooled pages [FIRST, STOP): layer by layer, payloads [heads, n, payload_bytes], then the
-                          index [heads, n, 2, head_dim] float16 (INT4 only)
+pages-FIRST-STOP-ID.bin   pooled pages [FIRST, STOP): layer by layer, and within a layer reach by reach, payloads
+                          [heads, n, payload_bytes], then the index [heads, n, 2, head_dim] float16 (quantized only)
 state-ID.safetensors      token ids, logits, random state, tails, sink pages, rings
+
+Heads of a finite reach have those pages in a file that they read when it was written, see `Reach.kept`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _HEADER_BYTES = 2**20  # more than safetensors' header of any session
 
 def write_pages(path: Path, cache: DualCache, first: int, stop: int) -> StoredFile:
     """Pooled pages [first, stop) into the new file `path`. Raises OSError."""
-    return _write(path, _page_bytes(cache, first, stop), first, stop)
+    return _write(path, _page_bytes(cache, first, stop), first, stop, cache.seq_len)
 
 
 def write_state(path: Path, session: Savable) -> StoredFile:
@@ -54,7 +56,7 @@ def restore_pages(folder: Path, files: Sequence[StoredFile], cache: DualCache, s
             f"tokens need {pooled:,}: restore it from a copy"
         )
     for file in files:
-        _restore_file(folder, file, cache)
+        _restore_file(folder, file, cache, seq_len)
 
 
 def read_state(folder: Path, manifest: Manifest, session: Savable) -> dict[str, Tensor]:
@@ -109,26 +111,45 @@ def _check_values(path: str, state: dict[str, Tensor], vocab_size: int) -> None:
 
 def _page_bytes(cache: DualCache, first: int, stop: int) -> Iterator[memoryview]:
     for pages, _ in cache.layers:
-        if pages is None:
-            continue
-        yield _raw(pages.read_payload(first, stop))
-        if pages.index is not None:
-            yield _raw(pages.index[:, first:stop])
+        for group in pages.groups if pages is not None else ():
+            numbers = _numbers(group.reach.kept(first, stop, cache.seq_len))
+            yield _raw(pages.places.read(group.heads, numbers.numpy()))
+            if pages.index is not None:
+                yield _raw(pages.index[group.heads][:, numbers.to(cache.device)])
 
 
-def _restore_file(folder: Path, file: StoredFile, cache: DualCache) -> None:
+def _numbers(ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """int64 [n], the pages of these ranges."""
+    return torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(begin, end) for begin, end in ranges)])
+
+
+def _restore_file(folder: Path, file: StoredFile, cache: DualCache, seq_len: int) -> None:
     fmt, count = cache.spec.page_format, file.stop - file.first
     layers = [pages for pages, _ in cache.layers if pages is not None]
-    sizes = [size for pages in layers for size in (pages.num_heads * count * fmt.payload_bytes,
-                                                   pages.num_heads * count * fmt.index_bytes)]  # fmt: skip
+    numbers = {id(g): _numbers(g.reach.kept(file.first, file.stop, file.seq_len)) for p in layers for g in p.groups}
+    sizes = [
+        group.num_heads * len(numbers[id(group)]) * size
+        for pages in layers for group in pages.groups for size in (fmt.payload_bytes, fmt.index_bytes)
+    ]  # fmt: skip
     parts = _read(folder, file, sizes)
     for pages in layers:
-        payload = torch.frombuffer(next(parts), dtype=torch.uint8).view(pages.num_heads, count, -1)
-        raw = next(parts)
-        index = None
-        if fmt.quantized:
-            index = torch.frombuffer(raw, dtype=torch.float16).view(pages.num_heads, count, 2, fmt.head_dim)
-        pages.store(payload.to(cache.device), None if index is None else index.to(cache.device))
+        new = pages.places.add(count, seq_len)
+        for group in pages.groups:
+            saved = numbers[id(group)]
+            shape = group.num_heads, len(saved)
+            payload = torch.frombuffer(next(parts), dtype=torch.uint8).view(*shape, -1) if len(saved) else next(parts)
+            raw = next(parts)
+            for part in (part for part in new if part.heads == group.heads):
+                rows = slice(*torch.searchsorted(saved, torch.tensor([part.begin, part.end])).tolist())
+                if rows.stop - rows.start != part.end - part.begin:
+                    raise SessionError(
+                        f"{shown(folder / file.name)} lacks pages of the session: restore it from a copy"
+                    )
+                index = None
+                if fmt.quantized:
+                    index = torch.frombuffer(raw, dtype=torch.float16).view(*shape, 2, fmt.head_dim)
+                    index = index[:, rows].to(cache.device)
+                pages.write(part, payload[:, rows].to(cache.device), index)
     assert next(parts, None) is None
 
 
@@ -136,7 +157,7 @@ def _raw(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().cpu().view(torch.uint8).reshape(-1).numpy())
 
 
-def _write(path: Path, parts: Iterator[memoryview], first: int = 0, stop: int = 0) -> StoredFile:
+def _write(path: Path, parts: Iterator[memoryview], first: int = 0, stop: int = 0, seq_len: int = 0) -> StoredFile:
     digest, size = hashlib.sha256(), 0
     with path.open("xb") as out:
         for part in parts:
@@ -145,7 +166,7 @@ def _write(path: Path, parts: Iterator[memoryview], first: int = 0, stop: int = 
             size += part.nbytes
         out.flush()
         os.fsync(out.fileno())
-    return StoredFile(path.name, size, digest.hexdigest(), first, stop)
+    return StoredFile(path.name, size, digest.hexdigest(), first, stop, seq_len)
 
 
 def _read(folder: Path, file: StoredFile, sizes: list[int]) -> Iterator[bytearray]:

@@ -161,13 +161,24 @@ class Session:
         return generate(self._sequence, max_new_tokens, params, self._eos if eos else frozenset())
 
     def mark(self) -> SessionMark:
-        """Remember this point; costs a copy of tails and rings in host memory, no page.
+        """Remember this point. Costs a copy of tails and rings, on the cache's own device for the first marks alive.
+
+        A mark lives until it is released or nothing refers to it.
 
         Raises:
-            SessionError: a step broke off, so that there is nothing whole to come back to.
+            SessionError: a step broke off, so that there is nothing whole to come back to; or heads drop pages, and
+                the marks alive hold back all that the plan has room for.
             ContextFullError: the token that waits to be taken in has no room.
         """
         return self._marks.take()
+
+    def release(self, mark: SessionMark) -> None:
+        """Give a mark back: the memory and the pages it holds are free for others. It cannot be rewound to any more.
+
+        Raises:
+            InputError: `mark` is not a mark of a session.
+        """
+        self._marks.release(mark)
 
     def rewind(self, mark: SessionMark) -> None:
         """Back to `mark`, as if nothing had been appended since: many questions over one document, for example.
@@ -178,7 +189,7 @@ class Session:
         """
         self._marks.check(mark)
         with deferred_signals():
-            self._keeper.rewound(mark.cache)
+            self._keeper.rewound(self.cache.spec, mark.cache.seq_len)
             self._marks.rewind(mark)
 
     def attach(self, path: str | Path) -> None:

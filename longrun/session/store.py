@@ -23,6 +23,7 @@ from longrun.session.page_files import read_state, restore_pages, write_pages, w
 
 if TYPE_CHECKING:
     from longrun.session.savable import Savable
+from longrun.specs.cache_spec import CacheSpec
 
 _LOCK = "session.lock"
 _DATA_FILES = re.compile(
@@ -70,9 +71,13 @@ class SessionStore:
         """The session was loaded as `manifest` says: these page files are its own and need not be written again."""
         self._pages, self._seen = list(manifest.pages), manifest.sha256
 
-    def forget_pages(self, num_pooled: int) -> None:
-        """The session was rewound to `num_pooled` pages: files with later pages no longer describe it."""
-        self._pages = [file for file in self._pages if file.stop <= num_pooled]
+    def rewound(self, spec: CacheSpec, seq_len: int) -> None:
+        """The session was rewound to `seq_len` tokens: files with later pages no longer describe it, nor do files that
+        were written later, where heads have dropped pages meanwhile."""
+        pooled = spec.page_format.pooled_pages(seq_len)
+        self._pages = [
+            file for file in self._pages if file.stop <= pooled and (not spec.reaches or file.seq_len <= seq_len)
+        ]
 
     def claim(self) -> None:
         """Become the folder's owner until `release`, or until nothing refers to this store; a folder that is not there

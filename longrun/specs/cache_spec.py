@@ -6,12 +6,22 @@ The planner only adds these numbers, and `DualCache` allocates exactly that; a t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from longrun.errors import PlanError
 from longrun.quant.kv_format import PageFormat
+from longrun.specs.reach import ALL_TOKENS, Reach
 
-_SLOT_BYTES = 4  # page tables and free lists hold int32 slots
+_SLOT_BYTES = 4  # page tables, page lists and free lists hold int32
 MAX_SLOTS = 2**31 - 1
+MARKS = 2  # live marks that a session plans memory for
+SPANS = 5  # int32 of every head: begin and count of its pages on the host, on the device, and the count of both
+
+
+def ring_slot(position: int, sink_size: int, recent_size: int) -> int:
+    """Where a ring keeps the token at `position`."""
+    recent = position - sink_size
+    return position if recent < 0 else sink_size + recent % recent_size
 
 
 @dataclass(frozen=True)
@@ -25,8 +35,11 @@ class CacheSpec:
         capacity: tokens the cache can hold.
         sink_size, recent_size: tokens a streaming head keeps (positions < sink_size, and the last recent_size).
         device_pages_per_head: how many pooled pages of every retrieval head stand in the device pool; older pages
-            are in the host pool. At most `pages_per_head`.
-        fetch_pages: size of the device buffer, in pages, through which host pages are read; 0 without host pages.
+            are in the host pool. At most `pages_per_head`. Heads of a finite reach stand on the device.
+        fetch_pages: size of the device buffer, in pages, through which a GPU reads host pages; 0 without them.
+        reaches: of every layer, each retrieval head's reach in tokens (`longrun.specs.reach`), longest first; empty
+            where every retrieval head keeps every token.
+        marks: live marks whose tails, rings and pages have memory of their own.
 
     Raises:
         PlanError: more pages than 32-bit slots can name.
@@ -40,12 +53,16 @@ class CacheSpec:
     recent_size: int
     device_pages_per_head: int
     fetch_pages: int = 0
+    reaches: tuple[tuple[int, ...], ...] = ()
+    marks: int = MARKS
 
     def __post_init__(self) -> None:
         assert self.capacity > 0
         assert all(0 <= n <= self.num_kv_heads for n in self.retrieval_heads)
         assert 0 <= self.device_pages_per_head <= self.pages_per_head
-        assert (self.host_pages == 0) or self.fetch_pages > 0
+        if self.reaches:
+            assert tuple(map(len, self.reaches)) == self.retrieval_heads
+            assert all(list(row) == sorted(row, reverse=True) and min(row, default=1) > 0 for row in self.reaches)
         if self.device_pages + self.host_pages > MAX_SLOTS:
             raise PlanError(
                 f"{self.device_pages + self.host_pages:,} pages are more than the {MAX_SLOTS:,} that 32-bit page "
@@ -73,24 +90,38 @@ class CacheSpec:
     def host_pages_per_head(self) -> int:
         return self.pages_per_head - self.device_pages_per_head
 
+    def layer_reaches(self, layer_idx: int) -> tuple[Reach, ...]:
+        """The reach of each retrieval head of a layer."""
+        row = self.reaches[layer_idx] if self.reaches else (ALL_TOKENS,) * self.retrieval_heads[layer_idx]
+        return tuple(Reach(tokens, self.sink_size, self.page_format) for tokens in row)
+
+    @cached_property
+    def _finite(self) -> tuple[Reach, ...]:
+        """The finite reaches of all heads."""
+        if not self.reaches:
+            return ()
+        return tuple(r for idx in range(self.num_layers) for r in self.layer_reaches(idx) if not r.is_all)
+
     @property
     def device_pages(self) -> int:
-        return self.total_retrieval_heads * self.device_pages_per_head
+        keeping = self.total_retrieval_heads - len(self._finite)
+        return keeping * self.device_pages_per_head + sum(r.most_pages(self.capacity, self.marks) for r in self._finite)
 
     @property
     def host_pages(self) -> int:
-        return self.total_retrieval_heads * self.host_pages_per_head
+        return (self.total_retrieval_heads - len(self._finite)) * self.host_pages_per_head
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes of tails and rings: what a mark copies."""
+        fmt = self.page_format
+        rings = self.total_streaming_heads * self.ring_slots * 2 * fmt.head_dim * fmt.exact_itemsize
+        return self.total_retrieval_heads * fmt.exact_page_bytes + rings
 
     @property
     def ring_slots(self) -> int:
         """Tokens a ring has room for: sinks and window, or the whole capacity where that is smaller."""
         return min(self.sink_size + self.recent_size, self.capacity)
-
-    def ring_slot(self, position: int) -> int:
-        """Where a ring keeps the token at `position`."""
-        return (
-            position if position < self.sink_size else self.sink_size + (position - self.sink_size) % self.recent_size
-        )
 
     def device_bytes(self) -> dict[str, int]:
         """Bytes on the device, by part."""
@@ -101,10 +132,19 @@ class CacheSpec:
             "sink pages": heads * fmt.sink_pages * fmt.exact_page_bytes,
             "tails": heads * fmt.exact_page_bytes,
             "rings": self.total_streaming_heads * self.ring_slots * 2 * fmt.head_dim * fmt.exact_itemsize,
-            "page tables": heads * self.pages_per_head * _SLOT_BYTES
-            + (self.device_pages + self.host_pages) * _SLOT_BYTES,
+            "marks": self.marks * self.exact_bytes,
+            "page tables": self._table_bytes(),
             "fetch buffer": self.fetch_pages * fmt.payload_bytes,
         }
+
+    def _table_bytes(self) -> int:
+        """Of every page its slot, twice (a GPU's table and the host's own), and its place in a list; a shared list of
+        all pages; every head's spans, reach and oldest token; and both pools' free lists."""
+        if not self.total_retrieval_heads:
+            return 0
+        of_pages = 3 * self.total_retrieval_heads * self.pages_per_head + self.pages_per_head
+        of_heads = ((SPANS + 2) * self.num_layers + 2) * max(self.retrieval_heads)
+        return (of_pages + of_heads + self.device_pages + self.host_pages) * _SLOT_BYTES
 
     def host_bytes(self) -> dict[str, int]:
         """Bytes in host memory, by part."""
@@ -118,11 +158,15 @@ class CacheSpec:
         """Bytes of cached keys and values (with the page index) at `seq_len` tokens; all of it is allocated before."""
         fmt = self.page_format
         pooled = fmt.pooled_pages(seq_len)
+        pages = (self.total_retrieval_heads - len(self._finite)) * pooled
+        pages += sum(reach.held_pages(seq_len) for reach in self._finite)
         exact = self.total_retrieval_heads * (seq_len - pooled * fmt.page_size)
         exact += self.total_streaming_heads * min(seq_len, self.ring_slots)
-        return self.total_retrieval_heads * pooled * fmt.page_bytes + exact * 2 * fmt.head_dim * fmt.exact_itemsize
+        return pages * fmt.page_bytes + exact * 2 * fmt.head_dim * fmt.exact_itemsize
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes one more token costs once the rings are full: page bytes of all retrieval heads over page_size."""
-        return self.total_retrieval_heads * self.page_format.page_bytes / self.page_format.page_size
+        """Bytes one more token costs once rings and reaches are full: page bytes of the heads that keep every token
+        over page_size."""
+        keeping = self.total_retrieval_heads - len(self._finite)
+        return keeping * self.page_format.page_bytes / self.page_format.page_size

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from longrun.cache.spans import HOST
 from longrun.errors import InputError, PlanError
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
@@ -37,7 +38,7 @@ from scripts.bench.ceilings import measure_ceilings
 def host_bytes_per_token(session: Session) -> int:
     """Payload bytes in the host pool, all of which a token reads."""
     payload = session.cache.spec.page_format.payload_bytes
-    return sum(p.num_heads * p.num_on_host * payload for p, _ in session.cache.layers if p is not None)
+    return sum(p.num_pages(HOST) * payload for p, _ in session.cache.layers if p is not None)
 
 
 def measure(runtime: Runtime, runner: str, args: argparse.Namespace, ceilings: dict, memory: MemoryWatch) -> tuple:

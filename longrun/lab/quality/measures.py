@@ -62,11 +62,11 @@ def cache_bytes(cache: DualCache | EvictingCache, simulates: SimulatedFormat | N
     for pages, ring in cache.layers:
         if pages is not None:
             index = 0 if pages.index is None else pages.index[0, :1].nbytes
-            entry = pages.fmt.payload_bytes + index + pages.table.itemsize
+            entry = pages.fmt.payload_bytes + index + pages.places.table.itemsize
             held = pages.nbytes()
-            used += pages.num_heads * pages.num_pooled * entry + held["tails"] + held["sink pages"]
+            used += pages.num_pages() * entry + held["tails"] + held["sink pages"]
         if ring is not None and ring.num_slots:
-            used += ring.nbytes // ring.num_slots * min(ring.num_slots, ring.num_valid(cache.seq_len))
+            used += ring.nbytes // ring.num_slots * min(ring.num_slots, cache.seq_len)
     found = {"used": used, "allocated": cache.total_bytes, "peak": cache.total_bytes}
     return found if simulates is None else found | {"computed": simulation.computed_bytes(cache, simulates)}
 

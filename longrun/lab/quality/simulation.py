@@ -121,8 +121,8 @@ def computed_bytes(cache: DualCache, fmt: SimulatedFormat) -> int:
         if pages is not None:
             own = pages.fmt
             quantized = max(0, pages.num_pooled - SINK_PAGES)
-            page = fmt.page_bytes(own.page_size, own.head_dim) + pages.table.itemsize
+            page = fmt.page_bytes(own.page_size, own.head_dim) + pages.places.table.itemsize
             total += pages.num_heads * (quantized * page + (SINK_PAGES + 1) * own.exact_page_bytes)
         if ring is not None and ring.num_slots:
-            total += ring.nbytes // ring.num_slots * min(ring.num_slots, ring.num_valid(cache.seq_len))
+            total += ring.nbytes // ring.num_slots * min(ring.num_slots, cache.seq_len)
     return total
