@@ -8,6 +8,7 @@
     python scripts/bench.py formats --model DIR --length 64K               reading, by weight format, in turns
     python scripts/bench.py kernels                                        every kernel alone, in one table
     python scripts/bench.py pinning --gib 8 64                             what a pinned host pool costs and gives
+    python scripts/bench.py marks --model DIR --windows 256,4096           a session's mark and rewind
     python scripts/bench.py shares                                         hot paths against floors; status 1 below one
 
 `--synthetic-cache` fills the cache with random content instead of reading a text: rows then say "synthetic": true and
@@ -118,6 +119,18 @@ def add_pinning(sub: argparse.ArgumentParser) -> None:
     sub.set_defaults(run=run)
 
 
+def add_marks(sub: argparse.ArgumentParser) -> None:
+    from scripts.bench.bench_common import add_model_options
+    from scripts.bench.bench_marks import run
+
+    add_model_options(sub)
+    sub.add_argument("--length", default="64K", help="tokens of random content before the mark")
+    sub.add_argument("--tokens", default="4096", help="tokens read between mark and rewind")
+    sub.add_argument("--windows", default="256,4096", help="recent_size of the streaming heads")
+    sub.add_argument("--repeats", type=COUNT, default=10)
+    sub.set_defaults(run=run)
+
+
 def add_shares(sub: argparse.ArgumentParser) -> None:
     from scripts.bench.bench_shares import add_options
 
@@ -132,6 +145,7 @@ COMMANDS = {
     "formats": (add_formats, "reading in several weight or page formats, by turns"),
     "kernels": (add_kernels, "every kernel alone"),
     "pinning": (add_pinning, "what a pinned host pool costs and gives"),
+    "marks": (add_marks, "a session's mark and rewind"),
     "shares": (add_shares, "the hot paths' shares of their ceilings, each with its floor"),
 }
 
