@@ -31,6 +31,7 @@ constexpr int VT_BYTES = 8 * V_ROW + 32;        // eight tokens of a thread, pad
 constexpr int V_BYTES = PAGE / 8 * VT_BYTES;
 constexpr int INDEX_AT = K_BYTES + V_BYTES, SCALES_AT = INDEX_AT + 4 * D;
 constexpr int STAGE_BYTES = SCALES_AT + 4 * PAGE;
+constexpr int PAYLOAD = PAGE * D + 4 * PAGE;    // of a page in either memory
 constexpr int WARP_BYTES = STAGES * STAGE_BYTES;
 constexpr int TILES = D / 16;                   // tiles of output channels; also k-steps of the scores
 constexpr int C16 = D / 16;                     // output channels of a thread in each half
@@ -120,7 +121,8 @@ struct State {  // of a warp: out^T in units of 2^-24 (rows g) and 2^-20 (rows g
   }
 };
 
-__device__ __forceinline__ void attend_page(State& st, u32 at, const u32* q, float to_log2, int g, int t) {
+// One page, of which the tokens from hide_from to hide_to are hidden, not all of them.
+__device__ __forceinline__ void attend_page(State& st, u32 at, const u32* q, float to_log2, int hide_from, int hide_to, int g, int t) {
   u32 b[D / 8];
   float bias[4] = {0.f, 0.f, 0.f, 0.f};
   const u32 index = at + INDEX_AT + t * KT * 2;
@@ -142,11 +144,22 @@ __device__ __forceinline__ void attend_page(State& st, u32 at, const u32* q, flo
     else mma_bytes<LOW, HIGH>(c, lds32(a), lds32(a + 32), lds32(a + 64), lds32(a + 96), b[2 * s], b[2 * s + 1]);
   }
   const float low = to_log2 * TWO24, high = to_log2 * TWO20, bias0 = bias[0] * to_log2, bias1 = bias[1] * to_log2;
-  float max0 = -INF, max1 = -INF;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     c[i][0] = c[i][0] * low + bias0, c[i][1] = c[i][1] * low + bias1;
     c[i][2] = c[i][2] * high + bias0, c[i][3] = c[i][3] * high + bias1;
+  }
+  if (hide_from < PAGE && hide_to > 0) {  // c[i]: tokens 4g + i, and 32 after it
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      int lo = 4 * g + i, hi = lo + 32;
+      if (lo >= hide_from && lo < hide_to) c[i][0] = c[i][1] = -INF;
+      if (hi >= hide_from && hi < hide_to) c[i][2] = c[i][3] = -INF;
+    }
+  }
+  float max0 = -INF, max1 = -INF;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
     max0 = fmaxf(max0, fmaxf(c[i][0], c[i][2])), max1 = fmaxf(max1, fmaxf(c[i][1], c[i][3]));
   }
   if (__any_sync(ALL, max0 > st.ref0 + RISE || max1 > st.ref1 + RISE)) {
@@ -215,38 +228,52 @@ __device__ __forceinline__ void attend_token(State& st, const u16* k, const u16*
   }
 }
 
-// Grid: heads * splits, split fastest. lengths: int32 {first page, pages, sink tokens, tail tokens}.
+// Grid: heads * splits, split fastest. View and exact tokens as kernels/page_view.py says; origin: position of the first
+// token of page 0; lengths: null where there are no exact tokens.
 // part_out float32 [heads, splits, group, D], part_ml float32 [heads, splits, group, 2]: log2 reference and sum.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) page_decode_split(
-    const void* q_in, int q_is_bf16, const u8* storage, i64 slot_stride, const int* table, i64 table_stride,
-    const u8* index, i64 index_stride, const int* lengths,
+    const void* q_in, int q_is_bf16, const u8* storage, const u8* other, int other_slot, const int* table, i64 table_stride,
+    const u8* index, i64 index_stride, const int* pages, i64 pages_stride, const int* begins, const int* counts,
+    const int* first, int skip, int limit, int sink_size, int origin,
     const u16* sink_k, const u16* sink_v, i64 sink_stride, const u16* tail_k, const u16* tail_v, i64 tail_stride,
-    float* part_out, float* part_ml, int group, int splits, i64 slot_offset, float to_log2) {
+    const int* lengths, float* part_out, float* part_ml, int group, int splits, float to_log2) {
   extern __shared__ __align__(128) u8 shared[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int head = blockIdx.x / splits, split = blockIdx.x % splits;
   const int worker = split * WARPS + warp, workers = splits * WARPS;
-  const int first = lengths[0], pages = lengths[1], sinks = lengths[2], tails = lengths[3];
-  const int begin = int(i64(pages) * worker / workers), count = int(i64(pages) * (worker + 1) / workers) - begin;
-  table += head * table_stride + first + begin;
-  index += head * index_stride + i64(first + begin) * (4 * D);
+  const int listed = counts[head] - skip, entries = listed < 0 ? 0 : listed < limit ? listed : limit;
+  const int begin = int(i64(entries) * worker / workers), count = int(i64(entries) * (worker + 1) / workers) - begin;
+  const int seen_from = first[head];
+  pages += head * pages_stride + begins[head] + skip + begin;
+  table += head * table_stride;
+  index += head * index_stride;
   const u32 ring = u32(__cvta_generic_to_shared(shared)) + warp * WARP_BYTES;
 
-  // slots of 32 pages at a time, a lane each; the next 32 are loaded while these are used
-  int slot = lane < count ? table[lane] : 0, next_slot = lane + 32 < count ? table[lane + 32] : 0;
-  auto request = [&](int i) {
+  // Page numbers and slots of 32 entries at a time, a lane each. While they are used, the next 32 slots are loaded, and
+  // the 32 page numbers after those, so that neither load waits for the other.
+  auto number_of = [&](int i) { return i < count ? pages[i] : 0; };
+  auto slot_of = [&](int i, int page) { return i < count ? table[page] : 0; };
+  int page = number_of(lane), next_page = number_of(lane + 32), third_page = number_of(lane + 64);
+  int slot = slot_of(lane, page), next_slot = slot_of(lane + 32, next_page);
+  auto request = [&](int i) {  // of entry i; returns its page number
+    int now = 0;
     if (i < count) {
       if (i && (i & 31) == 0) {
-        slot = next_slot;
-        next_slot = lane + 32 < count - i ? table[i + 32 + lane] : 0;
+        page = next_page, slot = next_slot, next_page = third_page;
+        next_slot = slot_of(i + 32 + lane, next_page);
+        third_page = number_of(i + 64 + lane);
       }
-      const u8* page = storage + (i64(__shfl_sync(ALL, slot, i & 31)) - slot_offset) * slot_stride;
-      fetch(ring + i % STAGES * STAGE_BYTES, page, index + i64(i) * (4 * D), lane);
+      now = __shfl_sync(ALL, page, i & 31);
+      const int at = __shfl_sync(ALL, slot, i & 31);
+      const u8* payload = at < other_slot ? storage + i64(at) * PAYLOAD : other + i64(at - other_slot) * PAYLOAD;
+      fetch(ring + i % STAGES * STAGE_BYTES, payload, index + i64(now) * (4 * D), lane);
     }
     commit();
+    return now;
   };
+  int requested[STAGES - 1];  // page numbers of the entries to come
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) request(i);
+  for (int i = 0; i < STAGES - 1; ++i) requested[i] = request(i);
 
   u32 q[D / 8];
   const i64 row = (i64(head) * group + g) * D + t * KT;
@@ -265,8 +292,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) page_decode_split(
   }
   State st = {};
   st.ref0 = st.ref1 = -INF;
+  const int sinks = lengths ? lengths[0] : 0, tails = lengths ? lengths[1] : 0, tail_start = lengths ? lengths[2] : 0;
   for (int e = worker; e < sinks + tails; e += workers) {
     bool in_tail = e >= sinks;
+    int position = in_tail ? tail_start + (e - sinks) : e;
+    if (position >= sink_size && position < seen_from) continue;
     i64 at = in_tail ? head * tail_stride + i64(e - sinks) * D : head * sink_stride + i64(e) * D;
     attend_token(st, (in_tail ? tail_k : sink_k) + at, (in_tail ? tail_v : sink_v) + at, q, to_log2, g, t);
   }
@@ -274,8 +304,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) page_decode_split(
   for (int i = 0; i < count; ++i) {
     wait_group<STAGES - 2>();
     __syncwarp();
-    request(i + STAGES - 1);
-    attend_page(st, ring + stage * STAGE_BYTES, q, to_log2, g, t);
+    const int position = requested[0] * PAGE + origin, hide_from = sink_size - position, hide_to = seen_from - position;
+#pragma unroll
+    for (int s = 0; s < STAGES - 2; ++s) requested[s] = requested[s + 1];
+    requested[STAGES - 2] = request(i + STAGES - 1);
+    if (hide_from > 0 || hide_to < PAGE) attend_page(st, ring + stage * STAGE_BYTES, q, to_log2, hide_from, hide_to, g, t);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
   }
   wait_group<0>();

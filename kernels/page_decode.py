@@ -1,9 +1,9 @@
 """Decode attention straight from quantized pages, in Triton: the portable kernel, and what both GPU kernels share.
 
 One query token, split over the cache (flash-decoding): every program attends to a run of pages of one head and writes
-a partial result with its log-sum-exp; a second kernel merges. All lengths are read from device memory, so one captured
-CUDA graph serves every length. The torch reference is `page_view.decode_attention`; `page_decode_cuda` is the faster
-kernel with this signature, for sm_80 and newer.
+a partial result with its log-sum-exp; a second kernel merges. Lists and lengths are read from device memory, so one
+captured CUDA graph serves all of them. The torch reference is `page_view.decode_attention`; `page_decode_cuda` is the
+faster kernel with this signature, for sm_80 and newer.
 
 A nibble is never converted: left in the low bits of a float16 it is the subnormal `nibble * 2^-24`, a high nibble is 16
 times that, and the powers of two are taken out of the float32 result; a fifth bit (k5v3) is put above its nibble. Key
@@ -22,37 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from longrun.errors import ConfigError
-from longrun.quant.kv_format import GPU_HEAD_DIMS, GPU_MAX_GROUP, GPU_PAGE_SIZE, PageFormat
+from longrun.kernels.page_dequantize import payload_of
+from longrun.kernels.page_view import ExactTokens, PageView, check_view
+from longrun.quant.kv_format import GPU_HEAD_DIMS, GPU_MAX_GROUP, GPU_PAGE_SIZE
 
 HEAD_DIMS, PAGE_SIZE, MAX_GROUP = GPU_HEAD_DIMS, GPU_PAGE_SIZE, GPU_MAX_GROUP
 _LOG2E = 1.4426950408889634
 _ROWS = 16  # of a tensor-core tile: the group, padded
-
-
-@dataclass(frozen=True)
-class DecodePages:
-    """Where one layer's retrieval cache stands, all on one device; nothing here changes from token to token.
-
-    Attributes:
-        storage: uint8 [num_slots, payload_bytes], rows 16-byte aligned and contiguous.
-        table: int32 [num_heads, max_pages]; page p of head h is `storage[table[h, p] - slot_offset]`.
-        index: float16 [num_heads, max_pages, 2, head_dim].
-        sink_k, sink_v, tail_k, tail_v: bfloat16 [num_heads, page_size, head_dim], contiguous.
-        lengths: int32 [4]: first page, number of pages, sink tokens, tail tokens. Read by the kernel when it runs.
-        slot_offset: number of the first slot of `storage`.
-        kv_format: of the pages, int4 or k5v3.
-    """
-
-    storage: Tensor
-    table: Tensor
-    index: Tensor
-    sink_k: Tensor
-    sink_v: Tensor
-    tail_k: Tensor
-    tail_v: Tensor
-    lengths: Tensor
-    slot_offset: int = 0
-    kv_format: str = "int4"
 
 
 @dataclass(frozen=True)
@@ -73,26 +49,25 @@ class Workspace:
         return 4 * num_heads * splits * group * (head_dim + 2)
 
 
-def check_shapes(q: Tensor, pages: DecodePages) -> None:
+def check_shapes(q: Tensor, view: PageView, exact: ExactTokens | None) -> None:
     """Raise ConfigError where no GPU kernel serves the shape; assert what callers must hold anyway."""
     heads, group, dim = q.shape
     if dim not in HEAD_DIMS:
         raise ConfigError(f"head_dim {dim} has no INT4 decode kernel: use one of {HEAD_DIMS}")
     if not 1 <= group <= MAX_GROUP:
         raise ConfigError(f"{group} query heads a KV head have no INT4 decode kernel: the limit is {MAX_GROUP}")
-    if pages.tail_k.shape[1] != PAGE_SIZE:
-        raise ConfigError(f"page_size {pages.tail_k.shape[1]} has no INT4 decode kernel: use {PAGE_SIZE}")
+    if view.fmt.page_size != PAGE_SIZE:
+        raise ConfigError(f"page_size {view.fmt.page_size} has no INT4 decode kernel: use {PAGE_SIZE}")
     assert q.is_contiguous() and q.dtype in (torch.float32, torch.bfloat16)
-    payload = PageFormat(pages.kv_format, PAGE_SIZE, dim).payload_bytes
-    assert pages.storage.dtype == torch.uint8 and pages.storage.shape[1] == payload
-    assert pages.storage.stride(1) == 1 and pages.storage.stride(0) % 16 == 0 and pages.storage.data_ptr() % 16 == 0
-    assert pages.table.dtype == torch.int32 and pages.table.stride(1) == 1 and pages.table.shape[0] == heads
-    assert pages.index.dtype == torch.float16 and pages.index[0].is_contiguous() and pages.index.data_ptr() % 16 == 0
-    assert pages.index.shape == (*pages.table.shape, 2, dim)
-    assert pages.lengths.dtype == torch.int32 and pages.lengths.shape == (4,)
-    for exact in (pages.sink_k, pages.sink_v, pages.tail_k, pages.tail_v):
-        assert exact.dtype == torch.bfloat16 and exact.shape == (heads, PAGE_SIZE, dim) and exact[0].is_contiguous()
-    assert pages.sink_k.stride() == pages.sink_v.stride() and pages.tail_k.stride() == pages.tail_v.stride()
+    check_view(view)
+    assert view.fmt.quantized and view.index is not None and (view.num_heads, view.fmt.head_dim) == (heads, dim)
+    for aligned in (view.storage, view.index, view.storage if view.other is None else view.other):
+        assert aligned.data_ptr() % 16 == 0
+    if exact is not None:
+        assert exact.lengths.dtype == torch.int32 and exact.lengths.shape == (3,) and exact.lengths.is_contiguous()
+        for x in (exact.sink_k, exact.sink_v, exact.tail_k, exact.tail_v):
+            assert x.dtype == torch.bfloat16 and x.shape[::2] == (heads, dim) and x[0].is_contiguous()
+        assert exact.sink_k.stride() == exact.sink_v.stride() and exact.tail_k.stride() == exact.tail_v.stride()
 
 
 # of four bytes ($4) the low nibbles to the float16 of $0 and $1, the high ones to those of $2 and $3
@@ -142,36 +117,47 @@ def _five_bits(packed, values, PACKED: tl.constexpr):
     return low, high
 
 
-@triton.jit(do_not_specialize=["group", "splits", "slot_offset", "table_stride"])
+@triton.jit
+def _seen(position, sink_size, first):
+    return (position < sink_size) | (position >= first)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "group", "splits", "other_slot", "table_stride", "pages_stride", "skip", "limit", "sink_size", "origin"
+    ]
+)  # fmt: skip
 def split_kernel(
-    q_ptr, storage_ptr, slot_stride, table_ptr, table_stride, index_ptr, index_stride, lengths_ptr,
-    sink_k_ptr, sink_v_ptr, sink_stride, tail_k_ptr, tail_v_ptr, tail_stride, out_ptr, stats_ptr,
-    group, splits, slot_offset, to_log2,
+    q_ptr, storage_ptr, other_ptr, other_slot, table_ptr, table_stride, index_ptr, index_stride,
+    pages_ptr, pages_stride, begins_ptr, counts_ptr, first_ptr, skip, limit, sink_size, origin,
+    sink_k_ptr, sink_v_ptr, sink_stride, tail_k_ptr, tail_v_ptr, tail_stride, lengths_ptr,
+    out_ptr, stats_ptr, group, splits, to_log2,
     D: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr, KEY_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: heads * splits. PACKED: unpack four bytes at a time in PTX; without it the same in portable Triton.
-    KEY_BITS: 4 (int4) or 5 (k5v3)."""
+    """Grid: heads * splits. View and exact tokens as `page_view` says; without exact tokens their pointers are None.
+    origin: position of the first token of page 0. PACKED: unpack four bytes at a time in PTX; without it the same in
+    portable Triton. KEY_BITS: 4 (int4) or 5 (k5v3)."""
     head = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
-    first = tl.load(lengths_ptr)
-    pages = tl.load(lengths_ptr + 1).to(tl.int64)
-    sinks = tl.load(lengths_ptr + 2)
-    tails = tl.load(lengths_ptr + 3)
-    begin = pages * split // splits  # int64, and so is every page number
-    end = pages * (split + 1) // splits
+    count = tl.maximum(tl.minimum(tl.load(counts_ptr + head) - skip, limit), 0).to(tl.int64)
+    begin = count * split // splits  # int64, and so is every page number
+    end = count * (split + 1) // splits
+    first = tl.load(first_ptr + head)
     rows, chans, half, toks = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, D // 2), tl.arange(0, 32)
     at = (head * group + rows[:, None]) * D + chans[None, :]
     q = tl.load(q_ptr + at, mask=rows[:, None] < group, other=0.0).to(tl.float32)
     q16 = q.to(tl.float16)
-    table_ptr += head * table_stride + first
-    index_ptr += head * index_stride + first.to(tl.int64) * (2 * D)
+    pages_ptr += head * pages_stride + tl.load(begins_ptr + head) + skip
+    table_ptr += head * table_stride
+    index_ptr += head * index_stride
     top = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     added = tl.zeros((ROWS,), tl.float32)
     low = tl.zeros((ROWS, D // 2), tl.float32)
     high = tl.zeros((ROWS, D // 2), tl.float32)
-    for page in tl.range(begin, end, num_stages=STAGES):
-        base = storage_ptr + (tl.load(table_ptr + page).to(tl.int64) - slot_offset) * slot_stride
+    for entry in tl.range(begin, end, num_stages=STAGES):
+        page = tl.load(pages_ptr + entry).to(tl.int64)
+        base = payload_of(tl.load(table_ptr + page), storage_ptr, other_ptr, other_slot, 64 * D + 256)
         kb = tl.load(base + chans[:, None] * 32 + toks[None, :])
         index = index_ptr + page * (2 * D) + chans
         scale, minimum = tl.load(index), tl.load(index + D)
@@ -193,6 +179,10 @@ def split_kernel(
             s1 *= 1048576.0
         s0 = (s0 + bias) * to_log2
         s1 = (s1 + bias) * to_log2
+        position = page * 64 + origin
+        if (position + 64 > sink_size) & (position < first):
+            s0 = tl.where(_seen(position + toks, sink_size, first)[None, :], s0, float("-inf"))
+            s1 = tl.where(_seen(position + 32 + toks, sink_size, first)[None, :], s1, float("-inf"))
         new = tl.maximum(top, tl.maximum(tl.max(s0, 1), tl.max(s1, 1)))
         fade = tl.exp2(top - new)
         top = new
@@ -217,30 +207,34 @@ def split_kernel(
     low += added[:, None]
     high += added[:, None]
     # exact tokens, 16 at a time, dealt out over the programs
-    few = tl.arange(0, 16)
-    for piece in tl.range(split, (sinks + tails + 15) // 16, splits):
-        token = piece * 16 + few
-        in_tail = token >= sinks
-        sink_at = head * sink_stride + token * D
-        tail_at = head * tail_stride + (token - sinks) * D
-        in_sink, in_tail = (token < sinks)[:, None], ((token >= sinks) & (token < sinks + tails))[:, None]
-        sink_all, tail_all = sink_at[:, None] + chans[None, :], tail_at[:, None] + chans[None, :]
-        k = tl.load(sink_k_ptr + sink_all, mask=in_sink, other=0.0).to(tl.float32)
-        k += tl.load(tail_k_ptr + tail_all, mask=in_tail, other=0.0).to(tl.float32)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * to_log2
-        s = tl.where((token < sinks + tails)[None, :], s, -1e30)
-        new = tl.maximum(top, tl.max(s, 1))
-        fade = tl.exp2(top - new)
-        top = new
-        p = tl.exp2(s - new[:, None])
-        total = total * fade + tl.sum(p, 1)
-        sink_half, tail_half = sink_at[:, None] + half[None, :], tail_at[:, None] + half[None, :]
-        v = tl.load(sink_v_ptr + sink_half, mask=in_sink, other=0.0).to(tl.float32)
-        v += tl.load(tail_v_ptr + tail_half, mask=in_tail, other=0.0).to(tl.float32)
-        low = tl.dot(p, v, low * fade[:, None], input_precision="ieee")
-        v = tl.load(sink_v_ptr + D // 2 + sink_half, mask=in_sink, other=0.0).to(tl.float32)
-        v += tl.load(tail_v_ptr + D // 2 + tail_half, mask=in_tail, other=0.0).to(tl.float32)
-        high = tl.dot(p, v, high * fade[:, None], input_precision="ieee")
+    if lengths_ptr is not None:
+        sinks, tails, tail_start = tl.load(lengths_ptr), tl.load(lengths_ptr + 1), tl.load(lengths_ptr + 2)
+        few = tl.arange(0, 16)
+        for piece in tl.range(split, (sinks + tails + 15) // 16, splits):
+            token = piece * 16 + few
+            in_tail = token >= sinks
+            sink_at = head * sink_stride + token * D
+            tail_at = head * tail_stride + (token - sinks) * D
+            sink_mask, tail_mask = (token < sinks)[:, None], (in_tail & (token < sinks + tails))[:, None]
+            sink_all, tail_all = sink_at[:, None] + chans[None, :], tail_at[:, None] + chans[None, :]
+            k = tl.load(sink_k_ptr + sink_all, mask=sink_mask, other=0.0).to(tl.float32)
+            k += tl.load(tail_k_ptr + tail_all, mask=tail_mask, other=0.0).to(tl.float32)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * to_log2
+            position = tl.where(in_tail, token - sinks + tail_start, token)
+            seen = (token < sinks + tails) & _seen(position, sink_size, first)
+            s = tl.where(seen[None, :], s, float("-inf"))
+            new = tl.maximum(top, tl.max(s, 1))
+            fade = tl.exp2(top - new)
+            top = new
+            p = tl.exp2(s - new[:, None])
+            total = total * fade + tl.sum(p, 1)
+            sink_half, tail_half = sink_at[:, None] + half[None, :], tail_at[:, None] + half[None, :]
+            v = tl.load(sink_v_ptr + sink_half, mask=sink_mask, other=0.0).to(tl.float32)
+            v += tl.load(tail_v_ptr + tail_half, mask=tail_mask, other=0.0).to(tl.float32)
+            low = tl.dot(p, v, low * fade[:, None], input_precision="ieee")
+            v = tl.load(sink_v_ptr + D // 2 + sink_half, mask=sink_mask, other=0.0).to(tl.float32)
+            v += tl.load(tail_v_ptr + D // 2 + tail_half, mask=tail_mask, other=0.0).to(tl.float32)
+            high = tl.dot(p, v, high * fade[:, None], input_precision="ieee")
     to = (head * splits + split) * group + rows
     tl.store(out_ptr + to[:, None] * D + half[None, :], low, mask=rows[:, None] < group)
     tl.store(out_ptr + to[:, None] * D + D // 2 + half[None, :], high, mask=rows[:, None] < group)
@@ -261,7 +255,7 @@ def merge_kernel(part_ptr, stats_ptr, out_ptr, lse_ptr, group, splits, D: tl.con
     total = tl.sum(weight * tl.load(stats_ptr + at * 2 + 1, mask=split < splits, other=0.0), 0)
     part = tl.load(part_ptr + at[:, None] * D + chans[None, :], mask=(split < splits)[:, None], other=0.0)
     out = tl.sum(part * weight[:, None], 0)
-    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * D + chans, out / total)
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * D + chans, tl.where(total > 0.0, out / total, 0.0))
     tl.store(lse_ptr + tl.program_id(0), (top + tl.log2(total)) * 0.6931471805599453)
 
 
@@ -273,40 +267,48 @@ def default_splits(num_heads: int, device: torch.device, programs_per_sm: int = 
 
 
 def decode_attention(
-    q: Tensor, pages: DecodePages, *, softmax_scale: float = 1.0, workspace: Workspace | None = None,
-    out: Tensor | None = None, lse: Tensor | None = None, splits: int | None = None, packed: bool = True,
-    num_warps: int = 2, num_stages: int = 3,
+    q: Tensor, view: PageView, exact: ExactTokens | None, *, softmax_scale: float = 1.0,
+    workspace: Workspace | None = None, out: Tensor | None = None, lse: Tensor | None = None, splits: int | None = None,
+    packed: bool = True, num_warps: int = 2, num_stages: int = 3,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One token's attention over the pages, the sink tokens and the tail tokens that `pages.lengths` names.
+    """One token's attention over the listed pages and the exact tokens that each head sees: `page_view`'s on a GPU.
 
     Args:
         q: bfloat16 or float32 [num_heads, group, head_dim]; scores are q . k * softmax_scale.
+        view: lists, lengths and slots are read when the kernel runs.
+        exact: bfloat16, or None.
         workspace: partial results; its shape decides the number of splits. None allocates one.
         out, lse: where to write; None allocates.
         packed: unpack in PTX; False is the portable way, for the interpreter.
 
     Returns:
         out: float32 [num_heads, group, head_dim]; lse: float32 [num_heads, group], natural log-sum-exp of the scores.
-        At least one page or token must be named.
+        A head that sees no token has 0 and -inf.
 
     Raises:
         ConfigError: no kernel for this head_dim, group or page_size.
     """
-    check_shapes(q, pages)
+    check_shapes(q, view, exact)
     heads, group, dim = q.shape
-    key_bits = PageFormat(pages.kv_format, PAGE_SIZE, dim).key_bits
+    assert view.index is not None
     if workspace is None:
         workspace = Workspace.empty(heads, splits or default_splits(heads, q.device), group, dim, q.device)
     splits = workspace.out.shape[1]
     assert workspace.out.shape == (heads, splits, group, dim) and workspace.stats.shape == (heads, splits, group, 2)
     out = q.new_empty(q.shape, dtype=torch.float32) if out is None else out
     lse = q.new_empty(heads, group, dtype=torch.float32) if lse is None else lse
+    exact_args = (None, None, 0, None, None, 0, None)
+    if exact is not None:
+        exact_args = (
+            exact.sink_k, exact.sink_v, exact.sink_k.stride(0), exact.tail_k, exact.tail_v, exact.tail_k.stride(0),
+            exact.lengths,
+        )  # fmt: skip
     split_kernel[(heads * splits,)](
-        q, pages.storage, pages.storage.stride(0), pages.table, pages.table.stride(0),
-        pages.index, pages.index.stride(0), pages.lengths,
-        pages.sink_k, pages.sink_v, pages.sink_k.stride(0), pages.tail_k, pages.tail_v, pages.tail_k.stride(0),
-        workspace.out, workspace.stats, group, splits, pages.slot_offset, softmax_scale * _LOG2E,
-        D=dim, ROWS=_ROWS, PACKED=packed, STAGES=num_stages, KEY_BITS=key_bits, num_warps=num_warps,
+        q, view.storage, view.other, view.other_slot, view.table, view.table.stride(0), view.index,
+        view.index.stride(0), view.pages, view.pages.stride(0), view.begins, view.counts, view.first,
+        view.skip, view.limit, view.sink_size, view.fmt.sink_pages * PAGE_SIZE, *exact_args,
+        workspace.out, workspace.stats, group, splits, softmax_scale * _LOG2E,
+        D=dim, ROWS=_ROWS, PACKED=packed, STAGES=num_stages, KEY_BITS=view.fmt.key_bits, num_warps=num_warps,
     )  # fmt: skip
     merge_kernel[(heads * group,)](
         workspace.out, workspace.stats, out, lse, group, splits, D=dim, MANY=triton.next_power_of_2(splits), num_warps=4

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from longrun.kernels.cuda_module import CudaModule, CudaUnavailable
-from longrun.kernels.page_decode import _LOG2E, PAGE_SIZE, DecodePages, Workspace, check_shapes
+from longrun.kernels.page_decode import _LOG2E, PAGE_SIZE, Workspace, check_shapes
+from longrun.kernels.page_view import ExactTokens, PageView
 from longrun.quant.kv_format import PageFormat
 
 SOURCE = Path(__file__).with_name("page_decode.cu")
@@ -65,13 +66,14 @@ class CudaPageDecode:
         return min(MAX_SPLITS, max(1, self._blocks // num_heads))
 
     def decode_attention(
-        self, q: Tensor, pages: DecodePages, *, softmax_scale: float = 1.0, workspace: Workspace | None = None,
-        out: Tensor | None = None, lse: Tensor | None = None, splits: int | None = None,
+        self, q: Tensor, view: PageView, exact: ExactTokens | None, *, softmax_scale: float = 1.0,
+        workspace: Workspace | None = None, out: Tensor | None = None, lse: Tensor | None = None,
+        splits: int | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """See `page_decode.decode_attention`. q enters the tensor cores as float16 (exact for bfloat16 in range)."""
-        check_shapes(q, pages)
+        check_shapes(q, view, exact)
         heads, group, dim = q.shape
-        assert dim == self.head_dim and pages.kv_format == self.kv_format
+        assert dim == self.head_dim and view.fmt.name == self.kv_format and view.index is not None
         if workspace is None:
             workspace = Workspace.empty(heads, splits or self.default_splits(heads), group, dim, q.device)
         splits = workspace.out.shape[1]
@@ -79,14 +81,24 @@ class CudaPageDecode:
         assert workspace.out.shape == (heads, splits, group, dim) and workspace.stats.shape == (heads, splits, group, 2)
         out = q.new_empty(q.shape, dtype=torch.float32) if out is None else out
         lse = q.new_empty(heads, group, dtype=torch.float32) if lse is None else lse
+        none, zero = c_void_p(), c_int64()
+        exact_args = none, none, zero, none, none, zero, none
+        if exact is not None:
+            exact_args = (
+                _address(exact.sink_k), _address(exact.sink_v), c_int64(exact.sink_k.stride(0)),
+                _address(exact.tail_k), _address(exact.tail_v), c_int64(exact.tail_k.stride(0)),
+                _address(exact.lengths),
+            )  # fmt: skip
         args = (
-            _address(q), c_int(q.dtype == torch.bfloat16), _address(pages.storage), c_int64(pages.storage.stride(0)),
-            _address(pages.table), c_int64(pages.table.stride(0)),
-            _address(pages.index), c_int64(pages.index.stride(0) * 2), _address(pages.lengths),
-            _address(pages.sink_k), _address(pages.sink_v), c_int64(pages.sink_k.stride(0)),
-            _address(pages.tail_k), _address(pages.tail_v), c_int64(pages.tail_k.stride(0)),
-            _address(workspace.out), _address(workspace.stats), c_int(group), c_int(splits),
-            c_int64(pages.slot_offset), c_float(softmax_scale * _LOG2E),
+            _address(q), c_int(q.dtype == torch.bfloat16), _address(view.storage),
+            none if view.other is None else _address(view.other), c_int(view.other_slot),
+            _address(view.table), c_int64(view.table.stride(0)),
+            _address(view.index), c_int64(view.index.stride(0) * 2),
+            _address(view.pages), c_int64(view.pages.stride(0)),
+            _address(view.begins), _address(view.counts), _address(view.first),
+            c_int(view.skip), c_int(view.limit), c_int(view.sink_size), c_int(view.fmt.sink_pages * PAGE_SIZE),
+            *exact_args, _address(workspace.out), _address(workspace.stats), c_int(group), c_int(splits),
+            c_float(softmax_scale * _LOG2E),
         )  # fmt: skip
         self._split.launch(heads * splits, (32 * self.warps, 1), args)
         args = (

@@ -17,10 +17,11 @@ HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 STAGES, WARPS = 2, 4
 _SPLIT = (
-    "const void* q_in, int q_is_bf16, const u8* storage, i64 slot_stride, const int* table, i64 table_stride, "
-    "const u8* index, i64 index_stride, const int* lengths, const u16* sink_k, const u16* sink_v, i64 sink_stride, "
-    "const u16* tail_k, const u16* tail_v, i64 tail_stride, float* part_out, float* part_ml, int group, int splits, "
-    "i64 slot_offset, float to_log2"
+    "const void* q_in, int q_is_bf16, const u8* storage, const u8* other, int other_slot, const int* table, "
+    "i64 table_stride, const u8* index, i64 index_stride, const int* pages, i64 pages_stride, const int* begins, "
+    "const int* counts, const int* first, int skip, int limit, int sink_size, int origin, "
+    "const u16* sink_k, const u16* sink_v, i64 sink_stride, const u16* tail_k, const u16* tail_v, i64 tail_stride, "
+    "const int* lengths, float* part_out, float* part_ml, int group, int splits, float to_log2"
 )
 _MERGE = "const float* part_out, const float* part_ml, float* out, float* lse, int group, int splits"
 

@@ -41,7 +41,7 @@ def scattered_view(
     g = torch.Generator().manual_seed(seed)
     payload, index = encode_pages(*random_pages(heads, max_pages, fmt, seed), fmt)
     order = torch.randperm(heads * max_pages, generator=g).view(heads, max_pages)
-    here = (heads * max_pages + 1) // 2 if other_slot is not None else heads * max_pages
+    here = heads * max_pages if other_slot is None else min((heads * max_pages + 1) // 2, other_slot)
     memories = torch.randint(0, 256, (heads * max_pages + 3, fmt.payload_bytes), dtype=torch.uint8, generator=g)
     table = torch.full((heads, max_pages + 3), UNREAD, dtype=torch.int32)[:, 2:-1]
     used_index = None if index is None else torch.full_like(index, torch.nan)
