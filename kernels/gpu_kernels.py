@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from longrun.errors import ConfigError
@@ -20,18 +19,17 @@ from longrun.kernels.cuda_module import CudaUnavailable
 from longrun.kernels.dense_attention import attention_with_lse
 from longrun.kernels.merge_partial import merge_partial_, merge_partial_reference
 from longrun.kernels.page_copy import copy_pages, copy_pages_reference, fetch_pages, fetch_pages_reference
-from longrun.kernels.page_decode import DecodePages, Workspace
+from longrun.kernels.page_decode import Workspace
 from longrun.kernels.page_decode_cuda import CudaPageDecode
-from longrun.kernels.page_dequantize import dequantize_run
+from longrun.kernels.page_dequantize import dequantize_pages
 from longrun.kernels.page_store import reference_store_pages, store_pages
-from longrun.kernels.page_view import ExactRun, PageRun
+from longrun.kernels.page_view import ExactTokens, PageView
 from longrun.kernels.ring_decode import ring_decode, ring_decode_reference
 from longrun.kernels.rope_store import rope_store, rope_store_reference
 from longrun.kernels.rotary import rotary_, rotary_reference
 from longrun.kernels.silu_mul import silu_mul_, silu_mul_reference
 from longrun.kernels.unrotate import unrotate, unrotate_reference
 from longrun.kernels.vector_linear import vector_linear, vector_linear_reference
-from longrun.quant.kv_format import PageFormat
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,8 @@ class GpuKernels:
     """One callable a kernel, each with the signature that its own file documents.
 
     Attributes:
-        decode_attention: see `page_decode.decode_attention`.
+        decode_attention: see `page_view.decode_attention`; with a workspace.
+        window_attention: `banded_prefill` over the past's tokens in order.
         default_splits: number of retrieval heads -> programs a head.
         on_gpu: streams and graphs exist.
     """
@@ -49,12 +48,13 @@ class GpuKernels:
     store_pages: Callable[..., None]
     copy_pages: Callable[..., None]
     fetch_pages: Callable[..., None]
-    dequantize_run: Callable[..., None]
+    dequantize_pages: Callable[..., None]
     merge_partial_: Callable[..., None]
     rope_store: Callable[..., None]
     unrotate: Callable[..., None]
     ring_decode: Callable[..., Any]
     banded_prefill: Callable[..., None]
+    window_attention: Callable[..., None]
     dense_attention: Callable[..., tuple[Tensor, Tensor]]
     rotary_: Callable[..., Any]
     silu_mul_: Callable[..., Tensor]
@@ -84,12 +84,13 @@ def load_gpu_kernels(head_dim: int, kv_format: str = "int4", overlap: bool = Tru
         store_pages=store_pages,
         copy_pages=copy_pages,
         fetch_pages=fetch_pages,
-        dequantize_run=dequantize_run,
+        dequantize_pages=dequantize_pages,
         merge_partial_=merge_partial_,
         rope_store=partial(rope_store, overlap=overlap),
         unrotate=unrotate,
         ring_decode=partial(ring_decode, overlap=overlap),
         banded_prefill=banded_prefill,
+        window_attention=partial(banded_prefill, in_order=True),
         dense_attention=attention_with_lse,
         rotary_=rotary_,
         silu_mul_=silu_mul_,
@@ -106,12 +107,13 @@ def reference_kernels() -> GpuKernels:
         store_pages=reference_store_pages,
         copy_pages=copy_pages_reference,
         fetch_pages=fetch_pages_reference,
-        dequantize_run=page_view.dequantize_run,
+        dequantize_pages=page_view.dequantize_pages,
         merge_partial_=merge_partial_reference,
         rope_store=rope_store_reference,
         unrotate=unrotate_reference,
         ring_decode=ring_decode_reference,
         banded_prefill=banded_prefill_reference,
+        window_attention=partial(banded_prefill_reference, in_order=True),
         dense_attention=attention_with_lse,
         rotary_=rotary_reference,
         silu_mul_=silu_mul_reference,
@@ -121,21 +123,8 @@ def reference_kernels() -> GpuKernels:
 
 
 def decode_attention_reference(
-    q: Tensor, pages: DecodePages, *, softmax_scale: float = 1.0, workspace: Workspace | None = None,
-    out: Tensor | None = None, lse: Tensor | None = None, splits: int | None = None,
+    q: Tensor, view: PageView | None, exact: ExactTokens | None, *, softmax_scale: float = 1.0,
+    workspace: Workspace | None = None, out: Tensor | None = None, lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`page_decode.decode_attention` through `page_view.decode_attention`; without any token lse is -inf and out NaN,
-    as the kernels leave it."""
-    first, count, sinks, tails = pages.lengths.tolist()
-    fmt = PageFormat(pages.kv_format, pages.tail_k.shape[1], q.shape[2])
-    run = PageRun(pages.storage, pages.table, pages.index, first, count, fmt, pages.slot_offset)
-    exact = tuple(
-        ExactRun(k, v, n) for k, v, n in ((pages.sink_k, pages.sink_v, sinks), (pages.tail_k, pages.tail_v, tails)) if n
-    )
-    if count or exact:
-        found, found_lse = page_view.decode_attention(q.float() * softmax_scale, run, exact)
-    else:
-        found, found_lse = q.new_full(q.shape, torch.nan, dtype=torch.float32), q.new_full(q.shape[:2], -torch.inf)
-    out = torch.empty_like(found) if out is None else out
-    lse = torch.empty_like(found_lse, dtype=torch.float32) if lse is None else lse
-    return out.copy_(found), lse.copy_(found_lse)
+    """`page_view.decode_attention`, which needs no workspace."""
+    return page_view.decode_attention(q, view, exact, softmax_scale=softmax_scale, out=out, lse=lse)

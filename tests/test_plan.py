@@ -43,7 +43,7 @@ def test_llama_3_8b_at_3_3m_on_80_gb_equals_hand_arithmetic():
     assert plan.host_bytes == 0
     assert plan.cache.host_pages == 0
     assert plan.device_bytes == plan.total_bytes == sum(found.values()) <= 80 * 10**9
-    assert plan.cache_bytes == pytest.approx(CTX * 17_920, rel=0.002)
+    assert plan.cache_bytes == pytest.approx(CTX * 17_920, rel=0.004)
 
 
 def test_full_bf16_cache_costs_131072_bytes_a_token():
