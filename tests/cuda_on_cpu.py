@@ -15,7 +15,6 @@ from longrun.quant.kv_format import PageFormat
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-STAGES, WARPS = 2, 4
 _SPLIT = (
     "const void* q_in, int q_is_bf16, const u8* storage, const u8* other, int other_slot, const int* table, "
     "i64 table_stride, const u8* index, i64 index_stride, const int* pages, i64 pages_stride, const int* begins, "
@@ -61,18 +60,18 @@ class HostKernel:
         self._function(*integers, *args)
 
 
-def host_decode(head_dim: int, kv_format: str, folder: Path) -> CudaPageDecode:
+def host_decode(head_dim: int, kv_format: str, folder: Path, stages: int = 2, warps: int = 4) -> CudaPageDecode:
     """A `CudaPageDecode` whose kernels run on the CPU; its tensors stand in host memory."""
-    source, library = folder / f"{kv_format}-{head_dim}.cpp", folder / f"{kv_format}-{head_dim}.so"
+    source, library = (folder / f"{kv_format}-{head_dim}-{stages}-{warps}.{end}" for end in ("cpp", "so"))
     source.write_text(host_source())
     key_bits = PageFormat(kv_format, 64, head_dim).key_bits
-    defines = {"HEAD_DIM": head_dim, "STAGES": STAGES, "WARPS": WARPS, "KEY_BITS": key_bits}
+    defines = {"HEAD_DIM": head_dim, "STAGES": stages, "WARPS": warps, "KEY_BITS": key_bits}
     flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-pthread", *(f"-D{name}={n}" for name, n in defines.items())]
     done = subprocess.run([COMPILER, *flags, "-o", library, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     made = object.__new__(CudaPageDecode)
-    made.head_dim, made.kv_format, made.warps, made.stages, made._blocks = head_dim, kv_format, WARPS, STAGES, 8
+    made.head_dim, made.kv_format, made.warps, made.stages, made._blocks = head_dim, kv_format, warps, stages, 8
     found = ctypes.CDLL(str(library))
-    shared = max(WARPS * STAGES * stage_bytes(head_dim), WARPS * 8 * (head_dim + 2) * 4)
+    shared = max(warps * stages * stage_bytes(head_dim), warps * 8 * (head_dim + 2) * 4)
     made._split, made._merge = HostKernel(found.host_split, shared), HostKernel(found.host_merge, 0)
     return made

@@ -13,14 +13,10 @@ from page_views import FEW_AND_MANY
 from test_page_decode_triton import SMALL, TOLERANCE, Case, check, error, make, outlying, reference
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-# the last: lists of no page, of one, and across the batches of 32 entries whose slots a warp's lanes hold
 CASES = [
     *SMALL,
-    Case((7, 7, 7), 3, 64, (64, 33), skip=1, shared=True),
     Case((9,), 8, 128, (5, 64)),
-    Case((140, 33), 2, 64, None, skip=1),
     Case(FEW_AND_MANY, 2, 64, (3, 5), sink_size=70, first=(3000, 0, 64 * 67 + 31, 8704, 64 * 90)),
-    Case((*FEW_AND_MANY, 300), 1, 64, (3, 5)),
 ]
 
 
@@ -38,6 +34,13 @@ def test_it_is_the_reference(kernels, name, case):
     check(kernel, q, view, exact, 1)
     if max(case.counts) < 100:
         check(kernel, q.to(torch.bfloat16), view, exact, 3)
+
+
+@pytest.mark.parametrize(("stages", "warps"), [(2, 1), (3, 1)])
+def test_lists_longer_than_the_lanes_of_a_warp(tmp_path, stages, warps):
+    """Numbers and slots of 32 entries stand in a warp's lanes: ends of such batches, more of them than are ahead."""
+    kernel = host_decode(64, "int4", tmp_path, stages, warps).decode_attention
+    check(kernel, *make(Case((0, 32, 1, 137, 66), 1, 64, None, skip=1)), 1)
 
 
 @pytest.mark.parametrize("name", ["int4", "k5v3"])

@@ -118,9 +118,10 @@ def assert_close(found, expected):
     (out, lse), (expected, expected_lse) = found, expected
     seen = expected_lse > -torch.inf
     assert torch.equal(seen, lse > -torch.inf) and (out[~seen] == 0).all() and (lse[~seen] == -torch.inf).all()
-    for head in range(len(out)):  # one of them may have larger values than all others
-        if seen[head].any():
-            assert error(out[head], expected[head]) < TOLERANCE and error(lse[head], expected_lse[head]) < 1e-3
+    if seen.any():
+        assert error(out[seen], expected[seen]) < TOLERANCE and error(lse[seen], expected_lse[seen]) < 1e-3
+    for head in seen.any(1).nonzero().flatten():  # one of them may have larger values than all others
+        assert error(out[head], expected[head]) < 2 * TOLERANCE and error(lse[head], expected_lse[head]) < 2e-3
 
 
 def poisoned(q, splits):
@@ -327,11 +328,8 @@ def test_graph_replay_with_other_lists_on_gpu(kernel, name) -> None:
         ((300, 3, 299, 4), [0, 0, 0], 0),
     )):  # fmt: skip
         other_q, other, other_exact = make_case(seed)  # of the same shapes
-        for to, of in (
-            (q, other_q),
-            (exact.tail_v, other_exact.tail_v),
-            *zip(*map(tensors, (view, other)), strict=True),
-        ):
+        pairs = zip(tensors(view), tensors(other), strict=True)
+        for to, of in ((q, other_q), (exact.tail_v, other_exact.tail_v), *pairs):
             to.copy_(of)
         view.counts.copy_(torch.tensor(counts, dtype=torch.int32))
         view.first.fill_(first)
