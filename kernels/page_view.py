@@ -71,6 +71,16 @@ class PageView:
         return replace(self, table=table, other=buffer)
 
 
+def view_of_all(
+    storage: Tensor, table: Tensor, index: Tensor | None, fmt: PageFormat, **more: Tensor | int
+) -> PageView:
+    """Every page of the table in ascending order, nothing masked; `more`: further fields of the view."""
+    heads, count = table.shape
+    numbers = torch.arange(count, dtype=torch.int32, device=table.device).expand(heads, -1)
+    zeros = torch.zeros(heads, dtype=torch.int32, device=table.device)
+    return PageView(storage, table, index, numbers, zeros, torch.full_like(zeros, count), zeros, fmt, **more)
+
+
 @dataclass(frozen=True)
 class ExactTokens:
     """Unquantized tokens of one layer in two runs: those from position 0 on (the sink page), and the tail.

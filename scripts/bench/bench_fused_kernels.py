@@ -18,10 +18,12 @@ from torch import Tensor
 from longrun.kernels.dense_attention import merge_partial
 from longrun.kernels.merge_partial import merge_into, merge_into_reference, merge_partial_, merge_partial_reference
 from longrun.kernels.page_copy import copy_pages, fetch_pages, fetch_pages_reference
+from longrun.kernels.page_view import PageView, view_of_all
 from longrun.kernels.rope_store import rope_store, rope_store_reference
 from longrun.kernels.rotary import rotary_, rotary_reference
 from longrun.kernels.silu_mul import silu_mul_, silu_mul_reference
 from longrun.model.rope import apply_rope_, signed_sin
+from longrun.quant.kv_format import PageFormat
 from longrun.quant.rotation import random_signs
 from scripts.bench.gpu_timer import Times, gpu_times
 from scripts.bench.kernel_rows import error_of, kernel_row
@@ -138,6 +140,20 @@ def measure_merge(count: int) -> Rows:
     yield kernel_row("merge_into", shape + ", transposed", times, num_bytes=moved)
 
 
+def host_view(host: Tensor, heads: int, count: int | None = None) -> tuple[PageView, Tensor, Tensor]:
+    """A view of `count` pages of each head (all that the memory holds) at random slots of host memory, with a buffer
+    and a table for fetching them."""
+    slots = len(host)
+    table = torch.randperm(slots, device="cuda").int()
+    table = table[: heads * (count or slots // heads)].view(heads, -1)
+    fmt = PageFormat("int4", 64, HEAD_DIM)
+    index = torch.zeros(*table.shape, 2, HEAD_DIM, dtype=torch.float16, device="cuda")
+    nothing = torch.zeros(0, PAYLOAD, dtype=torch.uint8, device="cuda")
+    view = view_of_all(nothing, table, index, fmt, other=host, other_slot=0, limit=table.shape[1])
+    buffer = torch.full((table.numel(), PAYLOAD), 0xAA, dtype=torch.uint8, device="cuda")
+    return view, buffer, torch.empty_like(table)
+
+
 def measure_pages(pool_gib: float) -> Rows:
     """Scattered pages within the device, to it (`fetch_pages`, whose source is the host's pool) and from it."""
     slots = int(pool_gib * 2**30) // PAYLOAD
@@ -146,11 +162,10 @@ def measure_pages(pool_gib: float) -> Rows:
     pool = torch.randint(0, 256, (slots, PAYLOAD), dtype=torch.uint8, device="cuda")
     host = torch.empty(slots, PAYLOAD, dtype=torch.uint8, pin_memory=True)
     host.copy_(pool)
-    table = torch.randperm(slots, device="cuda")[:count].int().view(heads, per_round)
-    limit = torch.tensor([per_round], dtype=torch.int32, device="cuda")
-    buffer = torch.full((count, PAYLOAD), 0xAA, dtype=torch.uint8, device="cuda")
+    view, buffer, entered = host_view(host, heads, per_round)
+    table, fetch = view.table, partial(fetch_pages, view, buffer, entered, per_round)
     wanted, moved, shape = buffer.clone(), count * PAYLOAD, f"{count} pages of {PAYLOAD} bytes"
-    fetch_pages_reference(pool, table, limit, wanted, 0, per_round)
+    fetch_pages_reference(view, wanted, torch.empty_like(table), per_round)
     order = torch.arange(count, dtype=torch.int32, device="cuda")
     times = gpu_times(*[partial(copy_pages, pool, table, buffer, order)] * 4)
     assert torch.equal(buffer, wanted), "the timed kernel copied other bytes"
@@ -158,7 +173,7 @@ def measure_pages(pool_gib: float) -> Rows:
     yield kernel_row("copy_pages device", shape, times, num_bytes=2 * moved, **against_torch(theirs, times))
     for programs in PROGRAMS:
         buffer.fill_(0xAA)
-        times = gpu_times(partial(fetch_pages, host, table, limit, buffer, 0, per_round, num_programs=programs))
+        times = gpu_times(partial(fetch, num_programs=programs))
         assert torch.equal(buffer, wanted), "the timed kernel fetched other bytes"
         settings = {"num_programs": programs}
         yield kernel_row(
@@ -172,8 +187,8 @@ def measure_pages(pool_gib: float) -> Rows:
         yield kernel_row(
             "copy_pages to host", shape, times, num_bytes=moved, ceiling="device_to_host", settings=settings
         )  # fmt: skip
-    limit.fill_(0)
+    view.counts.fill_(0)
     for programs in PROGRAMS:
-        idle = partial(fetch_pages, host, table, limit, buffer, 0, per_round, num_programs=programs)
+        idle = partial(fetch, num_programs=programs)
         settings = {"num_programs": programs}
         yield kernel_row("fetch_pages of nothing", "0 pages", gpu_times(*[idle] * 32), num_bytes=0, settings=settings)

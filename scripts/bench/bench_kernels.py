@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from longrun.kernels import page_decode
-from longrun.kernels.page_decode import DecodePages, Workspace
+from longrun.kernels.page_decode import Workspace
 from longrun.kernels.page_decode_cuda import CudaPageDecode
-from longrun.kernels.page_view import ExactRun, PageRun, decode_attention
+from longrun.kernels.page_view import ExactTokens, PageView, decode_attention, view_of_all
 from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
 from longrun.units import format_tokens
 from scripts.bench.gpu_timer import gpu_times
@@ -27,7 +27,10 @@ POOL_BYTES = 3 * 2**30  # of all layers together, more than L2 holds
 OUT_LIMIT, LSE_LIMIT = 5e-3, 1e-4  # relative; several times what was measured
 
 
-def synthetic_layers(num_layers: int, heads: int, num_pages: int, head_dim: int, kv_format: str) -> list[DecodePages]:
+Layer = tuple[PageView, ExactTokens]
+
+
+def synthetic_layers(num_layers: int, heads: int, num_pages: int, head_dim: int, kv_format: str) -> list[Layer]:
     """Layers of random pages, every head's pages at random slots of the layer's own pool."""
     fmt, layers = PageFormat(kv_format, 64, head_dim), []
     for _ in range(num_layers):
@@ -42,24 +45,9 @@ def synthetic_layers(num_layers: int, heads: int, num_pages: int, head_dim: int,
         index[:, :, 1] -= 1.2
         table = torch.randperm(slots, device="cuda").view(heads, num_pages).int()
         exact = torch.randn(4, heads, 64, head_dim, device="cuda").bfloat16()
-        lengths = torch.tensor([0, num_pages, 64, 37], dtype=torch.int32, device="cuda")
-        layers.append(DecodePages(storage, table, index, *exact, lengths, kv_format=kv_format))
+        lengths = torch.tensor([64, 37, 64 * (num_pages + 1)], dtype=torch.int32, device="cuda")
+        layers.append((view_of_all(storage, table, index, fmt), ExactTokens(*exact, lengths)))
     return layers
-
-
-def reference(q: torch.Tensor, pages: DecodePages) -> tuple[torch.Tensor, torch.Tensor]:
-    """The torch reference, one head at a time (it dequantizes everything)."""
-    first, count, sinks, tails = pages.lengths.tolist()
-    found = []
-    for h in range(q.shape[0]):
-        one = slice(h, h + 1)
-        fmt = PageFormat(pages.kv_format, 64, q.shape[2])
-        run = PageRun(pages.storage, pages.table[one], pages.index[one], first, count, fmt, pages.slot_offset)
-        sink = ExactRun(pages.sink_k[one], pages.sink_v[one], sinks)
-        found.append(
-            decode_attention(q[one].float(), run, (sink, ExactRun(pages.tail_k[one], pages.tail_v[one], tails)))
-        )
-    return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found])
 
 
 def measure(lengths: Sequence[int] = LENGTHS, pool_bytes: int = POOL_BYTES) -> Iterator[dict[str, Any]]:
@@ -81,7 +69,7 @@ def measure_shape(
     num_bytes = heads * num_pages * PageFormat(kv_format, 64, head_dim).page_bytes
     layers = synthetic_layers(max(2, -(-pool_bytes // num_bytes)), heads, num_pages, head_dim, kv_format)
     q = (torch.randn(heads, group, head_dim, device="cuda") * 0.2).bfloat16()
-    expected_out, expected_lse = reference(q, layers[-1])
+    expected_out, expected_lse = decode_attention(q, *layers[-1])
     cuda = CudaPageDecode(head_dim, kv_format=kv_format)
     for name, splits, kernel in (
         ("cuda", cuda.default_splits(heads), cuda.decode_attention),
@@ -91,7 +79,7 @@ def measure_shape(
         out, lse = torch.empty(q.shape, device="cuda"), torch.empty(q.shape[:2], device="cuda")
         for poisoned in (space.out, space.stats, out, lse):
             poisoned.fill_(float("nan"))
-        times = gpu_times(*(partial(kernel, q, layer, workspace=space, out=out, lse=lse) for layer in layers))
+        times = gpu_times(*(partial(kernel, q, *layer, workspace=space, out=out, lse=lse) for layer in layers))
         yield kernel_row(
             f"{kv_format} decode, {name}", f"{heads}x{group}x{head_dim}, {format_tokens(tokens)} tokens", times,
             num_bytes=num_bytes, out_error=error_of(out, expected_out, OUT_LIMIT),

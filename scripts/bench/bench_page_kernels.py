@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from longrun.kernels.page_dequantize import dequantize_run
+from longrun.kernels.page_dequantize import dequantize_pages
 from longrun.kernels.page_store import reference_store_pages, store_pages
-from longrun.kernels.page_view import PageRun
+from longrun.kernels.page_view import view_of_all
 from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
 from longrun.units import format_tokens
 from scripts.bench.gpu_timer import gpu_times
@@ -46,11 +46,11 @@ def measure_format(fmt: PageFormat, tokens: int) -> Iterator[dict[str, Any]]:
     index = torch.full((HEADS, pages, 2, HEAD_DIM), float("nan"), dtype=torch.float16, device="cuda")
     numbers = torch.arange(pages, dtype=torch.int32, device="cuda")
     out = torch.full((2, HEADS, tokens, HEAD_DIM), float("nan"), dtype=fused.dtype, device="cuda")
-    run = PageRun(storage, slots, index, 0, pages, fmt)
+    view = view_of_all(storage, slots, index, fmt, limit=pages)
     moved = HEADS * pages * bytes_per_page(fmt, fused.itemsize)
     calls = max(2, min(50, REPLAYED_BYTES // moved))
     stored = gpu_times(*[partial(store_pages, k, v, storage, slots, index, numbers, fmt)] * calls)
-    read = gpu_times(*[partial(dequantize_run, run, *out)] * calls)
+    read = gpu_times(*[partial(dequantize_pages, view, *out)] * calls)
     part = slice(0, 64 * min(pages, 16))
     some = slots[:, : part.stop // 64].cpu()
     expected = torch.empty(HEADS * pages, fmt.payload_bytes, dtype=torch.uint8)

@@ -94,7 +94,7 @@ def page_decode(kv_format: str) -> Reached:
     space = Workspace.empty(KV_HEADS, kernel.default_splits(KV_HEADS), q.shape[1], HEAD_DIM, q.device)
     out, lse = torch.empty(q.shape, device="cuda"), torch.empty(q.shape[:2], device="cuda")
     decode = partial(kernel.decode_attention, q, workspace=space, out=out, lse=lse)
-    seconds = gpu_times(*(partial(decode, layer) for layer in layers)).seconds
+    seconds = gpu_times(*(partial(decode, *layer) for layer in layers)).seconds
     moved = KV_HEADS * pages * PageFormat(kv_format, 64, HEAD_DIM).page_bytes
     return Reached(moved / seconds / 1e12, copy_tb_s(), "TB/s")
 
@@ -132,10 +132,8 @@ def fetch() -> Reached:
 
     count = 32_768
     host = torch.empty(count, bench.PAYLOAD, dtype=torch.uint8, pin_memory=True).random_(0, 256)
-    table = torch.randperm(count, device="cuda").int().view(KV_HEADS, -1)
-    limit = torch.tensor([table.shape[1]], dtype=torch.int32, device="cuda")
-    buffer = torch.empty(count, bench.PAYLOAD, dtype=torch.uint8, device="cuda")
-    times = gpu_times(partial(fetch_pages, host, table, limit, buffer, 0, table.shape[1]))
+    view, buffer, table = bench.host_view(host, KV_HEADS)
+    times = gpu_times(partial(fetch_pages, view, buffer, table, count // KV_HEADS))
     link = measure_ceilings(torch.device("cuda"), "transfer")["host_to_device_gb_s"]
     return Reached(host.nbytes / times.seconds / 1e9, link, "GB/s")
 
