@@ -38,7 +38,7 @@ def once(*works, captured=True, prepare=None, **more):
 
 
 if INTERPRETED:
-    from longrun.kernels import page_decode, vector_linear
+    from longrun.kernels import page_decode, page_view, vector_linear
     from scripts.bench import (
         bench_fused_kernels,
         bench_kernels,
