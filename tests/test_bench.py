@@ -22,6 +22,7 @@ from scripts.bench import (
     bench_common,
     bench_decode,
     bench_kernel_table,
+    bench_llama_cpp,
     bench_offload,
     bench_prefill,
     bench_transformers,
@@ -301,3 +302,37 @@ def test_a_given_commit_goes_before_history_and_is_marked(monkeypatch):
 def test_the_command_is_recorded_without_folders(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scripts/bench.py", "decode", "--model", "/home/me/a model", "--lengths", "1K"])
     assert report_env.environment()["command"].endswith("scripts/bench.py decode --model 'a model' --lengths 1K")
+
+
+def test_llama_cpp_beside_longrun(model, capsys, tmp_path, quick, monkeypatch):
+    """Its process is played by one that answers in the same way, with the times that it was told."""
+    child, gguf = tmp_path / "child.py", tmp_path / "model.gguf"
+    child.write_text(
+        "import json, sys\n"
+        "print(json.dumps({'version': '1', 'system': sys.argv[2:]}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    ids, new_tokens = json.loads(line)\n"
+        "    print(json.dumps({'prefill': len(ids), 'decode': new_tokens}), flush=True)\n"
+    )
+    gguf.write_bytes(b"GGUF")
+    monkeypatch.setattr(bench_llama_cpp, "_CHILD", child)
+    load = longrun.load
+    monkeypatch.setattr(longrun, "load", lambda found, **options: load(model if found == gguf else found, **options))
+    options = ("--lengths", "300,600", "--repeats", "2", "--new-tokens", "4", "--weight-formats", "int4,fp32")
+    command = ("llama-cpp", "--model", gguf, "--python", sys.executable, *options)
+    result = run(capsys, tmp_path, *command)
+    assert result["llama_cpp"]["system"] == [str(torch.get_num_threads()), str(600 + 4 + 8)]
+    assert [row["length"] for row in result["rows"]] == [300] * 3 + [600] * 3
+    other, packed, exact = result["rows"][:3]
+    assert other["prefill_tokens_per_s"] == 1 and other["decode_ms"] == other["best_decode_ms"] == 4000
+    for row, name in ((packed, "longrun int4 weights, k5v3, full map"), (exact, "longrun k5v3, full map")):
+        assert row["runner"] == name and len(row["decode_runs"]) == 2
+        assert row["decode_ratio"] == pytest.approx(sum(4 / seconds for seconds in row["decode_runs"]) / 2)
+        assert row["prefill_ratio"] == pytest.approx(sum(300 / seconds for seconds in row["prefill_runs"]) / 2)
+    assert packed["decode_of_memory"] > 0
+
+    child.write_text("raise SystemExit('cannot read it')")
+    with pytest.raises(InputError, match="cannot read it"):
+        bench.main([*map(str, command)])
+    with pytest.raises(InputError, match=r"--model .*no GGUF file"):
+        bench.main([*map(str, ("llama-cpp", "--model", model, *command[3:]))])

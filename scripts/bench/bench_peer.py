@@ -45,14 +45,18 @@ class Row:
 class Longrun:
     """longrun on the checkpoint; a new session a run."""
 
-    def __init__(self, heads: str, model_dir: Path, head_map: HeadMap | str, length: int, new_tokens: int, chunk: int):
+    def __init__(
+        self, heads: str, model_dir: Path, head_map: HeadMap | str, length: int, new_tokens: int, chunk: int,
+        weight_format: str = "fp32",
+    ) -> None:  # fmt: skip
         self.new_tokens = new_tokens
         ratio = None if head_map == "full" else 0.5
         self.runtime = longrun.load(
-            model_dir, head_map=head_map, retrieval_ratio=ratio, weight_format="fp32", device="cpu",
+            model_dir, head_map=head_map, retrieval_ratio=ratio, weight_format=weight_format, device="cpu",
             ctx=length + new_tokens + 2, chunk_size=chunk,
         )  # fmt: skip
-        self.name = f"longrun {self.runtime.plan.kv_format}, {heads}"
+        weights = "" if weight_format == "fp32" else f" {weight_format} weights,"
+        self.name = f"longrun{weights} {self.runtime.plan.kv_format}, {heads}"
         self.kv_bytes = 0
 
     def run(self, token_ids: torch.Tensor) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 """Benchmarks: ceilings first, then a table, and one JSON object as the last line.
 
     python scripts/bench.py peer [--model DIR] [--lengths 4K,8K]           longrun and transformers in turn, on a CPU
+    python scripts/bench.py llama-cpp --model FILE --python FILE           longrun and llama.cpp in turn, on a CPU
     python scripts/bench.py decode --model DIR --lengths 128K,1M           ms a token, against the bytes' floor
     python scripts/bench.py prefill --model DIR --lengths 128K [--needles 3]    reading, against the compute ceilings
     python scripts/bench.py offload --model DIR --gpu-budget "20 GiB"      decode with most pages in host memory
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from longrun import cli
 from longrun.arguments import COUNT, real, whole
 from longrun.hub.find import add_model_option, find_model
+from longrun.paths import path_option
 
 
 def add_peer(sub: argparse.ArgumentParser) -> None:
@@ -33,6 +35,24 @@ def add_peer(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--lengths", default="4K,8K", help="prompt lengths in tokens (1K = 1,000)")
     sub.add_argument("--repeats", type=COUNT, default=5)
     sub.add_argument("--new-tokens", type=COUNT, default=24)
+    sub.add_argument("--chunk-size", type=COUNT, default=1024)
+    add_json_option(sub)
+    sub.set_defaults(run=run)
+
+
+def add_llama_cpp(sub: argparse.ArgumentParser) -> None:
+    from scripts.bench.bench_common import add_json_option
+    from scripts.bench.bench_llama_cpp import run
+
+    add_model_option(sub, default=None)
+    sub.add_argument(
+        "--python", required=True, type=path_option, metavar="FILE",
+        help="interpreter of an environment with llama-cpp-python",
+    )  # fmt: skip
+    sub.add_argument("--lengths", default="1K,8K,30K", help="prompt lengths in tokens (1K = 1,000)")
+    sub.add_argument("--weight-formats", default="int4,int8,fp32", help="longrun's, one after the other")
+    sub.add_argument("--repeats", type=COUNT, default=3)
+    sub.add_argument("--new-tokens", type=COUNT, default=32)
     sub.add_argument("--chunk-size", type=COUNT, default=1024)
     add_json_option(sub)
     sub.set_defaults(run=run)
@@ -139,6 +159,7 @@ def add_shares(sub: argparse.ArgumentParser) -> None:
 
 COMMANDS = {
     "peer": (add_peer, "side by side with transformers on the CPU"),
+    "llama-cpp": (add_llama_cpp, "side by side with llama.cpp on the CPU"),
     "decode": (add_decode, "milliseconds a token at long contexts"),
     "prefill": (add_prefill, "reading long texts"),
     "offload": (add_offload, "decode with pages in host memory"),
