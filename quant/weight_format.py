@@ -7,7 +7,8 @@
 * `int4`: 4-bit, symmetric, one bfloat16 step for every 32 inputs of a row; a row is filled up to whole words of 8
   weights. See `longrun.quant.int4_weight`. Nothing but the number of bits in common with the page format of that name.
 
-Biases stay in the compute dtype.
+Biases stay in the compute dtype. Embedding and lm_head are float32 with `fp32` and bf16 with all others: a CPU that
+computes in float32 would read twice the bytes for nothing that quantized linears leave to be seen.
 """
 
 from __future__ import annotations
@@ -51,6 +52,17 @@ def compute_itemsize(weight_format: str, device_type: str) -> int:
     if weight_format == "bf16":
         return 2
     return 4 if device_type == "cpu" else 2
+
+
+def table_itemsize(weight_format: str) -> int:
+    """Bytes of an element of the embedding and the lm_head: 4 for `fp32`, else 2 (bf16), also where a CPU computes in
+    float32.
+
+    Raises:
+        ConfigError: unknown weight format.
+    """
+    check_weight_format(weight_format)
+    return 4 if weight_format == "fp32" else 2
 
 
 def linear_bytes(out_features: int, in_features: int, weight_format: str, compute_itemsize: int, bias: bool) -> int:

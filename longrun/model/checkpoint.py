@@ -20,7 +20,7 @@ from longrun.model.rope import RopeParameters
 from longrun.model.safetensors_folder import and_more, read_folder
 from longrun.model.stored_tensor import StoredTensor
 from longrun.quant.linear import QuantLinear
-from longrun.quant.weight_format import compute_itemsize
+from longrun.quant.weight_format import compute_itemsize, table_itemsize
 from longrun.specs.model_bytes import TOKEN_SLICE
 
 _PIECE_BYTES = 32 * 2**20
@@ -50,7 +50,8 @@ def load_decoder(
         model_dir: folder with config.json and safetensors files, or a GGUF file (or its folder).
         config: its shape, from `ModelConfig.from_dir`.
         permutation: per layer, the old index of each KV head in its new place.
-        weight_format: format of the linears; embedding, lm_head, norms and biases are in the compute dtype.
+        weight_format: format of the linears; norms and biases are in the compute dtype, embedding and lm_head in
+            float32 or bf16 (see `table_itemsize`).
         device: where the weights go, and stay.
         token_slice, kernels, few_tokens: see `Decoder`.
         adapter: added to the linears in float32, before they are permuted and quantized.
@@ -66,10 +67,11 @@ def load_decoder(
     if adapter is not None:
         check_base(adapter, tensors, config, model_dir)
     loader = _Loader(tensors, config, weight_format, dtype, device, adapter)
-    embedding = loader.tensor("model.embed_tokens.weight")
+    table_dtype = torch.float32 if table_itemsize(weight_format) == 4 else torch.bfloat16
+    embedding = loader.tensor("model.embed_tokens.weight", table_dtype)
     layers = [loader.layer(layer_idx, order) for layer_idx, order in enumerate(permutation)]
     final_norm = loader.tensor("model.norm.weight")
-    lm_head = embedding if config.tie_word_embeddings else loader.tensor("lm_head.weight")
+    lm_head = embedding if config.tie_word_embeddings else loader.tensor("lm_head.weight", table_dtype)
     if config.tie_word_embeddings:
         loader.check_tied(embedding)
     return Decoder(config, permutation, embedding, layers, final_norm, lm_head, token_slice, kernels, few_tokens)
@@ -190,8 +192,8 @@ class _Loader:
         self.dtype = dtype
         self.device = device
 
-    def tensor(self, name: str) -> Tensor:
-        target = torch.empty(self.tensors[name].shape, dtype=self.dtype, device=self.device)
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        target = torch.empty(self.tensors[name].shape, dtype=dtype or self.dtype, device=self.device)
         self.fill(target, name)
         return target
 
@@ -243,7 +245,7 @@ class _Loader:
             stored.read_into(piece, rows.start)
             if change is not None:
                 piece = change.add_to(piece.to(self.device, torch.float32), rows)
-            piece = piece.to(self.device, self.dtype)
+            piece = piece.to(self.device, target.dtype)
             if columns is not None:
                 piece = piece.index_select(1, columns.to(self.device))
             if place is None:
@@ -259,7 +261,7 @@ class _Loader:
         for rows in _pieces(stored, _PIECE_BYTES):
             piece = torch.empty((rows.stop - rows.start, *stored.shape[1:]), dtype=stored.torch_dtype)
             stored.read_into(piece, rows.start)
-            if not torch.equal(piece.to(self.device, self.dtype), embedding[rows]):
+            if not torch.equal(piece.to(self.device, embedding.dtype), embedding[rows]):
                 raise CheckpointError(
                     f"{stored.file}: tensor lm_head.weight differs from the embedding, though config.json ties them: "
                     f"set tie_word_embeddings to false"

@@ -19,7 +19,7 @@ from longrun.attention.interface import Attention, Step
 from longrun.config.model_config import ModelConfig
 from longrun.model.rope import apply_rope_, signed_sin
 from longrun.quant.linear import QuantLinear
-from longrun.specs.model_bytes import TOKEN_SLICE
+from longrun.specs.model_bytes import HEAD_PIECE, TOKEN_SLICE
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Decoder:
     Attributes:
         config: shape of the model.
         permutation: per layer, the old index of each KV head in its new place (retrieval heads first).
-        compute_dtype, device: of activations, embedding, norms and lm_head.
+        compute_dtype, device: of activations and norms.
         token_slice: tokens worked on at a time where tokens are independent.
     """
 
@@ -92,8 +92,8 @@ class Decoder:
         """Use loaded weights as they are; see `longrun.model.checkpoint.load_decoder`.
 
         Args:
-            embedding, lm_head: [vocab_size, hidden_size]; the same tensor where they are tied.
-            final_norm: [hidden_size].
+            embedding, lm_head: [vocab_size, hidden_size], compute dtype or bf16; the same tensor where they are tied.
+            final_norm: [hidden_size], compute dtype.
             kernels: fused GPU kernels for RoPE, MLP and the linears of a single token; plain torch without them.
             few_tokens: compiled CPU kernel for the linears of a few tokens; without it torch multiplies, by a
                 dequantized copy where weights are quantized.
@@ -116,7 +116,7 @@ class Decoder:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return self._embedding.dtype
+        return self._final_norm.dtype
 
     @property
     def layers(self) -> tuple[DecoderLayer, ...]:
@@ -159,7 +159,7 @@ class Decoder:
         """
         config, num_tokens = self.config, token_ids.shape[0]
         assert num_tokens == step.num_tokens > 0
-        hidden = F.embedding(token_ids, self._embedding)
+        hidden = F.embedding(token_ids, self._embedding).to(self.compute_dtype)
         # One buffer serves all layers: a fresh large allocation a layer would be paid in page faults.
         qkv = hidden.new_empty(num_tokens, config.q_size + 2 * config.kv_size)
         cos, sin = step.cos, step.sin
@@ -192,7 +192,7 @@ class Decoder:
         kernels = self._kernels or self._few_tokens
         assert kernels is not None
         linear, eps = kernels.vector_linear, self.config.rms_norm_eps
-        hidden = F.embedding(token_id, self._embedding)
+        hidden = F.embedding(token_id, self._embedding).to(self.compute_dtype)
         for layer_idx, layer in enumerate(self._layers):
             qkv = linear(hidden, layer.qkv, norm_weight=layer.input_norm, eps=eps)
             attended = decode(layer_idx, qkv, layer.q_norm, layer.k_norm, eps)
@@ -205,7 +205,15 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [n, vocab_size] from hidden states [n, hidden_size] as `forward` returns them."""
         few = self._few_linear(hidden.shape[0])
-        return (F.linear(hidden, self._lm_head) if few is None else few(hidden, self._head_linear)).float()
+        if few is not None:
+            return few(hidden, self._head_linear).float()
+        if hidden.dtype == self._lm_head.dtype:
+            return F.linear(hidden, self._lm_head).float()
+        found, start = hidden.new_empty(hidden.shape[0], self.config.vocab_size), 0
+        for piece in self._lm_head.split(max(1, HEAD_PIECE // hidden.shape[1])):
+            found[:, start : start + len(piece)] = F.linear(hidden, piece.to(hidden.dtype))
+            start += len(piece)
+        return found
 
     def _slices(self, num_tokens: int) -> Iterator[slice]:
         for start in range(0, num_tokens, self.token_slice):

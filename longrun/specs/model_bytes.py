@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longrun.config.model_config import ModelConfig
-from longrun.quant.weight_format import compute_itemsize, is_quantized, linear_bytes
+from longrun.quant.weight_format import compute_itemsize, is_quantized, linear_bytes, table_itemsize
 
 __all__ = [
+    "HEAD_PIECE",
     "TOKEN_SLICE",
     "TOKEN_SLICES",
     "ModelWork",
@@ -23,6 +24,8 @@ TOKEN_SLICE = 1024
 # On a GPU a slice fills the matrix units: at 4,096 rows Llama-3-8B's products run at 720 to 800 TFLOP/s of an H100's
 # 790 to 810 (8,192 rows), at 1,024 the smaller ones lose a fifth.
 TOKEN_SLICES = {"cpu": TOKEN_SLICE, "cuda": 4096}
+# Weights of a bf16 lm_head that torch multiplies as float32 at a time.
+HEAD_PIECE = 2**20
 
 
 def _linears(config: ModelConfig) -> tuple[tuple[int, int, bool], ...]:
@@ -40,8 +43,8 @@ def model_weight_bytes(config: ModelConfig, weight_format: str, device_type: str
     """Bytes of all parameters on the compute device: exactly `Decoder.weight_bytes`.
 
     Args:
-        weight_format: one of `WEIGHT_FORMATS`, for the linears of the layers; embedding, lm_head, norms and biases are
-            in the compute dtype. A tied lm_head costs nothing.
+        weight_format: one of `WEIGHT_FORMATS`, for the linears of the layers; norms and biases are in the compute
+            dtype, embedding and lm_head in float32 or bf16 (`table_itemsize`). A tied lm_head costs nothing.
         device_type: cpu or cuda.
 
     Raises:
@@ -51,7 +54,7 @@ def model_weight_bytes(config: ModelConfig, weight_format: str, device_type: str
     layer = sum(linear_bytes(rows, cols, weight_format, itemsize, bias) for rows, cols, bias in _linears(config))
     layer += (2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)) * itemsize
     tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    return config.num_layers * layer + (tables + config.hidden_size) * itemsize
+    return config.num_layers * layer + tables * table_itemsize(weight_format) + config.hidden_size * itemsize
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ def model_work(config: ModelConfig, weight_format: str, device_type: str) -> Mod
     itemsize, linears = compute_itemsize(weight_format, device_type), _linears(config)
     count = config.num_layers * sum(rows * cols for rows, cols, _ in linears)
     size = config.num_layers * sum(linear_bytes(*linear[:2], weight_format, itemsize, linear[2]) for linear in linears)
-    unread = 0 if config.tie_word_embeddings else (config.vocab_size - 1) * config.hidden_size * itemsize
-    others = model_weight_bytes(config, weight_format, device_type) - size - unread
+    unread = 0 if config.tie_word_embeddings else (config.vocab_size - 1) * config.hidden_size
+    others = model_weight_bytes(config, weight_format, device_type) - size - unread * table_itemsize(weight_format)
     return ModelWork(count, size, count * itemsize, others)
 
 
@@ -94,7 +97,7 @@ def activation_bytes(
 
     Counted: residual stream, the fused q/k/v buffer, attention's output, rotary tables, one token slice of the norms
     and of the MLP, the logits of one position, and for quantized weights the dequantized copy of the largest
-    pair of linears that is in use at once.
+    pair of linears, or piece of the lm_head, that is in use at once.
 
     Args:
         chunk_size: tokens of the forward pass.
@@ -123,5 +126,5 @@ def activation_bytes(
     dense = 0
     if is_quantized(weight_format):
         qkv, out, gate_up, down = (rows * cols for rows, cols, _ in _linears(config))
-        dense = max(qkv, out, gate_up + down) * itemsize
+        dense = max(qkv, out, gate_up + down, min(HEAD_PIECE, config.vocab_size * config.hidden_size)) * itemsize
     return whole + rotary + dense + max(projecting, attended + mlp, logits)

@@ -16,10 +16,11 @@ from rich.table import Table
 from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
 from longrun.lab.synthetic_session import make_synthetic
+from longrun.quant.weight_format import table_itemsize
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
 from longrun.specs.cache_spec import CacheSpec
-from longrun.specs.model_bytes import compute_itemsize, model_weight_bytes
+from longrun.specs.model_bytes import model_weight_bytes
 from scripts.bench.bench_common import (
     MemoryWatch,
     check_device,
@@ -52,8 +53,7 @@ def token_bytes(config: ModelConfig, weight_format: str, device_type: str, cache
     index of all pooled pages of the retrieval heads, their exact sink page and tail, and the rings as far as filled.
     Page tables and what is written are left out, so the floor is a little too low rather than too high.
     """
-    fmt, itemsize = cache.page_format, compute_itemsize(weight_format, device_type)
-    row = config.hidden_size * itemsize
+    fmt, row = cache.page_format, config.hidden_size * table_itemsize(weight_format)
     unread = 0 if config.tie_word_embeddings else (config.vocab_size - 1) * row
     pooled = fmt.pooled_pages(seq_len)
     exact_token = 2 * fmt.head_dim * fmt.exact_itemsize
