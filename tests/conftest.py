@@ -28,10 +28,10 @@ def _hear_sigint() -> None:
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    """Checkpoint folder of the demo model, from the user's cache or made there once."""
-    from longrun.model.demo import demo_model_dir
+    """The demo model's file, from the user's cache or fetched there once."""
+    from longrun.model import demo
 
-    return demo_model_dir()
+    return demo.demo_model()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError
 from longrun.model.checkpoint import load_decoder, model_fingerprint
 from longrun.model.rope import RopeParameters, RotaryTable
+from scripts.tiny_gguf import write_gguf
 
 IDENTITY = [[0, 1, 2]] * 3
 Q0 = "model.layers.0.self_attn.q_proj.weight"
@@ -237,9 +238,11 @@ def test_fingerprint_tells_models_apart(folder, saved):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_costs_the_weights_and_one_piece(tmp_path):
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_loading_costs_the_weights_and_one_piece(tmp_path, kind):
     shape = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 8000, "num_hidden_layers": 6, "head_dim": 64}
-    model = save_tiny(tmp_path, "llama", **{**shape, "num_attention_heads": 8, "num_key_value_heads": 4})
+    model = save_tiny(tmp_path / "model", "llama", **{**shape, "num_attention_heads": 8, "num_key_value_heads": 4})
+    path = tmp_path / "model" if kind == "safetensors" else write_gguf(tmp_path / "model.gguf", model, "Q8_0")
     total = sum(parameter.nbytes for parameter in model.parameters())
     assert total > 120e6
     code = (
@@ -256,7 +259,7 @@ def test_loading_costs_the_weights_and_one_piece(tmp_path):
     )
     root = Path(__file__).parents[1]
     result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=root
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, cwd=root
     )
     growth, weights = map(int, result.stdout.split())
     assert weights == total

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from longrun.chat.conversation import Conversation
 from longrun.chat.format import ChatFormat
 from longrun.errors import CheckpointError, ContextFullError, InputError, SessionError
+from longrun.model.tokenizer import load_tokenizer
 from longrun.text.documents import Document, read_document
 from longrun.text.stream import AnswerText, StopStrings, TextStream, text_pieces
 
@@ -303,9 +304,7 @@ def test_a_session_that_is_no_conversation_is_refused():
 
 
 def test_the_demo_models_template_in_pieces(demo_model):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    tokenizer = load_tokenizer(demo_model)
     eos = tokenizer.convert_tokens_to_ids(END)
     session = ListSession()
     conversation = Conversation(session, tokenizer, {eos})

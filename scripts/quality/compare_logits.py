@@ -23,6 +23,7 @@ from longrun.errors import CheckpointError, InputError
 from longrun.hub.find import add_model_option, find_model
 from longrun.hub.names import model_name
 from longrun.lab.planted import NOTE, is_planted
+from longrun.model.adapter_merge import load_merged
 from longrun.model.tokenizer import load_tokenizer
 from longrun.needles.needles import Haystack, build_prompt, make_needles
 from longrun.paths import path_option
@@ -78,11 +79,7 @@ def reference_logits(
     model_dir: Path, token_ids: torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """[n, vocab_size] in `dtype` on the CPU, from transformers in one pass over the text, lm_head in slices."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        str(model_dir), dtype=dtype, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
-    ).eval()  # fmt: skip
+    model = load_merged(model_dir, None, dtype=dtype, attn_implementation="sdpa")
     model.to(device)
     hidden = model.get_decoder()(token_ids[None].to(device), use_cache=False).last_hidden_state[0]
     head = model.get_output_embeddings()

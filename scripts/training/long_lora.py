@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from longrun.errors import InputError
 from longrun.files.user_files import read_object
 from longrun.files.whole_file import write_whole
 from longrun.model.adapter import CONFIG_FILE, TARGETS, WEIGHTS_FILE
+from longrun.model.adapter_merge import load_merged, set_rope
+from longrun.model.rope import RopeParameters
 
 
 class LoraLinear(nn.Module):
@@ -50,25 +53,15 @@ class LoraModel:
 
     def __init__(self, model_dir: Path, settings: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
         """Load the checkpoint with the RoPE base and window of `settings`, and attach fresh LoRA layers."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self.settings = settings
-        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
-        original = type(config).from_dict(config.to_dict())
-        config.rope_parameters = {**config.rope_parameters, "rope_theta": float(settings["rope_theta"])}
-        config.max_position_embeddings = settings["max_position_embeddings"]
-        self.model = AutoModelForCausalLM.from_pretrained(
-            str(model_dir),
-            config=config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
-        ).to(device)
-        self.model.requires_grad_(False)
+        self.model = load_merged(model_dir, None, dtype=dtype, attn_implementation="sdpa")
+        self._original_frequencies = self.model.model.rotary_emb.inv_freq.to(device)
+        rope = RopeParameters.from_dir(model_dir)
+        values = {**rope.values, "rope_theta": float(settings["rope_theta"])}
+        set_rope(self.model, replace(rope, values=values, max_position_embeddings=settings["max_position_embeddings"]))
+        self.model.to(device).requires_grad_(False)
         rotary = self.model.model.rotary_emb
         self._frequencies = rotary.inv_freq
-        self._original_frequencies = type(rotary)(original).inv_freq.to(device)
         assert self._frequencies.dtype == torch.float32
         self._positions: Tensor | None = None
         rotary.register_forward_pre_hook(self._place, with_kwargs=True)

@@ -298,10 +298,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build(out: Path, cache: Path, model: Path | None, sources: Sequence[Source]) -> None:
     """Fetch, read, split, tokenize and write."""
-    from longrun.model.demo import demo_model_dir
+    from longrun.model.demo import demo_model
     from longrun.model.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(model or demo_model_dir())
+    tokenizer = load_tokenizer(model or demo_model())
     tokens: dict[str, io.BytesIO] = {split: io.BytesIO() for split in ("train", "held_out")}
     head: dict[str, dict[str, list]] = {split: {"lengths": [], "kinds": []} for split in tokens}
     manifest = []
