@@ -196,7 +196,6 @@ class _Loader:
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         target = torch.empty(self.tensors[name].shape, dtype=dtype or self.dtype, device=self.device)
         self.fill(target, name)
-        return_freed_memory()
         return target
 
     def layer(self, layer_idx: int, order: Sequence[int]) -> DecoderLayer:
@@ -205,7 +204,7 @@ class _Loader:
         norm = f"model.layers.{layer_idx}.{{}}.weight"
         kv = _channels(order, config.head_dim)
         q = _channels(order, config.head_dim * config.group_size)
-        return DecoderLayer(
+        loaded = DecoderLayer(
             input_norm=self.tensor(norm.format("input_layernorm")),
             qkv=self.linear([(attention + f"{x}_proj", q if x == "q" else kv) for x in "qkv"]),
             q_norm=self.tensor(norm.format("self_attn.q_norm")) if config.qk_norm else None,
@@ -215,6 +214,8 @@ class _Loader:
             gate_up=self.linear([(mlp + "gate_proj", None), (mlp + "up_proj", None)]),
             down=self.linear([(mlp + "down_proj", None)]),
         )
+        return_freed_memory()  # what is left of pieces between the weights would add up, layer by layer
+        return loaded
 
     def linear(self, parts: list[tuple[str, Tensor | None]], columns: Tensor | None = None) -> QuantLinear:
         """One linear from the rows of several: (name, order of its rows) each, `columns` the order of columns."""
@@ -230,9 +231,7 @@ class _Loader:
             if bias is not None:
                 self.fill(bias[start : start + rows], f"{name}.bias", order)
             start += rows
-        linear = QuantLinear(weight, self.weight_format, bias, self.dtype)
-        return_freed_memory()  # what pieces on their way leave between the weights would add up
-        return linear
+        return QuantLinear(weight, self.weight_format, bias, self.dtype)
 
     def fill(self, target: Tensor, name: str, order: Tensor | None = None, columns: Tensor | None = None) -> None:
         """Set `target` [rows, ...] to the stored tensor: row i is stored row order[i], column j stored columns[j]."""

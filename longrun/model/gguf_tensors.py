@@ -33,6 +33,8 @@ _INTERLEAVED = ("llama", "mistral")
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Values dequantized at a time: the package holds them about three times.
 _STEP_BYTES = 2 * 2**20
+# The package works on 16 rows at a time, twice to four times as fast on rows of this length than on a small model's.
+_ROW_VALUES = 2**14
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,24 @@ class GgufTensor:
     def read_into(self, target: Tensor, first_row: int) -> None:
         assert target.dtype == self.torch_dtype and target.is_contiguous() and target.device.type == "cpu"
         assert target.shape[1:] == self.shape[1:]
+        # numpy, not torch: these steps are too small for two threads, which would wait for each other
+        place = target.view(torch.int16).numpy() if target.element_size() == 2 else target.numpy()
         step = max(1, _STEP_BYTES * self.shape[0] // self.num_bytes)
-        if self.head_rows:
-            step = max(1, step // self.head_rows) * self.head_rows
         stop = first_row + len(target)
-        start = first_row - first_row % step
-        while start < stop:
+        if not self.head_rows:
+            for start in range(first_row, stop, step):
+                end = min(start + step, stop)
+                self._read_rows(place[start - first_row : end - first_row], start)
+            return
+        step = max(1, step // self.head_rows) * self.head_rows
+        for start in range(first_row - first_row % self.head_rows, stop, step):
             end = min(start + step, self.shape[0])
-            rows = self._rows(start, end - start)
+            stored = np.empty((end - start, *self.shape[1:]), dtype=place.dtype)
+            self._read_rows(stored, start)
+            pairs = stored.reshape(-1, self.head_rows // 2, 2, *self.shape[1:])
+            rows = pairs.swapaxes(1, 2).reshape(stored.shape)
             low, high = max(start, first_row), min(end, stop)
-            target[low - first_row : high - first_row] = rows[low - start : high - start]
-            start = end
+            place[low - first_row : high - first_row] = rows[low - start : high - start]
 
     def read_bytes(self, start: int, length: int) -> bytes:
         row_bytes = self.num_bytes // self.shape[0]
@@ -88,20 +97,31 @@ class GgufTensor:
         content = rows.view(torch.uint8).numpy().tobytes()
         return content[start - first * row_bytes :][:length]
 
-    def _rows(self, first: int, count: int) -> Tensor:
-        """Rows from `first` on, whole heads where these are interleaved."""
+    def _read_rows(self, target: np.ndarray, first: int) -> None:
+        """Rows from `first` on as they stand in the file: float32, or int16 for the bits of a half."""
         row_bytes = self.entry.num_bytes // self.shape[0]
-        stored = np.empty((count, row_bytes), dtype=np.uint8)
-        exact_read(self.file, self.entry.name, memoryview(stored).cast("B"), self.entry.offset + first * row_bytes)
+        offset = self.entry.offset + first * row_bytes
         if self.entry.type in _PLAIN:
-            rows = torch.from_numpy(stored).view(self.torch_dtype).view(count, *self.shape[1:])
-        else:
-            with np.errstate(all="ignore"):  # a damaged scale is heard of when the logits are not finite
-                rows = torch.from_numpy(gguf.dequantize(stored, gguf.GGMLQuantizationType[self.entry.type]))
-        if not self.head_rows:
-            return rows
-        heads = rows.view(count // self.head_rows, self.head_rows // 2, 2, *self.shape[1:])
-        return heads.transpose(1, 2).reshape(rows.shape)
+            exact_read(self.file, self.entry.name, memoryview(target).cast("B"), offset)
+            return
+        stored = np.empty(len(target) * row_bytes, dtype=np.uint8)
+        exact_read(self.file, self.entry.name, memoryview(stored), offset)
+        _dequantize(stored, self.entry.type, target.reshape(-1))
+
+
+def _dequantize(stored: np.ndarray, type_name: str, values: np.ndarray) -> None:
+    """Set `values` (float32 [m]) to those of whole blocks (uint8 [n]), which do not depend on each other."""
+    kind = gguf.GGMLQuantizationType[type_name]
+    per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    row_bytes = _ROW_VALUES // per_block * block_bytes
+    whole = len(stored) - len(stored) % row_bytes
+    start = 0
+    with np.errstate(all="ignore"):  # a damaged scale shows when the logits are not finite
+        for part in (stored[:whole].reshape(-1, row_bytes), stored[whole:].reshape(1, -1)):
+            if part.size:
+                found = gguf.dequantize(part, kind).reshape(-1)
+                values[start : start + len(found)] = found
+                start += len(found)
 
 
 def find_gguf_tensors(file: Path, config: ModelConfig) -> dict[str, GgufTensor]:
