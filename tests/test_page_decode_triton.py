@@ -118,10 +118,12 @@ def assert_close(found, expected):
     (out, lse), (expected, expected_lse) = found, expected
     seen = expected_lse > -torch.inf
     assert torch.equal(seen, lse > -torch.inf) and (out[~seen] == 0).all() and (lse[~seen] == -torch.inf).all()
+    # a log-sum-exp that is off by d weighs everything e^d times as much: d counts, not its share of the value
+    off = (lse[seen] - expected_lse[seen]).abs()
     if seen.any():
-        assert error(out[seen], expected[seen]) < TOLERANCE and error(lse[seen], expected_lse[seen]) < 1e-3
+        assert error(out[seen], expected[seen]) < TOLERANCE and off.max() < 1e-2
     for head in seen.any(1).nonzero().flatten():  # one of them may have larger values than all others
-        assert error(out[head], expected[head]) < 2 * TOLERANCE and error(lse[head], expected_lse[head]) < 2e-3
+        assert error(out[head], expected[head]) < 2 * TOLERANCE
 
 
 def poisoned(q, splits):
@@ -306,7 +308,7 @@ def test_storage_past_2_to_31_bytes_on_gpu(kernel, name) -> None:
     big[order] = small.storage[small.table[used].long()]
     expected = reference(q, small, exact)
     assert_close(kernel(q, replace(small, storage=big, table=table), exact), expected)
-    both = replace(small, table=table + 7 * used, other=big, other_slot=7)  # everything in the other memory
+    both = replace(small, table=table + 7 * used.int(), other=big, other_slot=7)  # everything in the other memory
     assert_close(kernel(q, both, exact), expected)
 
 

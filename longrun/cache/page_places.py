@@ -18,6 +18,7 @@ from longrun.specs.cache_spec import CacheSpec
 from longrun.specs.reach import Reach
 
 PageNumbers = tuple[np.ndarray, np.ndarray]  # heads, and the page of each
+_NO_PAGES = (np.zeros(0, dtype=np.int64),) * 2
 
 
 @dataclass
@@ -46,7 +47,7 @@ class HeadGroup:
 
 @dataclass(frozen=True)
 class NewPages:
-    """Slots for pages [begin, end) of some heads, to be written: int32 [heads, n], a part of the table."""
+    """Slots for pages [begin, end) of some heads, to be written: int32 [heads, n] on the compute device."""
 
     heads: slice
     pool: PagePool
@@ -119,11 +120,11 @@ class PagePlaces:
         parts = []
         for group in self.groups:
             for pool, begin, end in self._targets(group, first, total, seq_len):
-                self._slots[group.heads, begin:end] = pool.allocate(group.num_heads * (end - begin)).view(
-                    -1, end - begin
-                )
-                parts.append(NewPages(group.heads, pool, self.table[group.heads, begin:end], begin, end))
-        self._upload(first, total)
+                slots = pool.allocate(group.num_heads * (end - begin)).view(-1, end - begin)
+                self._slots[group.heads, begin:end] = slots.numpy()
+                slots = self._to_device(slots)
+                self.table[group.heads, begin:end] = slots
+                parts.append(NewPages(group.heads, pool, slots, begin, end))
         self._relist()
         return parts
 
@@ -142,8 +143,10 @@ class PagePlaces:
 
     def _spilling(self, count: int) -> PageNumbers:
         """Pages that leave the device when `count` pages are added to every head: each head's oldest."""
-        parts = [(np.zeros(0, dtype=np.int64),) * 2]
         room = self._spec.device_pages_per_head - (count - self._direct(count))
+        if all(not g.reach.is_all or (g.prefix and self.num_pooled - room <= g.num_on_host) for g in self.groups):
+            return _NO_PAGES
+        parts = [_NO_PAGES]
         for group in self.groups:
             heads = np.arange(group.heads.start, group.heads.stop)
             if not group.reach.is_all:

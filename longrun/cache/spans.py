@@ -24,6 +24,7 @@ class Spans:
     def __init__(self, spec: CacheSpec, device: torch.device) -> None:
         heads = max(spec.retrieval_heads)
         self._host = torch.zeros(spec.num_layers, SPANS, heads, dtype=torch.int32)
+        self._numbers = self._host.numpy()
         on_cpu = device.type == "cpu"
         self.device = self._host if on_cpu else self._host.to(device)
         self._dirty = False
@@ -45,12 +46,12 @@ class Spans:
 
     def set(self, layer_idx: int, heads: slice, spans: np.ndarray) -> None:
         """Spans of these heads: [SPANS, heads]."""
-        self._host[layer_idx, :, heads] = torch.from_numpy(spans)
+        self._numbers[layer_idx, :, heads] = spans
         self._dirty = True
 
     def count(self, layer_idx: int, place: tuple[int, int]) -> int:
         """Pages of a layer's heads at a place."""
-        return int(self._host[layer_idx, place[1]].sum())
+        return int(self._numbers[layer_idx, place[1]].sum())
 
     def describe(self, seq_len: int) -> None:
         """Bring the device up to date for the last of `seq_len` tokens as the query, on the current stream."""
