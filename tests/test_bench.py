@@ -106,7 +106,7 @@ def test_the_bytes_of_a_token_are_those_that_the_tensors_hold(model):
         if paged is not None:
             pages += paged.num_pages() * cache.spec.page_format.payload_bytes
             index += paged.index[:, : paged.num_pooled].nbytes
-            exact += paged.sink_k.nbytes * 2 + 2 * paged.tail_k[:, : paged.tail_len(900)].nbytes
+            exact += paged.sink_k.nbytes * 2 + 2 * paged.tail_k[:, : paged.fmt.tail_tokens(900)].nbytes
     assert [parts[name] for name in ("page_payloads", "page_index", "sinks_and_tails", "rings")] == [
         pages, index, exact, rings,
     ]  # fmt: skip
