@@ -20,12 +20,12 @@ MEMORY = {"used_bytes": 68_000_000_000, "ratio_to_plan": 0.99}
 RESULTS = {
     "decode": {
         "settings": SETTINGS, "ceilings": {"memory_tb_s": 3.015}, "rows": [
-            {"runner": "longrun", "length": 96_000, "synthetic": True, "ms": {"median": 5.0, "min": 0.5, "max": 7.0},
+            {"runner": "longrun", "length": 96_000, "synthetic": True, "ms": {"median": 5.0, "min": 0.5, "max": 7.0, "mean": 5.1},
              "ms_repeats": [4.2, 4.0], "ms_tokens": [0.6, 4.9, 7.0, 0.5, 5.0, 5.0],
              "bytes_total": 7_500_000_000, "floor_ms": 2.5, "floor_over_measured": 0.5, "host_overhead_ms": 0.25,
              "memory": MEMORY},
             {"runner": "transformers bf16", "length": 96_000, "synthetic": True,
-             "ms": {"median": 30.0, "min": 29.0, "max": 31.0}, "ms_tokens": [29.0, 30.0, 31.0]},
+             "ms": {"median": 30.0, "min": 29.0, "max": 31.0, "mean": 30.1}, "ms_tokens": [29.0, 30.0, 31.0]},
             {"runner": "transformers bf16", "length": 1_000_000, "synthetic": True, "error": "out of memory"},
         ],
     },
@@ -99,7 +99,7 @@ def test_tables_are_rendered_from_result_files_and_checked(document, capsys):
 
 def test_decode_rows_of_several_formats_name_theirs():
     """Rows of both files stand next to the one peer; a row without its tokens has a range and no mean."""
-    rows = [{"runner": "longrun", "length": 96_000, "ms": {"median": 4.0, "min": 3.9, "max": 6.0},
+    rows = [{"runner": "longrun", "length": 96_000, "ms": {"median": 4.0, "min": 3.9, "max": 6.0, "mean": 4.1},
              "bytes_total": 7_500_000_000, "floor_ms": 2.5, "floor_over_measured": 0.625,
              "host_overhead_ms": -0.004}]  # fmt: skip
     other = {"settings": SETTINGS | {"weight_format": "int4"}, "rows": rows}

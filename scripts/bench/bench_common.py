@@ -200,8 +200,10 @@ def or_out_of_memory(row: dict[str, Any], work: Callable[[], dict[str, Any]], de
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most of at least one value."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    """Median, least, most and mean of at least one value."""
+    return {
+        "median": statistics.median(values), "min": min(values), "max": max(values), "mean": statistics.fmean(values),
+    }  # fmt: skip
 
 
 def memory_text(found: dict[str, Any]) -> str:

@@ -226,13 +226,13 @@ def run(args: argparse.Namespace) -> int:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows as a person reads them."""
-    found = Table("runner", "tokens", "ms/token", "min", "max", "GB read", "floor ms", "floor/ms", "host ms", "memory")
+    found = Table("runner", "tokens", "ms/token", "mean", "max", "GB read", "floor ms", "floor/ms", "host ms", "memory")
     for row in rows:
         start = (row["runner"], tokens_text(row["length"]) + (" synthetic" if row["synthetic"] else ""))
         if "error" in row:
             found.add_row(*start, row["error"])
             continue
-        times = [figure(row["ms"][name]) for name in ("median", "min", "max")]
+        times = [figure(row["ms"][name]) for name in ("median", "mean", "max")]
         more = ()
         if "floor_ms" in row:
             more = (
