@@ -1,4 +1,4 @@
-"""`python -m longrun.plan`: the memory plan of a checkpoint folder, from its config.json alone."""
+"""`python -m longrun.plan`: the memory plan of a model, from its config.json or GGUF header alone."""
 
 from __future__ import annotations
 
@@ -72,15 +72,15 @@ def _console() -> Console:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m longrun.plan",
-        description="Memory plan of a model at a context length, byte by byte, from its config.json alone.",
+        description="Memory plan of a model at a context length, byte by byte: config.json or a GGUF header is enough.",
         epilog=EXIT_STATUS,
     )
     parser.add_argument(
         "--model",
         required=True,
         metavar="DIR_OR_NAME",
-        help=f"checkpoint folder or name on the Hugging Face hub (user/repo), of which only config.json is read or "
-        f"fetched, or a shape: {', '.join(SHAPES)}",
+        help=f"checkpoint folder, GGUF file or name on the Hugging Face hub (user/repo), of which only config.json or "
+        f"the GGUF header is read or fetched, or a shape: {', '.join(SHAPES)}",
     )
     parser.add_argument("--ctx", metavar="TOKENS", help="context, like 128K or 3.3M (default: the trained window)")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """The memory plan: model shape + head split + budget + capacity -> every byte, or an error that says what would fit.
 
-Plain arithmetic without torch. `python -m longrun.plan --help` prints a plan from config.json alone.
+Plain arithmetic without torch. `python -m longrun.plan --help` prints a plan from config.json (or a GGUF header) alone.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ def load(
     """Plan, then load a checkpoint of the Llama family.
 
     Args:
-        model_dir: Hugging Face checkpoint folder (config.json and safetensors), or a name on its hub, like `user/repo`:
-            found in the local cache, or fetched with `download`.
+        model_dir: Hugging Face checkpoint folder (config.json and safetensors), a GGUF file, or a name on the hub,
+            like `user/repo`: found in the local cache, or fetched with `download`.
         budget: name of a shipped budget, TOML file or `Budget`; default: `cpu` on the CPU, on a GPU the largest
             shipped one that the card's memory holds.
         head_map: folder in DuoAttention's format, `HeadMap`, "full" (also None): every head keeps every token, or
