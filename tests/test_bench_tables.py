@@ -20,7 +20,8 @@ MEMORY = {"used_bytes": 68_000_000_000, "ratio_to_plan": 0.99}
 RESULTS = {
     "decode": {
         "settings": SETTINGS, "ceilings": {"memory_tb_s": 3.015}, "rows": [
-            {"runner": "longrun", "length": 96_000, "synthetic": True, "ms": {"median": 5.0, "min": 0.5, "max": 7.0, "mean": 5.1},
+            {"runner": "longrun", "length": 96_000, "synthetic": True,
+             "ms": {"median": 5.0, "min": 0.5, "max": 7.0, "mean": 5.1},
              "ms_repeats": [4.2, 4.0], "ms_tokens": [0.6, 4.9, 7.0, 0.5, 5.0, 5.0],
              "bytes_total": 7_500_000_000, "floor_ms": 2.5, "floor_over_measured": 0.5, "host_overhead_ms": 0.25,
              "memory": MEMORY},
