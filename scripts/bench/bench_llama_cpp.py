@@ -12,6 +12,7 @@ import statistics
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,7 +21,7 @@ from rich.table import Table
 from longrun.errors import InputError, short_path
 from longrun.hub.names import model_name
 from longrun.units import format_tokens
-from scripts.bench.bench_common import finish_timed, parse_lengths, percent
+from scripts.bench.bench_common import finish_timed, parse_lengths, percent, save
 from scripts.bench.bench_decode import token_bytes
 from scripts.bench.bench_peer import Longrun
 from scripts.bench.bench_prefill import prefill_flops
@@ -65,7 +66,7 @@ class LlamaCpp:
         )  # fmt: skip
         self.about = self._answer()
 
-    def _answer(self) -> dict:
+    def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None and self._process.stderr is not None
         line = self._process.stdout.readline()
         if not line:
@@ -93,6 +94,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--python {short_path(args.python)} is not a file: name an interpreter with llama-cpp-python")
     threads = torch.get_num_threads()
     ceilings = measure_ceilings(torch.device("cpu"), "memory", "matmul")
+    result: dict[str, Any] = {
+        "benchmark": "llama-cpp", "model": model_name(args.model), "threads": threads, "ceilings": ceilings,
+        "load_average": os.getloadavg(), "repeats": args.repeats, "new_tokens": args.new_tokens, "rows": [],
+    }  # fmt: skip
     rows: list[Row] = []
     for length in parse_lengths(args.lengths):
         other = LlamaCpp(args.python, args.model, threads, length + args.new_tokens + _MARGIN, args.new_tokens)
@@ -100,12 +105,9 @@ def run(args: argparse.Namespace) -> int:
             rows += compare(args.model, other, length, args, ceilings)
         finally:
             other.close()
+        result |= {"llama_cpp": other.about, "rows": [asdict(row) for row in rows]}
+        save(result, args)
     print_rows(rows)
-    result = {
-        "benchmark": "llama-cpp", "model": model_name(args.model), "llama_cpp": other.about,
-        "threads": threads, "load_average": os.getloadavg(), "ceilings": ceilings, "repeats": args.repeats,
-        "new_tokens": args.new_tokens, "rows": [asdict(row) for row in rows],
-    }  # fmt: skip
     return finish_timed(result, args)
 
 
