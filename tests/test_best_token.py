@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longrun.attention.decode_state import DecodeState
+from longrun.cache.dual import TokenPlace
 from longrun.engine.best_token import BestToken
 from longrun.errors import CheckpointError
 
@@ -53,11 +54,13 @@ def test_finding_is_one_operation_and_changes_nothing_else():
 
 
 def test_what_a_step_found_stays_until_the_host_gives_another_token():
-    state = DecodeState(head_dim=4, num_rounds=0, device=torch.device("cpu"))
+    state = DecodeState(head_dim=4, device=torch.device("cpu"))
     angles = torch.arange(4, dtype=torch.float32).numpy()
 
     def fill(token_id, slots):
-        state.fill(token_id, slots, (0, 1, 2, 3), 5, 6, None, angles, angles + 4)
+        place = TokenPlace(*slots, sink_tokens=64, tail_tokens=5, tail_start=128, ring_tokens=7)
+        state.fill(token_id, place, angles, angles + 4)
+        assert state.lengths.tolist() == [64, 5, 128] and state.ring_len.tolist() == [7]
         assert state.slots.tolist() == list(slots) and state.sin.tolist() == [4, 5, 6, 7]
 
     fill(2**17, (1, 2))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from planted_chat import ENVIRONMENT, NEEDLES, ask, command, saved_tokens, spaced
 
-from longrun.cache.pages import PagedHeads
+from longrun.cache.page_places import PagePlaces
 from longrun.chat.progress import PrefillProgress
 from longrun.errors import SessionError
 from longrun.files.folder_lock import FolderLock
@@ -101,7 +101,7 @@ def test_a_second_sigterm_while_the_first_one_is_answered(chat, text_file, tmp_p
         return call
 
     with monkeypatch.context() as patch:
-        for owner, name in ((AnswerText, "step"), (PagedHeads, "truncate"), (SessionStore, "save")):
+        for owner, name in ((AnswerText, "step"), (PagePlaces, "truncate"), (SessionStore, "save")):
             patch.setattr(owner, name, signalled(name, getattr(owner, name)))
         first = chat(*arguments, "--session", folder)
     assert first.status == 143 and first.err.splitlines()[-1] == "terminated"

@@ -80,7 +80,7 @@ def test_no_terminal_is_too_narrow(width, term, monkeypatch):
     for item in plan.items:
         assert re.search(rf"{re.escape(item.name)}.* ({item.bytes:,}|{re.escape(format_bytes(item.bytes))})\b", text)
     flat = " ".join(text.split())
-    assert "24.0 GB of 24.0" in flat and "44.0 GB of 51.5" in flat
+    assert "24.0 GB of 24.0" in flat and "44.1 GB of 51.5" in flat
 
 
 def test_json_is_the_plan(model_dir):
