@@ -53,11 +53,13 @@ def quick(monkeypatch):
     ceilings.measured.cache_clear()
 
 
-def run(capsys, tmp_path, *argv: str) -> dict:
-    """The result of a command: the last line, which is also what --json writes."""
+def run(capsys, tmp_path, *argv: str, status: int = 0, printed: str = "") -> dict:
+    """The result of a command: the last line, which is also what --json writes; `printed` stands before it."""
     file = tmp_path / "made" / "result.json"
-    assert bench.main([*map(str, argv), "--json", str(file)]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert bench.main([*map(str, argv), "--json", str(file)]) == status
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert printed in "\n".join(lines)
+    result = json.loads(last)
     assert json.loads(file.read_text()) == result
     assert result["complete"] is True
     assert {"command", "commit", "torch", "device"} <= result["environment"].keys()
@@ -270,18 +272,20 @@ def test_a_kernel_benchmark_that_fails_leaves_the_others(capsys, tmp_path, quick
 
     def broken():
         yield from fine()
-        raise AssertionError("the timed kernel computes something else")
+        raise AssertionError("the timed kernel computes [something] else")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench_kernel_table, "BENCHMARKS", {"broken": broken, "fine": fine})
     monkeypatch.setattr(bench_kernel_table, "release", lambda device: None)
     monkeypatch.setattr(bench_common, "environment", lambda: {"command": "", "commit": "", "torch": "", "device": ""})
-    result = run(capsys, tmp_path, "kernels")
+    failed = "AssertionError: the timed kernel computes [something] else"
+    result = run(capsys, tmp_path, "kernels", status=1, printed=f"FAILED: broken: {failed}")
     assert [row["benchmark"] for row in result["rows"]] == ["broken", "fine"]  # what was measured before stays
     for row in result["rows"]:
         assert (row["ceiling"], row["fraction_of_ceiling"]) == ("copy", pytest.approx(0.5))
     assert result["ceilings"]["memory_tb_s"] == 0.01
-    assert "something else" in result["problems"]["broken"]
+    assert result["problems"] == {"broken": failed}
+    assert run(capsys, tmp_path, "kernels", "--only", "fine")["problems"] == {}
     with pytest.raises(InputError, match="nothing is no kernel benchmark"):
         bench.main(["kernels", "--only", "nothing"])
 

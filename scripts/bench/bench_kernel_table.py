@@ -30,7 +30,7 @@ BENCHMARKS: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command `kernels`. A benchmark that fails is a line of the result, and the others run."""
+    """The command `kernels`. A benchmark that fails is a line of the result, the others run, and the status is 1."""
     wanted = [name.strip() for name in args.only.split(",")] if args.only else list(BENCHMARKS)
     unknown = [name for name in wanted if name not in BENCHMARKS]
     if unknown:
@@ -50,8 +50,10 @@ def run(args: argparse.Namespace) -> int:
                 rows.append({"benchmark": name, **row})
         except Exception as error:
             problems[name] = f"{type(error).__name__}: {error}"[:500]
-            console.print(f"{name}: {problems[name]}", highlight=False)
         release(device)
         save(result, args)
     console.print(table(rows))
-    return finish_timed(result, args)
+    for name, problem in problems.items():
+        console.print(f"FAILED: {name}: {problem}", highlight=False, markup=False)
+    finish_timed(result, args)
+    return 1 if problems else 0
