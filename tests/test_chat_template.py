@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from chat_tokenizers import CHATML, LLAMA2, START, byte_tokenizer, metaspace_tokenizer
 
 from longrun.errors import CheckpointError
 from longrun.text import chat_template
 from longrun.text.chat_template import TemplateError, render_chats
 from longrun.text.turn_end import template_ends, tokenizer_ends
-from tests.test_conversation import CHATML, LLAMA2, START, byte_tokenizer, metaspace_tokenizer
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TRICKS = (

@@ -1,12 +1,9 @@
-"""`identify` and `compare`: folder and progress on disk, resuming to the bit, errors; Spearman by hand."""
+"""`identify`: folder and progress on disk, resuming to the bit, errors."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +12,12 @@ import torch
 from readable_model import save_readable
 from test_adapter import write_adapter
 
-import longrun.patterns.compare_maps as compare_maps_module
 from longrun.config.model_config import ModelConfig
-from longrun.errors import CheckpointError, HeadMapError, InputError, LongrunError
+from longrun.errors import CheckpointError, HeadMapError, InputError
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
 from longrun.needles.needles import generate_sentences
 from longrun.patterns import __main__ as command
-from longrun.patterns.compare_maps import compare_maps, spearman
 from longrun.patterns.head_map import HeadMap
 from longrun.patterns.identify import identify, read_text
 from longrun.patterns.identify_checkpoint import Checkpoint
@@ -245,35 +240,6 @@ def test_the_default_text_is_long_enough_for_any_context(settings: IdentifySetti
     assert torch.equal(longer[: len(token_ids)], token_ids)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"method": "guess"}, "method 'guess' is unknown: use gates or reconstruction"),
-        ({"device": "tpu"}, "device 'tpu' is unknown"),
-        ({"device": "cuda"}, "torch finds no GPU"),
-        ({"dtype": "int8"}, "dtype 'int8' is unknown"),
-        ({"context": 100}, "context 100 is too small: it must be at least 128"),
-        ({"steps": 0}, "steps 0 is too small"),
-        ({"min_context": 600}, "min_context 600 is longer than context 512"),
-        ({"learning_rate": 0.0}, "learning rate 0.0 is outside the range: give a number above 0"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings: IdentifySettings, changes: dict, words: str) -> None:
-    with pytest.raises(InputError) as caught:
-        replace(settings, **changes).resolved(cuda_available=False)
-    assert words in str(caught.value)
-
-
-def test_defaults_follow_method_and_device() -> None:
-    bare = IdentifySettings("m", "o")
-    on_cpu, on_gpu = bare.resolved(False), bare.resolved(True)
-    assert (on_cpu.device, on_cpu.dtype, on_cpu.context, on_cpu.steps) == ("cpu", "float32", 1024, 80)
-    assert (on_gpu.device, on_gpu.dtype, on_gpu.context, on_gpu.steps) == ("cuda", "bfloat16", 32768, 400)
-    assert replace(bare, context=256).resolved(False).min_context == 256
-    assert on_cpu.learning_rate == on_gpu.learning_rate == 0.02
-    assert replace(bare, steps=10).resolved(False).learning_rate == pytest.approx(0.16)
-
-
 def test_progress_is_kept_whole_or_not_at_all(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "p", {"seed": 1}, save_every=3)
     assert checkpoint.load() is None and not checkpoint.folder.exists()
@@ -301,102 +267,12 @@ def test_the_progress_line_tells_step_loss_heads_and_time_left() -> None:
 
 def test_the_command_identifies(settings: IdentifySettings, capsys) -> None:
     arguments = ["identify", "--model", settings.model_dir, "--out", settings.out, "--text", *settings.text_files]
-    arguments += [
-        "--context",
-        "0.384K",
-        "--min-context",
-        "384",
-        "--steps",
-        "2",
-        "--sink-size",
-        "4",
-        "--recent-size",
-        "16",
-    ]
-    assert (
-        command.main([*arguments, "--num-keys", "2", "--device", "cpu", "--seed", "5", "--learning-rate", "0.02"]) == 0
-    )
+    arguments += ["--context", "0.384K", "--min-context", "384", "--steps", "2", "--sink-size", "4"]
+    arguments += ["--recent-size", "16", "--num-keys", "2", "--device", "cpu", "--seed", "5", "--learning-rate", "0.02"]
+    assert command.main(arguments) == 0
     out, err = capsys.readouterr()
     assert f"{settings.out}: 9 of 9 heads score at least 0.5" in out
     assert "step 2 of 2, loss" in err
     assert json.loads((Path(settings.out) / "config.json").read_text())["identification"]["seed"] == 5
     with pytest.raises(InputError, match="--context '4Q'"):
-        command.main([*arguments[:-8], "--context", "4Q"])
-
-
-def test_rank_correlation_by_hand() -> None:
-    # ranks of a: 1, 2.5, 2.5, 4; of b: 2, 1, 3, 4. Deviations from 2.5: (-1.5, 0, 0, 1.5) and (-.5, -1.5, .5, 1.5).
-    # Products: 0.75 + 2.25 = 3; norms: sqrt(4.5 * 5).
-    assert spearman([0.1, 0.5, 0.5, 0.9], [0.3, 0.2, 0.4, 0.6]) == pytest.approx(3 / math.sqrt(4.5 * 5))
-    assert spearman([1, 2, 3], [10, 20, 21]) == pytest.approx(1.0)
-    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
-    assert math.isnan(spearman([1, 1, 1], [3, 2, 1]))
-
-
-A = HeadMap(((0.9, 0.8, 0.1, 0.2), (0.7, 0.3, 0.4, 0.6)), 4, 16)
-B = HeadMap(((0.9, 0.1, 0.8, 0.2), (0.7, 0.3, 0.4, 0.6)), 4, 16)
-
-
-def test_overlap_beside_chance() -> None:
-    correlation, (quarter, half) = compare_maps(A, B, (0.25, 0.5))
-    # two ranks of eight differ by six places: 1 - 6 * (36 + 36) / (8 * 63)
-    assert correlation == pytest.approx(1 - 6 * 72 / (8 * 63))
-    assert (quarter.num_retrieval, quarter.shared, quarter.share) == (2, 1, 0.5)
-    assert (half.num_retrieval, half.shared, half.share) == (4, 3, 0.75)
-    # hypergeometric: 4 draws from 8 of which 4 count; variance 4 * 1/2 * 1/2 * 4/7
-    assert half.chance == pytest.approx(2.0)
-    assert half.deviation == pytest.approx(math.sqrt(4 / 7))
-    assert quarter.chance == pytest.approx(0.5)
-
-
-def test_maps_of_unlike_shapes_are_refused() -> None:
-    with pytest.raises(HeadMapError, match="2 layers of 4 KV heads and 3 of 4: compare maps of one model"):
-        compare_maps(A, HeadMap.full(3, 4))
-
-
-def test_looking_and_comparing_load_no_torch(tmp_path: Path) -> None:
-    A.save(tmp_path / "a")
-    arguments = [["compare", str(tmp_path / "a"), str(tmp_path / "a")], ["show", str(tmp_path / "a")]]
-    code = f"import sys\nfrom longrun.patterns.__main__ import main\nfor a in {arguments!r}: main(a)\n"
-    code += "print(sorted(set(sys.modules) & {'torch', 'transformers', 'safetensors'}))"
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert "heads: 1.000" in done.stdout
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_the_command_compares_and_draws(tmp_path: Path, capsys, monkeypatch) -> None:
-    framed = []
-    monkeypatch.setattr(compare_maps_module, "outline_head", lambda *head, dotted: framed.append(dotted))
-    A.save(tmp_path / "a")
-    B.save(tmp_path / "b")
-    HeadMap.full(2, 4).save(tmp_path / "full")
-    pair = [str(tmp_path / "a"), str(tmp_path / "b")]
-    png = tmp_path / "maps.png"
-    assert command.main(["compare", *pair, "--retrieval-ratio", "0.5", "0", "--png", str(png)]) == 0
-    out = capsys.readouterr().out
-    assert "Spearman rank correlation over 8 heads: 0.143" in out
-    assert "ratio 0.5: 3 of A's 4 retrieval heads are B's (75%); chance gives 2.0 +- 0.8 (50%)" in out
-    assert "ratio 0: no retrieval head" in out
-    assert png.read_bytes().startswith(b"\x89PNG")
-    assert (len(framed), sum(framed)) == (8, 6), "four heads a map, three of them of both"
-    assert command.main(["compare", *pair, "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert [one["retrieval_ratio"] for one in facts["overlaps"]] == [0.1, 0.25, 0.5, 0.75]
-    assert facts["overlaps"][2]["shared"] == 3
-    assert command.main(["compare", pair[0], str(tmp_path / "full")]) == 0
-    assert "none, since all scores of one map are equal" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"steps": "5"}, {"context": 1e5}, {"context": 10**20}, {"seed": -1}, {"seed": True}, {"num_keys": 0},
-        {"learning_rate": math.nan}, {"learning_rate": "x"}, {"regularization": -1}, {"out": ""}, {"model_dir": 3},
-        {"adapter": "a\0b"}, {"text_files": ("n" * 300,)}, {"sink_size": 1.5}, {"method": 3}, {"device": "tpu"},
-    ],
-)  # fmt: skip
-def test_settings_of_a_wrong_kind_are_one_sentence(given) -> None:
-    with pytest.raises(LongrunError) as error:
-        IdentifySettings(**{"model_dir": "m", "out": "o", **given}).resolved(False)
-    assert len(str(error.value)) < 400
+        command.main([*arguments, "--context", "4Q"])

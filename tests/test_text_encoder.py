@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from chat_tokenizers import CHATML, END, START, byte_tokenizer, metaspace_tokenizer, one_piece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -12,7 +13,6 @@ from longrun.needles.needles import Haystack, build_prompt, make_needles
 from longrun.patterns.identify import read_text
 from longrun.patterns.identify_settings import IdentifySettings
 from longrun.text.encoder import TextEncoder, leading_ids
-from tests.test_conversation import CHATML, END, START, byte_tokenizer, metaspace_tokenizer, one_piece
 
 TEXTS = ("Hi there", " leading", "\n\nthe  start\t", "日本語 🙂 ünï", "a<b>c", "x", "", "for i in r:\n        pass\n")
 THINK, CALL = "<think>", "<tool_call>"
