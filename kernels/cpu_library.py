@@ -8,7 +8,9 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 from longrun.kernels.kept_library import load_kept_library
 
@@ -24,20 +26,36 @@ def source_of(name: str) -> Path:
     return Path(__file__).with_name(f"{name}.cpp")
 
 
-def load_cpu_library(
-    name: str, cache_dir: Path | None, more_flags: tuple[str, ...] = ()
-) -> tuple[ctypes.CDLL, list[str]]:
-    """The library of `name`.cpp, and sentences on what was wrong with a kept one or its folder.
-
-    torch must be imported before, so that the library binds to the OpenMP runtime that torch loaded: one thread pool.
+class CpuKernel:
+    """A source of this folder, compiled. torch must be imported before, so that the library binds to the OpenMP runtime
+    that torch loaded: one thread pool.
 
     Args:
         cache_dir: keeps the compiled library; None, or one that cannot: it is compiled for this process alone.
-        more_flags: for the compiler, after its usual ones.
+        more_flags: for the compiler, after its usual ones: to leave instructions out.
+
+    Attributes:
+        source: its name, without .cpp.
+        notices: what was wrong with a kept library or its folder.
 
     Raises:
         KernelUnavailable: no compiler, or the build failed.
     """
+
+    source: ClassVar[str]
+
+    def __init__(self, cache_dir: Path | None, more_flags: tuple[str, ...] = ()) -> None:
+        self._lib, self.notices = _load(self.source, cache_dir, more_flags)
+
+    def _function(self, name: str, *types: type) -> Callable[..., None]:
+        """A function of the library that takes these and returns nothing."""
+        function = getattr(self._lib, name)
+        function.argtypes, function.restype = types, None
+        return function
+
+
+def _load(name: str, cache_dir: Path | None, more_flags: tuple[str, ...]) -> tuple[ctypes.CDLL, list[str]]:
+    """The library of `name`.cpp, and the notices."""
     source = source_of(name)
     flags = (*_FLAGS, *more_flags)
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")

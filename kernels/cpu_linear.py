@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longrun.kernels.cpu_library import load_cpu_library
+from longrun.kernels.cpu_library import CpuKernel
 from longrun.quant.linear import QuantLinear
 from longrun.quant.weight_format import WEIGHT_FORMATS
 
@@ -39,27 +39,19 @@ class _Call(ctypes.Structure):
     ]  # fmt: skip
 
 
-class CpuLinear:
+class CpuLinear(CpuKernel):
     """One to four tokens through a linear of any weight format.
-
-    Args:
-        cache_dir: keeps the compiled library; None, or one that cannot: it is compiled for this process alone.
-        more_flags: for the compiler, to leave instructions out.
 
     Attributes:
         max_tokens: rows that a call may have.
-        notices: what was wrong with a kept library or its folder.
-
-    Raises:
-        KernelUnavailable: no compiler, or the build failed.
     """
 
+    source = "cpu_linear"
     max_tokens = MAX_TOKENS
 
     def __init__(self, cache_dir: Path | None, more_flags: tuple[str, ...] = ()) -> None:
-        library, self.notices = load_cpu_library("cpu_linear", cache_dir, more_flags)
-        self._run = library.longrun_linear
-        self._run.argtypes, self._run.restype = (ctypes.POINTER(_Call),), None
+        super().__init__(cache_dir, more_flags)
+        self._run = self._function("longrun_linear", ctypes.POINTER(_Call))
 
     def vector_linear(
         self, x: Tensor, linear: QuantLinear, out: Tensor | None = None, *,

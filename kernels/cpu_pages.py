@@ -4,12 +4,11 @@ ctypes on tensors' memory. Signatures are those of the torch references in `page
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from longrun.kernels.cpu_library import load_cpu_library
+from longrun.kernels.cpu_library import CpuKernel
 from longrun.kernels.page_view import ExactTokens, PageView, check_view
 
 
@@ -48,21 +47,10 @@ def _view(view: PageView) -> _View:
     )  # fmt: skip
 
 
-class CpuPageKernels:
-    """Decode attention and dequantization of int4 and k5v3 pages on the CPU, as fast as their bits can be unpacked.
+class CpuPageKernels(CpuKernel):
+    """Decode attention and dequantization of int4 and k5v3 pages on the CPU, as fast as their bits can be unpacked."""
 
-    Args:
-        cache_dir: keeps the compiled library; None, or one that cannot: it is compiled for this process alone.
-
-    Attributes:
-        notices: what was wrong with a kept library or its folder.
-
-    Raises:
-        KernelUnavailable: no compiler, or the build failed.
-    """
-
-    def __init__(self, cache_dir: Path | None) -> None:
-        self._lib, self.notices = load_cpu_library("cpu_pages", cache_dir)
+    source = "cpu_pages"
 
     def decode_attention(
         self, q: Tensor, view: PageView | None, exact: ExactTokens | None, *, softmax_scale: float = 1.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longrun.kernels.cpu_library import load_cpu_library
+from longrun.kernels.cpu_library import CpuKernel
 from longrun.quant.rotation import rotation_scales
 
 
@@ -34,27 +34,16 @@ class _Token(ctypes.Structure):
     ]  # fmt: skip
 
 
-class CpuRopeStore:
-    """Append of one token on the CPU.
+class CpuRopeStore(CpuKernel):
+    """Append of one token on the CPU."""
 
-    Args:
-        cache_dir: keeps the compiled library; None, or one that cannot: it is compiled for this process alone.
-
-    Attributes:
-        notices: what was wrong with a kept library or its folder.
-
-    Raises:
-        KernelUnavailable: no compiler, or the build failed.
-    """
+    source = "cpu_rope_store"
 
     def __init__(self, cache_dir: Path | None) -> None:
-        library, self.notices = load_cpu_library("cpu_rope_store", cache_dir)
-        self._run, self._unrotate = library.longrun_rope_store, library.longrun_unrotate
-        self._run.argtypes, self._run.restype = (ctypes.POINTER(_Token),), None
-        self._unrotate.restype = None
-        self._unrotate.argtypes = (
-            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_float
-        )  # fmt: skip
+        super().__init__(cache_dir)
+        self._run = self._function("longrun_rope_store", ctypes.POINTER(_Token))
+        types = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_float)
+        self._unrotate = self._function("longrun_unrotate", *types)
 
     def rope_store(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, tail_k: Tensor | None, tail_v: Tensor | None,

@@ -90,30 +90,12 @@ def identify_command(options: argparse.Namespace) -> int:
         from longrun.patterns.identify import identify
     from longrun.patterns.identify_progress import ProgressLine
 
-    context, min_context = (
-        None if text is None else parse_tokens(text, option)
-        for text, option in ((options.context, "--context"), (options.min_context, "--min-context"))
-    )
-    settings = IdentifySettings(
-        model_dir=str(find_model(options.model, options.download)),
-        out=options.out,
-        method=options.method,
-        sink_size=options.sink_size,
-        recent_size=options.recent_size,
-        context=context,
-        min_context=min_context,
-        steps=options.steps,
-        seed=options.seed,
-        text_files=tuple(options.text),
-        device=options.device,
-        dtype=options.dtype,
-        learning_rate=options.learning_rate,
-        regularization=options.regularization,
-        num_keys=options.num_keys,
-        save_every=options.save_every,
-        force=options.force,
-        adapter=options.adapter,
-    )
+    given = {name: getattr(options, name) for name in IdentifySettings.__dataclass_fields__ if hasattr(options, name)}
+    for name in ("context", "min_context"):
+        if given[name] is not None:
+            given[name] = parse_tokens(given[name], f"--{name.replace('_', '-')}")
+    model_dir = str(find_model(options.model, options.download))
+    settings = IdentifySettings(**given, model_dir=model_dir, text_files=tuple(options.text))
     with ProgressLine(Console(stderr=True)) as progress:
         head_map = identify(settings, progress)
     split = head_map.split()

@@ -110,7 +110,7 @@ def test_a_document_read_first_and_the_question_later_give_the_same_tokens_as_to
     reading = conversation.prepare([document("the text.")], None)
     assert not reading.asks
     session.token_ids += reading.token_ids
-    assert conversation.is_open and conversation.documents == ["a.txt"]
+    assert not conversation.awaits_answer and not conversation.unread and conversation.documents == ["a.txt"]
     reading = conversation.prepare([], "what?")
     assert reading.asks
     session.token_ids += reading.token_ids

@@ -16,8 +16,8 @@ def test_a_pool_works_in_storage_from_outside():
     storage = pinned_bytes(6 * 8448, None, registrar).tensor.view(6, 8448)
     pool, plain = PagePool(6, 8448, CPU, 10, storage=storage), PagePool(6, 8448, CPU, 10)
     assert pool.storage.data_ptr() == storage.data_ptr()
-    assert (pool.num_slots, pool.num_free, pool.nbytes, pool.free_list_bytes) == (
-        plain.num_slots, plain.num_free, plain.nbytes, plain.free_list_bytes,
+    assert (pool.num_slots, pool.num_used, pool.nbytes, pool.free_list_bytes) == (
+        plain.num_slots, plain.num_used, plain.nbytes, plain.free_list_bytes,
     )  # fmt: skip
     del storage
     payload = torch.randint(0, 256, (2, 2, 8448), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -174,16 +174,18 @@ def drive_on(attention, q, k, v, start, chunks):
 def scattered(attention, seed):
     """Move pages at random between the pools."""
     draw = np.random.default_rng(seed)
+
+    def room(pool):
+        return pool.num_slots - pool.num_used
+
     for pages, _ in attention.cache.layers:
         if pages is None:
             continue
         for head in range(pages.num_heads):
             chosen = draw.permutation(pages.num_pooled)
-            room = attention.cache.host_pool.num_free
-            pages.places.move(head, chosen[: min(room, len(chosen) // 2)], to_host=True)
+            pages.places.move(head, chosen[: min(room(attention.cache.host_pool), len(chosen) // 2)], to_host=True)
             chosen = draw.permutation(pages.num_pooled)
-            room = attention.cache.device_pool.num_free
-            pages.places.move(head, chosen[: min(room, len(chosen) // 3)], to_host=False)
+            pages.places.move(head, chosen[: min(room(attention.cache.device_pool), len(chosen) // 3)], to_host=False)
         assert pages.num_pages(HOST) > 0
 
 

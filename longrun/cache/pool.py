@@ -38,10 +38,6 @@ class PagePool:
         return self.storage.shape[0]
 
     @property
-    def num_free(self) -> int:
-        return self._num_free
-
-    @property
     def num_used(self) -> int:
         return self.num_slots - self._num_free
 

@@ -116,12 +116,6 @@ class Conversation:
         return max(0, turn["stop"] - self.session.num_tokens) if turn else 0
 
     @property
-    def is_open(self) -> bool:
-        """A message has begun and waits for its question."""
-        turn = self._state["turn"]
-        return turn is not None and not turn["asks"]
-
-    @property
     def awaits_answer(self) -> bool:
         """A question was read to its end and has no answer yet."""
         turn = self._state["turn"]

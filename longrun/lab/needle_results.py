@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from longrun.errors import InputError
 from longrun.files.folder_lock import FolderLock
 from longrun.files.user_files import RESULTS_BYTES, read_object
-from longrun.lab.results_file import RESULTS_FILE, claim_results, write_results
+from longrun.lab.results_file import RESULTS_FILE, open_results, refuse_changes, write_results
 
 FORMAT = 1
 
@@ -41,14 +40,7 @@ class SweepResults:
             InputError: another run has it open, the folder cannot be written, or it holds a damaged file or other
                 settings (the first is named).
         """
-        lock = claim_results(folder)
-        try:
-            results = cls._open(folder, settings, force)
-        except BaseException:
-            lock.release()
-            raise
-        results._lock = lock
-        return results
+        return open_results(folder, lambda: cls._open(folder, settings, force))
 
     @classmethod
     def _open(cls, folder: Path, settings: dict[str, Any], force: bool) -> SweepResults:
@@ -63,12 +55,8 @@ class SweepResults:
             raise InputError(
                 f"{path} cannot be read as a needle sweep's results: use another --out, or --force to start over"
             ) from error
-        for key in sorted({*settings, *earlier}):
-            if settings.get(key) != earlier.get(key):
-                raise InputError(
-                    f"{path} was run with {key} = {json.dumps(earlier.get(key))}, now it is "
-                    f"{json.dumps(settings.get(key))}: use another --out, or --force to start over"
-                )
+        keys = sorted({*settings, *earlier})
+        refuse_changes(folder, ((key, earlier.get(key), settings.get(key)) for key in keys))
         return results
 
     def get(self, setting: str, length: int, depth: float) -> dict[str, Any] | None:

@@ -4,8 +4,9 @@ left next to it."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from longrun.errors import InputError
 from longrun.files.folder_lock import FolderLock
@@ -14,11 +15,20 @@ from longrun.files.whole_file import leftovers, write_whole
 RESULTS_FILE = "results.json"
 
 
-def claim_results(folder: Path) -> FolderLock:
-    """Make the folder and own its results file, until the lock is released or nothing refers to it.
+class Owning(Protocol):
+    """Results that own their file while they exist."""
+
+    _lock: FolderLock | None
+
+
+Results = TypeVar("Results", bound=Owning)
+
+
+def open_results(folder: Path, read: Callable[[], Results]) -> Results:
+    """Make the folder, own its results file until nothing refers to what `read` returns, and read it.
 
     Raises:
-        InputError: another run has it open, or the folder cannot be made or written.
+        InputError: another run has it open, or the folder cannot be made or written; or as `read`.
     """
     path = folder / RESULTS_FILE
     try:
@@ -31,10 +41,26 @@ def claim_results(folder: Path) -> FolderLock:
     try:
         for left in leftovers(path):
             left.unlink(missing_ok=True)
+        results = read()
     except BaseException:
         lock.release()
         raise
-    return lock
+    results._lock = lock
+    return results
+
+
+def refuse_changes(folder: Path, changes: Iterable[tuple[str, Any, Any]]) -> None:
+    """Compare what a run was started with, (key, then, now), JSON-able, with what it is resumed with.
+
+    Raises:
+        InputError: they differ; the first is named.
+    """
+    for key, then, now in changes:
+        if then != now:
+            raise InputError(
+                f"{folder / RESULTS_FILE} was run with {key} = {json.dumps(then)}, now it is {json.dumps(now)}: use "
+                f"another --out, or --force to start over"
+            )
 
 
 def write_results(folder: Path, content: dict[str, Any]) -> None:

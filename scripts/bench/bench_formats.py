@@ -25,6 +25,7 @@ from scripts.bench.bench_common import (
     percent,
     release,
     save,
+    synchronize,
 )
 from scripts.bench.bench_prefill import ideal_seconds, prefill_flops
 from scripts.bench.ceilings import measure_ceilings
@@ -59,12 +60,10 @@ def parse_formats(text: str) -> list[str]:
 def read_seconds(session: Session, token_ids: torch.Tensor) -> float:
     """Seconds of reading the text into the session, which is left empty again."""
     empty = session.mark()
-    if session.cache.device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(session.cache.device)
     start = time.perf_counter()
     session.prefill(token_ids)
-    if session.cache.device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(session.cache.device)
     seconds = time.perf_counter() - start
     session.rewind(empty)
     return seconds

@@ -9,7 +9,7 @@ from typing import Any
 from longrun.errors import InputError
 from longrun.files.folder_lock import FolderLock
 from longrun.files.user_files import RESULTS_BYTES, read_object
-from longrun.lab.results_file import RESULTS_FILE, claim_results, write_results
+from longrun.lab.results_file import RESULTS_FILE, open_results, refuse_changes, write_results
 
 FORMAT = 1
 
@@ -43,20 +43,12 @@ class QualityResults:
             InputError: another run has it open, the folder cannot be written, or it holds a damaged file or other
                 settings (the first is named).
         """
-        lock = claim_results(folder)
-        try:
-            results = cls._open(folder, settings, rows, force)
-        except BaseException:
-            lock.release()
-            raise
-        results._lock = lock
-        return results
+        return open_results(folder, lambda: cls._open(folder, settings, rows, force))
 
     @classmethod
     def _open(cls, folder: Path, settings: dict[str, Any], rows: list[dict[str, Any]], force: bool) -> QualityResults:
-        path = folder / RESULTS_FILE
         head: dict[str, Any] = {"format": FORMAT, "settings": settings, "rows": rows}
-        if force or not path.exists():
+        if force or not (folder / RESULTS_FILE).exists():
             return cls(folder, head, [])
         earlier_results = cls.read(folder)
         earlier = earlier_results.head["settings"]
@@ -64,12 +56,7 @@ class QualityResults:
         then = {f"row {row['name']}": row for row in earlier_results.head["rows"]}
         pairs = [(key, earlier.get(key), settings.get(key)) for key in sorted({*settings, *earlier})]
         pairs += [(name, row, now.get(name)) for name, row in then.items()]
-        for key, old, new in pairs:
-            if old != new:
-                raise InputError(
-                    f"{path} was run with {key} = {json.dumps(old)}, now it is {json.dumps(new)}: use another --out, "
-                    f"or --force to start over"
-                )
+        refuse_changes(folder, pairs)
         return cls(folder, {**earlier_results.head, **head}, earlier_results.records)
 
     def measured_in(self, environment: dict[str, Any]) -> None:

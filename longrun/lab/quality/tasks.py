@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 SINGLE = ("passkey", "needle")  # both stand in the same documents, one of each
 RETRIEVAL_TASKS = (*SINGLE, "several", "keyvalue")
 TEXT_TASK = "text"
-TASKS = (*RETRIEVAL_TASKS, TEXT_TASK)
 
 
 @dataclass(frozen=True)
