@@ -237,7 +237,16 @@ def test_a_peer_without_memory_is_a_row(model, capsys, tmp_path, quick, monkeypa
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
     "command",
-    [["decode"], ["prefill"], ["offload", "--gpu-budget", "20 GiB"], ["formats"], ["kernels"], ["pinning"], ["shares"]],
+    [
+        ["decode"],
+        ["prefill"],
+        ["offload", "--gpu-budget", "20 GiB"],
+        ["formats"],
+        ["real"],
+        ["kernels"],
+        ["pinning"],
+        ["shares"],
+    ],
 )
 def test_without_a_gpu_one_sentence_says_so(command, model):
     argv = command if command[0] in ("kernels", "pinning", "shares") else [*command, "--model", str(model)]

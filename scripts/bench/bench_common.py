@@ -83,10 +83,13 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def load_runtime(args: argparse.Namespace, capacity: int, **memory: int | None) -> Runtime:
+def load_runtime(
+    args: argparse.Namespace, capacity: int, hooks: dict[str, Callable[..., object]] | None = None, **memory: int | None
+) -> Runtime:
     """The model as the options ask, planned for `capacity` tokens.
 
     Args:
+        hooks: `longrun.load`'s `on_plan` and the like.
         memory: device_bytes and host_bytes in place of the budget's, where they are not None.
     """
     head_map: HeadMap | Path | str = args.head_map or "full"
@@ -97,7 +100,7 @@ def load_runtime(args: argparse.Namespace, capacity: int, **memory: int | None) 
     budget = Budget.load(args.budget or DEFAULT_BUDGETS[args.device]).override(**memory)
     return longrun.load(
         args.model, budget, head_map, args.kv, args.weight_format, args.device, ctx=capacity, retrieval_ratio=ratio,
-        chunk_size=args.chunk_size,
+        chunk_size=args.chunk_size, **(hooks or {}),
     )  # fmt: skip
 
 
@@ -159,7 +162,7 @@ class MemoryWatch:
             found["used_before_bytes"] = self.before
             found["used_bytes"] = total - free - (self.before or 0)
             return {**found, "ratio_to_plan": found["used_bytes"] / plan.device_bytes}
-        found["used_bytes"] = _peak_resident()
+        found["used_bytes"] = peak_resident()
         if found["used_bytes"] is not None:
             found["ratio_to_plan"] = found["used_bytes"] / plan.total_bytes
         return found
@@ -177,7 +180,8 @@ def nvidia_smi_used() -> int | None:
         return None
 
 
-def _peak_resident() -> int | None:
+def peak_resident() -> int | None:
+    """The most bytes of main memory that this process has held; None where the system does not say."""
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:

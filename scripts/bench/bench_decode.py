@@ -132,13 +132,22 @@ def gpu_busy_ms(work: Callable[[], object]) -> float | None:
 
 def decode_row(runtime: Runtime, length: int, args: argparse.Namespace, ceilings: dict, memory: MemoryWatch) -> dict:
     """What is measured at one length, in a session of its own."""
-    new, device = args.new_tokens, torch.device(args.device)
+    device = torch.device(args.device)
     memory.start()
     start = time.perf_counter()
     session = runtime.new_session(length + decoded_tokens(args) + 1)
     synchronize(device)
     allocated = time.perf_counter() - start
     filled = fill(session, length, args.synthetic_cache, args.seed)
+    found = timed_decode(runtime, session, args, ceilings, memory)
+    return {**found, "allocate_s": allocated, "fill_s": filled}
+
+
+def timed_decode(
+    runtime: Runtime, session: Session, args: argparse.Namespace, ceilings: dict, memory: MemoryWatch
+) -> dict:
+    """Times of the tokens that follow those of the session, which is of no use afterwards (see `graph_ms`)."""
+    new, device, length = args.new_tokens, session.cache.device, session.seq_len
     tokens = session.generate(decoded_tokens(args), eos=False)
     time_tokens(session, tokens, WARM_TOKENS)
     runs = [time_tokens(session, tokens, new) for _ in range(args.repeats)]
@@ -152,11 +161,9 @@ def decode_row(runtime: Runtime, length: int, args: argparse.Namespace, ceilings
         "ms_repeats": [statistics.fmean(times) for _, times in runs],
         "clock_runs_through": True,
         "ms_tokens": wall,
-        **floor(token_bytes(runtime.config, session.plan.weight_format, args.device, session.plan.cache, length),
+        **floor(token_bytes(runtime.config, session.plan.weight_format, device.type, session.plan.cache, length),
                 statistics.median(wall), ceilings),
         **host_overhead(statistics.median(wall), step, busy),
-        "allocate_s": allocated,
-        "fill_s": filled,
         "cache_bytes": session.cache_bytes,
         "pages_on_host": session.plan.cache.host_pages,
         "memory": used,

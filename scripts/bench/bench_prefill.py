@@ -16,6 +16,7 @@ from longrun.errors import InputError
 from longrun.needles.needles import Haystack, NeedlePrompt, build_prompt, make_needles
 from longrun.patterns.head_split import HeadSplit
 from longrun.runtime.runtime import Runtime
+from longrun.session.session import Progress
 from scripts.bench.bench_common import (
     MemoryWatch,
     check_device,
@@ -75,6 +76,26 @@ def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceiling
     empty = session.mark()
     session.prefill(token_ids[: WARM_CHUNKS * session.plan.chunk_size])
     session.rewind(empty)
+    ends, progress = chunk_clock(device)
+    start = time.perf_counter()
+    answers = None
+    if prompt is None:
+        session.prefill(token_ids, progress=progress)
+    else:
+        answers = ask_needles(session, prompt, runtime, progress)
+    return {
+        "tokens": len(token_ids),
+        "chunk_size": session.plan.chunk_size,
+        **reading_rates(runtime.config, runtime.split, len(token_ids), ends[-1] - start, ceilings),
+        "chunk_seconds": [end - begin for begin, end in zip([start, *ends], ends, strict=False)],
+        "cache_bytes": session.cache_bytes,
+        "memory": memory.measure(session.plan),
+        **({} if answers is None else {"needles": answers, "exact": sum(a["exact"] for a in answers), "depth": depth}),
+    }
+
+
+def chunk_clock(device: torch.device) -> tuple[list[float], Progress]:
+    """Times at which chunks were read, and what notes them, for `Session.prefill`. Waits for earlier work first."""
     ends: list[float] = []
 
     def progress(done: int, total: int) -> None:
@@ -82,29 +103,20 @@ def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceiling
         ends.append(time.perf_counter())
 
     synchronize(device)
-    start = time.perf_counter()
-    answers = None
-    if prompt is None:
-        session.prefill(token_ids, progress=progress)
-    else:
-        answers = ask_needles(session, prompt, runtime, progress)
-    seconds = ends[-1] - start
-    chunks = [end - begin for begin, end in zip([start, *ends], ends, strict=False)]
-    flops = prefill_flops(runtime.config, runtime.split, len(token_ids))
-    total = sum(flops.values())
+    return ends, progress
+
+
+def reading_rates(config: ModelConfig, split: HeadSplit, num_tokens: int, seconds: float, ceilings: dict) -> dict:
+    """Speed of reading `num_tokens` in `seconds`, alone and as shares of the ceilings."""
+    flops = prefill_flops(config, split, num_tokens)
+    tflops = sum(flops.values()) / seconds / 1e12
     return {
-        "tokens": len(token_ids),
-        "chunk_size": session.plan.chunk_size,
         "seconds": seconds,
-        "tokens_per_s": len(token_ids) / seconds,
+        "tokens_per_s": num_tokens / seconds,
         "flops": flops,
-        "tflops": total / seconds / 1e12,
-        "of_matmul": total / seconds / 1e12 / ceilings["matmul_tflops"],
+        "tflops": tflops,
+        "of_matmul": tflops / ceilings["matmul_tflops"],
         "of_matmul_and_attention": ideal_seconds(flops, ceilings) / seconds,
-        "chunk_seconds": chunks,
-        "cache_bytes": session.cache_bytes,
-        "memory": memory.measure(session.plan),
-        **({} if answers is None else {"needles": answers, "exact": sum(a["exact"] for a in answers), "depth": depth}),
     }
 
 

@@ -22,8 +22,8 @@ class TransformersPeer:
     later call where already the model did not fit.
     """
 
-    def __init__(self, model_dir: Path, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, model_dir: Path, device: torch.device, chunk: int = CHUNK) -> None:
+        self.device, self.chunk = device, chunk
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         name = str(self.dtype).removeprefix("torch.")
         self.runner = f"transformers {name}, SDPA, full attention"
@@ -42,9 +42,16 @@ class TransformersPeer:
         return self._guarded(row, lambda: self._decode(length, new_tokens, warm, seed, synthetic))
 
     def prefill(self, token_ids: torch.Tensor) -> dict[str, Any]:
-        """Seconds of reading `token_ids` (int64 [n] on the CPU) in chunks of 16,384."""
-        row = {"runner": self.runner, "length": len(token_ids), "chunk_size": CHUNK}
+        """Seconds of reading `token_ids` (int64 [n] on the CPU) in chunks."""
+        row = {"runner": self.runner, "length": len(token_ids), "chunk_size": self.chunk}
         return self._guarded(row, lambda: self._prefill(token_ids))
+
+    def prefill_and_decode(
+        self, token_ids: torch.Tensor, warm_tokens: int, new_tokens: int, warm: int
+    ) -> dict[str, Any]:
+        """As `prefill` after reading the first `warm_tokens` once, and milliseconds a token after it, as `decode`."""
+        row = {"runner": self.runner, "length": len(token_ids), "chunk_size": self.chunk}
+        return self._guarded(row, lambda: self._prefill(token_ids, warm_tokens, new_tokens, warm))
 
     def _guarded(self, row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if self.failed:
@@ -63,7 +70,11 @@ class TransformersPeer:
         else:
             token_ids = torch.randint(0, config.vocab_size, (length,), generator=generator)
             cache, token, _ = self._read(token_ids)
-        times = []
+        return self._time_tokens(cache, token, length, new_tokens, warm)
+
+    def _time_tokens(self, cache: Any, token: torch.Tensor, length: int, new_tokens: int, warm: int) -> dict[str, Any]:
+        """Milliseconds of each of `new_tokens`, after `warm` others, which follow `token` and a cache of `length`."""
+        config, times = self.model.config, []
         for _ in range(warm + new_tokens):
             synchronize(self.device)
             start = time.perf_counter()
@@ -76,20 +87,23 @@ class TransformersPeer:
         return {"ms": spread(times[warm:]), "ms_tokens": times[warm:], "kv_bytes": kv_bytes}
 
     @torch.inference_mode()
-    def _prefill(self, token_ids: torch.Tensor) -> dict[str, Any]:
-        self._read(token_ids[: min(len(token_ids), 2048)])
+    def _prefill(
+        self, token_ids: torch.Tensor, warm_tokens: int = 2048, new_tokens: int = 0, warm: int = 0
+    ) -> dict[str, Any]:
+        self._read(token_ids[:warm_tokens])
         synchronize(self.device)
         start = time.perf_counter()
-        *_, chunks = self._read(token_ids)
+        cache, token, chunks = self._read(token_ids)
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "tokens_per_s": len(token_ids) / seconds, "chunk_seconds": chunks}
+        found = {"seconds": seconds, "tokens_per_s": len(token_ids) / seconds, "chunk_seconds": chunks}
+        return found | (self._time_tokens(cache, token, len(token_ids), new_tokens, warm) if new_tokens else {})
 
     def _read(self, token_ids: torch.Tensor) -> tuple[Any, torch.Tensor, list[float]]:
         """The cache after `token_ids`, the token that follows [1, 1], seconds of every chunk."""
         from transformers import DynamicCache
 
         cache, chunks, token = DynamicCache(config=self.model.config), [], torch.zeros(1, 1, dtype=torch.int64)
-        for chunk in token_ids.split(CHUNK):
+        for chunk in token_ids.split(self.chunk):
             start = time.perf_counter()
             token = self._step(chunk[None].to(self.device), cache)
             synchronize(self.device)

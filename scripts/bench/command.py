@@ -9,6 +9,7 @@
     python scripts/bench.py formats --model DIR --length 64K               reading, by weight format, in turns
     python scripts/bench.py kernels                                        every kernel alone, in one table
     python scripts/bench.py pinning --gib 8 64                             what a pinned host pool costs and gives
+    python scripts/bench.py real --model FILE                              a real model over code: all of it, in one run
     python scripts/bench.py marks --model DIR --windows 256,4096           a session's mark and rewind
     python scripts/bench.py shares                                         hot paths against floors; status 1 below one
 
@@ -157,6 +158,12 @@ def add_shares(sub: argparse.ArgumentParser) -> None:
     add_options(sub)
 
 
+def add_real(sub: argparse.ArgumentParser) -> None:
+    from scripts.bench.bench_real import add_options
+
+    add_options(sub)
+
+
 COMMANDS = {
     "peer": (add_peer, "side by side with transformers on the CPU"),
     "llama-cpp": (add_llama_cpp, "side by side with llama.cpp on the CPU"),
@@ -167,6 +174,7 @@ COMMANDS = {
     "kernels": (add_kernels, "every kernel alone"),
     "pinning": (add_pinning, "what a pinned host pool costs and gives"),
     "marks": (add_marks, "a session's mark and rewind"),
+    "real": (add_real, "a real model over real code, beside transformers"),
     "shares": (add_shares, "the hot paths' shares of their ceilings, each with its floor"),
 }
 
