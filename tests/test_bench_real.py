@@ -53,7 +53,7 @@ def run(capsys, tmp_path, gguf: Path, *argv: str) -> dict:
 
 
 def test_all_of_it_in_one_run(gguf, capsys, tmp_path, one_process):
-    result = run(capsys, tmp_path, gguf, "--weight-formats", "int4,fp32")
+    result = run(capsys, tmp_path, gguf, "--weight-formats", "int4,fp32", "--kv", "fp32")
     runners = ["longrun int4 weights", "longrun fp32 weights", "transformers float32, SDPA, full attention"]
     assert [load["runner"] for load in result["loads"]] == runners
     assert [(row["runner"], row["length"]) for row in result["rows"]] == [(r, n) for r in runners for n in (100, 300)]
@@ -68,7 +68,9 @@ def test_all_of_it_in_one_run(gguf, capsys, tmp_path, one_process):
     assert result["rows"][0]["bytes"]["weights"] < result["rows"][2]["bytes"]["weights"]
     assert result["rows"][4]["bytes"]["weights"] == result["rows"][2]["bytes"]["weights"]
     assert result["rows"][0]["memory"]["plan_device_bytes"] > 0
-    assert [(a["length"], a["right"]) for a in result["answers"]] == [(100, False), (300, False)] * 2
+    assert [(a["length"], a["right"]) for a in result["answers"]] == [(100, False), (300, False)] * 3
+    said = [answer["answer"] for answer in result["answers"]]
+    assert said[2:4] == said[4:] and said[4] != ""  # fp32 weights, and transformers
     assert set(result["settings"]) == set(runners[:2]) and str(tmp_path) not in json.dumps(result)
     assert str(gguf.parent) not in json.dumps(result)
 

@@ -46,13 +46,6 @@ class TransformersPeer:
         row = {"runner": self.runner, "length": len(token_ids), "chunk_size": self.chunk}
         return self._guarded(row, lambda: self._prefill(token_ids))
 
-    def prefill_and_decode(
-        self, token_ids: torch.Tensor, warm_tokens: int, new_tokens: int, warm: int
-    ) -> dict[str, Any]:
-        """As `prefill` after reading the first `warm_tokens` once, and milliseconds a token after it, as `decode`."""
-        row = {"runner": self.runner, "length": len(token_ids), "chunk_size": self.chunk}
-        return self._guarded(row, lambda: self._prefill(token_ids, warm_tokens, new_tokens, warm))
-
     def _guarded(self, row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if self.failed:
             return {**row, "error": self.failed}
@@ -86,17 +79,18 @@ class TransformersPeer:
         kv_bytes = 2 * layers * heads * head_dim * length * self.dtype.itemsize
         return {"ms": spread(times[warm:]), "ms_tokens": times[warm:], "kv_bytes": kv_bytes}
 
+    def _prefill(self, token_ids: torch.Tensor) -> dict[str, Any]:
+        return self._timed_read(token_ids, 2048)[0]
+
     @torch.inference_mode()
-    def _prefill(
-        self, token_ids: torch.Tensor, warm_tokens: int = 2048, new_tokens: int = 0, warm: int = 0
-    ) -> dict[str, Any]:
+    def _timed_read(self, token_ids: torch.Tensor, warm_tokens: int) -> tuple[dict[str, Any], Any, torch.Tensor]:
+        """Seconds of reading, after `warm_tokens` off the clock; the cache; the token that follows."""
         self._read(token_ids[:warm_tokens])
         synchronize(self.device)
         start = time.perf_counter()
         cache, token, chunks = self._read(token_ids)
         seconds = time.perf_counter() - start
-        found = {"seconds": seconds, "tokens_per_s": len(token_ids) / seconds, "chunk_seconds": chunks}
-        return found | (self._time_tokens(cache, token, len(token_ids), new_tokens, warm) if new_tokens else {})
+        return {"seconds": seconds, "tokens_per_s": len(token_ids) / seconds, "chunk_seconds": chunks}, cache, token
 
     def _read(self, token_ids: torch.Tensor) -> tuple[Any, torch.Tensor, list[float]]:
         """The cache after `token_ids`, the token that follows [1, 1], seconds of every chunk."""

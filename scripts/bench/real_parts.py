@@ -9,7 +9,7 @@ import argparse
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from scripts.bench.bench_decode import WARM_TOKENS, decoded_tokens, floor, timed
 from scripts.bench.bench_prefill import chunk_clock, reading_rates
 from scripts.bench.bench_transformers import TransformersPeer
 from scripts.bench.ceilings import measure_ceilings
-from scripts.bench.real_text import CodeChat, as_questions, read_code
+from scripts.bench.real_text import CodeChat, Question, as_questions, read_code
 
 Found = Iterator[tuple[str, Any]]
 ASK_ROOM, ANSWER_TOKENS = 256, 48
@@ -72,15 +72,12 @@ def longrun_part(args: argparse.Namespace, ceilings: dict[str, Any]) -> Found:
         memory.start()
         session = runtime.new_session(length + room)
         row |= read(runtime, session, torch.tensor(chat.document_ids(length)), ceilings)
-        yield from (("answer", {**row_head(row), **found}) for found in answers(runtime, session, chat, length, args))
+        for found in answers(runtime, session, chat, length, args):
+            yield "answer", {"runner": runner, "length": length, **found}
         row |= timed_decode(runtime, session, args, ceilings, memory)
         yield "row", {**row, "peak_resident_bytes": peak_resident()}
         del session
     yield "settings", describe(runtime, args)
-
-
-def row_head(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("runner", "weight_format", "length")}
 
 
 def read(runtime: Runtime, session: Session, token_ids: torch.Tensor, ceilings: dict[str, Any]) -> dict[str, Any]:
@@ -100,13 +97,14 @@ def answers(runtime: Runtime, session: Session, chat: CodeChat, length: int, arg
     mark = session.mark()
     for question in chat.asked(as_questions(args.question, args.expect), length):
         session.prefill(chat.question_ids(question))
-        answer = "".join(runtime.stream(session, ANSWER_TOKENS))
-        yield {
-            "question": question.text, "expected": question.expected, "answer": answer,
-            "right": question.is_right(answer),
-        }  # fmt: skip
+        yield judged(question, "".join(runtime.stream(session, ANSWER_TOKENS)))
         session.rewind(mark)
     session.release(mark)
+
+
+def judged(question: Question, answer: str) -> dict[str, Any]:
+    right = question.is_right(answer)
+    return {"question": question.text, "expected": question.expected, "answer": answer, "right": right}
 
 
 class GgufPeer(TransformersPeer):
@@ -129,6 +127,28 @@ class GgufPeer(TransformersPeer):
         self.model.eval().to(self.device)
         return {}
 
+    def read_and_decode(self, token_ids: torch.Tensor, warm_tokens: int, new_tokens: int) -> dict[str, Any]:
+        """Seconds of reading, after `warm_tokens` off the clock, and milliseconds a token after it."""
+        row = {"runner": self.runner, "length": len(token_ids), "chunk_size": self.chunk}
+        self.cache, self.length = None, len(token_ids)
+
+        @torch.inference_mode()
+        def work() -> dict[str, Any]:
+            found, self.cache, token = self._timed_read(token_ids, warm_tokens)
+            return found | self._time_tokens(self.cache, token, self.length, new_tokens, WARM_TOKENS)
+
+        return self._guarded(row, work)
+
+    @torch.inference_mode()
+    def answer(self, token_ids: list[int], eos: Collection[int]) -> list[int]:
+        """What follows the tokens of `read_and_decode` and these."""
+        self.cache.crop(self.length - self.cache.get_seq_length())
+        token, found = torch.tensor([token_ids], device=self.device), []
+        while len(found) < ANSWER_TOKENS and not (found and found[-1] in eos):
+            token = self._step(token, self.cache)
+            found.append(int(token))
+        return found
+
 
 def transformers_part(args: argparse.Namespace, ceilings: dict[str, Any]) -> Found:
     """transformers over the same tokens."""
@@ -136,7 +156,9 @@ def transformers_part(args: argparse.Namespace, ceilings: dict[str, Any]) -> Fou
 
     device, lengths = torch.device(args.device), parse_lengths(args.lengths)
     config = ModelConfig.from_dir(args.model)
-    ids = CodeChat(check_folder(args.model, config).tokenizer, read_code(args.text)[0]).document_ids(max(lengths))
+    folder = check_folder(args.model, config)
+    chat = CodeChat(folder.tokenizer, read_code(args.text)[0])
+    chat.document_ids(max(lengths))  # refused before the model is loaded
     start = time.perf_counter()
     peer = GgufPeer(args.model, device, chunk=max(lengths))
     synchronize(device)
@@ -149,11 +171,17 @@ def transformers_part(args: argparse.Namespace, ceilings: dict[str, Any]) -> Fou
         weights -= (config.vocab_size - 1) * config.hidden_size * peer.dtype.itemsize
     for length in lengths:
         warm = length if device.type == "cuda" else CPU_WARM_TOKENS
-        row = peer.prefill_and_decode(torch.tensor(ids[:length]), warm, args.new_tokens * args.repeats, WARM_TOKENS)
-        if "error" not in row:
-            row |= reading_rates(config, split, length, row["seconds"], ceilings)
-            row |= floor({"weights": weights, "cache": row["kv_bytes"]}, row["ms"]["median"], ceilings)
-        yield "row", row
+        token_ids = torch.tensor(chat.document_ids(length))
+        row = peer.read_and_decode(token_ids, warm, args.new_tokens * args.repeats)
+        if "error" in row:
+            yield "row", row
+            continue
+        row |= reading_rates(config, split, length, row["seconds"], ceilings)
+        yield "row", row | floor({"weights": weights, "cache": row["kv_bytes"]}, row["ms"]["median"], ceilings)
+        for question in chat.asked(as_questions(args.question, args.expect), length):
+            answer = peer.answer(chat.question_ids(question), folder.eos_token_ids)
+            text = folder.tokenizer.decode(answer, skip_special_tokens=True)
+            yield "answer", {"runner": peer.runner, "length": length, **judged(question, text)}
 
 
 def in_child(part: Callable[..., Found], *arguments: Any) -> Found:
