@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from longrun.kernels.kept_library import load_kept_library
 
@@ -47,10 +47,10 @@ class CpuKernel:
     def __init__(self, cache_dir: Path | None, more_flags: tuple[str, ...] = ()) -> None:
         self._lib, self.notices = _load(self.source, cache_dir, more_flags)
 
-    def _function(self, name: str, *types: type) -> Callable[..., None]:
-        """A function of the library that takes these and returns nothing."""
+    def _function(self, name: str, *types: type, returns: type | None = None) -> Callable[..., Any]:
+        """A function of the library that takes these."""
         function = getattr(self._lib, name)
-        function.argtypes, function.restype = types, None
+        function.argtypes, function.restype = types, returns
         return function
 
 

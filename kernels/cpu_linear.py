@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longrun.kernels.cpu_library import CpuKernel
+from longrun.kernels.prepared_call import PreparedCall, addresses
 from longrun.quant.linear import QuantLinear
 from longrun.quant.weight_format import WEIGHT_FORMATS
 
@@ -72,21 +73,25 @@ class CpuLinear(CpuKernel):
             [T, out_features], gated [T, out_features // 2], dtype of x; `out` where given. Beside it a call takes
             10 bytes an element of x.
         """
-        num_outputs = _check(x, linear, out, norm_weight, gated, accumulate)
         if out is None:
-            out = x.new_empty(x.shape[0], num_outputs)
-        scale = linear.scale
-        self._run(
-            _Call(
-                linear.data.data_ptr(), None if scale is None else scale.data_ptr(),
-                linear.code.data_ptr() if linear.weight_format == "nf4" else None,
-                None if linear.bias is None else linear.bias.data_ptr(),
-                None if norm_weight is None else norm_weight.data_ptr(), x.data_ptr(), out.data_ptr(),
-                _ENUM[linear.weight_format], x.dtype == torch.bfloat16, linear.in_features, num_outputs, gated,
-                accumulate, x.shape[0], x.stride(0), out.stride(0), torch.get_num_threads(), eps,
-            )
-        )  # fmt: skip
+            out = x.new_empty(x.shape[0], _check(x, linear, None, norm_weight, gated, accumulate))
+        self.prepare(x, linear, out, norm_weight=norm_weight, eps=eps, gated=gated, accumulate=accumulate)()
         return out
+
+    def prepare(
+        self, x: Tensor, linear: QuantLinear, out: Tensor, *,
+        norm_weight: Tensor | None = None, eps: float = 0.0, gated: bool = False, accumulate: bool = False,
+    ) -> PreparedCall:  # fmt: skip
+        """`vector_linear` to be run again and again, with what the tensors then hold and as many threads as now."""
+        num_outputs = _check(x, linear, out, norm_weight, gated, accumulate)
+        scale, code = linear.scale, linear.code if linear.weight_format == "nf4" else None
+        tensors = (linear.data, scale, code, linear.bias, norm_weight, x, out)
+        call = _Call(
+            *addresses(tensors),
+            _ENUM[linear.weight_format], x.dtype == torch.bfloat16, linear.in_features, num_outputs, gated,
+            accumulate, x.shape[0], x.stride(0), out.stride(0), torch.get_num_threads(), eps,
+        )  # fmt: skip
+        return PreparedCall(self._run, call, tensors=tensors)
 
 
 def vector_linear_reference(

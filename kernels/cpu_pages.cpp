@@ -392,16 +392,29 @@ void dequantize_page(void* k_out, void* v_out, int64_t at, int64_t out_itemsize,
 
 extern "C" {
 
-// Decode attention of `heads` KV heads, `group` queries each, over the view's pages and two runs of exact tokens.
-//   q, out    float32 [heads, group, D]; q already times softmax_scale
-//   lse       float32 [heads, group]: natural-log-sum-exp of the scores; -inf where there was no token at all
-//   sink_*, tail_*   bf16 or float32 (itemsize 2, 4) [heads][stride elements a head]
-//   lengths   sink tokens, tail tokens, position of the tail's first token
-void longrun_decode(const float* q, float* out, float* lse, int64_t heads, int64_t group, int64_t D, int64_t P,
-                    int64_t key_bits, const View* of, const void* sink_k, const void* sink_v, int64_t sink_stride,
-                    const void* tail_k, const void* tail_v, int64_t tail_stride, const int32_t* lengths,
-                    int64_t itemsize, int64_t threads) {
-  const View& view = *of;
+// Decode attention of `heads` KV heads, `group` queries each, over the view's pages and two runs of exact tokens;
+// kernels/cpu_pages.py has the same fields.
+struct Decode {
+  View view;
+  const void* q;                                  // [heads][group][D], bf16 or float32
+  float *out, *lse;                               // [heads][group][D], and log-sum-exp of the scores [heads][group]
+  const void *sink_k, *sink_v, *tail_k, *tail_v;  // bf16 or float32 (itemsize 2, 4) [heads][stride elements a head]
+  const int32_t* lengths;                         // sink tokens, tail tokens, position of the tail's first token
+  int64_t sink_stride, tail_stride, heads, group, D, P, key_bits, itemsize, q_bf16, threads;
+  double softmax_scale;
+};
+
+void longrun_decode(const Decode* of) {
+  const View& view = of->view;
+  float *out = of->out, *lse = of->lse;
+  const void *sink_k = of->sink_k, *sink_v = of->sink_v, *tail_k = of->tail_k, *tail_v = of->tail_v;
+  const int32_t* lengths = of->lengths;
+  const int64_t sink_stride = of->sink_stride, tail_stride = of->tail_stride, heads = of->heads, group = of->group;
+  const int64_t D = of->D, P = of->P, key_bits = of->key_bits, itemsize = of->itemsize, threads = of->threads;
+  std::vector<float> q(size_t(heads * group * D));
+  for (size_t i = 0; i < q.size(); i++)
+    q[i] = float(of->softmax_scale) * (of->q_bf16 ? bits_as<float>(uint32_t(static_cast<const uint16_t*>(of->q)[i]) << 16)
+                                                  : static_cast<const float*>(of->q)[i]);
   const int64_t parts = (group + MAX_GROUP - 1) / MAX_GROUP;
   const int64_t want = std::max<int64_t>(1, (4 * threads + heads * parts - 1) / (heads * parts));
   const int64_t splits = std::max<int64_t>(1, std::min(want, view.longest(heads) / 8));
@@ -416,7 +429,7 @@ void longrun_decode(const float* q, float* out, float* lse, int64_t heads, int64
     for (int64_t task = 0; task < heads * splits * parts; task++) {
       const int64_t part = task % parts, split = task / parts % splits, head = task / parts / splits;
       const int G = int(std::min<int64_t>(MAX_GROUP, group - part * MAX_GROUP));
-      const float* qh = q + (head * group + part * MAX_GROUP) * D;
+      const float* qh = q.data() + (head * group + part * MAX_GROUP) * D;
       float* base = partial.data() + (head * splits + split) * state;
       const auto decode_page = key_bits == 5 ? PAGE_OF_GROUP<5>[G - 1] : PAGE_OF_GROUP<4>[G - 1];
       Running run;
@@ -478,11 +491,11 @@ void longrun_decode(const float* q, float* out, float* lse, int64_t heads, int64
 
 // Dequantize the view's pages to k, v [heads][out_stride elements a head], token-major, in the order of the lists.
 // out_itemsize 4: float32, 2: bf16. Returns pages of the longest list; writes nothing where that is more than `room`.
-int longrun_dequantize(void* k_out, void* v_out, int64_t out_stride, int64_t out_itemsize, int64_t room, int64_t heads,
+int64_t longrun_dequantize(void* k_out, void* v_out, int64_t out_stride, int64_t out_itemsize, int64_t room, int64_t heads,
                        int64_t D, int64_t P, int64_t key_bits, const View* of, int64_t threads) {
   const View& view = *of;
   const int64_t longest = view.longest(heads);
-  if (longest > room) return int(longest);
+  if (longest > room) return longest;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t task = 0; task < heads * longest; task++) {
     const int64_t head = task / longest, e = task % longest;
@@ -492,8 +505,6 @@ int longrun_dequantize(void* k_out, void* v_out, int64_t out_stride, int64_t out
     dequantize(k_out, v_out, head * out_stride + e * P * D, out_itemsize, D, P, view.payload(head, page),
                view.index + head * view.index_stride + page * 2 * D);
   }
-  return int(longest);
+  return longest;
 }
-
-int longrun_cpu_version() { return 1; }
 }

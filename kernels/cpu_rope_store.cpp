@@ -3,6 +3,7 @@
 //
 // Plain C interface, called through ctypes (kernels/cpu_rope_store.py). Built for the machine it runs on.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -57,7 +58,8 @@ struct Token {
   const void *qkv, *q_norm, *k_norm;   // bf16 or float32, as q_out
   const float *cos, *sin, *signs;
   void *q_out, *tail_k, *tail_v, *ring_k, *ring_v;
-  int64_t bf16, cache_bf16, D, num_qo_heads, retrieval, streaming, tail_slot, tail_stride, ring_slot, ring_stride;
+  const int64_t* slots;                // in tail and ring
+  int64_t bf16, cache_bf16, D, num_qo_heads, retrieval, streaming, tail_stride, ring_stride;
   int64_t rotate_values;
   double eps;
   float query_scale, key_scale;
@@ -97,18 +99,23 @@ void longrun_rope_store(const Token* given) {
     }
     const bool tail = kv < token.retrieval;
     void* to = tail ? (value ? token.tail_v : token.tail_k) : (value ? token.ring_v : token.ring_k);
-    const int64_t at = tail ? kv * token.tail_stride + token.tail_slot * D
-                            : (kv - token.retrieval) * token.ring_stride + token.ring_slot * D;
+    const int64_t at = tail ? kv * token.tail_stride + token.slots[0] * D
+                            : (kv - token.retrieval) * token.ring_stride + token.slots[1] * D;
     for (int64_t i = 0; i < D; i++) write(to, at + i, x[size_t(i)], token.cache_bf16);
   }
 }
 
-// out [rows][D], float32, in place: times the transposed matrix for queries.
-void longrun_unrotate(float* out, const float* signs, int64_t rows, int64_t D, float query_scale) {
+// found [rows][D], float32, to out, bf16 or float32: the first `rotated` rows times the transposed matrix for queries.
+void longrun_unrotate(const float* found, const float* signs, void* out, int64_t bf16, int64_t rows, int64_t rotated,
+                      int64_t D, float query_scale) {
+  std::vector<float> x(static_cast<size_t>(D));
   for (int64_t row = 0; row < rows; row++) {
-    float* x = out + row * D;
-    hadamard(x, D, D & -D);
-    for (int64_t i = 0; i < D; i++) x[i] *= signs[i] * query_scale;
+    std::copy(found + row * D, found + (row + 1) * D, x.begin());
+    if (row < rotated) {
+      hadamard(x.data(), D, D & -D);
+      for (int64_t i = 0; i < D; i++) x[size_t(i)] *= signs[i] * query_scale;
+    }
+    for (int64_t i = 0; i < D; i++) write(out, row * D + i, x[size_t(i)], bf16);
   }
 }
 

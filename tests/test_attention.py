@@ -2,12 +2,9 @@
 
 import pytest
 import torch
+from driven_attention import attention_over, drive
+from driven_attention import cpu_kernels as load_kernels
 
-from longrun.attention.interface import Step
-from longrun.attention.torch_backend import TorchAttention
-from longrun.cache.dual import DualCache
-from longrun.kernels.cpu_pages import CpuPageKernels
-from longrun.paths import cache_dir
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
 from longrun.quant.rotation import key_rotation
@@ -22,7 +19,7 @@ SINK, RECENT = 20, 50
 
 @pytest.fixture(scope="module")
 def cpu_kernels():
-    return CpuPageKernels(cache_dir() / "kernels")  # compiled by whichever test comes first
+    return load_kernels()
 
 
 def rms_ratio(actual, expected):
@@ -44,9 +41,8 @@ def make(split, kv, capacity, kernels=None, device_share=1.0, page_size=16, scra
         device_pages_per_head=int(pages * device_share),
         fetch_pages=9,
     )
-    cache = DualCache(spec, torch.device("cpu"))
     shape = AttentionSpec(scratch_tokens, max(heads), KV_HEADS * GROUP, KV_HEADS, DIM, 4, capacity, SINK, RECENT)
-    return TorchAttention(cache, shape, dtype, kernels)
+    return attention_over(spec, shape, dtype, kernels)
 
 
 def random_tokens(n, layers=2, seed=0):
@@ -54,21 +50,6 @@ def random_tokens(n, layers=2, seed=0):
     q = torch.randn(layers, n, KV_HEADS * GROUP, DIM, generator=g) * 2
     k, v = torch.randn(2, layers, n, KV_HEADS, DIM, generator=g)
     return q, k, v
-
-
-def drive(attention, q, k, v, chunks):
-    """Feed tokens in the given chunk sizes; the outputs [layers, n, heads, dim]."""
-    out, start = torch.full_like(q, float("nan")), 0
-    for size in chunks:
-        step = Step(start, size, None, None)
-        for layer in range(len(q)):
-            piece = slice(start, start + size)
-            given = (x[layer, piece].clone() for x in (q, k, v))  # attention may overwrite them
-            out[layer, piece] = attention.run(layer, *given, step)
-        attention.cache.advance(size)
-        attention.cache.check()
-        start += size
-    return out
 
 
 def chunked(n, size):

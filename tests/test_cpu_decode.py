@@ -63,3 +63,20 @@ def test_page_formats(folders, kv_format):
         logits(load(folders["llama"], "int4", kv_format, compiled), lengths) for compiled in (True, False)
     )
     assert rms_ratio(actual, expected) < 0.02  # a key between two steps may take either
+
+
+def test_another_number_of_threads_changes_nothing(folders):
+    runtime = load(folders["llama"], "int4", "k5v3", True)
+    threads = torch.get_num_threads()
+    lengths = [80] + [1] * 10
+    expected = logits(runtime, lengths)
+    ids = torch.randint(0, 97, (90,), generator=torch.Generator().manual_seed(1))
+    session = runtime.new_session()
+    session.prefill(ids[:80])
+    try:
+        for i in range(10):
+            torch.set_num_threads(1 + i % 2)
+            session_logits = session.prefill(ids[80 + i : 81 + i])
+            assert torch.equal(session_logits, expected[1 + i])
+    finally:
+        torch.set_num_threads(threads)

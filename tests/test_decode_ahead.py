@@ -36,13 +36,13 @@ class Launches:
     """Counts the steps that a graph launches."""
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count, launch = 0, engine.decode_graph._launch
+        self.count, launch = 0, engine.decode_step._launch
 
         def counted() -> None:
             self.count += 1
             launch()
 
-        monkeypatch.setattr(engine.decode_graph, "_launch", counted)
+        monkeypatch.setattr(engine.decode_step, "_launch", counted)
 
 
 def step(engine: Engine, token_id: int, ahead: bool = False) -> torch.Tensor:
@@ -132,7 +132,7 @@ def test_no_step_ahead_over_a_full_tail_or_the_end(folder):
         step(engine, 3, ahead=True)
         following = start + 1
         expected = following < engine.cache.spec.capacity and following % 64 != 0
-        assert (engine.decode_graph._ahead_at == following) == expected
+        assert (engine.decode_step._ahead_at == following) == expected
     assert engine.cache.spec.capacity == 700
 
 
@@ -171,7 +171,7 @@ def test_sampling_and_penalties_take_nothing_from_the_device(folder, monkeypatch
     launches = Launches(session._engine, monkeypatch)
     list(session.generate(20, temperature=1.0, seed=1, eos=False))
     list(session.generate(20, repetition_penalty=1.3, eos=False))
-    assert launches.count == 39 and session._engine.decode_graph._ahead_at is None
+    assert launches.count == 39 and session._engine.decode_step._ahead_at is None
 
 
 def test_the_context_ends_where_it_ended(folder):

@@ -8,6 +8,7 @@ from tiny_models import tiny_model
 
 import longrun
 from longrun.attention.torch_backend import TorchAttention
+from longrun.engine.decode_graph import DecodeGraph
 from longrun.errors import PlanError
 from longrun.kernels.dense_attention import attention_with_lse, reference_attention_with_lse
 from longrun.patterns.head_map import HeadMap
@@ -81,7 +82,7 @@ def test_runtime_on_the_gpu_agrees_with_the_cpu(tmp_path, monkeypatch, kv, famil
             monkeypatch.setattr(TorchAttention, "run", rounded_as_on_the_gpu(TorchAttention.run))
         runtime = load(tmp_path, device, kv, device_share=device_share)
         session = runtime.new_session()
-        assert (session._engine.decode_graph is not None) == (device == "cuda" and kv in QUANTIZED_KV_FORMATS)
+        assert isinstance(session._engine.decode_step, DecodeGraph) == (device == "cuda" and kv in QUANTIZED_KV_FORMATS)
         session.prefill(ids[:350])
         assert session.cache_bytes == runtime.plan.cache_bytes
         mark = session.mark()

@@ -5,14 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_attention import DIM, GROUP, KV_HEADS, RECENT, SINK, chunked, drive, make, random_tokens, rms_ratio
+from driven_attention import attention_over, cpu_kernels, drive
+from test_attention import DIM, GROUP, KV_HEADS, RECENT, SINK, chunked, make, random_tokens, rms_ratio
 
 from longrun.attention.interface import Step
-from longrun.attention.torch_backend import TorchAttention
-from longrun.cache.dual import DualCache
 from longrun.cache.spans import HOST
-from longrun.kernels.cpu_pages import CpuPageKernels
-from longrun.paths import cache_dir
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
 from longrun.quant.rotation import key_rotation
@@ -34,8 +31,7 @@ def reaching(kv, capacity, compiled=True, reaches=REACHES, sink_size=SINK, devic
     )  # fmt: skip
     heads = max(spec.retrieval_heads)
     shape = AttentionSpec(scratch, heads, KV_HEADS * GROUP, KV_HEADS, DIM, 4, capacity, sink_size, RECENT)
-    kernels = CpuPageKernels(cache_dir() / "kernels") if compiled else None
-    return TorchAttention(DualCache(spec, torch.device("cpu")), shape, torch.float32, kernels)
+    return attention_over(spec, shape, kernels=cpu_kernels() if compiled else None)
 
 
 def seen_by(n, reach, sink_size=SINK):
@@ -242,6 +238,6 @@ def test_all_heads_reaching_everything_is_the_dense_cache():
     explicit = reaching("k5v3", n, reaches=((ALL_TOKENS,) * 4, (ALL_TOKENS,) * 4))
     outs = [
         drive(a, q, k, v, [100, 1, 64, 1, 167])
-        for a in (explicit, make("full", "k5v3", n, explicit.kernels, page_size=PAGE, scratch_tokens=160))
+        for a in (explicit, make("full", "k5v3", n, cpu_kernels(), page_size=PAGE, scratch_tokens=160))
     ]
     assert torch.equal(*outs)

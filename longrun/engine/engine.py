@@ -18,6 +18,7 @@ from longrun.model.decoder import Decoder
 from longrun.model.rope import RotaryTable
 
 if TYPE_CHECKING:
+    from longrun.engine.decode_calls import DecodeCalls
     from longrun.engine.decode_graph import DecodeGraph
 
 
@@ -30,17 +31,16 @@ class Engine:
         attention: reads and appends to `cache`.
         cache: the sequence's dual cache.
         chunk_size: the most tokens of one forward pass in prefill.
-        decode_graph: runs the steps of a single token; without it they are chunks of one token.
-        begin_decode: attention's, where it and the decoder have the CPU's kernels for single tokens.
+        decode_step: runs the steps of a single token; without it they are chunks of one token.
     """
 
     def __init__(
         self, decoder: Decoder, rotary: RotaryTable, attention: Attention, cache: DualCache, chunk_size: int,
-        decode_graph: DecodeGraph | None = None, begin_decode: Callable[[Step], Callable[..., Tensor]] | None = None,
+        decode_step: DecodeGraph | DecodeCalls | None = None,
     ) -> None:  # fmt: skip
         self.decoder, self.rotary, self.attention = decoder, rotary, attention
         self.cache, self.chunk_size = cache, chunk_size
-        self.decode_graph, self.begin_decode = decode_graph, begin_decode
+        self.decode_step = decode_step
         self._broken: str | None = None
         self._proven = False
 
@@ -121,18 +121,16 @@ class Engine:
         return logits
 
     def _forward_one(self, token_id: int, rope_seq_len: int, ahead: bool = False) -> Tensor:
-        if self.decode_graph is None:
+        if self.decode_step is None:
             return self._forward(torch.tensor([token_id]), rope_seq_len)
-        return self.decode_graph.run(token_id, rope_seq_len, ahead)[None]
+        return self.decode_step.run(token_id, rope_seq_len, ahead)[None]
 
     def _forward(self, chunk: Tensor, rope_seq_len: int, all_positions: bool = False) -> Tensor:
-        if self.decode_graph is not None:
-            self.decode_graph.invalidate()
+        if self.decode_step is not None:
+            self.decode_step.invalidate()
         start = self.cache.seq_len
         cos, sin = self.rotary.cos_sin(start, len(chunk), rope_seq_len)
         step = Step(start, len(chunk), cos, sin)
-        if len(chunk) == 1 and self.begin_decode is not None:
-            return self.decoder.forward_one(chunk, self.begin_decode(step))
         hidden = self.decoder.forward(chunk.to(self.decoder.device), step, self.attention, all_positions=all_positions)
         return self.decoder.logits(hidden.view(-1, hidden.shape[-1]))
 
@@ -143,10 +141,10 @@ class Engine:
 
     def next_token_id(self) -> int | None:
         """The likeliest next token; None where unknown: see `DecodeGraph.next_token_id`, and always without a graph."""
-        return None if self.decode_graph is None else self.decode_graph.next_token_id()
+        return None if self.decode_step is None else self.decode_step.next_token_id()
 
     def rewound(self) -> None:
         """The cache was brought back to an earlier, whole state: a broken step no longer matters."""
         self._broken = None
-        if self.decode_graph is not None:
-            self.decode_graph.invalidate()
+        if self.decode_step is not None:
+            self.decode_step.invalidate()

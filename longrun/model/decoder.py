@@ -65,6 +65,7 @@ class FewTokenLinear(Protocol):
 
     max_tokens: int
     vector_linear: Callable[..., Tensor]
+    prepare: Callable[..., Callable[[], object]]
 
 
 class Decoder:
@@ -179,8 +180,7 @@ class Decoder:
 
     @torch.inference_mode()
     def forward_one(self, token_id: Tensor, decode: Callable[..., Tensor]) -> Tensor:
-        """One token through all layers and the lm_head with fused linears; on a GPU in a form that a CUDA graph can
-        replay.
+        """One token through all layers and the lm_head with the GPU's kernels, in a form that a CUDA graph can replay.
 
         Args:
             token_id: int64 [1] on the decoder's device; read when the graph runs.
@@ -189,17 +189,33 @@ class Decoder:
         Returns:
             float32 [1, vocab_size].
         """
-        kernels = self._kernels or self._few_tokens
-        assert kernels is not None
-        linear, eps = kernels.vector_linear, self.config.rms_norm_eps
+        assert self._kernels is not None
         hidden = F.embedding(token_id, self._embedding).to(self.compute_dtype)
+        return self.layers_of_one(hidden, self._kernels.vector_linear, decode).float()
+
+    def embedding_of(self, token_id: int) -> Tensor:
+        """[hidden_size], compute dtype or bf16."""
+        return self._embedding[token_id]
+
+    def layers_of_one(self, hidden: Tensor, linear: Callable[..., Tensor], decode: Callable[..., Tensor]) -> Tensor:
+        """All layers and the lm_head for one token.
+
+        Args:
+            hidden: [1, hidden_size], compute dtype; overwritten.
+            linear: `vector_linear` of the kernels.
+            decode: see `FusedDecode.decode`.
+
+        Returns:
+            [1, vocab_size], compute dtype.
+        """
+        eps = self.config.rms_norm_eps
         for layer_idx, layer in enumerate(self._layers):
             qkv = linear(hidden, layer.qkv, norm_weight=layer.input_norm, eps=eps)
             attended = decode(layer_idx, qkv, layer.q_norm, layer.k_norm, eps)
             linear(attended, layer.out, out=hidden, accumulate=True)
             gated = linear(hidden, layer.gate_up, norm_weight=layer.post_norm, eps=eps, gated=True)
             linear(gated, layer.down, out=hidden, accumulate=True)
-        return linear(hidden, self._head_linear, norm_weight=self._final_norm, eps=eps).float()
+        return linear(hidden, self._head_linear, norm_weight=self._final_norm, eps=eps)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

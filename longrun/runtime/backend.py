@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from longrun.attention.cpu_decode import CpuDecode
 from longrun.attention.torch_backend import TorchAttention
 from longrun.cache.dual import DualCache
 from longrun.cache.pinned_pool import PinnedMemory
+from longrun.engine.decode_calls import DecodeCalls
 from longrun.engine.engine import Engine
 from longrun.errors import ConfigError
 from longrun.kernels.cpu_kernels import CpuKernels
@@ -60,10 +62,10 @@ def build_engine(parts: Parts, plan: Plan) -> Engine:
     if kernels is None:
         attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, None)
         return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size)
-    attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, kernels.pages, kernels.rope_store)
-    return Engine(
-        decoder, parts.rotary, attention, cache, plan.chunk_size, begin_decode=attention.begin_decode
-    )  # fmt: skip
+    attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, kernels.pages)
+    decode = CpuDecode(attention, decoder.compute_dtype, kernels)
+    calls = DecodeCalls(decoder, parts.rotary_host, decode, kernels.linear)
+    return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, calls)
 
 
 def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:

@@ -100,7 +100,7 @@ def graph_ms(runtime: Runtime, session: Session) -> float | None:
 
     Call it when the session's tokens no longer matter: replays overwrite the newest one's keys and values.
     """
-    graph = runtime.engine(session).decode_graph
+    graph = runtime.engine(session).decode_step
     if graph is None or session.cache.device.type != "cuda":
         return None
     return 1e3 * gpu_times(graph.replay, captured=False, repeats=32).seconds

@@ -1,0 +1,71 @@
+"""One decoded token on a CPU as a list of calls into compiled code, prepared once and run for every token: what a CUDA
+graph is on a GPU. The rest of a step is a dozen small operations; made anew in every layer they took as long as the
+compiled code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longrun.attention.cpu_decode import CpuDecode
+from longrun.model.decoder import Decoder, FewTokenLinear
+from longrun.model.rope import RotaryTable
+
+
+class DecodeCalls:
+    """The decoder's step for a single token.
+
+    Args:
+        rotary: cos and sin in host memory.
+        attention: of the sequence.
+        linear: the kernel of the linears.
+    """
+
+    def __init__(self, decoder: Decoder, rotary: RotaryTable, attention: CpuDecode, linear: FewTokenLinear) -> None:
+        self._decoder, self._rotary, self._attention, self._linear = decoder, rotary, attention, linear
+        self._buffers: dict[int, Tensor] = {}
+        self._hidden = torch.zeros(1, decoder.config.hidden_size, dtype=decoder.compute_dtype)
+        self._threads = 0
+        self._logits = self._hidden
+
+    def _prepare(self) -> None:
+        self._threads, self._attention.calls = torch.get_num_threads(), []
+        self._logits = self._decoder.layers_of_one(self._hidden, self._prepare_linear, self._attention.decode)
+
+    def _prepare_linear(self, x: Tensor, linear: Any, out: Tensor | None = None, **options: Any) -> Tensor:
+        """`vector_linear`, later. Layers follow each other, so that one memory serves all results of a size."""
+        if out is None:
+            rows = linear.out_features // (2 if options.get("gated") else 1)
+            out = self._buffers.setdefault(rows, x.new_empty(1, rows))
+        self._attention.calls.append(self._linear.prepare(x, linear, out, **options))
+        return out
+
+    @torch.inference_mode()
+    def run(self, token_id: int, rope_seq_len: int, ahead: bool = False) -> Tensor:
+        """Append one token; the caller advances the cache.
+
+        Args:
+            token_id: below vocab_size.
+            rope_seq_len: see `RotaryTable.cos_sin`.
+            ahead: has no effect: the next step cannot begin before its token is known.
+
+        Returns:
+            float32 [vocab_size], a copy.
+        """
+        if self._threads != torch.get_num_threads():
+            self._prepare()
+        start = self._attention.cache.seq_len
+        self._attention.begin_decode(start, *self._rotary.cos_sin_of(start, rope_seq_len))
+        self._hidden.copy_(self._decoder.embedding_of(token_id))
+        for call in self._attention.calls:
+            call()
+        return self._logits[0].to(torch.float32, copy=True)
+
+    def next_token_id(self) -> None:
+        """The likeliest next token is not looked for."""
+        return
+
+    def invalidate(self) -> None:
+        """Nothing is kept from one step to the next."""
