@@ -21,18 +21,9 @@ from longrun.needles.needles import Haystack, NeedlePrompt, build_prompt, make_n
 from longrun.session.session import Session
 
 LONG = PlantedShape(
-    num_layers=2,
-    hidden_size=1024,
-    intermediate_size=1024,
-    num_qo_heads=8,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=8192,
-    max_position_embeddings=2**22,
-    moving_pairs=16,
-    dtype="bfloat16",
-    retrieval_ratio=1.0,
-)
+    num_layers=2, hidden_size=1024, intermediate_size=1024, num_qo_heads=8, num_kv_heads=8, head_dim=128,
+    vocab_size=8192, max_position_embeddings=2**22, moving_pairs=16, dtype="bfloat16", retrieval_ratio=1.0,
+)  # fmt: skip
 """Small weights, large cache: 16 heads, all retrieval, hold 2.11 KB a token in INT4 pages."""
 DEPTHS = (0.0, 0.25, 0.5, 0.88, 0.93, 0.96, 0.99)
 

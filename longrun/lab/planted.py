@@ -49,32 +49,14 @@ SHARD_BYTES = 4 * 10**9
 
 SHAPES: dict[str, PlantedShape] = {
     "tiny": PlantedShape(
-        num_layers=2,
-        hidden_size=256,
-        intermediate_size=512,
-        num_qo_heads=8,
-        num_kv_heads=4,
-        head_dim=64,
-        vocab_size=4096,
-        max_position_embeddings=2**20,
-        moving_pairs=10,
-        dtype="float32",
-        retrieval_ratio=0.25,
+        num_layers=2, hidden_size=256, intermediate_size=512, num_qo_heads=8, num_kv_heads=4, head_dim=64,
+        vocab_size=4096, max_position_embeddings=2**20, moving_pairs=10, dtype="float32", retrieval_ratio=0.25,
     ),
     "llama-3-8b": PlantedShape(
-        num_layers=32,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_qo_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        vocab_size=128_256,
-        max_position_embeddings=10_000_000,
-        moving_pairs=16,
-        dtype="bfloat16",
-        retrieval_ratio=0.5,
+        num_layers=32, hidden_size=4096, intermediate_size=14336, num_qo_heads=32, num_kv_heads=8, head_dim=128,
+        vocab_size=128_256, max_position_embeddings=10_000_000, moving_pairs=16, dtype="bfloat16", retrieval_ratio=0.5,
     ),
-}
+}  # fmt: skip
 """Named shapes; `retrieval_ratio` is the share of KV heads that the head map scores above 0.5."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -148,7 +148,7 @@ def whole_model(command: str, *options: str) -> argparse.Namespace:
 
     model = planted_model()
     parser = Parser()
-    bench.COMMANDS[command][0](parser)
+    bench.add_command(parser, command)
     return parser.parse_args([
         "--model", model, "--head-map", str(Path(model) / "head_map"), "--retrieval-ratio", "0.5",
         "--weight-format", "int4", *options,
@@ -212,7 +212,6 @@ SHARES: tuple[Share, ...] = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="TEXT", help="shares whose name holds this text (default: all)")
     parser.add_argument("--json", type=path_option, metavar="FILE", help="write the JSON object here as well")
-    parser.set_defaults(run=run)
 
 
 def choose(shares: Sequence[Share], only: str | None) -> list[Share]:

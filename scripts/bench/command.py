@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
 
 from longrun import cli
 from longrun.arguments import COUNT, real, whole
@@ -28,23 +30,16 @@ from longrun.hub.find import add_model_option, find_model
 from longrun.paths import path_option
 
 
-def add_peer(sub: argparse.ArgumentParser) -> None:
-    from scripts.bench.bench_common import add_json_option
-    from scripts.bench.bench_peer import run
-
+def add_peer(sub: argparse.ArgumentParser, common: ModuleType) -> None:
     add_model_option(sub)
     sub.add_argument("--lengths", default="4K,8K", help="prompt lengths in tokens (1K = 1,000)")
     sub.add_argument("--repeats", type=COUNT, default=5)
     sub.add_argument("--new-tokens", type=COUNT, default=24)
     sub.add_argument("--chunk-size", type=COUNT, default=1024)
-    add_json_option(sub)
-    sub.set_defaults(run=run)
+    common.add_json_option(sub)
 
 
-def add_llama_cpp(sub: argparse.ArgumentParser) -> None:
-    from scripts.bench.bench_common import add_json_option
-    from scripts.bench.bench_llama_cpp import run
-
+def add_llama_cpp(sub: argparse.ArgumentParser, common: ModuleType) -> None:
     add_model_option(sub, default=None)
     sub.add_argument(
         "--python", required=True, type=path_option, metavar="FILE",
@@ -55,19 +50,14 @@ def add_llama_cpp(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--repeats", type=COUNT, default=3)
     sub.add_argument("--new-tokens", type=COUNT, default=32)
     sub.add_argument("--chunk-size", type=COUNT, default=1024)
-    add_json_option(sub)
-    sub.set_defaults(run=run)
+    common.add_json_option(sub)
 
 
-def add_decode(sub: argparse.ArgumentParser) -> None:
-    from scripts.bench.bench_common import add_model_options
-    from scripts.bench.bench_decode import run
-
-    add_model_options(sub)
+def add_decode(sub: argparse.ArgumentParser, common: ModuleType) -> None:
+    common.add_model_options(sub)
     sub.add_argument("--lengths", default="128K,512K,1M,3.3M", help="tokens before the decoded ones")
     add_decode_options(sub)
     sub.add_argument("--peer-lengths", help="lengths at which transformers runs, too")
-    sub.set_defaults(run=run)
 
 
 def add_decode_options(sub: argparse.ArgumentParser) -> None:
@@ -76,11 +66,8 @@ def add_decode_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--repeats", type=COUNT, default=3, help="repeats, one after the other in the same session")
 
 
-def add_prefill(sub: argparse.ArgumentParser) -> None:
-    from scripts.bench.bench_common import add_model_options
-    from scripts.bench.bench_prefill import run
-
-    add_model_options(sub)
+def add_prefill(sub: argparse.ArgumentParser, common: ModuleType) -> None:
+    common.add_model_options(sub)
     sub.add_argument("--lengths", default="128K,512K,1M", help="tokens read")
     sub.add_argument("--peer-lengths", help="lengths at which transformers reads, too, in chunks of 16,384")
     sub.add_argument(
@@ -90,27 +77,19 @@ def add_prefill(sub: argparse.ArgumentParser) -> None:
         "--depth", default="0.5", metavar="D|D,D,...|spread",
         help="where the needles are hidden, 0 to 1: one depth, one a needle, or spread evenly from 0 to 1",
     )  # fmt: skip
-    sub.set_defaults(run=run)
 
 
-def add_offload(sub: argparse.ArgumentParser) -> None:
-    from scripts.bench.bench_common import add_model_options
-    from scripts.bench.bench_offload import run
-
-    add_model_options(sub)
+def add_offload(sub: argparse.ArgumentParser, common: ModuleType) -> None:
+    common.add_model_options(sub)
     sub.add_argument("--length", default="1M", help="tokens before the decoded ones")
     sub.add_argument("--gpu-budget", required=True, metavar="SIZE", help='device memory, like "20 GiB"')
     sub.add_argument("--host-budget", metavar="SIZE", help="host memory (default: the budget's)")
     sub.add_argument("--compare-resident", action="store_true", help="the same tokens with every page on the device")
     add_decode_options(sub)
-    sub.set_defaults(run=run)
 
 
-def add_formats(sub: argparse.ArgumentParser) -> None:
-    from scripts.bench.bench_common import add_model_options
-    from scripts.bench.bench_formats import run
-
-    add_model_options(sub)
+def add_formats(sub: argparse.ArgumentParser, common: ModuleType) -> None:
+    common.add_model_options(sub)
     sub.add_argument("--length", default="64K", help="tokens read")
     sub.add_argument(
         "--weight-formats", default="nf4,int4,int8", help="formats to compare with bf16; --weight-format is not used"
@@ -119,72 +98,59 @@ def add_formats(sub: argparse.ArgumentParser) -> None:
         "--kv-formats", metavar="LIST", help="vary the pages instead, the first named being compared with: int4,k5v3"
     )
     sub.add_argument("--repeats", type=COUNT, default=5, help="turns of every format, after one that is not counted")
-    sub.set_defaults(run=run)
 
 
-def add_kernels(sub: argparse.ArgumentParser) -> None:
-    from scripts.bench.bench_common import add_json_option
-    from scripts.bench.bench_kernel_table import run
-
+def add_kernels(sub: argparse.ArgumentParser, common: ModuleType) -> None:
     sub.add_argument("--only", metavar="NAME,...", help="some of the kernel benchmarks (default: all)")
-    add_json_option(sub)
-    sub.set_defaults(run=run)
+    common.add_json_option(sub)
 
 
-def add_pinning(sub: argparse.ArgumentParser) -> None:
-    from scripts.bench.bench_common import add_json_option
-    from scripts.bench.bench_pinning import run
-
+def add_pinning(sub: argparse.ArgumentParser, common: ModuleType) -> None:
     sub.add_argument("--gib", type=real(0, above=True), nargs="+", default=[8.0], help="sizes of the pool")
-    add_json_option(sub)
-    sub.set_defaults(run=run)
+    common.add_json_option(sub)
 
 
-def add_marks(sub: argparse.ArgumentParser) -> None:
-    from scripts.bench.bench_common import add_model_options
-    from scripts.bench.bench_marks import run
-
-    add_model_options(sub)
+def add_marks(sub: argparse.ArgumentParser, common: ModuleType) -> None:
+    common.add_model_options(sub)
     sub.add_argument("--length", default="64K", help="tokens of random content before the mark")
     sub.add_argument("--tokens", default="4096", help="tokens read between mark and rewind")
     sub.add_argument("--windows", default="256,4096", help="recent_size of the streaming heads")
     sub.add_argument("--repeats", type=COUNT, default=10)
-    sub.set_defaults(run=run)
-
-
-def add_shares(sub: argparse.ArgumentParser) -> None:
-    from scripts.bench.bench_shares import add_options
-
-    add_options(sub)
-
-
-def add_real(sub: argparse.ArgumentParser) -> None:
-    from scripts.bench.bench_real import add_options
-
-    add_options(sub)
 
 
 COMMANDS = {
-    "peer": (add_peer, "side by side with transformers on the CPU"),
-    "llama-cpp": (add_llama_cpp, "side by side with llama.cpp on the CPU"),
-    "decode": (add_decode, "milliseconds a token at long contexts"),
-    "prefill": (add_prefill, "reading long texts"),
-    "offload": (add_offload, "decode with pages in host memory"),
-    "formats": (add_formats, "reading in several weight or page formats, by turns"),
-    "kernels": (add_kernels, "every kernel alone"),
-    "pinning": (add_pinning, "what a pinned host pool costs and gives"),
-    "marks": (add_marks, "a session's mark and rewind"),
-    "real": (add_real, "a real model over real code, beside transformers"),
-    "shares": (add_shares, "the hot paths' shares of their ceilings, each with its floor"),
+    "peer": ("bench_peer", add_peer, "side by side with transformers on the CPU"),
+    "llama-cpp": ("bench_llama_cpp", add_llama_cpp, "side by side with llama.cpp on the CPU"),
+    "decode": ("bench_decode", add_decode, "milliseconds a token at long contexts"),
+    "prefill": ("bench_prefill", add_prefill, "reading long texts"),
+    "offload": ("bench_offload", add_offload, "decode with pages in host memory"),
+    "formats": ("bench_formats", add_formats, "reading in several weight or page formats, by turns"),
+    "kernels": ("bench_kernel_table", add_kernels, "every kernel alone"),
+    "pinning": ("bench_pinning", add_pinning, "what a pinned host pool costs and gives"),
+    "marks": ("bench_marks", add_marks, "a session's mark and rewind"),
+    "real": ("bench_real", None, "a real model over real code, beside transformers"),
+    "shares": ("bench_shares", None, "the hot paths' shares of their ceilings, each with its floor"),
 }
+"""Command -> module of scripts.bench, with `run`; what adds the options (None: the module itself); and help."""
+
+
+def add_command(sub: argparse.ArgumentParser, name: str) -> None:
+    """A command's options, and `run`."""
+    file, add, _ = COMMANDS[name]
+    module = import_module(f"scripts.bench.{file}")
+    if add is None:
+        module.add_options(sub)
+    else:
+        add(sub, import_module("scripts.bench.bench_common"))
+    sub.set_defaults(run=module.run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that is asked for. Status 0; bad input raises a LongrunError."""
+    """Run the command that is asked for; its status. Bad input raises a LongrunError."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (add, text) in COMMANDS.items():
-        add(commands.add_parser(name, help=text, description=text))
+    for name, (_, _, text) in COMMANDS.items():
+        add_command(commands.add_parser(name, help=text, description=text), name)
     args = parser.parse_args(argv)
     if getattr(args, "model", None) is not None:
         args.model = find_model(args.model, args.download)
