@@ -46,6 +46,7 @@ def longrun_part(args: argparse.Namespace, ceilings: dict[str, Any]) -> Found:
     """longrun with the weights of `args.weight_format`: loading, then at every length reading, answers, decoding."""
     device, lengths = torch.device(args.device), parse_lengths(args.lengths)
     memory, runner = MemoryWatch(device), f"longrun {args.weight_format} weights"
+    torch.zeros(1, device=device)  # CUDA must be up before peaks are counted, and is no part of loading
     memory.start()
     marks, start = {}, time.perf_counter()
 
@@ -159,6 +160,7 @@ def transformers_part(args: argparse.Namespace, ceilings: dict[str, Any]) -> Fou
     folder = check_folder(args.model, config)
     chat = CodeChat(folder.tokenizer, read_code(args.text)[0])
     chat.document_ids(max(lengths))  # refused before the model is loaded
+    torch.zeros(1, device=device)
     start = time.perf_counter()
     peer = GgufPeer(args.model, device, chunk=max(lengths))
     synchronize(device)
