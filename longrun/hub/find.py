@@ -26,7 +26,7 @@ from longrun.hub.repository import (
 from longrun.paths import path_option, user_path
 from longrun.units import format_bytes
 
-MODEL_HELP = "checkpoint folder, or a name on the Hugging Face hub (user/repo)"
+MODEL_HELP = "checkpoint folder, GGUF file, or name on the Hugging Face hub (user/repo, user/repo:Q4_K_M)"
 DOWNLOAD_HELP = "fetch a --model of the Hugging Face hub that is not in the local cache, without asking"
 
 
