@@ -14,6 +14,9 @@ MAX_TOKENS = 10**9
 MAX_MEMORY = 10**15
 """Of a memory size in bytes: a petabyte."""
 
+ALL_TOKENS = 2**31 - 1
+"""The reach of a head that keeps every token."""
+
 _TOKEN_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 _BYTE_UNITS = {
     "": 1,

@@ -3,7 +3,8 @@
 On disk a head map is a folder in the format of DuoAttention (arXiv 2410.10819): `full_attention_heads.tsv`, floats
 separated by tabs, a row per layer and a column per KV head, and `config.json`, of which `sink_size`, `recent_size` and
 the model that `longrun.patterns.identify` recorded are read. A score of 1 says that the head needs all tokens, 0 that
-sinks and a recent window will do.
+sinks and a recent window will do. A third file, `reach_losses.json` (`longrun.patterns.reach_losses`), may say how far
+each head needs to reach.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from longrun.patterns.head_split import (
     count_for_ratio,
     spread_retrieval_heads,
 )
+from longrun.patterns.reach_losses import ReachLosses
 
 __all__ = ["DEFAULT_RECENT_SIZE", "DEFAULT_SINK_SIZE", "HeadMap", "HeadSplit", "spread_retrieval_heads"]
 
@@ -53,10 +55,11 @@ class HeadMap:
         notes: what was corrected or assumed while loading; to be shown.
         origin: the model it was made for, or None where that is not known; maps of the same scores are equal whatever
             it says.
+        reach_losses: what each head loses with a shorter reach, or None where that was not measured.
 
     Raises:
         HeadMapError: no layer or head, rows of different lengths, a score that is not in [0, 1] (`from_scores`
-            clips), sink_size < 0 or recent_size < 1.
+            clips), sink_size < 0 or recent_size < 1, or reach losses of another shape.
     """
 
     scores: tuple[tuple[float, ...], ...]
@@ -64,6 +67,7 @@ class HeadMap:
     recent_size: int = DEFAULT_RECENT_SIZE
     notes: tuple[str, ...] = ()
     origin: HeadMapOrigin | None = field(default=None, compare=False)
+    reach_losses: ReachLosses | None = None
 
     def __post_init__(self) -> None:
         check_rows(self.scores, "head map")
@@ -71,6 +75,12 @@ class HeadMap:
         for layer, row in enumerate(self.scores):
             for head, score in enumerate(row):
                 number(score, f"head map: layer {layer}, KV head {head}: score", 0, 1, error=HeadMapError)
+        losses = self.reach_losses
+        if losses is not None and (losses.num_layers, losses.num_kv_heads) != (self.num_layers, self.num_kv_heads):
+            raise HeadMapError(
+                f"the reach losses are of {losses.num_layers} layers of {losses.num_kv_heads} KV heads, but the head "
+                f"map has {self.num_layers} of {self.num_kv_heads}: measure both on one model"
+            )
 
     @classmethod
     def from_scores(
@@ -137,15 +147,15 @@ class HeadMap:
 
         Raises:
             HeadMapError: a missing folder or file, ragged rows, something that is not a finite number (file, row and
-                column named), or an impossible sink_size or recent_size.
+                column named), an impossible sink_size or recent_size, or reach losses that cannot be used.
         """
         folder = user_path(folder, "head map", HeadMapError)
         rows = read_scores(folder)
         loaded = cls.from_scores(rows, *read_window(folder), source=str(folder / SCORES_FILE))
-        return replace(loaded, origin=read_origin(folder))
+        return replace(loaded, origin=read_origin(folder), reach_losses=ReachLosses.read(folder))
 
     def save(self, folder: str | Path, force: bool = False, facts: Mapping[str, object] | None = None) -> None:
-        """Write the map so that `load` gives the very same scores back.
+        """Write the map so that `load` gives the very same scores and reach losses back.
 
         Args:
             force: overwrite another map.
@@ -170,7 +180,7 @@ class HeadMap:
             if not force:
                 raise HeadMapError(f"{folder} holds another head map: save to a new folder, or overwrite with force")
         try:
-            write_folder(target, self.scores, self.sink_size, self.recent_size, facts or {})
+            write_folder(target, self.scores, self.sink_size, self.recent_size, facts or {}, self.reach_losses)
         except OSError as error:
             raise HeadMapError(f"head map cannot be saved to {folder}: {error.strerror or error}") from error
 

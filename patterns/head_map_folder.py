@@ -16,6 +16,7 @@ from longrun.files.folder_lock import FolderLock
 from longrun.files.user_files import read_object, read_text
 from longrun.files.whole_file import fresh_path, leftovers
 from longrun.patterns.head_split import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, check_window
+from longrun.patterns.reach_losses import REACH_LOSSES_FILE, ReachLosses
 
 SCORES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
@@ -61,11 +62,17 @@ def read_scores(folder: Path) -> list[list[float]]:
 
 
 def write_folder(
-    target: Path, scores: Sequence[Sequence[float]], sink_size: int, recent_size: int, facts: Mapping[str, object]
+    target: Path,
+    scores: Sequence[Sequence[float]],
+    sink_size: int,
+    recent_size: int,
+    facts: Mapping[str, object],
+    reach_losses: ReachLosses | None = None,
 ) -> None:
-    """Write both files into a fresh folder next to `target` and let it take the name `target`.
+    """Write the map's files into a fresh folder next to `target` and let it take the name `target`.
 
-    `facts` follow the window in `config.json`. Other files of an existing `target` are carried over.
+    `facts` follow the window in `config.json`. Other files of an existing `target` are carried over; without
+    `reach_losses` those of another map are not.
 
     Raises:
         HeadMapError: another process is writing it.
@@ -80,7 +87,7 @@ def write_folder(
     )
     try:
         _take_back(target)
-        _replace_folder(target, scores, {"sink_size": sink_size, "recent_size": recent_size, **facts})
+        _replace_folder(target, scores, {"sink_size": sink_size, "recent_size": recent_size, **facts}, reach_losses)
     finally:
         lock.release()
 
@@ -96,7 +103,9 @@ def _take_back(target: Path) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _replace_folder(target: Path, scores: Sequence[Sequence[float]], config: Mapping[str, object]) -> None:
+def _replace_folder(
+    target: Path, scores: Sequence[Sequence[float]], config: Mapping[str, object], reach_losses: ReachLosses | None
+) -> None:
     fresh, old = fresh_path(target), fresh_path(target, "old")
     try:
         fresh.mkdir()
@@ -104,6 +113,9 @@ def _replace_folder(target: Path, scores: Sequence[Sequence[float]], config: Map
             shutil.copytree(target, fresh, symlinks=True, dirs_exist_ok=True)
         _write_synced(fresh / SCORES_FILE, "".join("\t".join(map(repr, row)) + "\n" for row in scores))
         _write_synced(fresh / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        (fresh / REACH_LOSSES_FILE).unlink(missing_ok=True)
+        if reach_losses is not None:
+            _write_synced(fresh / REACH_LOSSES_FILE, json.dumps(reach_losses.to_dict()) + "\n")
         if target.exists():
             target.rename(old)
         try:

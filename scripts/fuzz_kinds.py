@@ -9,7 +9,7 @@ result without longrun's readers; where it raises, the files mean nothing, and l
     gguf         transformers' model of what the gguf package reads; quantized bytes have no checksum either
     tokenizer    ids of the tokenizers library from tokenizer.json alone, for every setting next to it
     generation   the ids that Python's json finds in generation_config.json, which the end tokens must include
-    head map     Python's csv and float on every cell, clipped; a window as json reads it
+    head map     Python's csv and float on every cell, clipped; a window and losses of reaches as json reads them
     budget       Python's tomllib and a regular expression for sizes
     adapter      transformers' model with W + alpha / r * B @ A set in float64 from the safetensors library
     session      everything in the folder is under a checksum: what loads must continue exactly like the undamaged one,
@@ -96,7 +96,8 @@ class Bench:
             Kind("gguf", "gguf", ("*.gguf",), self._run, _of_package, _close),
             Kind("tokenizer", "model", settings, _use_tokenizer, _of_tokenizers, _same),
             Kind("generation", "model", ("generation_config.json",), self._ends, _ends_by_json, _includes),
-            Kind("head map", "map", ("full_attention_heads.tsv", "config.json"), self._split, _split_by_csv, _same),
+            Kind("head map", "map", ("full_attention_heads.tsv", "config.json", "reach_losses.json"), self._split,
+                 _split_by_csv, _same),
             Kind("budget", "budget", ("budget.toml",), self._plan, _budget_by_tomllib, _same),
             Kind("adapter", "adapter", ("adapter_config.json", "adapter_model.safetensors"), self._run_with_adapter,
                  self._merged, _close),
@@ -162,7 +163,8 @@ class Bench:
         chosen = choose_split(self.config, _BUDGET, folder)
         make_plan(self.config, _BUDGET, CAPACITY, split=chosen, device_type="cpu")
         head_map = chosen.head_map
-        return head_map.scores, head_map.sink_size, head_map.recent_size, chosen.split.retrieval
+        losses = None if head_map.reach_losses is None else vars(head_map.reach_losses)
+        return head_map.scores, head_map.sink_size, head_map.recent_size, chosen.split.retrieval, losses
 
     def _plan(self, folder: Path) -> dict[str, Any]:
         budget = Budget.load(folder / "budget.toml")
@@ -249,7 +251,23 @@ def _split_by_csv(folder: Path) -> tuple[Any, ...]:
     sink, recent = window["sink_size"], window["recent_size"]
     sink, recent = 64 if sink is None else sink, 256 if recent is None else recent
     assert type(sink) is int and type(recent) is int and sink >= 0 and recent >= 1
-    return scores, sink, recent, tuple(tuple(score >= 0.5 for score in row) for row in scores)
+    split = tuple(tuple(score >= 0.5 for score in row) for row in scores)
+    return scores, sink, recent, split, _losses_by_json(folder / "reach_losses.json")
+
+
+def _losses_by_json(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    data = json.loads(file.read_bytes().decode("utf-8-sig"))
+    sink, length, reaches = data["sink_size"], data["measured_length"], data["reaches"]
+    assert all(type(count) is int and 0 <= count <= 10**9 for count in (sink, length, *reaches))
+    assert reaches[0] > 0 and reaches == sorted(set(reaches)) and 4 * reaches[-1] <= length
+    assert [len(row) for row in data["losses"]] == [2, 2]
+    losses = tuple(tuple(tuple(of_head) for of_head in row) for row in data["losses"])
+    for of_head in (of_head for row in losses for of_head in row):
+        assert len(of_head) == len(reaches)
+        assert all(type(loss) in (int, float) and 0 <= float(loss) < math.inf for loss in of_head)
+    return {"sink_size": sink, "measured_length": length, "reaches": tuple(reaches), "losses": losses}
 
 
 _FIELDS = {

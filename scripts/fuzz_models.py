@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import longrun
 from longrun.config.model_config import ModelConfig
+from longrun.patterns.reach_losses import ReachLosses
 
 TEXT = "The lighthouse keeper wrote 27 letters."
 PROMPT = [5, 40, 41, 3, 17, 60, 61, 62, 9, 33, 12, 70, 71, 5, 90]
@@ -63,7 +64,9 @@ def make_adapter(folder: Path, model: Path) -> None:
 
 def make_head_map(folder: Path) -> None:
     """A head map of the model, as `longrun.patterns.identify` would write it."""
-    longrun.HeadMap(((0.9, 0.125), (0.25, 1.0)), 64, 64).save(folder, facts={"identification": {"model": "tiny"}})
+    losses = ReachLosses(64, 1024, (64, 128), (((0.5, 0.25), (0.125, 0.0)), ((3.0, 1.5), (2.0, 1e-3))))
+    head_map = longrun.HeadMap(((0.9, 0.125), (0.25, 1.0)), 64, 64, reach_losses=losses)
+    head_map.save(folder, facts={"identification": {"model": "tiny"}})
 
 
 def make_session(folder: Path, runtime: longrun.Runtime) -> None:

@@ -56,6 +56,8 @@ ROOMS = (
             "longrun.patterns.head_map",
             "longrun.patterns.head_map_folder",
             "longrun.patterns.head_split",
+            "longrun.patterns.reach_allocation",
+            "longrun.patterns.reach_losses",
             "longrun.patterns.baseline_maps",
         ),
         light=True,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longrun.quant.kv_format import PageFormat
-
-ALL_TOKENS = 2**31 - 1  # the reach of a head that keeps every token
+from longrun.units import ALL_TOKENS
 
 
 @dataclass(frozen=True)
