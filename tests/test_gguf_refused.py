@@ -89,6 +89,7 @@ def test_folders(tmp_path, sound):
     assert ModelConfig.from_dir(tmp_path) == ModelConfig.from_dir(sound)
     sound.rename(tmp_path / "notes.txt")
     refused(tmp_path, "model_type")
+    refused(sound, "there is no GGUF file", "model.gguf: check the path")
 
 
 def test_other_architectures(tmp_path):

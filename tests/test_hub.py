@@ -271,7 +271,7 @@ def answered(status: int) -> SimpleNamespace:
         (errors.RepositoryNotFoundError("404", response=answered(404)), "neither a path maker/model here nor a repos"),
         (errors.GatedRepoError("403", response=answered(403)), r"is gated .*accept its terms .*hf auth login"),
         (errors.HfHubHTTPError("500 Server Error\nmore", response=answered(500)), r"cannot be reached \(500 Server"),
-        (errors.OfflineModeIsEnabled("offline mode is enabled"), r"cannot be reached \(offline mode is enabled\)"),
+        (errors.OfflineModeIsEnabled("Cannot reach it"), r"cannot be reached \(HF_HUB_OFFLINE is set\): fetch it"),
         (ConnectionError("no route"), r"cannot be reached \(no route\): fetch it where there is a network"),
         (errors.HfHubHTTPError.__bases__[0]("[Errno -2] Name or service not known"), "Name or service not known"),
     ],

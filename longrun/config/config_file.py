@@ -46,6 +46,8 @@ def read_config(model: str | Path) -> ConfigFile:
         header = read_gguf_header(gguf)
         return ConfigFile(gguf, config_of_gguf(header), header)
     if not os.path.isdir(path):
+        if path.suffix == ".gguf" and not os.path.lexists(path):
+            raise CheckpointError(f"there is no GGUF file {short_path(path)}: check the path")
         what = "is no regular file" if os.path.exists(path) else "does not exist"
         raise CheckpointError(
             f"model folder {short_path(path)} {what}: give a folder with config.json and *.safetensors, or a GGUF file"

@@ -208,10 +208,15 @@ def hub_errors(name: HubName) -> Iterator[None]:
 
 
 def _unreachable(name: HubName, error: BaseException) -> HubUnreachable:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     first_line = str(error).partition("\n")[0] or type(error).__name__
+    if isinstance(error, OfflineModeIsEnabled):
+        first_line = "HF_HUB_OFFLINE is set"
     return HubUnreachable(
         f"there is no path {name} here, it is not (wholly) in the local Hugging Face cache, and the hub cannot be "
-        f"reached ({shortened(first_line)}): fetch it where there is a network, or name a checkpoint folder"
+        f"reached ({shortened(first_line)}): fetch it where there is a network, or name a checkpoint folder or GGUF "
+        f"file"
     )
 
 
