@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from longrun.kernels.cpu_int4 import CpuInt4
 from longrun.kernels.cpu_linear import CpuLinear
 from longrun.kernels.cpu_pages import CpuPageKernels
 from longrun.kernels.cpu_rope_store import CpuRopeStore
@@ -17,6 +18,7 @@ class CpuKernels:
     linear: CpuLinear
     rope_store: CpuRopeStore
     pages: CpuPageKernels
+    int4: CpuInt4
 
 
 def load_cpu_kernels(cache_dir: Path | None) -> tuple[CpuKernels, list[str]]:
@@ -25,6 +27,7 @@ def load_cpu_kernels(cache_dir: Path | None) -> tuple[CpuKernels, list[str]]:
     Raises:
         KernelUnavailable: no compiler, or a build failed.
     """
-    kernels = CpuKernels(CpuLinear(cache_dir), CpuRopeStore(cache_dir), CpuPageKernels(cache_dir))
-    notices = [*kernels.linear.notices, *kernels.rope_store.notices, *kernels.pages.notices]
+    kernels = CpuKernels(CpuLinear(cache_dir), CpuRopeStore(cache_dir), CpuPageKernels(cache_dir), CpuInt4(cache_dir))
+    parts = (kernels.linear, kernels.rope_store, kernels.pages, kernels.int4)
+    notices = [notice for part in parts for notice in part.notices]
     return kernels, list(dict.fromkeys(notices))

@@ -10,14 +10,16 @@ search over steps, with a least-squares fit for every rounding, is ggml's `make_
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longrun.quant.weight_format import INT4_GROUP, INT4_WORD
 
-# The largest weight is tried at 8 / SHARES steps. Twice as many lower the error by less than a hundredth of itself.
-_SHARES = (1.0, *(0.62 + 0.04 * i for i in range(9)), 1.04)
+# The largest weight is tried at -FACTORS steps. Twice as many lower the error by less than a hundredth of itself.
+FACTORS = tuple(-8 / share for share in (1.0, *(0.62 + 0.04 * i for i in range(9)), 1.04))
 # Weights that are worked on at a time: what the processor's cache holds; on a GPU, what makes launches cheap.
 _PIECE = {"cpu": 2**18, "cuda": 2**21}
 
@@ -31,13 +33,18 @@ def quantize_int4(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]
         uint8 [out_features, 4 * ceil(in_features / 8)], rows filled up with weights of 0; bfloat16
         [out_features, ceil(in_features / 32)]. Both on `device`.
     """
-    rows, columns = weight.shape
-    groups = -(-columns // INT4_GROUP)
-    data = torch.empty(rows, 4 * -(-columns // INT4_WORD), dtype=torch.uint8, device=device)
-    scale = torch.empty(rows, groups, dtype=torch.bfloat16, device=device)
-    count = max(1, _PIECE.get(device.type, _PIECE["cpu"]) // columns)
-    for start in range(0, rows, count):
-        part = weight[start : start + count].to(device, torch.float32)
+    data, scale = _empty(*weight.shape, device)
+    quantize_int4_into(weight, data, scale)
+    return data, scale
+
+
+def quantize_int4_into(weight: Tensor, data: Tensor, scale: Tensor) -> None:
+    """`quantize_int4` into tensors that are there."""
+    check_int4(weight, data, scale)
+    columns, groups = weight.shape[1], scale.shape[1]
+    count = max(1, _PIECE.get(data.device.type, _PIECE["cpu"]) // columns)
+    for start in range(0, len(weight), count):
+        part = weight[start : start + count].to(data.device, torch.float32)
         grouped = F.pad(part, (0, groups * INT4_GROUP - columns)).view(-1, INT4_GROUP)
         step = _best_step(grouped)
         divisor = step.float()
@@ -45,7 +52,56 @@ def quantize_int4(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]
         low, high = codes.view(part.shape[0], -1, 2, 4).unbind(2)
         data[start : start + count] = (low | high << 4).flatten(1)[:, : data.shape[1]]
         scale[start : start + count] = step.view(-1, groups)
-    return data, scale
+
+
+Int4Quantizer = Callable[[Tensor, Tensor, Tensor, int | None], None]
+"""`quantize_int4_into` with a number of threads: None is torch's."""
+
+
+class Int4Rows:
+    """Rows of an int4 weight on the CPU that are set like those of a tensor, and quantized on the way.
+
+    Attributes:
+        data, scale: see `quantize_int4`.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, data: Tensor, scale: Tensor, quantize: Int4Quantizer) -> None:
+        self.data, self.scale, self.quantize = data, scale, quantize
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, quantize: Int4Quantizer) -> Int4Rows:
+        return cls(*_empty(rows, columns, torch.device("cpu")), quantize)
+
+    def __getitem__(self, rows: slice) -> Int4Rows:
+        return Int4Rows(self.data[rows], self.scale[rows], self.quantize)
+
+    def __setitem__(self, rows: slice, weight: Tensor) -> None:
+        self.quantize(weight, self.data[rows], self.scale[rows], None)
+
+    def index_copy_(self, dim: int, index: Tensor, weight: Tensor) -> None:
+        data, scale = _empty(*weight.shape, weight.device)
+        self.quantize(weight, data, scale, None)
+        self.data.index_copy_(dim, index, data)
+        self.scale.index_copy_(dim, index, scale)
+
+    def put_rows(self, first: int, weight: Tensor) -> None:
+        """Set the rows from `first` on to `weight` [n, in_features] (floating point), on this thread alone."""
+        rows = slice(first, first + len(weight))
+        self.quantize(weight.float(), self.data[rows], self.scale[rows], 1)
+
+
+def _empty(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    data = torch.empty(rows, 4 * -(-columns // INT4_WORD), dtype=torch.uint8, device=device)
+    return data, torch.empty(rows, -(-columns // INT4_GROUP), dtype=torch.bfloat16, device=device)
+
+
+def check_int4(weight: Tensor, data: Tensor, scale: Tensor) -> None:
+    """That `data` and `scale` are what int4 stores of a weight of this shape."""
+    rows, columns = weight.shape
+    assert data.dtype == torch.uint8 and data.shape == (rows, 4 * -(-columns // INT4_WORD)), data.shape
+    assert scale.dtype == torch.bfloat16 and scale.shape == (rows, -(-columns // INT4_GROUP)), scale.shape
 
 
 def _best_step(grouped: Tensor) -> Tensor:
@@ -54,15 +110,24 @@ def _best_step(grouped: Tensor) -> Tensor:
     unit = grouped / largest.masked_fill(largest == 0, 1)  # the largest is 1: nothing here over- or underflows
     best = (largest / -8).bfloat16()
     least = torch.full_like(largest, -torch.inf)
-    for share in _SHARES:
-        codes = unit.mul(-8 / share).round_().clamp_(-8, 7)
-        cross, square = (codes * unit).sum(1, keepdim=True), codes.square().sum(1, keepdim=True)
+    for factor in FACTORS:
+        codes = unit.mul(factor).round_().clamp_(-8, 7)
+        cross, square = _row_sums(codes * unit), codes.square().sum(1, keepdim=True)
         step = (cross / square * largest).bfloat16()
         ratio = step.float() / largest
         gain = ratio * (2 * cross - ratio * square)  # the squared error is that of all zeros less this
         better = gain > least
         least, best = torch.where(better, gain, least), torch.where(better, step, best)
     return best
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    """[n, 1] of [n, 32], in an order of our own: torch's differs between processors, and the compiled kernel's must
+    not. Sums of whole numbers have none."""
+    while values.shape[1] > 1:
+        half = values.shape[1] // 2
+        values = values[:, :half] + values[:, half:]
+    return values
 
 
 def dequantize_int4(data: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:

@@ -76,20 +76,22 @@ class QuantLinear:
 
     @classmethod
     def of_stored(
-        cls, data: Tensor, weight_format: str, scale: Any, shape: tuple[int, int], compute_dtype: torch.dtype
-    ) -> QuantLinear:
-        """A layer without bias over what a quantized format stores, used as it is.
+        cls, data: Tensor, weight_format: str, scale: Any, shape: tuple[int, int], compute_dtype: torch.dtype,
+        bias: Tensor | None = None,
+    ) -> QuantLinear:  # fmt: skip
+        """A layer over what a quantized format stores, used as it is.
 
         Args:
             data: as the property `data` describes it, for weight_format int8, int4 or nf4.
             scale: int8 `row_scale`, int4 `group_scale`; nf4 bitsandbytes' QuantState, or whatever has its `absmax` and
                 `code`, which is enough for the kernels of `longrun.kernels`.
             shape: (out_features, in_features).
+            bias: [out_features] compute dtype.
         """
         assert is_quantized(weight_format)
         linear = object.__new__(cls)
         linear.out_features, linear.in_features = shape
-        linear.weight_format, linear.compute_dtype, linear.bias = weight_format, compute_dtype, None
+        linear.weight_format, linear.compute_dtype, linear.bias = weight_format, compute_dtype, bias
         nf4 = weight_format == "nf4"
         linear._data, linear._scale, linear._state = data, None if nf4 else scale, scale if nf4 else None
         return linear

@@ -16,9 +16,12 @@ import longrun
 from longrun.attention.interface import Step
 from longrun.config.gguf_header import TENSOR_TYPES
 from longrun.config.model_config import ModelConfig
+from longrun.errors import CheckpointError
+from longrun.kernels.cpu_int4 import CpuInt4
 from longrun.model.adapter_merge import load_merged
 from longrun.model.checkpoint import find_tensors, load_decoder, model_fingerprint, weights_fingerprint
 from longrun.model.rope import RopeParameters, RotaryTable
+from longrun.paths import cache_dir
 from longrun.plan.budget import Budget
 from scripts.tiny_gguf import TYPE, UNWRITTEN, named_tensors, random_blocks, write_gguf
 
@@ -31,11 +34,11 @@ ROPES_OF_GGUF = {
 }
 
 
-def logits(path: Path, order: list[int] | None = None, weight_format: str = "fp32") -> torch.Tensor:
+def logits(path: Path, order: list[int] | None = None, weight_format: str = "fp32", **options: object) -> torch.Tensor:
     """Of `IDS`, float32 [40, vocab_size]."""
     config = ModelConfig.from_dir(path)
     permutation = [order or list(range(config.num_kv_heads))] * config.num_layers
-    decoder = load_decoder(path, config, permutation, weight_format, "cpu")
+    decoder = load_decoder(path, config, permutation, weight_format, "cpu", **options)
     table = RotaryTable(RopeParameters.from_dir(path), config.head_dim)
     step = Step(0, 40, *table.cos_sin(0, 40, 40))
     return decoder.logits(decoder.forward(IDS, step, ReferenceAttention(config.num_layers), all_positions=True))
@@ -99,12 +102,36 @@ def test_tied_embeddings(tmp_path):
     assert close(logits(file), theirs(model))
 
 
-def test_many_pieces_equal_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("weight_format", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("order", [None, [1, 0]], ids=["in place", "moved"])
+def test_many_pieces_on_threads_equal_one(tmp_path, monkeypatch, weight_format, order):
+    """With int4, pieces are quantized by the compiled kernel, and the whole linear by torch."""
     file = write_gguf(tmp_path / "model.gguf", tiny_model("llama", **K_SHAPE), "Q4_K")
-    want = logits(file, [1, 0])
-    monkeypatch.setattr("longrun.model.checkpoint._PIECE_BYTES", 10_000)
-    monkeypatch.setattr("longrun.model.gguf_tensors._STEP_BYTES", 1)
-    assert torch.equal(logits(file, [1, 0]), want)
+    want = logits(file, order, weight_format)
+    monkeypatch.setattr("longrun.model.checkpoint._PIECE_BYTES", 100_000)
+    monkeypatch.setattr("longrun.model.gguf_tensors._STEP_VALUES", 1)
+    monkeypatch.setattr("longrun.model.gguf_tensors._COPY_VALUES", 100)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        quantize = CpuInt4(cache_dir() / "kernels").quantize
+        found = logits(file, order, weight_format, quantize_int4=quantize)
+    finally:
+        torch.set_num_threads(threads)
+    assert close(found, want, 1e-6)
+
+
+def test_a_thread_that_fails_ends_the_load(tmp_path, monkeypatch):
+    file = write_gguf(tmp_path / "model.gguf", tiny_model("llama", **K_SHAPE), "Q4_K")
+    monkeypatch.setattr("longrun.model.gguf_tensors._STEP_VALUES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    config = ModelConfig.from_dir(file)
+    tensors = find_tensors(file, config)
+    with open(file, "r+b") as stream:
+        stream.truncate(file.stat().st_size - 5000)
+    last = max(tensors.values(), key=lambda stored: stored.entry.offset)
+    with pytest.raises(CheckpointError, match="the file is truncated"):
+        last.read_into(torch.empty(last.shape), 0)
 
 
 @pytest.mark.parametrize("kind", TENSOR_TYPES)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from longrun.allocation import return_freed_memory
+from longrun.allocation import ask_for_huge_pages, keep_freed_memory, return_freed_memory
 from longrun.config.gguf_header import gguf_file
 from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, quoted, short_path, shortened
 from longrun.model.adapter import Adapter
 from longrun.model.decoder import Decoder, DecoderKernels, DecoderLayer, FewTokenLinear
-from longrun.model.gguf_tensors import find_gguf_tensors
+from longrun.model.gguf_tensors import GgufTensor, find_gguf_tensors
 from longrun.model.rope import RopeParameters
 from longrun.model.safetensors_folder import and_more, read_folder
 from longrun.model.stored_tensor import StoredTensor
+from longrun.quant.int4_weight import Int4Quantizer, Int4Rows
 from longrun.quant.linear import QuantLinear
-from longrun.quant.weight_format import compute_itemsize, table_itemsize
+from longrun.quant.weight_format import compute_itemsize, is_quantized, table_itemsize
 from longrun.specs.model_bytes import TOKEN_SLICE
 
 _PIECE_BYTES = 32 * 2**20
@@ -40,6 +42,7 @@ def load_decoder(
     kernels: DecoderKernels | None = None,
     adapter: Adapter | None = None,
     few_tokens: FewTokenLinear | None = None,
+    quantize_int4: Int4Quantizer | None = None,
 ) -> Decoder:
     """Load a checkpoint into a decoder whose KV heads are reordered per layer.
 
@@ -56,6 +59,7 @@ def load_decoder(
         device: where the weights go, and stay.
         token_slice, kernels, few_tokens: see `Decoder`.
         adapter: added to the linears in float32, before they are permuted and quantized.
+        quantize_int4: does on a CPU what `quantize_int4_into` does, some rows at a time.
 
     Raises:
         CheckpointError: an adapter of another checkpoint; a missing, left-over, misshapen, truncated or unreadable
@@ -67,7 +71,8 @@ def load_decoder(
     tensors = find_tensors(model_dir, config)
     if adapter is not None:
         check_base(adapter, tensors, config, model_dir)
-    loader = _Loader(tensors, config, weight_format, dtype, device, adapter)
+    keep_freed_memory()
+    loader = _Loader(tensors, config, weight_format, dtype, device, adapter, quantize_int4)
     table_dtype = torch.float32 if table_itemsize(weight_format) == 4 else torch.bfloat16
     embedding = loader.tensor("model.embed_tokens.weight", table_dtype)
     layers = [loader.layer(layer_idx, order) for layer_idx, order in enumerate(permutation)]
@@ -185,6 +190,7 @@ class _Loader:
         dtype: torch.dtype,
         device: torch.device,
         adapter: Adapter | None,
+        quantize_int4: Int4Quantizer | None,
     ) -> None:
         self.tensors = tensors
         self.adapter = adapter
@@ -192,9 +198,25 @@ class _Loader:
         self.weight_format = weight_format
         self.dtype = dtype
         self.device = device
+        self.quantize_int4 = quantize_int4 if weight_format == "int4" and device.type == "cpu" else None
+        self.rooms: dict[str, Tensor] = {}
+
+    def room(self, use: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for the values of one use until the next ones: fetched from the system once, not for each tensor."""
+        length = math.prod(shape) * dtype.itemsize
+        if use not in self.rooms or len(self.rooms[use]) < length:
+            self.rooms.pop(use, None)
+            self.rooms[use] = torch.empty(length, dtype=torch.uint8, device=device)
+        return self.rooms[use][:length].view(dtype).view(shape)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device=self.device)
+        if self.device.type == "cpu":
+            ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        return tensor
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        target = torch.empty(self.tensors[name].shape, dtype=dtype or self.dtype, device=self.device)
+        target = self.empty(self.tensors[name].shape, dtype or self.dtype)
         self.fill(target, name)
         return target
 
@@ -221,30 +243,46 @@ class _Loader:
         """One linear from the rows of several: (name, order of its rows) each, `columns` the order of columns."""
         shapes = [self.tensors[f"{name}.weight"].shape for name, _ in parts]
         num_rows = sum(rows for rows, _ in shapes)
-        weight = torch.empty(num_rows, shapes[0][1], dtype=self.dtype, device=self.device)
+        shape = (num_rows, shapes[0][1])
         bias = None
         if f"{parts[0][0]}.bias" in self.tensors:
             bias = torch.empty(num_rows, dtype=self.dtype, device=self.device)
+        if self.quantize_int4 is not None:
+            weight: Tensor | Int4Rows = Int4Rows.empty(*shape, self.quantize_int4)
+        elif is_quantized(self.weight_format):
+            weight = self.room("linear", shape, self.dtype, self.device)
+        else:
+            weight = self.empty(shape, self.dtype)
         start = 0
         for (name, order), (rows, _) in zip(parts, shapes, strict=True):
             self.fill(weight[start : start + rows], f"{name}.weight", order, columns)
             if bias is not None:
                 self.fill(bias[start : start + rows], f"{name}.bias", order)
             start += rows
+        if isinstance(weight, Int4Rows):
+            return QuantLinear.of_stored(weight.data, "int4", weight.scale, shape, self.dtype, bias)
         return QuantLinear(weight, self.weight_format, bias, self.dtype)
 
-    def fill(self, target: Tensor, name: str, order: Tensor | None = None, columns: Tensor | None = None) -> None:
+    def fill(
+        self, target: Tensor | Int4Rows, name: str, order: Tensor | None = None, columns: Tensor | None = None
+    ) -> None:
         """Set `target` [rows, ...] to the stored tensor: row i is stored row order[i], column j stored columns[j]."""
         stored = self.tensors[name]
         place = None if order is None else torch.argsort(order).to(self.device)
-        straight = place is None and columns is None and target.device.type == "cpu" and target.is_contiguous()
-        straight = straight and target.dtype == stored.torch_dtype
         change = None if self.adapter is None else self.adapter.change_of(name, self.device)
+        straight = place is None and columns is None and change is None and self.device.type == "cpu"
+        dtype = stored.torch_dtype
+        if change is None and target.dtype.itemsize < dtype.itemsize:
+            dtype = target.dtype
         for rows in _pieces(stored, _PIECE_BYTES if change is None else _ADAPTED_PIECE_BYTES):
-            if straight and change is None:
+            if straight and isinstance(target, Tensor):
                 stored.read_into(target[rows], rows.start)
                 continue
-            piece = torch.empty((rows.stop - rows.start, *stored.shape[1:]), dtype=stored.torch_dtype)
+            if straight and isinstance(stored, GgufTensor):
+                stored.read_runs(target.put_rows, rows.start, rows.stop)
+                continue
+            shape = (rows.stop - rows.start, *stored.shape[1:])
+            piece = self.room("piece", shape, dtype, torch.device("cpu"))
             stored.read_into(piece, rows.start)
             if change is not None:
                 piece = change.add_to(piece.to(self.device, torch.float32), rows)

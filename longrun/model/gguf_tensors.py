@@ -8,6 +8,8 @@ row j * head_dim / 2 + i of the checkpoint. Qwen files hold them as they are.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +33,12 @@ _ARCH = {
 }
 _INTERLEAVED = ("llama", "mistral")
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Values dequantized at a time: the package holds them about three times.
-_STEP_BYTES = 2 * 2**20
-# The package works on 16 rows at a time, twice to four times as fast on rows of this length than on a small model's.
-_ROW_VALUES = 2**14
+# Values dequantized at a time: few enough for a processor's cache, enough that Python's own time does not count.
+_STEP_VALUES = 2**18
+# Each holds some five times the values it works on. More would wait for each other: Python's own part is a tenth.
+_MOST_THREADS = 8
+# torch spreads the copy of more values over threads of its own, which here work on other rows.
+_COPY_VALUES = 2**14
 
 
 @dataclass(frozen=True)
@@ -68,26 +72,37 @@ class GgufTensor:
         return math.prod(self.shape) * self.torch_dtype.itemsize
 
     def read_into(self, target: Tensor, first_row: int) -> None:
-        assert target.dtype == self.torch_dtype and target.is_contiguous() and target.device.type == "cpu"
-        assert target.shape[1:] == self.shape[1:]
-        # numpy, not torch: these steps are too small for two threads, which would wait for each other
-        place = target.view(torch.int16).numpy() if target.element_size() == 2 else target.numpy()
-        step = max(1, _STEP_BYTES * self.shape[0] // self.num_bytes)
-        stop = first_row + len(target)
-        if not self.head_rows:
-            for start in range(first_row, stop, step):
-                end = min(start + step, stop)
-                self._read_rows(place[start - first_row : end - first_row], start)
+        assert target.is_contiguous() and target.device.type == "cpu" and target.shape[1:] == self.shape[1:]
+
+        def copy(first: int, values: Tensor) -> None:
+            place = target[first - first_row :][: len(values)]
+            for part, found in zip(
+                place.view(-1).split(_COPY_VALUES), values.reshape(-1).split(_COPY_VALUES), strict=True
+            ):
+                part.copy_(found)
+
+        self.read_runs(copy, first_row, first_row + len(target))
+
+    def read_runs(self, take: Callable[[int, Tensor], None], first_row: int, stop: int) -> None:
+        """Give the rows from `first_row` to `stop` to `take`, some at a time: the first one's number, and values of
+        `torch_dtype` on the CPU. Several threads call it at once. Raises as `read_into`, and what `take` raises."""
+        unit = self.head_rows or 1
+        step = max(1, _STEP_VALUES * self.shape[0] // math.prod(self.shape) // unit) * unit
+
+        def read(start: int) -> None:
+            values = self._rows(start, min(start + step, self.shape[0]))
+            low = max(start, first_row)
+            take(low, values[low - start : stop - start])
+
+        starts = range(first_row - first_row % unit, stop, step)
+        threads = min(len(starts), torch.get_num_threads(), _MOST_THREADS)
+        if threads < 2:
+            for start in starts:
+                read(start)
             return
-        step = max(1, step // self.head_rows) * self.head_rows
-        for start in range(first_row - first_row % self.head_rows, stop, step):
-            end = min(start + step, self.shape[0])
-            stored = np.empty((end - start, *self.shape[1:]), dtype=place.dtype)
-            self._read_rows(stored, start)
-            pairs = stored.reshape(-1, self.head_rows // 2, 2, *self.shape[1:])
-            rows = pairs.swapaxes(1, 2).reshape(stored.shape)
-            low, high = max(start, first_row), min(end, stop)
-            place[low - first_row : high - first_row] = rows[low - start : high - start]
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(read, starts):
+                pass
 
     def read_bytes(self, start: int, length: int) -> bytes:
         row_bytes = self.num_bytes // self.shape[0]
@@ -97,31 +112,19 @@ class GgufTensor:
         content = rows.view(torch.uint8).numpy().tobytes()
         return content[start - first * row_bytes :][:length]
 
-    def _read_rows(self, target: np.ndarray, first: int) -> None:
-        """Rows from `first` on as they stand in the file: float32, or int16 for the bits of a half."""
+    def _rows(self, start: int, stop: int) -> Tensor:
+        """Rows in our order, of `torch_dtype`; `start`, and `stop` before the end, begin a head."""
+        shape = (stop - start, *self.shape[1:])
         row_bytes = self.entry.num_bytes // self.shape[0]
-        offset = self.entry.offset + first * row_bytes
-        if self.entry.type in _PLAIN:
-            exact_read(self.file, self.entry.name, memoryview(target).cast("B"), offset)
-            return
-        stored = np.empty(len(target) * row_bytes, dtype=np.uint8)
-        exact_read(self.file, self.entry.name, memoryview(stored), offset)
-        _dequantize(stored, self.entry.type, target.reshape(-1))
-
-
-def _dequantize(stored: np.ndarray, type_name: str, values: np.ndarray) -> None:
-    """Set `values` (float32 [m]) to those of whole blocks (uint8 [n]), which do not depend on each other."""
-    kind = gguf.GGMLQuantizationType[type_name]
-    per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    row_bytes = _ROW_VALUES // per_block * block_bytes
-    whole = len(stored) - len(stored) % row_bytes
-    start = 0
-    with np.errstate(all="ignore"):  # a damaged scale shows when the logits are not finite
-        for part in (stored[:whole].reshape(-1, row_bytes), stored[whole:].reshape(1, -1)):
-            if part.size:
-                found = gguf.dequantize(part, kind).reshape(-1)
-                values[start : start + len(found)] = found
-                start += len(found)
+        stored = np.empty(shape[0] * row_bytes, dtype=np.uint8)
+        exact_read(self.file, self.entry.name, memoryview(stored), self.entry.offset + start * row_bytes)
+        if self.entry.type not in _PLAIN:
+            with np.errstate(all="ignore"):  # a damaged scale shows when the logits are not finite
+                stored = gguf.dequantize(stored.reshape(1, -1), gguf.GGMLQuantizationType[self.entry.type])
+        values = torch.from_numpy(stored).view(self.torch_dtype).view(shape)
+        if not self.head_rows:
+            return values
+        return values.view(-1, self.head_rows // 2, 2, *shape[1:]).transpose(1, 2).reshape(shape)
 
 
 def find_gguf_tensors(file: Path, config: ModelConfig) -> dict[str, GgufTensor]:

@@ -40,16 +40,18 @@ class SafetensorsTensor:
     num_bytes: int
 
     def read_into(self, target: Tensor, first_row: int) -> None:
-        """Read `target.shape[0]` rows from `first_row` on into `target`: contiguous, on the CPU, of the stored dtype.
+        """Read `target.shape[0]` rows from `first_row` on into `target`: contiguous, on the CPU, of any floating dtype.
 
         Raises:
             CheckpointError: the file ends early or cannot be read.
         """
-        assert target.dtype == self.torch_dtype and target.is_contiguous() and target.device.type == "cpu"
-        assert target.shape[1:] == self.shape[1:]
+        assert target.is_contiguous() and target.device.type == "cpu" and target.shape[1:] == self.shape[1:]
+        stored = target if target.dtype == self.torch_dtype else torch.empty(target.shape, dtype=self.torch_dtype)
         row_bytes = self.num_bytes // max(self.shape[0], 1)
-        buffer = memoryview(target.view(torch.uint8).numpy()).cast("B")
+        buffer = memoryview(stored.view(torch.uint8).numpy()).cast("B")
         exact_read(self.file, self.name, buffer, self.offset + first_row * row_bytes)
+        if stored is not target:
+            target.copy_(stored)
 
     def read_bytes(self, start: int, length: int) -> bytes:
         """`length` bytes of the tensor's data from byte `start` on. Raises as `read_into`."""

@@ -45,7 +45,7 @@ class StoredTensor(Protocol):
         ...
 
     def read_into(self, target: Tensor, first_row: int) -> None:
-        """Read `target.shape[0]` rows from `first_row` on into `target`: contiguous, on the CPU, of `torch_dtype`.
+        """Read `target.shape[0]` rows from `first_row` on into `target`: contiguous, on the CPU, of any floating dtype.
 
         Raises:
             CheckpointError: the file ends early or cannot be read.

@@ -195,7 +195,7 @@ def load_parts(
     decoder = load_decoder(
         checked.path, config, [split.permutation(layer_idx) for layer_idx in range(config.num_layers)],
         plan.weight_format, device, TOKEN_SLICES[plan.device_type], gpu_kernels, checked.adapter,
-        None if cpu_kernels is None else cpu_kernels.linear,
+        *((None, None) if cpu_kernels is None else (cpu_kernels.linear, cpu_kernels.int4.quantize)),
     )  # fmt: skip
     shared.add_decoder(decoder)
     return_freed_memory()
