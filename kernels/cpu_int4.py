@@ -8,30 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longrun.kernels.cpu_library import load_cpu_library
+from longrun.kernels.cpu_library import CpuKernel
 from longrun.quant.int4_weight import FACTORS, check_int4
 
 
-class CpuInt4:
-    """Quantizing weights to int4. The torch reference is `quant.int4_weight.quantize_int4_into`.
+class CpuInt4(CpuKernel):
+    """Quantizing weights to int4. The torch reference is `quant.int4_weight.quantize_int4_into`."""
 
-    Args:
-        cache_dir: keeps the compiled library; None, or one that cannot: it is compiled for this process alone.
-        more_flags: for the compiler, to leave instructions out.
-
-    Attributes:
-        notices: what was wrong with a kept library or its folder.
-
-    Raises:
-        KernelUnavailable: no compiler, or the build failed.
-    """
+    source = "cpu_int4"
 
     def __init__(self, cache_dir: Path | None, more_flags: tuple[str, ...] = ()) -> None:
-        library, self.notices = load_cpu_library("cpu_int4", cache_dir, ("-ffp-contract=off", *more_flags))
-        self._run = library.longrun_int4_quantize
+        super().__init__(cache_dir, ("-ffp-contract=off", *more_flags))
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._run.argtypes = (pointer, number, number, pointer, number, pointer, pointer, number)
-        self._run.restype = None
+        types = (pointer, number, number, pointer, number, pointer, pointer, number)
+        self._run = self._function("longrun_int4_quantize", *types)
         self._factors = (ctypes.c_float * len(FACTORS))(*FACTORS)
 
     def quantize(self, weight: Tensor, data: Tensor, scale: Tensor, threads: int | None = None) -> None:
