@@ -9,6 +9,8 @@ import subprocess
 import pytest
 from planted_chat import ENVIRONMENT, NEEDLES, ask, command, spaced
 
+from longrun.units import format_bytes
+
 
 def test_json_is_all_of_stdout_and_the_answer_streams_to_stderr(planted, text_file):
     arguments = ["--ctx", "4K", "--file", text_file, "--prompt", ask(0), "--stop", ".", "--json", "--chunk-size", "512"]
@@ -80,6 +82,8 @@ def test_a_full_context_ends_the_answer_with_status_0(chat):
     done = chat("--ctx", "64", "--prompt", "The old lighthouse " * 10, "--max-new-tokens", "500", "--json")
     assert done.status == 0, done.err
     assert done.result["stop_reason"] == "context full" and "the context is full (64 tokens)" in done.err
+    (weights,) = (item for item in done.result["plan"]["items"] if item["name"] == "weights")
+    assert f"loading {format_bytes(weights['bytes'])} of weights\n" in done.err  # between the plan and a long silence
     assert done.result["tokens"]["total"] == 65, "64 in the cache and one that was given out"
 
 

@@ -26,7 +26,7 @@ from longrun.paths import user_path
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.text.documents import Document, check_text, read_document
-from longrun.units import parse_tokens
+from longrun.units import format_bytes, parse_tokens
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,6 +119,11 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
         speeds = first_speeds(plan.device_type, lambda text: console.print(text, highlight=False, markup=False))
         print_plan(plan, console, speeds)
 
+    def before_loading(plan: Plan) -> None:
+        on_plan(plan)
+        size = next(item.bytes for item in plan.items if item.name == "weights")
+        console.print(f"loading {format_bytes(size)} of weights", highlight=False)
+
     options = _answer_options(args)
     folder = None if args.session is None else user_path(args.session, "--session")
     claimed = None
@@ -134,7 +139,7 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
         choice,
         capacity,
         folder,
-        on_plan,
+        before_loading,
         PinProgress(console),
         HeadMapProgress(console),
     )
