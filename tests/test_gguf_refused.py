@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 
 import gguf
@@ -17,7 +18,7 @@ import longrun.runtime.runtime  # before a test patches what it takes from other
 from longrun.chat.command import chat_command
 from longrun.config.gguf_header import PassedOver, read_gguf_header
 from longrun.config.model_config import ModelConfig
-from longrun.errors import LongrunError
+from longrun.errors import CheckpointError, LongrunError
 from longrun.model.tokenizer import has_tokenizer, load_tokenizer
 from longrun.plan.command import plan_command
 from scripts.tiny_gguf import LETTERS, write_gguf
@@ -245,3 +246,17 @@ def test_long_arrays_are_passed_over(tmp_path):
     assert metadata["a.words"] == PassedOver(7) and metadata["b.numbers"] == PassedOver(2000)
     metadata = read_gguf_header(file, keep=("a.words", "b.numbers")).metadata
     assert metadata["a.words"] == ["x"] * 7 and metadata["b.numbers"] == [1] * 2000
+
+
+def test_a_header_is_read_once_unless_the_file_changes(tmp_path, monkeypatch):
+    """A file that changed within the last two seconds is read again whatever its times say."""
+    file = write_gguf(tmp_path / "model.gguf", tiny_model("llama"))
+    assert read_gguf_header(file) is not read_gguf_header(file)
+    settled = time.time_ns() + 3 * 10**9
+    monkeypatch.setattr("longrun.config.gguf_header.time.time_ns", lambda: settled)
+    assert read_gguf_header(file) is read_gguf_header(file)
+    assert read_gguf_header(file, keep=("x",)) is not read_gguf_header(file)
+    with open(file, "r+b") as stream:
+        stream.write(b"GGUX")
+    with pytest.raises(CheckpointError, match="no GGUF file"):
+        read_gguf_header(file)

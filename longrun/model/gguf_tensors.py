@@ -47,12 +47,14 @@ class GgufTensor:
 
     Attributes:
         entry: where it stands, and how.
+        pool: its threads dequantize.
         head_rows: rows of a head whose halves are interleaved in the file; 0 where rows stand as they are.
     """
 
     file: Path
     name: str
     entry: GgufEntry
+    pool: ThreadPoolExecutor
     head_rows: int = 0
 
     @property
@@ -87,22 +89,17 @@ class GgufTensor:
         """Give the rows from `first_row` to `stop` to `take`, some at a time: the first one's number, and values of
         `torch_dtype` on the CPU. Several threads call it at once. Raises as `read_into`, and what `take` raises."""
         unit = self.head_rows or 1
+        last = stop + -stop % unit
         step = max(1, _STEP_VALUES * self.shape[0] // math.prod(self.shape) // unit) * unit
 
         def read(start: int) -> None:
-            values = self._rows(start, min(start + step, self.shape[0]))
+            values = self._rows(start, min(start + step, last))
             low = max(start, first_row)
             take(low, values[low - start : stop - start])
 
         starts = range(first_row - first_row % unit, stop, step)
-        threads = min(len(starts), torch.get_num_threads(), _MOST_THREADS)
-        if threads < 2:
-            for start in starts:
-                read(start)
-            return
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(read, starts):
-                pass
+        for _ in self.pool.map(read, starts) if len(starts) > 1 else map(read, starts):
+            pass
 
     def read_bytes(self, start: int, length: int) -> bytes:
         row_bytes = self.num_bytes // self.shape[0]
@@ -113,18 +110,17 @@ class GgufTensor:
         return content[start - first * row_bytes :][:length]
 
     def _rows(self, start: int, stop: int) -> Tensor:
-        """Rows in our order, of `torch_dtype`; `start`, and `stop` before the end, begin a head."""
+        """Whole heads, where there are any, in our order and of `torch_dtype`."""
         shape = (stop - start, *self.shape[1:])
         row_bytes = self.entry.num_bytes // self.shape[0]
         stored = np.empty(shape[0] * row_bytes, dtype=np.uint8)
         exact_read(self.file, self.entry.name, memoryview(stored), self.entry.offset + start * row_bytes)
+        if self.head_rows:
+            stored = stored.reshape(-1, self.head_rows // 2, 2, row_bytes).swapaxes(1, 2).reshape(-1)
         if self.entry.type not in _PLAIN:
             with np.errstate(all="ignore"):  # a damaged scale shows when the logits are not finite
                 stored = gguf.dequantize(stored.reshape(1, -1), gguf.GGMLQuantizationType[self.entry.type])
-        values = torch.from_numpy(stored).view(self.torch_dtype).view(shape)
-        if not self.head_rows:
-            return values
-        return values.view(-1, self.head_rows // 2, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+        return torch.from_numpy(stored).view(self.torch_dtype).view(shape)
 
 
 def find_gguf_tensors(file: Path, config: ModelConfig) -> dict[str, GgufTensor]:
@@ -137,6 +133,7 @@ def find_gguf_tensors(file: Path, config: ModelConfig) -> dict[str, GgufTensor]:
     """
     stored, where = dict(read_gguf_header(file).tensors), short_path(file)
     names = gguf.get_tensor_name_map(_ARCH[config.model_type], config.num_layers)
+    pool = ThreadPoolExecutor(min(torch.get_num_threads(), _MOST_THREADS))  # its threads end with the last tensor
     found, missing = {}, []
     for spec in config.weights():
         name = names.get_name(spec.name, try_suffixes=(".weight", ".bias"))
@@ -155,7 +152,7 @@ def find_gguf_tensors(file: Path, config: ModelConfig) -> dict[str, GgufTensor]:
                 f"another file"
             )
         turned = config.model_type in _INTERLEAVED and ".attn_" in name and name.split(".")[2] in ("attn_q", "attn_k")
-        found[spec.name] = GgufTensor(file, spec.name, entry, config.head_dim if turned else 0)
+        found[spec.name] = GgufTensor(file, spec.name, entry, pool, config.head_dim if turned else 0)
     if missing:
         raise CheckpointError(
             f"{where} lacks tensor {missing[0]}{and_more(missing)}, which its metadata call for: fetch it again"
