@@ -190,7 +190,12 @@ def _add_identify(command: argparse.ArgumentParser) -> None:
     add(
         "--out", required=True, metavar="DIR", help="folder for the map; DIR.partial keeps an unfinished run's progress"
     )
-    add("--method", choices=METHODS, default="gates", help="gates: trained; reconstruction: scored (default: gates)")
+    add(
+        "--method",
+        choices=METHODS,
+        default="gates",
+        help="gates: trained; reconstruction: scored; reach: scored, with the loss at every reach (default: gates)",
+    )
     add("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 text to use (default: Python's help texts, mixed "
         "with generated sentences)")  # fmt: skip
     add("--context", metavar="TOKENS", help="of the longest text, like 4096 or 32K")

@@ -1,7 +1,8 @@
 """Measure which heads of a model are retrieval heads, and write the head map.
 
 `identify` does what all methods share: it loads model, tokenizer and text, keeps the progress of an unfinished run in
-`OUT.partial/`, and writes the map with all that decided it. A method is a module of two names:
+`OUT.partial/`, and writes the map with all that decided it. Method "reach" (patterns/reach.py) reads with the model's
+own decoder and has no progress to keep. Any other is a module of two names:
 
     ATTN_IMPLEMENTATION: str
         what the model is loaded with: "sdpa", or a name registered with `transformers.AttentionInterface` at import
@@ -25,6 +26,7 @@ import pydoc_data.topics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -92,19 +94,25 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
     if finished is not None:
         return finished
     checkpoint = Checkpoint(out.with_name(out.name + ".partial"), deciding, settings.save_every, settings.force)
-    if settings.method == "gates":
-        from longrun.patterns.gates import ATTN_IMPLEMENTATION
-        from longrun.patterns.gates import identify_gates as run
-    else:
-        from longrun.patterns.reconstruction import ATTN_IMPLEMENTATION
-        from longrun.patterns.reconstruction import identify_reconstruction as run
+    tell = on_progress or (lambda _: None)
     try:
-        model = load_model(settings, ATTN_IMPLEMENTATION)
-        result = run(model, tokenizer, text_ids, settings, checkpoint, on_progress or (lambda _: None))
+        if settings.method == "reach":
+            from longrun.patterns.reach import identify_reach
+
+            result = identify_reach(tokenizer, text_ids, settings, tell)
+        else:
+            if settings.method == "gates":
+                from longrun.patterns.gates import ATTN_IMPLEMENTATION
+                from longrun.patterns.gates import identify_gates as run
+            else:
+                from longrun.patterns.reconstruction import ATTN_IMPLEMENTATION
+                from longrun.patterns.reconstruction import identify_reconstruction as run
+            result = run(load_model(settings, ATTN_IMPLEMENTATION), tokenizer, text_ids, settings, checkpoint, tell)
     except BaseException:
         checkpoint.release()
         raise
     head_map = HeadMap.from_scores(result.scores, settings.sink_size, settings.recent_size)
+    head_map = replace(head_map, reach_losses=result.reach_losses)
     head_map.check_shape(config.num_layers, config.num_kv_heads, f"what {settings.method} measured")
     facts = {
         **deciding,

@@ -10,8 +10,9 @@ from longrun.arguments import MAX_SEED, integer, number
 from longrun.errors import InputError, quoted
 from longrun.paths import user_path
 from longrun.patterns.head_split import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, check_window
+from longrun.patterns.reach_losses import ReachLosses
 
-METHODS = ("gates", "reconstruction")
+METHODS = ("gates", "reconstruction", "reach")
 DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
 
@@ -20,9 +21,12 @@ DEFAULTS: Mapping[tuple[str, str], Mapping[str, int]] = {
     ("gates", "cuda"): {"context": 32768, "min_context": 1024, "steps": 400},
     ("reconstruction", "cpu"): {"context": 1024, "min_context": 1024, "steps": 2},
     ("reconstruction", "cuda"): {"context": 16384, "min_context": 16384, "steps": 4},
+    ("reach", "cpu"): {"context": 8192, "min_context": 8192, "steps": 1},
+    ("reach", "cuda"): {"context": 32768, "min_context": 32768, "steps": 1},
 }
 """By (method, device). `gates`: training steps on contexts drawn between min_context and context. `reconstruction`:
-texts of `context` tokens that are read and repeated, one a step; min_context is not used."""
+texts of `context` tokens that are read and repeated, one a step; `reach`: texts that are read; min_context is not
+used."""
 
 SHORTEST_CONTEXT = 128
 LEARNING_RATE = 0.02
@@ -38,7 +42,8 @@ class IdentifySettings:
         model_dir: checkpoint folder (config.json, safetensors, tokenizer).
         adapter: folder of a LoRA adapter that is merged into the checkpoint first: model and adapter are measured.
         out: folder for the map; `out` + ".partial" holds the progress of an unfinished run.
-        method: "gates" (trained, patterns/gates.py) or "reconstruction" (scored, patterns/reconstruction.py).
+        method: "gates" (trained, patterns/gates.py), "reconstruction" (scored, patterns/reconstruction.py) or "reach"
+            (losses by reach, patterns/reach.py).
         sink_size, recent_size: the window of a streaming head: positions < sink_size and the last recent_size tokens,
             itself included.
         context: longest text in tokens, pass keys and questions included; at least 128.
@@ -170,7 +175,9 @@ class MethodResult:
     Attributes:
         scores: [num_layers][num_kv_heads], clipped to [0, 1] when the map is made.
         facts: JSON types for the `identification` of the map's config.json, such as the last losses.
+        reach_losses: of method "reach".
     """
 
     scores: Sequence[Sequence[float]]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    reach_losses: ReachLosses | None = None

@@ -146,7 +146,10 @@ class Decoder:
         )  # fmt: skip
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, step: Step, attention: Attention, all_positions: bool = False) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, step: Step, attention: Attention, all_positions: bool = False,
+        on_layer: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Run `step.num_tokens` tokens through all layers; attention appends their keys and values to its cache.
 
         Args:
@@ -154,6 +157,7 @@ class Decoder:
             step: their positions and rotary tables.
             attention: see `Attention`; called once a layer.
             all_positions: return every position instead of the last one only.
+            on_layer: called before each layer with its index and the residual stream [T, hidden_size].
 
         Returns:
             Hidden states after the final norm, [1, hidden_size] or [T, hidden_size], compute dtype.
@@ -168,6 +172,8 @@ class Decoder:
             cos, sin = cos[:, None], signed_sin(sin)[:, None]
         last = len(self._layers) - 1
         for layer_idx, layer in enumerate(self._layers):
+            if on_layer is not None:
+                on_layer(layer_idx, hidden)
             self._project(layer, hidden, qkv, cos, sin)
             heads = qkv.view(num_tokens, -1, config.head_dim)
             q, k, v = heads.split((config.num_qo_heads, config.num_kv_heads, config.num_kv_heads), dim=1)

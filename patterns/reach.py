@@ -1,0 +1,152 @@
+"""The method "reach" of `identify`: how far each head needs to look, from one forward pass a text and no training.
+
+A text is a stretch of the given one and, after it, requests to repeat parts of it, with the parts as they should be
+repeated. Queries are sampled in the second half of the stretch and in all parts: the former ask for what running text
+needs, the latter for what a fact from far back needs. A loss (`reach_measure`) is the sum of both means, averaged over
+the texts. The model's own decoder is used, so that any model that longrun runs can be measured.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from longrun.config.model_config import ModelConfig
+from longrun.errors import InputError
+from longrun.model.adapter import Adapter
+from longrun.model.checkpoint import load_decoder
+from longrun.model.folder import check_folder
+from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, MethodResult, OnProgress
+from longrun.patterns.reach_losses import MEASURED_SHARE, ReachLosses
+from longrun.patterns.reach_measure import measure_reaches
+from longrun.patterns.reconstruction_scores import FIRST_PROMPT, NEXT_PROMPT, rank_scores
+from longrun.specs.model_bytes import TOKEN_SLICES
+from longrun.text.encoder import TextEncoder
+
+PARTS, PART_SIZE, QUOTE_SIZE = 8, 64, 8
+TEXT_ROWS = 512
+_FACTOR = 4  # from one reach to the next
+_FORMATS = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class SampledText:
+    """int64 token ids [T], and positions whose next tokens are sampled: in the stretch, and where parts of it are
+    repeated; both ascending."""
+
+    ids: Tensor
+    text_rows: Tensor
+    repeat_rows: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.cat((self.text_rows, self.repeat_rows))
+
+
+def sampled_text(
+    token_ids: Sequence[int], encode: Callable[[str], list[int]], length: int, draw: random.Random
+) -> SampledText:
+    """The first tokens of `token_ids`, and parts of them repeated: `length` tokens in all.
+
+    Raises:
+        InputError: no room for a stretch between the parts.
+    """
+    first, following = encode(FIRST_PROMPT), encode(NEXT_PROMPT)
+    stretch = length - len(first) - PARTS * (len(following) + QUOTE_SIZE + PART_SIZE)
+    if stretch < 4 * (PART_SIZE + QUOTE_SIZE):
+        raise InputError(
+            f"a context of {length:,} tokens leaves {max(0, stretch):,} beside {PARTS} repeated parts of {PART_SIZE}: "
+            f"give at least {length - stretch + 4 * (PART_SIZE + QUOTE_SIZE):,}"
+        )
+    ids, repeat_rows = [*token_ids[:stretch], *first], []
+    for part in range(PARTS):
+        start = (2 * part + 1) * (stretch - PART_SIZE - QUOTE_SIZE) // (2 * PARTS)
+        ids += [*following, *token_ids[start : start + QUOTE_SIZE]]
+        repeat_rows += range(len(ids) - 1, len(ids) - 1 + PART_SIZE)
+        ids += token_ids[start + QUOTE_SIZE : start + QUOTE_SIZE + PART_SIZE]
+    second_half = range(stretch // 2, stretch - 1)
+    text_rows = sorted(draw.sample(second_half, min(TEXT_ROWS, len(second_half))))
+    return SampledText(torch.tensor(ids), torch.tensor(text_rows), torch.tensor(repeat_rows))
+
+
+def finite_reaches(shortest: int, length: int) -> tuple[int, ...]:
+    """`shortest` and its multiples by powers of 4, up to a quarter of the text's length.
+
+    Raises:
+        InputError: the shortest is longer than that.
+    """
+    longest, reaches = length // MEASURED_SHARE, [shortest]
+    if shortest > longest:
+        raise InputError(
+            f"a window of {shortest:,} tokens is measured on a text of at least {shortest * MEASURED_SHARE:,}, and the "
+            f"context has {length:,}: give a longer --context, or a smaller recent_size"
+        )
+    while reaches[-1] * _FACTOR <= longest:
+        reaches.append(reaches[-1] * _FACTOR)
+    return tuple(reaches)
+
+
+def identify_reach(
+    tokenizer: PreTrainedTokenizerBase, text_ids: Tensor, settings: IdentifySettings, on_progress: OnProgress
+) -> MethodResult:
+    """Losses of all heads at reaches from `settings.recent_size` on; scores are ranks by the loss there.
+
+    Args:
+        text_ids, settings, on_progress: as `longrun.patterns.identify` says. `settings.steps` texts of
+            `settings.context` tokens are read; a step of `on_progress` is one of them.
+
+    Raises:
+        InputError: the context is too short, or longer than the model was trained for.
+        CheckpointError, ConfigError: the model cannot be read.
+    """
+    config, adapter = ModelConfig.from_dir(settings.model_dir), None
+    if settings.adapter is not None:
+        adapter = Adapter.open(settings.adapter, config)
+        config = adapter.adapted_config(config)
+    model = check_folder(settings.model_dir, config, adapter)
+    context, trained = settings.context, config.max_position_embeddings
+    assert context is not None and settings.steps is not None and settings.dtype is not None
+    if context > trained:
+        raise InputError(
+            f"a context of {context:,} tokens is longer than the {trained:,} that the model was trained for: give a "
+            f"shorter --context"
+        )
+    reaches = finite_reaches(settings.recent_size, context)
+    texts = [_drawn(tokenizer, text_ids, settings, step) for step in range(settings.steps)]
+    device = torch.device(str(settings.device))
+    orders = [range(config.num_kv_heads)] * config.num_layers
+    decoder = load_decoder(
+        model.path, config, orders, _FORMATS[settings.dtype], device, TOKEN_SLICES[device.type], adapter=adapter
+    )
+    rotary = model.rotary.to(device)
+    total = torch.zeros(config.num_layers, config.num_kv_heads, len(reaches), dtype=torch.float64)
+    for step, text in enumerate(texts):
+        each = measure_reaches(decoder, rotary, text.ids, text.rows, reaches, settings.sink_size).double()
+        total += each[..., : len(text.text_rows)].mean(-1) + each[..., len(text.text_rows) :].mean(-1)
+        on_progress(IdentifyProgress(step + 1, settings.steps, tokens=context))
+    mean = [[[float(f"{x:.4g}") for x in head] for head in row] for row in (total / settings.steps).tolist()]
+    losses = ReachLosses(
+        settings.sink_size, context, reaches, tuple(tuple(tuple(head) for head in row) for row in mean)
+    )
+    scores = rank_scores([[head[0] for head in row] for row in mean])
+    how = {"scores": f"rank of the loss at a reach of {reaches[0]}", "parts": PARTS, "part_size": PART_SIZE}
+    return MethodResult(scores, how, losses)
+
+
+def _drawn(
+    tokenizer: PreTrainedTokenizerBase, text_ids: Tensor, settings: IdentifySettings, step: int
+) -> SampledText:  # fmt: skip
+    """The text of one step, drawn from (seed, step) alone."""
+    draw = random.Random(f"reach/{settings.seed}/{step}")
+    assert settings.context is not None
+    start = draw.randint(0, len(text_ids) - settings.context)
+    ids = text_ids[start : start + settings.context].tolist()
+    begin = tokenizer.bos_token_id
+    if begin is not None and tokenizer.encode("")[:1] == [begin]:
+        ids = [begin, *ids]
+    return sampled_text(ids, TextEncoder(tokenizer).ids, settings.context, draw)
