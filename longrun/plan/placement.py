@@ -17,6 +17,7 @@ from longrun.quant.weight_format import is_quantized
 from longrun.specs.attention_spec import DEFAULT_SCRATCH_TOKENS, AttentionSpec
 from longrun.specs.cache_spec import CacheSpec
 from longrun.specs.model_bytes import TOKEN_SLICES, activation_bytes, compute_itemsize, model_weight_bytes
+from longrun.units import ALL_TOKENS
 
 DEFAULT_WEIGHT_FORMAT = {"cpu": "fp32", "cuda": "bf16"}
 
@@ -145,7 +146,7 @@ class Placement:
 
 def place(settings: PlanSettings, capacity: int) -> Placement:
     """Place a cache of `capacity` tokens: as many pages of every retrieval head on the device as it leaves room for,
-    the others (the oldest) on the host.
+    the others (the oldest) on the host. Pages of finite reaches all stand on the device.
 
     Raises:
         PlanError: more pages than page tables can name.
@@ -158,13 +159,13 @@ def place(settings: PlanSettings, capacity: int) -> Placement:
     others = tuple(_items_beside_the_cache(settings, attention))
     other_bytes = sum(item.bytes for item in others)
     missing = other_bytes + sum(cache.device_bytes().values()) - settings.device_bytes
-    if missing > 0 and settings.host_bytes > 0 and cache.total_retrieval_heads > 0:
+    if missing > 0 and settings.host_bytes > 0 and cache.keeping_heads > 0:
         attention = _with_fetch_tables(attention, cache)
         others = tuple(_items_beside_the_cache(settings, attention))
         other_bytes = sum(item.bytes for item in others)
         empty = _cache_spec(settings, capacity, device_share=0.0)
         left = settings.device_bytes - other_bytes - sum(empty.device_bytes().values())
-        pages = max(0, left) // (empty.total_retrieval_heads * empty.page_format.payload_bytes)
+        pages = max(0, left) // (empty.keeping_heads * empty.page_format.payload_bytes)
         cache = _cache_spec(settings, capacity, device_share=settings.device_share, most_pages=pages)
         missing = -left
     device_bytes = other_bytes + sum(cache.device_bytes().values())
@@ -205,9 +206,15 @@ def _with_fetch_tables(attention: AttentionSpec, cache: CacheSpec) -> AttentionS
 
 def _attention_spec(settings: PlanSettings, capacity: int) -> AttentionSpec:
     config, split, page_size = settings.config, settings.split, settings.page_size
+    most_heads = max(split.num_retrieval)
+    finite = {min(reach, capacity) for row in split.retrieval_reaches for reach in row if reach < ALL_TOKENS}
+    held = min(split.sink_size + max(finite), capacity) if finite else 0  # of a head, at once in the scratch
+    scratch_tokens = min(DEFAULT_SCRATCH_TOKENS[settings.device_type], capacity)
+    if finite:
+        scratch_tokens = max(scratch_tokens, -(-held // most_heads))
     return AttentionSpec(
-        scratch_tokens=min(DEFAULT_SCRATCH_TOKENS[settings.device_type], -(-capacity // page_size) * page_size),
-        max_retrieval_heads=max(split.num_retrieval),
+        scratch_tokens=-(-scratch_tokens // page_size) * page_size,
+        max_retrieval_heads=most_heads,
         num_qo_heads=config.num_qo_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
@@ -217,6 +224,7 @@ def _attention_spec(settings: PlanSettings, capacity: int) -> AttentionSpec:
         recent_size=split.recent_size,
         fused=settings.fused,
         head_counts=len({count for count in split.num_retrieval if count}),
+        reaches=tuple(sorted(finite)),
     )
 
 
@@ -243,9 +251,10 @@ def _cache_spec(
 ) -> CacheSpec:
     """Cache with `device_share` of each retrieval head's pages on the device, and at most `most_pages` a head."""
     page_format = PageFormat(settings.kv_format, settings.page_size, settings.config.head_dim)
-    counts = settings.split.num_retrieval
+    counts, reaches = settings.split.num_retrieval, settings.split.retrieval_reaches
     pages = page_format.pooled_pages(capacity) if sum(counts) else 0
-    on_device = int(pages * device_share)
+    keeping = any(reach == ALL_TOKENS for row in reaches for reach in row) if reaches else True
+    on_device = int(pages * device_share) if keeping else pages
     if most_pages is not None:
         on_device = min(on_device, most_pages)
     fetch_pages = 0
@@ -261,6 +270,7 @@ def _cache_spec(
         recent_size=settings.split.recent_size,
         device_pages_per_head=on_device,
         fetch_pages=fetch_pages,
+        reaches=reaches,
     )
 
 

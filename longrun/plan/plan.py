@@ -21,7 +21,7 @@ from longrun.plan.split import ChosenSplit, choose_split
 from longrun.specs.attention_spec import AttentionSpec
 from longrun.specs.cache_spec import CacheSpec
 from longrun.specs.model_bytes import ModelWork, model_work
-from longrun.units import format_bytes, parse_tokens
+from longrun.units import ALL_TOKENS, format_bytes, parse_tokens
 
 __all__ = ["ChosenSplit", "NoFitError", "Plan", "PlanItem", "Suggestion", "choose_split", "make_plan"]
 
@@ -140,6 +140,7 @@ class Plan:
                 "num_kv_heads": cache.num_kv_heads,
                 "sink_size": cache.sink_size,
                 "recent_size": cache.recent_size,
+                "reaches": [[None if reach == ALL_TOKENS else reach for reach in row] for row in cache.reaches] or None,
             },
             "pages": {
                 "per_head": cache.pages_per_head,
@@ -153,6 +154,7 @@ class Plan:
             "host_bytes": self.host_bytes,
             "total_bytes": self.total_bytes,
             "cache_bytes": self.cache_bytes,
+            "kv_bytes": cache.kv_bytes,
             "bytes_per_token": cache.bytes_per_token,
             "budget": {"source": self.budget_source, "device": self.device_budget, "host": self.host_budget},
             "warnings": list(self.warnings),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from rich.box import SIMPLE_HEAD
@@ -14,7 +15,8 @@ from longrun.machine.speeds import Speeds
 from longrun.plan.plan import Plan
 from longrun.plan.search import MAX_CAPACITY
 from longrun.plan.times import predict
-from longrun.units import format_bytes, format_tokens
+from longrun.specs.cache_spec import CacheSpec
+from longrun.units import ALL_TOKENS, format_bytes, format_tokens
 
 _NOTE_WIDTH = 17  # with its padding; what is longer is wrapped
 
@@ -22,13 +24,11 @@ _NOTE_WIDTH = 17  # with its padding; what is longer is wrapped
 def print_plan(plan: Plan, console: Console, speeds: Speeds | None = None) -> None:
     """Print the plan: what is planned, every item with its share, totals against the budget, the largest capacity,
     and with a machine's speeds how long it takes."""
-    cache = plan.cache
-    heads = cache.num_layers * cache.num_kv_heads
     lines = [
         f"[bold]{format_tokens(plan.capacity)} tokens[/bold] on {plan.device_type}: {escape(plan.model)}",
         f"weights {plan.weight_format}, KV pages {plan.kv_format} of {plan.page_size} tokens, "
         f"prefill in chunks of {plan.chunk_size:,}; budget {escape(plan.budget_source)}",
-        f"{cache.total_retrieval_heads} of {heads} KV heads keep all tokens ({escape(plan.split_note)})",
+        f"{heads_line(plan.cache)} ({escape(plan.split_note)})",
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
@@ -44,7 +44,8 @@ def print_plan(plan: Plan, console: Console, speeds: Speeds | None = None) -> No
         most = "no head keeps all tokens, so the cache does not grow with the context"
     else:
         tokens = format_tokens(plan.max_capacity)
-        most = f"largest context with this budget and these settings: [bold]{tokens} tokens[/bold]"
+        kept = "reaches" if plan.cache.reaches else "settings"
+        most = f"largest context with this budget and these {kept}: [bold]{tokens} tokens[/bold]"
     console.print(most, highlight=False, soft_wrap=True)
     times = predict(plan, speeds)
     if times is not None:
@@ -53,6 +54,21 @@ def print_plan(plan: Plan, console: Console, speeds: Speeds | None = None) -> No
         console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
     for warning in plan.warnings:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+def heads_line(cache: CacheSpec) -> str:
+    """How many heads keep what."""
+    heads = cache.num_layers * cache.num_kv_heads
+    if not cache.reaches:
+        return f"{cache.total_retrieval_heads} of {heads} KV heads keep all tokens"
+    counts = Counter(reach for row in cache.reaches for reach in row)
+    parts = [
+        f"{counts[reach]} of {heads} KV heads all" if reach == ALL_TOKENS else f"{counts[reach]} of {reach:,}"
+        for reach in sorted(counts | {ALL_TOKENS: 0}, reverse=True)
+    ]
+    others = cache.total_streaming_heads
+    ring = f"; {cache.sink_size:,} + {cache.recent_size:,} for the {others} others" if others else ""
+    return f"reaches: {', '.join(parts)}{ring}"
 
 
 def _fitting_columns(plan: Plan, console: Console) -> int:

@@ -32,6 +32,8 @@ class ChosenSplit:
     def resplits(self, retrieval_ratio: float) -> tuple[HeadSplit, ...]:
         """What the split may be at another ratio: of the same map, or of one that keeps the heads evenly; without a
         map (full attention) also of one that keeps whole layers, which needs the most memory."""
+        if self.split.reaches:  # other bytes give other reaches, another ratio gives none
+            return (self.split,)
         if not self.even:
             return (self.head_map.split(retrieval_ratio=retrieval_ratio),)
         window = self.head_map.sink_size, self.head_map.recent_size

@@ -84,17 +84,16 @@ def _chunk_seconds(plan: Plan, speeds: Speeds, tokens: float, past: float) -> fl
     """A chunk after `past` tokens."""
     cache, work, page = plan.cache, plan.work, plan.cache.page_format
     group = plan.attention.num_qo_heads // plan.attention.num_kv_heads
-    window = min(cache.sink_size + cache.recent_size, past + tokens)
-    pairs = cache.total_retrieval_heads * (past + tokens / 2) + cache.total_streaming_heads * window
+    pairs = cache.paged_tokens(past + tokens / 2) + cache.ring_tokens(past + tokens)
     attention = 4 * page.head_dim * group * tokens * pairs / speeds.attention_tflops / 1e12
     on_gpu = plan.device_type == "cuda"
     linears = 2 * work.linear_weights * tokens / speeds.matmul_tflops / 1e12 / (_CHUNK_LINEARS if on_gpu else 1)
     dense = 2 * work.dense_bytes if is_quantized(plan.weight_format) else 0
     # A page is read, and written and read once more as exact keys and values.
     past_page = page.page_bytes / page.page_size + 4 * page.head_dim * page.exact_itemsize
-    moved = work.linear_bytes + dense + cache.total_retrieval_heads * past * past_page
+    moved = work.linear_bytes + dense + cache.paged_tokens(past) * past_page
     on_device = cache.device_pages_per_head * page.page_size
-    on_host = cache.total_retrieval_heads * max(0.0, past - on_device) * page.payload_bytes / page.page_size
+    on_host = cache.keeping_heads * max(0.0, past - on_device) * page.payload_bytes / page.page_size
     link = on_host / speeds.link_gb_s / 1e9
     seconds = linears + attention + moved / speeds.memory_gb_s / 1e9
     return max(seconds, link / _LINK) if on_gpu else seconds + link
@@ -110,8 +109,7 @@ def token_seconds(plan: Plan, speeds: Speeds, seq_len: int) -> float:
         others = work.other_bytes + cache.filled_bytes(seq_len)
         return max((linears + others) / memory + cache.num_layers * _LAYER_SECONDS, link / _LINK)
     group = plan.attention.num_qo_heads // plan.attention.num_kv_heads
-    window = min(cache.sink_size + cache.recent_size, seq_len)
-    pairs = group * (cache.total_retrieval_heads * seq_len + cache.total_streaming_heads * window)
+    pairs = group * (cache.paged_tokens(seq_len) + cache.ring_tokens(seq_len))
     attention = 4 * cache.page_format.head_dim * pairs / speeds.attention_tflops / 1e12
     return (work.linear_bytes + work.other_bytes) / memory / _CPU_WEIGHTS + attention + link
 
@@ -120,4 +118,4 @@ def host_bytes(plan: Plan, seq_len: int) -> int:
     """Bytes of pages that stand in host memory at `seq_len` tokens: a token reads all of them."""
     cache = plan.cache
     pages = max(0, cache.page_format.pooled_pages(seq_len) - cache.device_pages_per_head)
-    return cache.total_retrieval_heads * pages * cache.page_format.payload_bytes
+    return cache.keeping_heads * pages * cache.page_format.payload_bytes

@@ -13,6 +13,7 @@ DEFAULT_SCRATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 # Partial results of split-KV decode: no GPU runs more programs at once, and one needs a row a query head of its group.
 MAX_DECODE_PROGRAMS = 1024
 RING_TILE = 64  # slots of a ring that one program reads
+BAND_TILE = 256  # queries that plain torch masks at once, see `longrun.kernels.banded_attention`
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class AttentionSpec:
         fused: the GPU kernels' backend; it has decode buffers, and other temporaries than plain torch.
         fetch_table_pages: page-table entries by which fetched host pages are read (fused backend).
         head_counts: how many different numbers of retrieval heads the layers have (fused backend).
+        reaches: the different finite reaches of retrieval heads, in tokens. The scratch holds a head's sinks and
+            longest reach.
     """
 
     scratch_tokens: int
@@ -43,6 +46,7 @@ class AttentionSpec:
     fused: bool = False
     fetch_table_pages: int = 0
     head_counts: int = 1
+    reaches: tuple[int, ...] = ()
 
     @property
     def group(self) -> int:
@@ -67,8 +71,8 @@ class AttentionSpec:
         """Upper estimate of the live tensors of one chunk.
 
         Torch: contiguous q, k, v, two partial outputs with their log-sum-exp, keys and values repeated over the query
-        group, and the streaming heads' band. Fused: of the retrieval heads, q, one partial output and the float32 sum
-        with their log-sum-exp, and keys and values on their way into pages.
+        group, the streaming heads' band, and that of finite reaches with their masks. Fused: of the retrieval heads, q,
+        one partial output and the float32 sum with their log-sum-exp, and keys and values on their way into pages.
         """
         if self.fused:
             heads = self.max_retrieval_heads
@@ -80,4 +84,13 @@ class AttentionSpec:
         row = self.num_qo_heads * self.head_dim * self.compute_itemsize
         lse = self.num_qo_heads * 8
         band = 2 * self.num_kv_heads * (self.sink_size + self.recent_size) * self.head_dim * self.compute_itemsize
-        return self.chunk_size * (5 * row + 2 * lse) + band
+        return self.chunk_size * (5 * row + 2 * lse) + band + self._reach_bytes()
+
+    def _reach_bytes(self) -> int:
+        """Masks of a chunk, one set a reach; the longest's keys and values in a row, and those of a tile."""
+        if not self.reaches:
+            return 0
+        tile_keys = [self.sink_size + reach + BAND_TILE for reach in self.reaches]
+        masks = self.chunk_size * sum(tile_keys) + self.group * BAND_TILE * max(tile_keys)
+        keys = 2 * self.num_kv_heads * (max(self.reaches) + self.chunk_size + max(tile_keys)) * self.head_dim
+        return (masks + keys) * self.compute_itemsize

@@ -103,20 +103,32 @@ class CacheSpec:
         return tuple(r for idx in range(self.num_layers) for r in self.layer_reaches(idx) if not r.is_all)
 
     @property
+    def keeping_heads(self) -> int:
+        """Retrieval heads that keep every token."""
+        return self.total_retrieval_heads - len(self._finite)
+
+    @property
     def device_pages(self) -> int:
-        keeping = self.total_retrieval_heads - len(self._finite)
-        return keeping * self.device_pages_per_head + sum(r.most_pages(self.capacity, self.marks) for r in self._finite)
+        finite = sum(reach.most_pages(self.capacity, self.marks) for reach in self._finite)
+        return self.keeping_heads * self.device_pages_per_head + finite
 
     @property
     def host_pages(self) -> int:
-        return (self.total_retrieval_heads - len(self._finite)) * self.host_pages_per_head
+        return self.keeping_heads * self.host_pages_per_head
 
     @property
     def exact_bytes(self) -> int:
         """Bytes of tails and rings: what a mark copies."""
         fmt = self.page_format
-        rings = self.total_streaming_heads * self.ring_slots * 2 * fmt.head_dim * fmt.exact_itemsize
+        rings = self.total_streaming_heads * ring_bytes(fmt, self.ring_slots)
         return self.total_retrieval_heads * fmt.exact_page_bytes + rings
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values on device and host, with index, sink pages, tails and rings, and with the pages of
+        finite reaches that marks hold back: the sum of `head_bytes` over all heads."""
+        parts = self.device_bytes() | self.host_bytes()
+        return sum(size for name, size in parts.items() if name not in ("marks", "page tables", "fetch buffer"))
 
     @property
     def ring_slots(self) -> int:
@@ -131,7 +143,7 @@ class CacheSpec:
             "page index (key scales)": heads * self.pages_per_head * fmt.index_bytes,
             "sink pages": heads * fmt.sink_pages * fmt.exact_page_bytes,
             "tails": heads * fmt.exact_page_bytes,
-            "rings": self.total_streaming_heads * self.ring_slots * 2 * fmt.head_dim * fmt.exact_itemsize,
+            "rings": self.total_streaming_heads * ring_bytes(fmt, self.ring_slots),
             "marks": self.marks * self.exact_bytes,
             "page tables": self._table_bytes(),
             "fetch buffer": self.fetch_pages * fmt.payload_bytes,
@@ -157,16 +169,38 @@ class CacheSpec:
     def filled_bytes(self, seq_len: int) -> int:
         """Bytes of cached keys and values (with the page index) at `seq_len` tokens; all of it is allocated before."""
         fmt = self.page_format
-        pooled = fmt.pooled_pages(seq_len)
-        pages = (self.total_retrieval_heads - len(self._finite)) * pooled
-        pages += sum(reach.held_pages(seq_len) for reach in self._finite)
-        exact = self.total_retrieval_heads * (seq_len - pooled * fmt.page_size)
+        exact = self.total_retrieval_heads * (seq_len - fmt.pooled_pages(seq_len) * fmt.page_size)
         exact += self.total_streaming_heads * min(seq_len, self.ring_slots)
-        return pages * fmt.page_bytes + exact * 2 * fmt.head_dim * fmt.exact_itemsize
+        return self.held_pages(seq_len) * fmt.page_bytes + exact * 2 * fmt.head_dim * fmt.exact_itemsize
+
+    def held_pages(self, seq_len: int) -> int:
+        """Pages of all heads in use at `seq_len` tokens."""
+        finite = sum(reach.held_pages(seq_len) for reach in self._finite)
+        return self.keeping_heads * self.page_format.pooled_pages(seq_len) + finite
+
+    def paged_tokens(self, seq_len: float) -> float:
+        """Tokens that the last of `seq_len` sees, summed over the retrieval heads."""
+        finite = sum(min(self.sink_size + reach.tokens, seq_len) for reach in self._finite)
+        return self.keeping_heads * seq_len + finite
+
+    def ring_tokens(self, seq_len: float) -> float:
+        """Tokens that the last of `seq_len` sees, summed over the streaming heads."""
+        return self.total_streaming_heads * min(self.sink_size + self.recent_size, seq_len)
 
     @property
     def bytes_per_token(self) -> float:
         """Bytes one more token costs once rings and reaches are full: page bytes of the heads that keep every token
         over page_size."""
-        keeping = self.total_retrieval_heads - len(self._finite)
-        return keeping * self.page_format.page_bytes / self.page_format.page_size
+        return self.keeping_heads * self.page_format.page_bytes / self.page_format.page_size
+
+
+def ring_bytes(fmt: PageFormat, slots: int) -> int:
+    """Bytes of one streaming head's ring."""
+    return slots * 2 * fmt.head_dim * fmt.exact_itemsize
+
+
+def head_bytes(reach: Reach, capacity: int, marks: int = MARKS) -> int:
+    """Bytes of one paged head in a cache of `capacity` tokens: pages, index, sink page and tail."""
+    fmt = reach.fmt
+    pages = reach.most_pages(capacity, marks) * fmt.payload_bytes + fmt.pooled_pages(capacity) * fmt.index_bytes
+    return pages + (fmt.sink_pages + 1) * fmt.exact_page_bytes

@@ -61,8 +61,8 @@ def token_bytes(config: ModelConfig, weight_format: str, device_type: str, cache
     window = min(seq_len, cache.sink_size + cache.recent_size)
     return {
         "weights": model_weight_bytes(config, weight_format, device_type) - unread,
-        "page_payloads": heads * pooled * fmt.payload_bytes,
-        "page_index": heads * pooled * fmt.index_bytes,
+        "page_payloads": cache.held_pages(seq_len) * fmt.payload_bytes,
+        "page_index": cache.held_pages(seq_len) * fmt.index_bytes,
         "sinks_and_tails": heads * (seq_len - pooled * fmt.page_size) * exact_token,
         "rings": cache.total_streaming_heads * window * exact_token,
     }

@@ -17,6 +17,7 @@ from longrun.needles.needles import Haystack, NeedlePrompt, build_prompt, make_n
 from longrun.patterns.head_split import HeadSplit
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Progress
+from longrun.units import ALL_TOKENS
 from scripts.bench.bench_common import (
     MemoryWatch,
     check_device,
@@ -44,19 +45,21 @@ def prefill_flops(config: ModelConfig, split: HeadSplit, num_tokens: int) -> dic
     """Floating-point operations of reading `num_tokens`, a multiply-add counting two.
 
     Linears: all weights of the layers, lm_head left out (one position a chunk). Attention: a retrieval head sees half
-    of N^2 pairs, a streaming head N times its window; scores and output cost 2 * head_dim each a pair.
+    of N^2 pairs, a streaming head or one of finite reach N times its window; scores and output cost 2 * head_dim each
+    a pair.
     """
     qkv = (config.q_size + 2 * config.kv_size) * config.hidden_size
     mlp = 3 * config.intermediate_size * config.hidden_size
     linear = config.num_layers * (qkv + config.q_size * config.hidden_size + mlp)
     group = config.num_qo_heads // config.num_kv_heads
-    retrieval = split.total_retrieval * group
-    streaming = config.num_layers * config.num_qo_heads - retrieval
-    window = min(split.sink_size + split.recent_size, num_tokens)
+    reaches = [ALL_TOKENS if keep else split.recent_size for row in split.retrieval for keep in row]
+    if split.reaches:
+        reaches = [reach for row in split.reaches for reach in row]
+    seen = sum(min(split.sink_size + reach, num_tokens) for reach in reaches if reach < ALL_TOKENS)
     return {
         "linear": 2.0 * linear * num_tokens,
-        "retrieval_attention": 4.0 * config.head_dim * retrieval * num_tokens**2 / 2,
-        "streaming_attention": 4.0 * config.head_dim * streaming * num_tokens * window,
+        "retrieval_attention": 4.0 * config.head_dim * reaches.count(ALL_TOKENS) * group * num_tokens**2 / 2,
+        "streaming_attention": 4.0 * config.head_dim * seen * group * num_tokens,
     }
 
 
