@@ -65,6 +65,7 @@ def show(options: argparse.Namespace) -> int:
                     "retrieval_heads": [split.retrieval_heads(layer) for layer in range(split.num_layers)],
                     "hash": split.hash,
                     "scores": head_map.scores,
+                    "reach_losses": None if head_map.reach_losses is None else head_map.reach_losses.to_dict(),
                     "notes": notes,
                     "png": options.png,
                 }

@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from longrun.patterns.head_map import HeadMap, HeadSplit
+from longrun.patterns.reach_losses import SMALL_SHARE, ReachLosses
+from longrun.units import ALL_TOKENS
 
 WIDEST_ROW = 16  # heads a row up to which scores are printed as numbers; above, one character a head
 _SHADES = ".:-=+*xX#@"  # no blank: long rows must fold in step with the marks beside them
@@ -49,6 +51,25 @@ def print_head_map(
         if not narrow:
             cells.append("".join("R" if retrieval else "." for retrieval in keep))
         table.add_row(*cells)
+    console.print(table)
+    if head_map.reach_losses is not None:
+        _print_reaches(head_map.reach_losses, console)
+
+
+def _print_reaches(losses: ReachLosses, console: Console) -> None:
+    """A row a layer: the reach that each head needs."""
+    console.print(
+        f"reach each head needs: the shortest from which on it loses at most {SMALL_SHARE:.0%} of its largest loss; "
+        f"measured on {losses.measured_length:,} tokens with {losses.sink_size:,} sinks",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("layer", justify="right", no_wrap=True)
+    table.add_column("reach in tokens by KV head", overflow="fold")
+    for layer in range(losses.num_layers):
+        needed = [losses.needed(layer, head) for head in range(losses.num_kv_heads)]
+        table.add_row(str(layer), " ".join(f"{'all' if reach == ALL_TOKENS else reach:>6}" for reach in needed))
     console.print(table)
 
 

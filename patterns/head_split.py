@@ -114,6 +114,13 @@ class HeadSplit:
         return kept + self.streaming_heads(layer_idx)
 
     @property
+    def all_reaches(self) -> tuple[tuple[int, ...], ...]:
+        """[num_layers][num_kv_heads] as `reaches`, also where that is empty."""
+        return self.reaches or tuple(
+            tuple(ALL_TOKENS if keep else self.recent_size for keep in row) for row in self.retrieval
+        )
+
+    @property
     def retrieval_reaches(self) -> tuple[tuple[int, ...], ...]:
         """Of every layer the reaches of its retrieval heads, in the order of `permutation`; empty as `reaches`."""
         return tuple(

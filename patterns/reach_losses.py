@@ -14,11 +14,14 @@ from typing import Any
 from longrun.arguments import integer, number
 from longrun.errors import HeadMapError, quoted, short_path
 from longrun.files.user_files import read_object
-from longrun.units import MAX_TOKENS
+from longrun.units import ALL_TOKENS, MAX_TOKENS
 
 REACH_LOSSES_FILE = "reach_losses.json"
 MEASURED_SHARE = 4
 """A reach is measured on a text of at least this many times its length: most tokens then see less than all."""
+
+SMALL_SHARE = 0.01
+"""Of a head's largest loss: what is called nothing when a map is shown."""
 
 _ADVICE = "measure the losses again, or remove the file"
 
@@ -74,6 +77,18 @@ class ReachLosses:
                     )
                 for loss in of_head:
                     number(loss, f"{where}: loss", 0, error=HeadMapError)
+
+    def needed(self, layer_idx: int, head: int, share: float = SMALL_SHARE) -> int:
+        """The shortest reach from which on the head loses at most `share` of its largest loss; `ALL_TOKENS` where no
+        measured one does."""
+        of_head = self.losses[layer_idx][head]
+        most = share * max(of_head)
+        needed = ALL_TOKENS
+        for reach, loss in zip(reversed(self.reaches), reversed(of_head), strict=True):
+            if loss > most:
+                break
+            needed = reach
+        return needed
 
     @property
     def num_layers(self) -> int:

@@ -276,6 +276,7 @@ _FIELDS = {
     "weights.format": "weight_format",
     "kv.format": "kv_format",
     "kv.retrieval_ratio": "retrieval_ratio",
+    "kv.kv_bytes": "kv_bytes",
     "kv.sink_size": "sink_size",
     "kv.recent_size": "recent_size",
     "kv.page_size": "page_size",

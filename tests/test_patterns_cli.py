@@ -10,6 +10,7 @@ import pytest
 from matplotlib import image
 
 from longrun.patterns.head_map import HeadMap
+from longrun.patterns.reach_losses import ReachLosses
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORES = ((0.125, 1.0, 0.75), (0.5, 0.0, 0.25))
@@ -128,3 +129,18 @@ def test_a_map_that_scored_nothing_is_told_with_its_rule(folder):
     assert "note: no head scores enough to keep all tokens (the highest score is 0.3)" in show(folder).stdout
     assert json.loads(show(folder, "--json").stdout)["notes"][0].startswith("no head scores enough")
     assert "no head scores enough" not in show(folder, "--retrieval-ratio", "0.5").stdout
+
+
+def test_how_far_each_head_needs_to_reach(tmp_path):
+    first = ((9.0, 0.08, 0.0), (5.0, 4.0, 1.0), (0.0, 0.0, 0.0))
+    second = ((1.0, 0.001, 0.02), (1.0, 0.5, 0.01), (2.0, 1.0, 0.5))
+    losses = ReachLosses(64, 16384, (256, 1024, 4096), (first, second))
+    HeadMap(SCORES, 64, 256, reach_losses=losses).save(tmp_path / "map")
+    result = show(tmp_path / "map")
+    assert result.returncode == 0, result.stderr
+    assert "loses at most 1% of its largest loss; measured on 16,384 tokens with 64 sinks" in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["0", "1024", "all", "256"] in lines
+    assert ["1", "all", "4096", "all"] in lines
+    facts = json.loads(show(tmp_path / "map", "--json").stdout)
+    assert ReachLosses.from_dict(facts["reach_losses"], "json") == losses

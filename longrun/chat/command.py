@@ -23,6 +23,7 @@ from longrun.errors import InputError
 from longrun.hub.find import MODEL_HELP, add_download_option
 from longrun.interrupts import leaving_at_once
 from longrun.paths import user_path
+from longrun.plan.split import KV_BYTES_HELP
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.text.documents import Document, check_text, read_document
@@ -182,6 +183,7 @@ def _load(
         ctx=capacity,
         adapter=choice.adapter,
         retrieval_ratio=args.retrieval_ratio,
+        kv_bytes=args.kv_bytes,
         chunk_size=args.chunk_size,
         session=session,
         on_plan=on_plan,
@@ -307,6 +309,7 @@ def _parser() -> argparse.ArgumentParser:
         help="head map folder; auto measures the model once and keeps its map (default: full)",
     )
     model.add_argument("--retrieval-ratio", type=SHARE, metavar="R", help="share of KV heads that keep all tokens")
+    model.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
     model.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's, else {DEFAULT_KV_FORMAT})")
     model.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
     model.add_argument("--chunk-size", type=COUNT, metavar="N", help="tokens of a prefill step (default: the budget's)")

@@ -2,7 +2,8 @@
 
     [memory]  gpu = "80 GB" (required), host = "100 GiB"
     [weights] format = "int4"
-    [kv]      format = "k5v3", retrieval_ratio = 0.5, sink_size = 128, recent_size = 256, page_size = 64
+    [kv]      format = "k5v3", retrieval_ratio = 0.5, sink_size = 128, recent_size = 256, page_size = 64;
+              kv_bytes = "8 GB" instead of retrieval_ratio
     [prefill] chunk_size = 32768
 
 Everything but `[memory] gpu` may be left out; `Budget` says what it is then. `gpu` has no second name: on a CPU, too,
@@ -32,6 +33,7 @@ _SECTIONS: dict[str, dict[str, str]] = {
     "kv": {
         "format": "kv_format",
         "retrieval_ratio": "retrieval_ratio",
+        "kv_bytes": "kv_bytes",
         "sink_size": "sink_size",
         "recent_size": "recent_size",
         "page_size": "page_size",
@@ -52,6 +54,8 @@ class Budget:
         kv_format: one of `KV_FORMATS`. Default k5v3.
         retrieval_ratio: share of the KV heads kept as retrieval heads where a head map is given, in (0, 1], or None
             (default) for the heads that score at least 0.5.
+        kv_bytes: instead of a ratio, the bytes that keys and values may take at the full context; how far each head
+            reaches within them follows from the head map's reach losses. Default None.
         sink_size, recent_size: window of the streaming heads in tokens, or None (default) for the head map's own.
         page_size: tokens of a page, one of `PAGE_SIZES`. Default 64.
         chunk_size: the most tokens of one prefill step. Default 1024.
@@ -66,6 +70,7 @@ class Budget:
     weight_format: str | None = None
     kv_format: str = DEFAULT_KV_FORMAT
     retrieval_ratio: float | None = None
+    kv_bytes: int | None = None
     sink_size: int | None = None
     recent_size: int | None = None
     page_size: int = 64
@@ -78,6 +83,13 @@ class Budget:
         self._check_name("kv_format", KV_FORMATS)
         if self.weight_format is not None:
             self._check_name("weight_format", WEIGHT_FORMATS)
+        if self.kv_bytes is not None:
+            self._check_whole("kv_bytes", 1)
+            if self.retrieval_ratio is not None:
+                raise ConfigError(
+                    f"{self.source}: [kv] retrieval_ratio = {quoted(self.retrieval_ratio)} and kv_bytes = "
+                    f"{self.kv_bytes} both say which heads keep all tokens: leave one out"
+                )
         if self.sink_size is not None:
             self._check_whole("sink_size", 0)
         if self.recent_size is not None:
@@ -128,7 +140,7 @@ class Budget:
                     name = shortened(key)
                     raise ConfigError(f"{source}: [{section}] {name} is not a known key: {_where_to(name, section)}")
                 fields[known[key]] = value
-        for field in ("device_bytes", "host_bytes"):
+        for field in ("device_bytes", "host_bytes", "kv_bytes"):
             if field in fields:
                 fields[field] = _bytes_of(fields[field], field, source)
         if "device_bytes" not in fields:

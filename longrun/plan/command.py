@@ -19,7 +19,7 @@ from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import NoFitError, make_plan
 from longrun.plan.report import print_plan
 from longrun.plan.shapes import SHAPES, config_of
-from longrun.plan.split import choose_split
+from longrun.plan.split import KV_BYTES_HELP, budget_by_hand, choose_split
 from longrun.plan.times import predict
 from longrun.quant.kv_format import KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
@@ -38,11 +38,12 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
     budget = Budget.load(options.budget).override(
         kv_format=options.kv, weight_format=options.weights, chunk_size=options.chunk_size
     )
+    budget = budget_by_hand(budget, options.retrieval_ratio, options.kv_bytes)
     capacity = None if options.ctx is None else parse_tokens(options.ctx, "--ctx")
     device_type = options.device or ("cpu" if options.budget == "cpu" else "cuda")
     if device_type == "cuda":
         check_kernel_shapes(config, budget)
-    split = choose_split(config, budget, options.head_map, options.retrieval_ratio, assume=True)
+    split = choose_split(config, budget, options.head_map, options.retrieval_ratio, assume=True, capacity=capacity)
     try:
         plan = make_plan(config, budget, capacity, split=split, device_type=device_type)
         plan = replace(plan, notes=(*plan.notes, *([] if note is None else [note])))
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help="share of the KV heads that keep all tokens; without a head map it is assumed to be reached",
     )
+    parser.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
     parser.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's)")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
     parser.add_argument(

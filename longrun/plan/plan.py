@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from longrun.arguments import choice, integer, number
@@ -16,6 +17,7 @@ from longrun.machine.processor import bf16_product_copy_bytes
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import Budget
 from longrun.plan.placement import DEFAULT_WEIGHT_FORMAT, Placement, PlanItem, PlanSettings, place
+from longrun.plan.reaches import allocated_split
 from longrun.plan.search import Suggestion, largest_capacity, shortfall, suggest
 from longrun.plan.split import ChosenSplit, choose_split
 from longrun.specs.attention_spec import AttentionSpec
@@ -283,7 +285,11 @@ def _check_window(config: ModelConfig, capacity: int) -> None:
 
 
 def _no_fit(settings: PlanSettings, placement: Placement, budget: Budget, chosen: ChosenSplit) -> NoFitError:
-    suggestions = suggest(settings, placement.capacity, chosen.resplits)
+    split_of = None
+    if chosen.kv_bytes is not None:
+        page_format = placement.cache.page_format
+        split_of = partial(allocated_split, chosen.head_map.reach_losses, page_format, placement.capacity)
+    suggestions = suggest(settings, placement.capacity, chosen.resplits, split_of, chosen.kv_bytes or 0)
     device, host = shortfall(settings, placement.capacity)
     source = shortened(budget.source)
     before_cache = settings.weight_bytes + settings.base_bytes + settings.reserved_bytes

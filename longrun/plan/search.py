@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from longrun.errors import PlanError
+from longrun.errors import HeadMapError, PlanError
 from longrun.patterns.head_map import HeadSplit
 from longrun.plan.placement import PlanSettings, place
 from longrun.quant.kv_format import (
@@ -16,6 +17,7 @@ from longrun.quant.kv_format import (
     QUANTIZED_KV_FORMATS,
 )
 from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.units import format_bytes
 
 MAX_CAPACITY = 10**9  # where to stop looking: without retrieval heads the cache does not grow at all
 _ROUND_BYTES = 10**8
@@ -26,7 +28,7 @@ class Suggestion:
     """One change that makes the plan fit (for the capacity: the most that fits).
 
     Attributes:
-        setting: ctx (the capacity), retrieval_ratio, weights, kv, chunk_size, host or gpu.
+        setting: ctx (the capacity), retrieval_ratio, kv_bytes, weights, kv, chunk_size, host or gpu.
         value: what to set it to, in tokens or bytes where it is one.
         words: the advice in words; option: the same as options of a command, empty where no option does it.
     """
@@ -78,7 +80,11 @@ def shortfall(settings: PlanSettings, capacity: int) -> tuple[int, int]:
 
 
 def suggest(
-    settings: PlanSettings, capacity: int, resplits: Callable[[float], Sequence[HeadSplit]]
+    settings: PlanSettings,
+    capacity: int,
+    resplits: Callable[[float], Sequence[HeadSplit]],
+    fewer_kv_bytes: Callable[[int], HeadSplit] | None = None,
+    kv_bytes: int = 0,
 ) -> tuple[Suggestion, ...]:
     """The nearest changes of one setting each with which `capacity` tokens fit (for the capacity itself: the most that
     fits); where no setting is enough, the memory that is, with the weights as they are and in the fewest bits.
@@ -86,15 +92,19 @@ def suggest(
     Args:
         settings: settings with which `capacity` does not fit.
         resplits: what the split may be with another retrieval ratio; all of them must fit.
+        fewer_kv_bytes: where the split was allocated from `kv_bytes`, the one of other bytes. Another context or page
+            format would then give another split, so neither is suggested.
     """
     found = [
-        _smaller_capacity(settings),
-        _fewer_retrieval_heads(settings, capacity, resplits),
         _more_memory(settings, capacity, "host", "host_bytes"),
-        _fewer_weight_bits(settings, capacity),
-        _quantized_pages(settings, capacity),
+        _fewer_weight_bits(settings, capacity, or_context=fewer_kv_bytes is None),
         _smaller_chunk(settings, capacity),
     ]
+    if fewer_kv_bytes is None:
+        found[:0] = [_smaller_capacity(settings), _fewer_retrieval_heads(settings, capacity, resplits)]
+        found.insert(-1, _quantized_pages(settings, capacity))
+    else:
+        found.insert(0, _fewer_kv_bytes(settings, capacity, fewer_kv_bytes, kv_bytes))
     if not any(found):
         memory = _more_memory(settings, capacity, "gpu", "device_bytes")
         found += [memory, _fewest_weight_bits_and_memory(settings, capacity, memory)]
@@ -123,6 +133,34 @@ def _fewer_retrieval_heads(
     given = " with a head map" if settings.split.is_full else ""
     words, option = f"a retrieval ratio of {ratio!r}{given}", f"--retrieval-ratio {ratio!r}{given}"
     return Suggestion("retrieval_ratio", ratio, words, option)
+
+
+def _fewer_kv_bytes(
+    settings: PlanSettings, capacity: int, split_of: Callable[[int], HeadSplit], kv_bytes: int
+) -> Suggestion | None:
+    """The most bytes, in three digits, whose allocation fits."""
+    step = 10 ** max(0, len(str(kv_bytes)) - 3)
+
+    def holds(steps: int) -> bool:
+        try:
+            return fits(replace(settings, split=split_of(steps * step)), capacity)
+        except HeadMapError:  # not even the window of every head
+            return False
+
+    least = bisect_left(range(1, kv_bytes // step + 1), True, key=lambda steps: _can_be_split(split_of, steps * step))
+    steps = largest(1 + least, -(-kv_bytes // step), holds)
+    if steps is None:
+        return None
+    size = steps * step
+    return Suggestion("kv_bytes", size, f"kv_bytes of {format_bytes(size)}", f"--kv-bytes {size}")
+
+
+def _can_be_split(split_of: Callable[[int], HeadSplit], size: int) -> bool:
+    try:
+        split_of(size)
+    except HeadMapError:
+        return False
+    return True
 
 
 def _short_ratio(count: int, total: int) -> float:
@@ -160,11 +198,12 @@ def _fewest_weight_bits_and_memory(
     )
 
 
-def _fewer_weight_bits(settings: PlanSettings, capacity: int) -> Suggestion | None:
+def _fewer_weight_bits(settings: PlanSettings, capacity: int, or_context: bool) -> Suggestion | None:
     """The weight format with the most bits below the present one that fits (`WEIGHT_FORMATS` falls in bits). Of the two
     4-bit ones that is int4 on a GPU and nf4 on a CPU, the faster there.
 
-    Where none holds `capacity`, and the present format holds no token at all, the one that holds the most.
+    Where none holds `capacity`, and the present format holds no token at all, the one that holds the most, with
+    `or_context`.
     """
     names = WEIGHT_FORMATS[WEIGHT_FORMATS.index(settings.weight_format) + 1 :]
     if settings.device_type == "cuda":
@@ -174,7 +213,7 @@ def _fewer_weight_bits(settings: PlanSettings, capacity: int) -> Suggestion | No
         if fits(option, capacity):
             name = option.weight_format
             return Suggestion("weights", name, f"weights as {name}", f"--weights {name}")
-    if largest_capacity(settings):
+    if not or_context or largest_capacity(settings):
         return None
     most, option = max(
         ((largest_capacity(option), option) for option in smaller), key=lambda pair: pair[0], default=(0, None)

@@ -1,16 +1,23 @@
-"""Which heads keep all tokens: one rule for the planner and the runtime, from head map, options and budget."""
+"""Which heads keep all tokens, or how far they reach: one rule for the planner and the runtime, from head map, options
+and budget."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
 from longrun.arguments import number
 from longrun.config.model_config import ModelConfig
-from longrun.errors import HeadMapError, InputError, quoted
+from longrun.errors import ConfigError, HeadMapError, InputError, quoted
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import Budget
+from longrun.plan.reaches import allocated_split
+from longrun.quant.kv_format import PageFormat
+from longrun.units import format_bytes, parse_bytes
+
+KV_BYTES_HELP = "instead of a ratio: memory for keys and values, like 8GB, which decides how far each head reaches"
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class ChosenSplit:
         head_map: the map it was made from.
         note: for the plan's head line; notes: to be shown.
         even: scores stand for no measurement but for heads spread evenly over the layers, with `head_map`'s window.
+        kv_bytes: what reaches were allocated from; None where a ratio or scores decided, or a session.
     """
 
     split: HeadSplit
@@ -28,6 +36,7 @@ class ChosenSplit:
     note: str
     notes: tuple[str, ...] = ()
     even: bool = False
+    kv_bytes: int | None = None
 
     def resplits(self, retrieval_ratio: float) -> tuple[HeadSplit, ...]:
         """What the split may be at another ratio: of the same map, or of one that keeps the heads evenly; without a
@@ -44,6 +53,24 @@ class ChosenSplit:
         return even, HeadMap.full(*shape).with_window(*window).split(retrieval_ratio)
 
 
+def budget_by_hand(budget: Budget, retrieval_ratio: float | None, kv_bytes: int | str | None) -> Budget:
+    """The budget where a ratio or bytes given by hand win over what the file says of either.
+
+    Raises:
+        InputError: both are given, or `kv_bytes` is no size.
+        ConfigError: 0 bytes.
+    """
+    if kv_bytes is None:
+        return budget if retrieval_ratio is None else replace(budget, kv_bytes=None)
+    size = parse_bytes(kv_bytes, "kv_bytes")
+    if retrieval_ratio is not None:
+        raise InputError(
+            f"kv_bytes {quoted(kv_bytes)} and retrieval ratio {quoted(retrieval_ratio)} both say which heads keep all "
+            f"tokens: give one"
+        )
+    return replace(budget, retrieval_ratio=None).override(kv_bytes=size)
+
+
 def choose_split(
     config: ModelConfig,
     budget: Budget,
@@ -51,6 +78,8 @@ def choose_split(
     retrieval_ratio: float | None = None,
     *,
     assume: bool = False,
+    capacity: int | None = None,
+    session_reaches: Sequence[Sequence[int]] | None = None,
 ) -> ChosenSplit:
     """The split for a model.
 
@@ -63,15 +92,22 @@ def choose_split(
         retrieval_ratio: the caller's own ratio.
         assume: let None with a ratio stand for a map that keeps that share of the heads of every layer. That is good
             enough to plan with, never to run with.
+        capacity: tokens of the context, for which the budget's `kv_bytes` are allocated.
+        session_reaches: [num_layers][num_kv_heads] of the session that will be loaded: with `kv_bytes` they stay.
 
     Raises:
         HeadMapError: a map that cannot be read, has another shape than the model, or a ratio outside [0, 1].
-        InputError: a ratio without a head map to apply it to.
+        InputError: a ratio or `kv_bytes` without a head map to apply it to, `kv_bytes` without a capacity or reach
+            losses.
+        ConfigError: the budget asks for another window than the reach losses were measured with.
     """
     if retrieval_ratio is not None:
         retrieval_ratio = number(retrieval_ratio, "retrieval ratio", 0, 1, error=HeadMapError)
     if not isinstance(head_map, HeadMap | str | PathLike | None):
         raise InputError(f'head map {quoted(head_map)} is neither a HeadMap nor a folder: give one, or "full"')
+    if budget.kv_bytes is not None:
+        budget_by_hand(budget, retrieval_ratio, budget.kv_bytes)
+        return _allocated(config, budget, head_map, capacity, session_reaches)
     shape = (config.num_layers, config.num_kv_heads)
     if head_map is None and retrieval_ratio is not None and assume:
         assumed = HeadMap.uniform(*shape, retrieval_ratio).with_window(budget.sink_size, budget.recent_size)
@@ -91,13 +127,56 @@ def choose_split(
         note = "full attention" + (": no head map given" if head_map is None else "")
         windowed = full.with_window(budget.sink_size, budget.recent_size)
         return ChosenSplit(full.split(), windowed, note, notes, even=True)
-    source = "head map" if isinstance(head_map, HeadMap) else f"head map {head_map}"
-    loaded = head_map if isinstance(head_map, HeadMap) else HeadMap.load(head_map)
-    loaded.check_shape(*shape, source)
-    notes = tuple(f"{source}: {note}" for note in loaded.notes)
+    loaded, source, notes = _opened(head_map, config)
     loaded = loaded.with_window(budget.sink_size, budget.recent_size)
     ratio = budget.retrieval_ratio if retrieval_ratio is None else retrieval_ratio
     split = loaded.split(retrieval_ratio=ratio)
     notes += tuple(f"{source}: {doubt}" for doubt in loaded.doubts(split, by_ratio=ratio is not None))
     how = "heads that score at least 0.5" if ratio is None else f"retrieval ratio {ratio:g}"
     return ChosenSplit(split, loaded, f"{source}, {how}", notes)
+
+
+def _allocated(
+    config: ModelConfig,
+    budget: Budget,
+    head_map: HeadMap | str | Path | None,
+    capacity: int | None,
+    session_reaches: Sequence[Sequence[int]] | None,
+) -> ChosenSplit:
+    """The split that the budget's `kv_bytes` give, or that of a session."""
+    wanted = f"kv_bytes of {format_bytes(budget.kv_bytes)}"
+    if head_map is None or (isinstance(head_map, str) and head_map == "full"):
+        raise InputError(
+            f"{wanted} need a head map with reach losses, which say how far each head has to reach: give its folder, "
+            f"or leave kv_bytes out for full attention"
+        )
+    loaded, source, notes = _opened(head_map, config)
+    losses = loaded.reach_losses
+    if losses is None:
+        raise InputError(
+            f"{wanted} need reach losses, and {source} has none: measure them, or give a retrieval ratio instead"
+        )
+    for name, own in (("sink_size", losses.sink_size), ("recent_size", losses.reaches[0])):
+        if getattr(budget, name) not in (None, own):
+            raise ConfigError(
+                f"{budget.source}: [kv] {name} = {getattr(budget, name)} is not the {own} with which the reach losses "
+                f"of kv_bytes were measured: leave it out"
+            )
+    loaded = loaded.with_window(losses.sink_size, losses.reaches[0])
+    if session_reaches is not None:
+        split = HeadSplit.of_reaches(session_reaches, losses.sink_size, losses.reaches[0])
+        notes += (f"the session keeps the reaches it was made with: {wanted} change nothing in it",)
+        return ChosenSplit(split, loaded, f"{source}, reaches of the session", notes)
+    if capacity is None:
+        raise InputError(f"{wanted} need a stated context, since a reach costs more bytes in a longer one: give ctx")
+    page_format = PageFormat(budget.kv_format, budget.page_size, config.head_dim)
+    split = allocated_split(losses, page_format, capacity, budget.kv_bytes)
+    return ChosenSplit(split, loaded, f"{source}, {wanted}", notes, kv_bytes=budget.kv_bytes)
+
+
+def _opened(head_map: HeadMap | str | Path, config: ModelConfig) -> tuple[HeadMap, str, tuple[str, ...]]:
+    """A map of the model's shape, what messages call it, and its notes."""
+    source = "head map" if isinstance(head_map, HeadMap) else f"head map {head_map}"
+    loaded = head_map if isinstance(head_map, HeadMap) else HeadMap.load(head_map)
+    loaded.check_shape(config.num_layers, config.num_kv_heads, source)
+    return loaded, source, tuple(f"{source}: {note}" for note in loaded.notes)

@@ -11,6 +11,7 @@ from longrun.model.reorder import reordered, reordered_bytes
 from longrun.patterns.head_map import HeadMap
 from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import choose_split
+from longrun.plan.split import budget_by_hand
 from longrun.runtime.head_map_check import other_model_notices
 from longrun.runtime.memory_checks import check_free_memory
 from longrun.runtime.setup import Setup
@@ -18,8 +19,8 @@ from longrun.runtime.setup import Setup
 
 @failed_allocations("while a runtime was derived")
 def derived(
-    setup: Setup, head_map: HeadMap | str | Path | None, retrieval_ratio: float | None, kv_format: str | None,
-    chunk_size: int | None, capacity: int,
+    setup: Setup, head_map: HeadMap | str | Path | None, retrieval_ratio: float | None, kv_bytes: int | str | None,
+    kv_format: str | None, chunk_size: int | None, capacity: int,
 ) -> Setup:  # fmt: skip
     """`setup` with what is given in place of its own; see `Runtime.derive`.
 
@@ -31,8 +32,9 @@ def derived(
     if setup.plan.device_type == "cuda" and setup.compiled_kernels:
         check_kernel_shapes(config, budget)
     wanted = replace(setup, budget=budget)
-    if head_map is not None or retrieval_ratio is not None:
-        wanted = _with_split(wanted, head_map, retrieval_ratio)
+    if head_map is not None or retrieval_ratio is not None or kv_bytes is not None:
+        budget = budget_by_hand(replace(budget, kv_bytes=None), retrieval_ratio, kv_bytes)
+        wanted = _with_split(replace(setup, budget=budget), head_map, retrieval_ratio, capacity)
     split = wanted.chosen.split
     orders = [split.permutation(layer_idx) for layer_idx in range(config.num_layers)]
     copied = reordered_bytes(decoder, orders)
@@ -45,13 +47,20 @@ def derived(
     return replace(
         wanted,
         plan=plan,
-        identity=replace(setup.identity, head_split=split.hash, kv_format=plan.kv_format),
+        identity=replace(
+            setup.identity,
+            head_split=split.hash,
+            kv_format=plan.kv_format,
+            reaches=None if budget.kv_bytes is None else split.all_reaches,
+        ),
         parts=replace(setup.parts, decoder=decoder, gpu_kernels=kernels),
     )
 
 
-def _with_split(setup: Setup, head_map: HeadMap | str | Path | None, retrieval_ratio: float | None) -> Setup:
-    """With the split of `head_map`, or else with another ratio of its own map; and notices about it."""
+def _with_split(
+    setup: Setup, head_map: HeadMap | str | Path | None, retrieval_ratio: float | None, capacity: int
+) -> Setup:
+    """With the split of `head_map`, or else with another ratio or bytes of its own map; and notices about it."""
     if isinstance(head_map, str) and head_map == "auto":
         raise InputError(
             "head map auto is measured before a model is loaded: give it to longrun.load, or give the folder in which "
@@ -61,7 +70,7 @@ def _with_split(setup: Setup, head_map: HeadMap | str | Path | None, retrieval_r
     if head_map is None:
         head_map = "full" if own.even else own.head_map
     model = setup.model
-    chosen = choose_split(model.config, setup.budget, head_map, retrieval_ratio)
+    chosen = choose_split(model.config, setup.budget, head_map, retrieval_ratio, capacity=capacity)
     notes = () if head_map == "full" else chosen.notes
     folder = model.adapter and model.adapter.folder
     origin = other_model_notices(chosen.head_map, setup.identity.model, model.path, folder)

@@ -25,6 +25,7 @@ from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import Budget
 from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import ChosenSplit, Plan, choose_split, make_plan
+from longrun.plan.split import budget_by_hand
 from longrun.runtime import gpu_checks
 from longrun.runtime.auto_head_map import DEFAULT_RATIO, AutoHeadMap, auto_head_map, kept_folder
 from longrun.runtime.backend import Parts
@@ -34,7 +35,7 @@ from longrun.runtime.runtime import Runtime
 from longrun.runtime.setup import Setup
 from longrun.runtime.shared import Shared
 from longrun.session.manifest import SessionIdentity
-from longrun.session.store import SavedSession, is_session
+from longrun.session.store import SavedSession, is_session, saved_reaches
 from longrun.specs.model_bytes import TOKEN_SLICES
 from longrun.units import parse_tokens
 
@@ -54,6 +55,7 @@ def load(
     ctx: int | str | None = None,
     adapter: str | Path | None = None,
     retrieval_ratio: float | None = None,
+    kv_bytes: int | str | None = None,
     chunk_size: int | None = None,
     device_share: float = 1.0,
     compiled_kernels: bool = True,
@@ -82,6 +84,9 @@ def load(
         adapter: folder of a LoRA adapter in peft's format, added to the weights while they are loaded.
         retrieval_ratio: share of the heads of `head_map` to keep; default: the budget's, else scores of at least 0.5
             (with "auto" a ratio of 0.5).
+        kv_bytes: instead of a ratio, the bytes (or a text like "8 GB") that keys and values may take at `ctx` tokens,
+            from which follows how far each head reaches; needs `ctx` and a head map with reach losses. Default: the
+            budget's.
         chunk_size: the most tokens of one prefill step; default: the budget's.
         device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
             rest goes to the host pool although the device has room.
@@ -89,6 +94,7 @@ def load(
         download: fetch a model of the Hugging Face hub that is not in the local cache.
         session: folder of a session that will be loaded: where it is damaged, or was saved with another model, head
             split or format, it is refused before the first weight is read. A folder without a session is no error.
+            With `kv_bytes` its reaches are kept, whatever the bytes and `ctx`.
         on_plan: shown the plan before the first weight is read.
         on_pin: called with (bytes pinned, bytes in all) while a session pins its host pool, on cuda only.
         on_tokenizer: shown the tokenizer before the first weight is read; what it raises goes through.
@@ -126,6 +132,7 @@ def load(
         budget = gpu_checks.default_budget(device_type)
     limits = budget if isinstance(budget, Budget) else Budget.load(budget)
     limits = limits.override(kv_format=kv_format, weight_format=weight_format, chunk_size=chunk_size)
+    limits = budget_by_hand(limits, retrieval_ratio, kv_bytes)
     if device_type == "cuda":
         gpu_checks.check_budget(limits)
         if compiled_kernels:
@@ -139,7 +146,12 @@ def load(
 
     checked, auto_notices = None, []
     if isinstance(head_map, str) and head_map == "auto":
-        if retrieval_ratio is None:
+        if limits.kv_bytes is not None and not kept_folder(folder, lora).exists():
+            raise InputError(
+                "kv_bytes need reach losses, which head map auto does not measure: give the folder of a map that has "
+                "them, or a retrieval ratio"
+            )
+        if retrieval_ratio is None and limits.kv_bytes is None:
             retrieval_ratio = DEFAULT_RATIO if limits.retrieval_ratio is None else limits.retrieval_ratio
         if not kept_folder(folder, lora).exists():  # what does not fit is refused before the map is measured
             plan_for(choose_split(config, limits, None, retrieval_ratio, assume=True))
@@ -147,7 +159,10 @@ def load(
         head_map = auto_head_map(folder, device_type, on_head_map, lora)
         if on_head_map is None:
             auto_notices.append(f"head map auto was measured on this model and is kept in {head_map}")
-    chosen = choose_split(config, limits, head_map, retrieval_ratio)
+    reaches = None
+    if limits.kv_bytes is not None and session is not None:
+        reaches = saved_reaches(user_path(session, "session"))
+    chosen = choose_split(config, limits, head_map, retrieval_ratio, capacity=capacity, session_reaches=reaches)
     plan = plan_for(chosen)
     if on_plan is not None:
         on_plan(plan)
@@ -156,8 +171,9 @@ def load(
     if on_tokenizer is not None:
         on_tokenizer(checked.tokenizer)
     identity = SessionIdentity(
-        model_fingerprint(folder, lora), chosen.split.hash, plan.kv_format, plan.page_size, plan.weight_format
-    )
+        model_fingerprint(folder, lora), chosen.split.hash, plan.kv_format, plan.page_size, plan.weight_format,
+        None if limits.kv_bytes is None else chosen.split.all_reaches,
+    )  # fmt: skip
     if session is not None and is_session(user_path(session, "session")):
         SavedSession.open(session, identity)
     parts, shared, model_notices = load_parts(checked, chosen.split, plan, compiled_kernels, on_pin)

@@ -165,6 +165,7 @@ class Runtime:
         *,
         ctx: int | str | None = None,
         retrieval_ratio: float | None = None,
+        kv_bytes: int | str | None = None,
     ) -> Runtime:
         """Another runtime over the same weights, in a moment: what is not given stays as it is here.
 
@@ -178,6 +179,9 @@ class Runtime:
             chunk_size: the most tokens of one prefill step.
             ctx: tokens to plan for; default: this runtime's plan's.
             retrieval_ratio: share of the heads of `split`, or of this runtime's own head map, to keep.
+            kv_bytes: instead of a ratio, bytes of keys and values that decide how far each head reaches, see
+                `longrun.load`. Without it reaches stay as they are here; with a `split` or ratio every head kept keeps
+                all tokens.
 
         Raises:
             PlanError: what is left of the budget, or the machine's free memory, cannot hold it.
@@ -185,4 +189,4 @@ class Runtime:
                 split wants another order: load the model with it, or in bf16 or fp32.
         """
         capacity = self.plan.capacity if ctx is None else parse_tokens(ctx, "ctx")
-        return Runtime(derived(self._setup, split, retrieval_ratio, kv_format, chunk_size, capacity))
+        return Runtime(derived(self._setup, split, retrieval_ratio, kv_bytes, kv_format, chunk_size, capacity))

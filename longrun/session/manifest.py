@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,17 +27,23 @@ _MOST_DEPTH = 50
 
 @dataclass(frozen=True)
 class SessionIdentity:
-    """What must be equal for a saved cache to mean the same: checked field by field on load."""
+    """What must be equal for a saved cache to mean the same: checked field by field on load.
+
+    Attributes:
+        reaches: of heads in the model's order, where bytes decided them: what the hash `head_split` stands for, so
+            that a session can be loaded with them again. Not compared.
+    """
 
     model: str
     head_split: str
     kv_format: str
     page_size: int
     weight_format: str
+    reaches: tuple[tuple[int, ...], ...] | None = field(default=None, compare=False)
 
     _ADVICE: ClassVar[dict[str, str]] = {
         "model": "load the checkpoint it was made with",
-        "head_split": "give the head map, ratio and window it was made with",
+        "head_split": "give the head map, ratio or kv_bytes and window it was made with",
         "kv_format": "give --kv {saved}",
         "page_size": "give the page_size it was made with",
         "weight_format": "give the weight format it was made with",
@@ -45,12 +51,15 @@ class SessionIdentity:
 
     def check(self, saved: dict[str, Any], folder: Path) -> None:
         """Raises SessionError naming the first field of `saved` that differs."""
-        for name, own in asdict(self).items():
+        for name, advice in self._ADVICE.items():
+            own = getattr(self, name)
             if saved.get(name) != own:
                 said = shortened(saved.get(name))
+                if name == "head_split" and saved.get("reaches") and self.reaches:
+                    advice = "load the model with this session named (session=), and it keeps its reaches"
                 raise SessionError(
                     f"session {shown(folder)} was saved with {name.replace('_', ' ')} {said}, but this runtime has "
-                    f"{own}: {self._ADVICE[name].format(saved=said)}"
+                    f"{own}: {advice.format(saved=said)}"
                 )
 
 

@@ -42,6 +42,20 @@ def is_session(path: str | Path) -> bool:
     return (_folder_of(path) / MANIFEST).is_file()
 
 
+def saved_reaches(path: str | Path) -> list[list[int]] | None:
+    """How far each head of the saved session reaches, in the model's order, where bytes decided it; otherwise None, and
+    where there is no session.
+
+    Raises:
+        SessionError: a manifest that cannot be used.
+    """
+    if not is_session(path):
+        return None
+    rows = Manifest.read(_folder_of(path)).identity.get("reaches")
+    of_rows = isinstance(rows, list) and all(isinstance(row, list) for row in rows)
+    return rows if of_rows and all(type(reach) is int for row in rows for reach in row) else None
+
+
 class SessionStore:
     """The folder a session is saved to. Making one reads only; `claim` makes it the folder's owner.
 

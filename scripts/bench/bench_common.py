@@ -27,6 +27,7 @@ from longrun.paths import path_option
 from longrun.patterns.head_map import HeadMap
 from longrun.plan.budget import Budget
 from longrun.plan.plan import Plan
+from longrun.plan.split import KV_BYTES_HELP
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.runtime.runtime import Runtime
@@ -45,6 +46,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--retrieval-ratio", type=SHARE, metavar="R",
         help="share of the KV heads to keep; without --head-map an arbitrary choice, which is good for timing only",
     )  # fmt: skip
+    parser.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
     parser.add_argument("--weight-format", choices=WEIGHT_FORMATS, help="default: the budget's")
     parser.add_argument("--kv", choices=KV_FORMATS, help="page format (default: the budget's)")
     parser.add_argument("--chunk-size", type=parse_tokens, metavar="N", help="tokens of a prefill step")
@@ -100,7 +102,7 @@ def load_runtime(
     budget = Budget.load(args.budget or DEFAULT_BUDGETS[args.device]).override(**memory)
     return longrun.load(
         args.model, budget, head_map, args.kv, args.weight_format, args.device, ctx=capacity, retrieval_ratio=ratio,
-        chunk_size=args.chunk_size, **(hooks or {}),
+        kv_bytes=args.kv_bytes, chunk_size=args.chunk_size, **(hooks or {}),
     )  # fmt: skip
 
 
@@ -125,6 +127,7 @@ def describe(runtime: Runtime, args: argparse.Namespace) -> dict[str, Any]:
         "page_size": plan.page_size,
         "chunk_size": plan.chunk_size,
         "retrieval_heads": split.total_retrieval,
+        "reaches": [list(row) for row in split.reaches] or None,
         "kv_heads": split.num_layers * split.num_kv_heads,
         "sink_size": split.sink_size,
         "recent_size": split.recent_size,
