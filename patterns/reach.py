@@ -2,15 +2,17 @@
 
 A text is a stretch of the given one and, after it, requests to repeat parts of it, with the parts as they should be
 repeated. Queries are sampled in the second half of the stretch and in all parts: the former ask for what running text
-needs, the latter for what a fact from far back needs. A loss (`reach_measure`) is the sum of both means, averaged over
-the texts. The model's own decoder is used, so that any model that longrun runs can be measured.
+needs, the latter for what a fact from far back needs. A head's loss is measured at its output (`reach_measure`), and
+brought to nats by what the losses of its layer cost together; both kinds of queries are added. So a loss says about how
+much KL a reach adds. The model's own decoder is used, so that any model that longrun runs can be measured.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,10 +22,12 @@ from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import load_decoder
+from longrun.model.decoder import Decoder
 from longrun.model.folder import check_folder
+from longrun.model.rope import RotaryTable
 from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, MethodResult, OnProgress
 from longrun.patterns.reach_losses import MEASURED_SHARE, ReachLosses
-from longrun.patterns.reach_measure import measure_reaches
+from longrun.patterns.reach_measure import layer_costs, measure_reaches
 from longrun.patterns.reconstruction_scores import FIRST_PROMPT, NEXT_PROMPT, rank_scores
 from longrun.specs.model_bytes import TOKEN_SLICES
 from longrun.text.encoder import TextEncoder
@@ -31,6 +35,7 @@ from longrun.text.encoder import TextEncoder
 PARTS, PART_SIZE, QUOTE_SIZE = 8, 64, 8
 TEXT_ROWS = 512
 _FACTOR = 4  # from one reach to the next
+_WEIGHING_CONTEXT = {"cpu": 2048, "cuda": 8192}  # a forward pass a layer
 _FORMATS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -124,29 +129,74 @@ def identify_reach(
         model.path, config, orders, _FORMATS[settings.dtype], device, TOKEN_SLICES[device.type], adapter=adapter
     )
     rotary = model.rotary.to(device)
-    total = torch.zeros(config.num_layers, config.num_kv_heads, len(reaches), dtype=torch.float64)
+    total, passes = 0.0, settings.steps + config.num_layers + 1
     for step, text in enumerate(texts):
-        each = measure_reaches(decoder, rotary, text.ids, text.rows, reaches, settings.sink_size).double()
-        total += each[..., : len(text.text_rows)].mean(-1) + each[..., len(text.text_rows) :].mean(-1)
-        on_progress(IdentifyProgress(step + 1, settings.steps, tokens=context))
-    mean = [[[float(f"{x:.4g}") for x in head] for head in row] for row in (total / settings.steps).tolist()]
+        total += mean_losses(decoder, rotary, text, reaches, settings.sink_size)
+        on_progress(IdentifyProgress(step + 1, passes, tokens=context))
+    short = _drawn(tokenizer, text_ids, settings, 0, min(context, _WEIGHING_CONTEXT[device.type]))
+    window = _window_attention(device.type, config.head_dim)
+    weights = []
+    for weight in layer_weights(decoder, rotary, short, reaches[0], settings.sink_size, window):
+        weights.append(weight)
+        on_progress(IdentifyProgress(settings.steps + 1 + len(weights), passes, tokens=len(short.ids)))
+    nats = (total / settings.steps * torch.stack(weights)[:, None, None]).sum(-1)
+    mean = [[[float(f"{x:.4g}") for x in head] for head in row] for row in nats.tolist()]
     losses = ReachLosses(
         settings.sink_size, context, reaches, tuple(tuple(tuple(head) for head in row) for row in mean)
     )
     scores = rank_scores([[head[0] for head in row] for row in mean])
-    how = {"scores": f"rank of the loss at a reach of {reaches[0]}", "parts": PARTS, "part_size": PART_SIZE}
+    how = {
+        "scores": f"rank of the loss at a reach of {reaches[0]}", "parts": PARTS, "part_size": PART_SIZE,
+        "weighing_context": len(short.ids),
+    }  # fmt: skip
     return MethodResult(scores, how, losses)
 
 
+def mean_losses(
+    decoder: Decoder, rotary: RotaryTable, text: SampledText, reaches: Sequence[int], sink_size: int
+) -> Tensor:  # fmt: skip
+    """float64 [num_layers, num_kv_heads, len(reaches), 2]: means over the queries of the stretch, and of the parts."""
+    each = measure_reaches(decoder, rotary, text.ids, text.rows, reaches, sink_size).double()
+    kinds = each.split([len(text.text_rows), len(text.repeat_rows)], dim=-1)
+    return torch.stack([kind.mean(-1) for kind in kinds], dim=-1)
+
+
+def layer_weights(
+    decoder: Decoder, rotary: RotaryTable, text: SampledText, reach: int, sink_size: int,
+    window_attention: Callable[..., None] | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """For each layer, float64 [2]: nats a unit of loss, for the queries of the stretch, and of the parts.
+
+    Args:
+        window_attention: see `WholeTextAttention`.
+    """
+    losses = mean_losses(decoder, rotary, text, (reach,), sink_size).sum((1, 2))
+    kinds = (text.text_rows, text.repeat_rows)
+    costs = layer_costs(decoder, rotary, text.ids, kinds, reach, sink_size, window_attention)
+    for of_layer, cost in zip(losses, costs, strict=True):
+        yield torch.where(of_layer > 0, torch.tensor(cost, dtype=torch.float64) / of_layer, 0.0)
+
+
+def _window_attention(device_type: str, head_dim: int) -> Callable[..., None] | None:
+    """The GPU's kernel, where there is one for these heads."""
+    if device_type != "cuda" or head_dim not in (64, 128):
+        return None
+    from longrun.kernels.banded_prefill import banded_prefill
+
+    return partial(banded_prefill, in_order=True)
+
+
 def _drawn(
-    tokenizer: PreTrainedTokenizerBase, text_ids: Tensor, settings: IdentifySettings, step: int
+    tokenizer: PreTrainedTokenizerBase, text_ids: Tensor, settings: IdentifySettings, step: int,
+    length: int | None = None,
 ) -> SampledText:  # fmt: skip
-    """The text of one step, drawn from (seed, step) alone."""
+    """The text of one step, drawn from (seed, step) alone; of another length than `settings.context` where given."""
     draw = random.Random(f"reach/{settings.seed}/{step}")
-    assert settings.context is not None
-    start = draw.randint(0, len(text_ids) - settings.context)
-    ids = text_ids[start : start + settings.context].tolist()
+    length = length or settings.context
+    assert length is not None
+    start = draw.randint(0, len(text_ids) - length)
+    ids = text_ids[start : start + length].tolist()
     begin = tokenizer.bos_token_id
     if begin is not None and tokenizer.encode("")[:1] == [begin]:
         ids = [begin, *ids]
-    return sampled_text(ids, TextEncoder(tokenizer).ids, settings.context, draw)
+    return sampled_text(ids, TextEncoder(tokenizer).ids, length, draw)

@@ -18,7 +18,7 @@ from longrun.patterns.head_map import HeadMap
 from longrun.patterns.identify import identify
 from longrun.patterns.identify_settings import IdentifySettings
 from longrun.patterns.reach import PART_SIZE, PARTS, finite_reaches, sampled_text
-from longrun.patterns.reach_measure import measure_reaches
+from longrun.patterns.reach_measure import layer_costs, measure_reaches
 from longrun.units import ALL_TOKENS
 
 SINK = 20
@@ -73,6 +73,25 @@ def test_losses_are_what_the_output_projection_makes_of_the_difference(runtime, 
     assert (losses[:, :, 0, 2:] > 0).all()
 
 
+def test_a_layers_cost_is_the_kl_of_cutting_all_its_heads(runtime):
+    decoder, rotary, config = runtime.parts.decoder, runtime.parts.rotary, runtime.parts.decoder.config
+    ids = torch.randint(0, 97, (120,), generator=torch.Generator().manual_seed(4))
+    kinds = torch.arange(40, 100, 3), torch.tensor([101, 119])
+    costs = list(layer_costs(decoder, rotary, ids, kinds, 8, 4))
+    assert len(costs) == config.num_layers and min(map(min, costs)) > 0
+    scores = [[float(layer + 1 < config.num_layers)] * config.num_kv_heads for layer in range(config.num_layers)]
+    head_map = HeadMap.from_scores(scores)
+    head_map = head_map.with_window(4, 8)  # the last layer streams
+    rows = []
+    for given in ("full", head_map):
+        made = longrun.load(
+            runtime.model_dir, head_map=given, kv_format="fp32", weight_format="fp32", device="cpu", ctx=300
+        )
+        rows.append(torch.log_softmax(made.engine(made.new_session()).run(ids, all_positions=True), dim=-1))
+    kl = (rows[0].exp() * (rows[0] - rows[1])).sum(-1)
+    assert costs[-1] == pytest.approx([kl[kind].mean().item() for kind in kinds], rel=1e-3)
+
+
 def test_repeated_parts_stand_where_the_rows_say():
     ids = torch.arange(1000, 6000).tolist()
     text = sampled_text(ids, lambda text: [ord(c) for c in text], 3000, random.Random(0))
@@ -100,7 +119,8 @@ def test_identify_by_reach(planted, tmp_path):
     )
     steps = []
     made = identify(settings, steps.append)
-    assert [step.step for step in steps] == [1, 2]
+    assert [step.step for step in steps] == [*range(1, 3), *range(4, 4 + planted.shape.num_layers)]
+    assert {step.num_steps for step in steps} == {3 + planted.shape.num_layers}
     losses = made.reach_losses
     assert losses.reaches == (64, 256) and losses.measured_length == 2048 and losses.sink_size == 4
     flat = [(loss[0], layer, head) for layer, row in enumerate(losses.losses) for head, loss in enumerate(row)]

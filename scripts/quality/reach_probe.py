@@ -31,10 +31,9 @@ from longrun.attention.whole_text import WholeTextAttention
 from longrun.errors import HeadMapError
 from longrun.hub.names import model_name
 from longrun.model.decoder import Decoder
-from longrun.patterns.reach import SampledText, finite_reaches, sampled_text
+from longrun.patterns.reach import SampledText, finite_reaches, layer_weights, mean_losses, sampled_text
 from longrun.patterns.reach_allocation import allocate
 from longrun.patterns.reach_losses import ReachLosses
-from longrun.patterns.reach_measure import measure_reaches
 from longrun.runtime.runtime import Runtime
 from longrun.text.encoder import TextEncoder
 from longrun.units import ALL_TOKENS, parse_tokens
@@ -106,7 +105,7 @@ def single_heads(
 ) -> list[dict[str, Any]]:
     """`count` heads, evenly over the order of their losses at the shortest reach; each at three reaches."""
     heads = model.shape[1]
-    order = losses.sum(-1)[:, :, 0].flatten().argsort(descending=True).tolist()
+    order = losses[:, :, 0].sum(-1).flatten().argsort(descending=True).tolist()
     chosen = [order[i * (len(order) - 1) // (count - 1)] for i in range(count)]
     rows = []
     for at in chosen:
@@ -114,9 +113,9 @@ def single_heads(
         for reach in reaches[:3]:
             row = model.full()
             row[layer][head] = reach
-            own = losses[layer, head, reaches.index(reach)]
+            own = losses[layer, head, reaches.index(reach)].tolist()
             rows.append(
-                {"layer": layer, "head": head, "reach": reach, "loss_text": own[0].item(), "loss_repeat": own[1].item(),
+                {"layer": layer, "head": head, "reach": reach, "loss_text": own[0], "loss_repeat": own[1],
                  **compare(reference, model.log_probs(text, row), text)}
             )  # fmt: skip
     return rows
@@ -157,6 +156,7 @@ def main() -> int:
     parser.add_argument("--weights", default=None)
     parser.add_argument("--heads", type=int, default=20)
     parser.add_argument("--shortest", type=int, default=256)
+    parser.add_argument("--weighing", default="8K", help="tokens of the text that layers are weighed on")
     parser.add_argument("--budgets", default="0.0625,0.125,0.25,0.5")
     parser.add_argument("--windows", default="256,1K,4K,16K")
     parser.add_argument("--repeat-weight", type=float, default=1.0)
@@ -168,15 +168,18 @@ def main() -> int:
     finite = finite_reaches(args.shortest, length)
     measured, tested = (make_text(encoder, remainder, length) for remainder in (0, 1))
     began = time.perf_counter()
-    each = measure_reaches(model.decoder, model.rotary, measured.ids, measured.rows, finite, _SINKS)
+    plain = mean_losses(model.decoder, model.rotary, measured, finite, _SINKS)
     seconds = time.perf_counter() - began
-    count = len(measured.text_rows)
-    losses = torch.stack((each[..., :count].mean(-1), each[..., count:].mean(-1)), dim=-1)
-    print(f"measured {length:,} tokens in {seconds:.1f} s; losses {losses.sum((0, 1)).tolist()}", flush=True)
+    began, short = time.perf_counter(), make_text(encoder, 0, min(length, parse_tokens(args.weighing, "--weighing")))
+    weights = list(layer_weights(model.decoder, model.rotary, short, finite[0], _SINKS, model.window))
+    weighing_seconds = time.perf_counter() - began
+    losses = plain * torch.stack(weights)[:, None, None]
+    print(f"measured {length:,} tokens in {seconds:.1f} s, weighed layers in {weighing_seconds:.1f} s", flush=True)
     reference = model.log_probs(tested, None)
     result: dict[str, Any] = {
         "benchmark": "reach probe", "model": model_name(Path(args.model)), "length": length, "reaches": finite,
-        "measure_seconds": seconds, "losses": losses.tolist(), "device": str(model.decoder.device),
+        "measure_seconds": seconds, "weighing_seconds": weighing_seconds, "losses": losses.tolist(),
+        "losses_before_weighing": plain.tolist(), "device": str(model.decoder.device),
     }  # fmt: skip
 
     def save() -> None:
@@ -194,11 +197,12 @@ def main() -> int:
     result["rows"] = []
     windows = [window for window in (parse_tokens(w, "--windows") for w in args.windows.split(",")) if window < length]
     by_window = dict(zip(finite, losses.unbind(2), strict=True))
-    weights = {"reach": (1.0, 1.0), "reach by text": (1.0, 0.0), "reach by repeats": (0.0, 1.0)}
+    given = {
+        "reach": losses.sum(-1), "reach by text": losses[..., 0], "reach by repeats": losses[..., 1],
+        "reach, layers not weighed": plain.sum(-1),
+    }  # fmt: skip
     for budget in map(float, args.budgets.split(",")):
-        tried = {
-            name: by_losses(losses @ torch.tensor(weight), finite, length, budget) for name, weight in weights.items()
-        }
+        tried = {name: by_losses(values, finite, length, budget) for name, values in given.items()}
         for window in windows:  # a wide one ranks heads by the widest reach measured
             ranking = by_window[max(reach for reach in finite if reach <= window)].sum(-1)
             tried[f"window {window}"] = fixed(ranking, window, length, budget)
