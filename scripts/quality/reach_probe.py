@@ -179,7 +179,8 @@ def main() -> int:
     result: dict[str, Any] = {
         "benchmark": "reach probe", "model": model_name(Path(args.model)), "length": length, "reaches": finite,
         "measure_seconds": seconds, "weighing_seconds": weighing_seconds, "losses": losses.tolist(),
-        "losses_before_weighing": plain.tolist(), "device": str(model.decoder.device),
+        "losses_before_weighing": plain.tolist(), "weights": torch.stack(weights).tolist(),
+        "device": str(model.decoder.device),
     }  # fmt: skip
 
     def save() -> None:
@@ -197,9 +198,12 @@ def main() -> int:
     result["rows"] = []
     windows = [window for window in (parse_tokens(w, "--windows") for w in args.windows.split(",")) if window < length]
     by_window = dict(zip(finite, losses.unbind(2), strict=True))
+    scale = torch.stack(weights)
     given = {
         "reach": losses.sum(-1), "reach by text": losses[..., 0], "reach by repeats": losses[..., 1],
         "reach, layers not weighed": plain.sum(-1),
+        "reach, layers weighed down": (plain * scale.clamp(max=scale.median(0).values)[:, None, None]).sum(-1),
+        "reach, root of weights": (plain * scale.sqrt()[:, None, None]).sum(-1),
     }  # fmt: skip
     for budget in map(float, args.budgets.split(",")):
         tried = {name: by_losses(values, finite, length, budget) for name, values in given.items()}
