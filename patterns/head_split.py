@@ -49,8 +49,8 @@ class HeadSplit:
         `recent_size` tokens. Raises HeadMapError as the class."""
         rows = tuple(map(tuple, reaches))
         retrieval = tuple(tuple(reach > recent_size for reach in row) for row in rows)
-        finite = any(recent_size < reach < ALL_TOKENS for row in rows for reach in row)
-        return cls(retrieval, sink_size, recent_size, rows if finite else ())
+        plain = all(reach in (recent_size, ALL_TOKENS) for row in rows for reach in row)
+        return cls(retrieval, sink_size, recent_size, () if plain else rows)
 
     def _check_reaches(self) -> None:
         check_rows(self.reaches, "head split: reaches")

@@ -184,6 +184,8 @@ REACHING = replace(PLAIN, reach_losses=SMALL_LOSSES)
         (BUDGET, None, {}, InputError, "need a head map with reach losses"),
         (BUDGET, PLAIN, {}, InputError, "need reach losses, and head map has none"),
         (BUDGET, REACHING, {"capacity": None}, InputError, "need a stated context"),
+        (BUDGET, REACHING, {"session_reaches": [[64] * 4] * 5}, HeadMapError, "reaches are of 5 layers of 4 KV heads"),
+        (BUDGET, REACHING, {"session_reaches": [[63] * 4] * 6}, HeadMapError, "63 is too small"),
         (BUDGET, REACHING, {"retrieval_ratio": 0.5}, InputError, "retrieval ratio 0.5 both say"),
         (replace(BUDGET, sink_size=9), REACHING, {}, ConfigError, "sink_size = 9 is not the 8"),
         (replace(BUDGET, recent_size=65), REACHING, {}, ConfigError, "recent_size = 65 is not the 64"),

@@ -165,6 +165,11 @@ def _allocated(
     loaded = loaded.with_window(losses.sink_size, losses.reaches[0])
     if session_reaches is not None:
         split = HeadSplit.of_reaches(session_reaches, losses.sink_size, losses.reaches[0])
+        if (split.num_layers, split.num_kv_heads) != (config.num_layers, config.num_kv_heads):
+            raise HeadMapError(
+                f"the session's reaches are of {split.num_layers} layers of {split.num_kv_heads} KV heads, but the "
+                f"model has {config.num_layers} of {config.num_kv_heads}: load the checkpoint it was made with"
+            )
         notes += (f"the session keeps the reaches it was made with: {wanted} change nothing in it",)
         return ChosenSplit(split, loaded, f"{source}, reaches of the session", notes)
     if capacity is None:
