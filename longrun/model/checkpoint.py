@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longrun.allocation import ask_for_huge_pages, keep_freed_memory, return_freed_memory
+from longrun.allocation import ask_for_huge_pages, keep_freed_memory
 from longrun.config.gguf_header import gguf_file
 from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, quoted, short_path, shortened
@@ -236,7 +236,6 @@ class _Loader:
             gate_up=self.linear([(mlp + "gate_proj", None), (mlp + "up_proj", None)]),
             down=self.linear([(mlp + "down_proj", None)]),
         )
-        return_freed_memory()  # what is left of pieces between the weights would add up, layer by layer
         return loaded
 
     def linear(self, parts: list[tuple[str, Tensor | None]], columns: Tensor | None = None) -> QuantLinear:
@@ -249,6 +248,7 @@ class _Loader:
             bias = torch.empty(num_rows, dtype=self.dtype, device=self.device)
         if self.quantize_int4 is not None:
             weight: Tensor | Int4Rows = Int4Rows.empty(*shape, self.quantize_int4)
+            ask_for_huge_pages(weight.data.data_ptr(), weight.data.nbytes)
         elif is_quantized(self.weight_format):
             weight = self.room("linear", shape, self.dtype, self.device)
         else:
