@@ -12,7 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +81,15 @@ def next_tokens(model: Path, weight_format: str, text: str, num_tokens: int) -> 
     return token_ids, found
 
 
-def compare(model: Path, text: str, num_tokens: int, formats: Sequence[str]) -> dict[str, dict[str, float]]:
-    """By format: means of KL(bf16 || format) and of its own loss in nats, share of equal likeliest tokens."""
+def compare(model: Path, text: str, num_tokens: int, formats: Sequence[str]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Of each format: means of KL(bf16 || format) and of its own loss in nats, share of equal likeliest tokens."""
     token_ids, reference = next_tokens(model, REFERENCE, text, num_tokens)
-    found = {}
     for name in [REFERENCE, *formats]:
         own = reference if name == REFERENCE else next_tokens(model, name, text, num_tokens)[1]
         blocks = compare_blocks(own, reference, token_ids[1:])
         count = sum(block["tokens"] for block in blocks)
-        found[name] = {
-            key: sum(block[key] * block["tokens"] for block in blocks) / count for key in ("nll", "kl", "top1")
-        }
-    return found
+        means = (sum(block[key] * block["tokens"] for block in blocks) / count for key in ("nll", "kl", "top1"))
+        yield name, dict(zip(("nll", "kl", "top1"), means, strict=True))
 
 
 def load_times(model: Path, repeats: int) -> dict[str, list[dict[str, float]]]:
@@ -120,9 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     if arguments.load_times:  # first: nothing of this process is in the way yet
         result["load_times"] = load_times(arguments.model, arguments.load_times)
-    result["formats"] = compare(arguments.model, text, arguments.tokens, arguments.formats)
-    print(json.dumps({key: value for key, value in result.items() if key != "environment"}, indent=1))
-    write_whole(arguments.out, (json.dumps(result, indent=1) + "\n").encode())
+        print(json.dumps(result["load_times"]))
+    result["formats"] = {}
+    for name, found in compare(arguments.model, text, arguments.tokens, arguments.formats):
+        print(name, json.dumps(found), flush=True)
+        result["formats"][name] = found
+        write_whole(arguments.out, (json.dumps(result, indent=1) + "\n").encode())
     return 0
 
 
