@@ -31,7 +31,7 @@ from longrun.paths import path_option
 from longrun.plan.split import KV_BYTES_HELP
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
-from longrun.units import format_tokens, parse_tokens
+from longrun.units import ALL_TOKENS, format_tokens, parse_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -283,6 +283,7 @@ def describe(runtime: Runtime) -> dict[str, Any]:
     return {
         "split_hash": runtime.split.hash,
         "retrieval_heads": kept,
+        "reaches": [list(row) for row in runtime.split.reaches] or None,
         "kv_heads": total,
         "sink_size": runtime.split.sink_size,
         "recent_size": runtime.split.recent_size,
@@ -295,6 +296,10 @@ def describe(runtime: Runtime) -> dict[str, Any]:
 
 def panel_title(name: str, setting: str, described: dict[str, Any]) -> str:
     heads = f"{described['retrieval_heads']} of {described['kv_heads']} KV heads retrieval"
+    finite = sum(
+        described["recent_size"] < reach < ALL_TOKENS for row in described.get("reaches") or () for reach in row
+    )
+    heads += f", {finite} of finite reach" if finite else ""
     return f"{name}, {setting}\n{heads}\n{described['kv_format']} pages, {described['weight_format']} weights"
 
 
