@@ -65,21 +65,28 @@ def table_itemsize(weight_format: str) -> int:
     return 4 if weight_format == "fp32" else 2
 
 
-def linear_bytes(out_features: int, in_features: int, weight_format: str, compute_itemsize: int, bias: bool) -> int:
-    """Bytes of one linear layer of weight [out_features, in_features], its scales and bias included.
+def linear_tensors(
+    out_features: int, in_features: int, weight_format: str, compute_itemsize: int, bias: bool
+) -> tuple[int, ...]:
+    """Bytes of each tensor of one linear layer of weight [out_features, in_features]: the bias where there is one,
+    the weight, and its scales where the format has them.
 
     Raises:
         ConfigError: unknown weight format.
     """
     check_weight_format(weight_format)
     count = out_features * in_features
+    weight: tuple[int, ...] = (count * (4 if weight_format == "fp32" else 2),)
     if weight_format == "int8":
-        weight = count + _SCALE_ITEMSIZE * out_features
+        weight = (count, _SCALE_ITEMSIZE * out_features)
     elif weight_format == "nf4":
-        weight = -(-count // 2) + _SCALE_ITEMSIZE * -(-count // NF4_GROUP)
+        weight = (-(-count // 2), _SCALE_ITEMSIZE * -(-count // NF4_GROUP))
     elif weight_format == "int4":
-        row = 4 * -(-in_features // INT4_WORD) + _INT4_SCALE_ITEMSIZE * -(-in_features // INT4_GROUP)
-        weight = out_features * row
-    else:
-        weight = count * (4 if weight_format == "fp32" else 2)
-    return weight + (compute_itemsize * out_features if bias else 0)
+        words, groups = -(-in_features // INT4_WORD), -(-in_features // INT4_GROUP)
+        weight = (out_features * 4 * words, out_features * _INT4_SCALE_ITEMSIZE * groups)
+    return (compute_itemsize * out_features, *weight) if bias else weight
+
+
+def linear_bytes(out_features: int, in_features: int, weight_format: str, compute_itemsize: int, bias: bool) -> int:
+    """The sum of `linear_tensors`. Raises the same."""
+    return sum(linear_tensors(out_features, in_features, weight_format, compute_itemsize, bias))

@@ -16,7 +16,14 @@ from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
 from longrun.quant.weight_format import is_quantized
 from longrun.specs.attention_spec import DEFAULT_SCRATCH_TOKENS, AttentionSpec
 from longrun.specs.cache_spec import CacheSpec
-from longrun.specs.model_bytes import TOKEN_SLICES, activation_bytes, compute_itemsize, model_weight_bytes
+from longrun.specs.device_allocator import rounding_bytes
+from longrun.specs.model_bytes import (
+    TOKEN_SLICES,
+    activation_bytes,
+    compute_itemsize,
+    model_weight_bytes,
+    model_weight_tensors,
+)
 from longrun.units import ALL_TOKENS
 
 DEFAULT_WEIGHT_FORMAT = {"cpu": "fp32", "cuda": "bf16"}
@@ -90,6 +97,13 @@ class PlanSettings:
     def weight_bytes(self) -> int:
         return model_weight_bytes(self.config, self.weight_format, self.device_type)
 
+    @cached_property
+    def weight_rounding(self) -> int:
+        """Bytes that a GPU's allocator takes beyond those of the weights."""
+        if self.device_type != "cuda":
+            return 0
+        return rounding_bytes(model_weight_tensors(self.config, self.weight_format, self.device_type))
+
     @property
     def itemsize(self) -> int:
         """Bytes of an activation element."""
@@ -120,7 +134,7 @@ class PlanSettings:
         if is_quantized(self.weight_format):
             widest = max(2 * config.intermediate_size, config.q_size + 2 * config.kv_size)
             passing += widest * config.hidden_size * self.itemsize
-        return self.weight_bytes + self.base_bytes + self.reserved_bytes + passing
+        return self.weight_bytes + self.weight_rounding + self.base_bytes + self.reserved_bytes + passing
 
 
 @dataclass(frozen=True)
@@ -156,12 +170,12 @@ def place(settings: PlanSettings, capacity: int) -> Placement:
     cache = _cache_spec(settings, capacity, device_share=settings.device_share)
     if cache.host_pages:
         attention = _with_fetch_tables(attention, cache)
-    others = tuple(_items_beside_the_cache(settings, attention))
+    others = tuple(_items_beside_the_cache(settings, attention, cache))
     other_bytes = sum(item.bytes for item in others)
     missing = other_bytes + sum(cache.device_bytes().values()) - settings.device_bytes
     if missing > 0 and settings.host_bytes > 0 and cache.keeping_heads > 0:
         attention = _with_fetch_tables(attention, cache)
-        others = tuple(_items_beside_the_cache(settings, attention))
+        others = tuple(_items_beside_the_cache(settings, attention, cache))
         other_bytes = sum(item.bytes for item in others)
         empty = _cache_spec(settings, capacity, device_share=0.0)
         left = settings.device_bytes - other_bytes - sum(empty.device_bytes().values())
@@ -228,13 +242,14 @@ def _attention_spec(settings: PlanSettings, capacity: int) -> AttentionSpec:
     )
 
 
-def _items_beside_the_cache(settings: PlanSettings, attention: AttentionSpec) -> Iterator[PlanItem]:
+def _items_beside_the_cache(settings: PlanSettings, attention: AttentionSpec, cache: CacheSpec) -> Iterator[PlanItem]:
     base_note = "libraries, measured" if settings.device_type == "cpu" else "CUDA context and libraries, measured"
     layers = activation_bytes(
         settings.config, attention.chunk_size, settings.itemsize, settings.weight_format,
         TOKEN_SLICES[settings.device_type], settings.fused, settings.product_copy,
     )  # fmt: skip
     yield PlanItem("weights", "device", settings.weight_bytes, settings.weight_format)
+    yield PlanItem("allocator rounding", "device", _rounding(settings, cache), "of weights and page index")
     yield PlanItem("prefill scratch", "device", attention.scratch_bytes(), "dequantized pages")
     yield PlanItem("decode buffers", "device", attention.decode_bytes(), "and split results")
     yield PlanItem(
@@ -244,6 +259,14 @@ def _items_beside_the_cache(settings: PlanSettings, attention: AttentionSpec) ->
     yield PlanItem("logits", "device", settings.config.vocab_size * _LOGITS_BYTES_PER_TOKEN_ID, "and sampling")
     yield PlanItem("runtime base", "device", settings.base_bytes, base_note)
     yield PlanItem("reserved", "device", settings.reserved_bytes, "taken already")
+
+
+def _rounding(settings: PlanSettings, cache: CacheSpec) -> int:
+    """What a GPU's allocator takes beyond the bytes of the tensors that there is one of in every layer. The few others
+    lose less than 2 MiB each."""
+    if settings.device_type != "cuda":
+        return 0
+    return settings.weight_rounding + rounding_bytes(cache.index_tensors)
 
 
 def _cache_spec(

@@ -292,7 +292,7 @@ def _no_fit(settings: PlanSettings, placement: Placement, budget: Budget, chosen
     suggestions = suggest(settings, placement.capacity, chosen.resplits, split_of, chosen.kv_bytes or 0)
     device, host = shortfall(settings, placement.capacity)
     source = shortened(budget.source)
-    before_cache = settings.weight_bytes + settings.base_bytes + settings.reserved_bytes
+    before_cache = settings.weight_bytes + settings.weight_rounding + settings.base_bytes + settings.reserved_bytes
     if before_cache > settings.device_bytes:
         device, host = before_cache - settings.device_bytes, 0
         what = (

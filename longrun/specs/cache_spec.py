@@ -135,12 +135,18 @@ class CacheSpec:
         """Tokens a ring has room for: sinks and window, or the whole capacity where that is smaller."""
         return min(self.sink_size + self.recent_size, self.capacity)
 
+    @property
+    def index_tensors(self) -> tuple[int, ...]:
+        """Bytes of each layer's page index, a tensor of its own."""
+        per_head = self.pages_per_head * self.page_format.index_bytes
+        return tuple(heads * per_head for heads in self.retrieval_heads)
+
     def device_bytes(self) -> dict[str, int]:
         """Bytes on the device, by part."""
         fmt, heads = self.page_format, self.total_retrieval_heads
         return {
             "retrieval pages": self.device_pages * fmt.payload_bytes,
-            "page index (key scales)": heads * self.pages_per_head * fmt.index_bytes,
+            "page index (key scales)": sum(self.index_tensors),
             "sink pages": heads * fmt.sink_pages * fmt.exact_page_bytes,
             "tails": heads * fmt.exact_page_bytes,
             "rings": self.total_streaming_heads * ring_bytes(fmt, self.ring_slots),

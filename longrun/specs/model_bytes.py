@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from longrun.config.model_config import ModelConfig
-from longrun.quant.weight_format import compute_itemsize, is_quantized, linear_bytes, table_itemsize
+from longrun.quant.weight_format import compute_itemsize, is_quantized, linear_bytes, linear_tensors, table_itemsize
 
 __all__ = [
     "HEAD_PIECE",
@@ -15,6 +16,7 @@ __all__ = [
     "activation_bytes",
     "compute_itemsize",
     "model_weight_bytes",
+    "model_weight_tensors",
     "model_work",
 ]
 
@@ -39,8 +41,8 @@ def _linears(config: ModelConfig) -> tuple[tuple[int, int, bool], ...]:
     )
 
 
-def model_weight_bytes(config: ModelConfig, weight_format: str, device_type: str) -> int:
-    """Bytes of all parameters on the compute device: exactly `Decoder.weight_bytes`.
+def model_weight_tensors(config: ModelConfig, weight_format: str, device_type: str) -> Iterator[int]:
+    """Bytes of each parameter on the compute device, in the order in which they are allocated.
 
     Args:
         weight_format: one of `WEIGHT_FORMATS`, for the linears of the layers; norms and biases are in the compute
@@ -51,10 +53,24 @@ def model_weight_bytes(config: ModelConfig, weight_format: str, device_type: str
         ConfigError: unknown weight format or device type.
     """
     itemsize = compute_itemsize(weight_format, device_type)
-    layer = sum(linear_bytes(rows, cols, weight_format, itemsize, bias) for rows, cols, bias in _linears(config))
-    layer += (2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)) * itemsize
-    tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    return config.num_layers * layer + tables * table_itemsize(weight_format) + config.hidden_size * itemsize
+    table = config.vocab_size * config.hidden_size * table_itemsize(weight_format)
+    norm = config.hidden_size * itemsize
+    qkv, out, gate_up, down = (
+        linear_tensors(rows, cols, weight_format, itemsize, bias) for rows, cols, bias in _linears(config)
+    )
+    head_norms = 2 * (config.head_dim * itemsize,) if config.qk_norm else ()
+    yield table
+    for _ in range(config.num_layers):
+        yield from (norm, *qkv, *head_norms, *out, norm, *gate_up, *down)
+    yield norm
+    if not config.tie_word_embeddings:
+        yield table
+
+
+def model_weight_bytes(config: ModelConfig, weight_format: str, device_type: str) -> int:
+    """Bytes of all parameters on the compute device: exactly `Decoder.weight_bytes`, the sum of
+    `model_weight_tensors`. Arguments and errors as there."""
+    return sum(model_weight_tensors(config, weight_format, device_type))
 
 
 @dataclass(frozen=True)
