@@ -70,7 +70,7 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
             process makes that map now.
     """
     began = time.perf_counter()
-    settings = settings.resolved(torch.cuda.is_available())
+    chosen, settings = settings.context, settings.resolved(torch.cuda.is_available())
     out = Path(settings.out)
     if (
         out.exists()
@@ -81,6 +81,9 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
         raise HeadMapError(f"{out} is not a head map: give a new folder with --out")
     config = ModelConfig.from_dir(settings.model_dir)
     adapter = _open_adapter(settings)
+    if settings.method == "reach" and chosen is None:  # as long as the model reads, and no longer
+        trained = (config if adapter is None else adapter.adapted_config(config)).max_position_embeddings
+        settings = replace(settings, context=min(settings.context or trained, trained))
     tokenizer = load_tokenizer(settings.model_dir)
     text_ids, text_facts = read_text(tokenizer, settings)
     deciding = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_attention import DIM, GROUP, KV_HEADS, random_tokens, rms_ratio
 from test_reach import REACHES, by_mask
-from tiny_models import save_tiny
+from tiny_models import save_tiny, save_tokenizer
 
 import longrun
 from longrun.attention.interface import Step
@@ -90,6 +90,13 @@ def test_a_layers_cost_is_the_kl_of_cutting_all_its_heads(runtime):
         rows.append(torch.log_softmax(made.engine(made.new_session()).run(ids, all_positions=True), dim=-1))
     kl = (rows[0].exp() * (rows[0] - rows[1])).sum(-1)
     assert costs[-1] == pytest.approx([kl[kind].mean().item() for kind in kinds], rel=1e-3)
+
+
+def test_the_default_context_is_no_longer_than_the_model_reads(tmp_path):
+    save_tiny(tmp_path / "model", "llama", max_position_embeddings=1600)
+    save_tokenizer(tmp_path / "model")
+    made = identify(IdentifySettings(str(tmp_path / "model"), str(tmp_path / "map"), "reach", device="cpu"))
+    assert made.reach_losses.measured_length == 1600
 
 
 def test_repeated_parts_stand_where_the_rows_say():
