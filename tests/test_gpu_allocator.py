@@ -46,7 +46,7 @@ print(json.dumps(found))
 
 def test_weights_of_odd_sizes_take_what_is_planned(tmp_path):
     tiny_model(
-        "qwen2", head_dim=64, hidden_size=768, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8224,
+        "qwen2", head_dim=64, hidden_size=768, num_attention_heads=4, num_key_value_heads=2, intermediate_size=8224,
         num_hidden_layers=8, vocab_size=9000,
     ).save_pretrained(tmp_path)  # fmt: skip
     done = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path], capture_output=True, text=True, timeout=240)
