@@ -81,9 +81,12 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
         raise HeadMapError(f"{out} is not a head map: give a new folder with --out")
     config = ModelConfig.from_dir(settings.model_dir)
     adapter = _open_adapter(settings)
-    if settings.method == "reach" and chosen is None:  # as long as the model reads, and no longer
-        trained = (config if adapter is None else adapter.adapted_config(config)).max_position_embeddings
-        settings = replace(settings, context=min(settings.context or trained, trained))
+    if settings.method == "reach":
+        from longrun.patterns.reach import context_of, identify_reach
+
+        adapted = config if adapter is None else adapter.adapted_config(config)
+        assert settings.context is not None
+        settings = replace(settings, context=context_of(adapted, chosen, settings.context))
     tokenizer = load_tokenizer(settings.model_dir)
     text_ids, text_facts = read_text(tokenizer, settings)
     deciding = {
@@ -100,8 +103,6 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
     tell = on_progress or (lambda _: None)
     try:
         if settings.method == "reach":
-            from longrun.patterns.reach import identify_reach
-
             result = identify_reach(tokenizer, text_ids, settings, tell)
         else:
             if settings.method == "gates":

@@ -96,6 +96,21 @@ def finite_reaches(shortest: int, length: int) -> tuple[int, ...]:
     return tuple(reaches)
 
 
+def context_of(config: ModelConfig, asked: int | None, default: int) -> int:
+    """Tokens of a text: what is asked for, or the default and no more than the model was trained for.
+
+    Raises:
+        InputError: more are asked for than that.
+    """
+    trained = config.max_position_embeddings
+    if asked is not None and asked > trained:
+        raise InputError(
+            f"a context of {asked:,} tokens is longer than the {trained:,} that the model was trained for: give a "
+            f"shorter --context"
+        )
+    return min(trained, default) if asked is None else asked
+
+
 def identify_reach(
     tokenizer: PreTrainedTokenizerBase, text_ids: Tensor, settings: IdentifySettings, on_progress: OnProgress
 ) -> MethodResult:
@@ -106,7 +121,7 @@ def identify_reach(
             `settings.context` tokens are read; a step of `on_progress` is one of them.
 
     Raises:
-        InputError: the context is too short, or longer than the model was trained for.
+        InputError: the context is too short.
         CheckpointError, ConfigError: the model cannot be read.
     """
     config, adapter = ModelConfig.from_dir(settings.model_dir), None
@@ -114,13 +129,8 @@ def identify_reach(
         adapter = Adapter.open(settings.adapter, config)
         config = adapter.adapted_config(config)
     model = check_folder(settings.model_dir, config, adapter)
-    context, trained = settings.context, config.max_position_embeddings
+    context = settings.context
     assert context is not None and settings.steps is not None and settings.dtype is not None
-    if context > trained:
-        raise InputError(
-            f"a context of {context:,} tokens is longer than the {trained:,} that the model was trained for: give a "
-            f"shorter --context"
-        )
     reaches = finite_reaches(settings.recent_size, context)
     texts = [_drawn(tokenizer, text_ids, settings, step) for step in range(settings.steps)]
     device = torch.device(str(settings.device))

@@ -122,14 +122,14 @@ def test_reaches_end_at_a_quarter_of_the_text():
 
 def test_identify_by_reach(planted, tmp_path):
     settings = IdentifySettings(
-        str(planted.path), str(tmp_path / "map"), "reach", 4, 64, context=2048, steps=2, device="cpu"
+        str(planted.path), str(tmp_path / "map"), "reach", 4, 64, context=1100, steps=2, device="cpu"
     )
     steps = []
     made = identify(settings, steps.append)
     assert [step.step for step in steps] == [*range(1, 3), *range(4, 4 + planted.shape.num_layers)]
     assert {step.num_steps for step in steps} == {3 + planted.shape.num_layers}
     losses = made.reach_losses
-    assert losses.reaches == (64, 256) and losses.measured_length == 2048 and losses.sink_size == 4
+    assert losses.reaches == (64, 256) and losses.measured_length == 1100 and losses.sink_size == 4
     flat = [(loss[0], layer, head) for layer, row in enumerate(losses.losses) for head, loss in enumerate(row)]
     assert max(flat)[1:] == planted.retrieval_head
     assert HeadMap.load(tmp_path / "map") == made
@@ -137,7 +137,7 @@ def test_identify_by_reach(planted, tmp_path):
     with pytest.raises(InputError, match="trained for"):
         identify(dataclasses.replace(settings, out=str(tmp_path / "b"), context=2**24))
     with pytest.raises(HeadMapError):
-        identify(dataclasses.replace(settings, context=1024))
+        identify(dataclasses.replace(settings, context=1090))
 
 
 @pytest.mark.gpu
