@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 import longrun
+from longrun.arguments import COUNT, whole
 from longrun.cli import Parser, run
 from longrun.errors import InputError
 from longrun.files.user_files import read_text
@@ -53,9 +54,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=path_option, help="GGUF file")
     parser.add_argument("text", type=path_option, help="text file in UTF-8")
-    parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="of the text (default: 1024)")
+    parser.add_argument("--tokens", type=COUNT, default=1024, metavar="N", help="of the text (default: 1024)")
     parser.add_argument("--formats", nargs="+", choices=WEIGHT_FORMATS, default=["int8", "int4"], metavar="FORMAT")
-    parser.add_argument("--load-times", type=int, nargs="?", const=3, default=0, metavar="N", help="N runs of each (3)")
+    parser.add_argument(
+        "--load-times", type=whole(), nargs="?", const=3, default=0, metavar="N", help="N runs of each (3)"
+    )
     parser.add_argument("--out", required=True, type=path_option, metavar="FILE", help="JSON file")
     return parser.parse_args(argv)
 

@@ -13,31 +13,36 @@ tokens of the text and for repeated tokens. Keys and values are exact here; page
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
+import sys
 import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 from torch import Tensor
 
 import longrun
+from longrun.arguments import COUNT, whole
 from longrun.attention.interface import Step
 from longrun.attention.whole_text import WholeTextAttention
+from longrun.cli import Parser, run
 from longrun.errors import HeadMapError
 from longrun.hub.names import model_name
+from longrun.lab.report_env import environment
 from longrun.model.decoder import Decoder
+from longrun.paths import path_option
 from longrun.patterns.reach import SampledText, finite_reaches, layer_weights, mean_losses, sampled_text
 from longrun.patterns.reach_allocation import allocate
 from longrun.patterns.reach_losses import ReachLosses
 from longrun.runtime.runtime import Runtime
 from longrun.text.encoder import TextEncoder
 from longrun.units import ALL_TOKENS, parse_tokens
-from scripts.bench.bench_common import environment
 
 _SINKS = 64
 
@@ -150,17 +155,17 @@ def fixed(ranking: Tensor, window: int, length: int, budget: float) -> list[list
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True)
+    """Measure and print. Status 0."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, type=path_option)
     parser.add_argument("--length", default="4K")
     parser.add_argument("--weights", default=None)
-    parser.add_argument("--heads", type=int, default=20)
-    parser.add_argument("--shortest", type=int, default=256)
+    parser.add_argument("--heads", type=whole(), default=20, help="single heads to compare")
+    parser.add_argument("--shortest", type=COUNT, default=256, help="reach, in tokens")
     parser.add_argument("--weighing", default="8K", help="tokens of the text that layers are weighed on")
     parser.add_argument("--budgets", default="0.0625,0.125,0.25,0.5")
     parser.add_argument("--windows", default="256,1K,4K,16K")
-    parser.add_argument("--repeat-weight", type=float, default=1.0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=path_option, help="write the result here")
     args = parser.parse_args()
     length = parse_tokens(args.length, "--length")
     runtime = longrun.load(args.model, head_map="full", weight_format=args.weights, ctx=2048, chunk_size=256)
@@ -222,4 +227,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)
