@@ -22,8 +22,8 @@ _TOKEN_LINEARS = {"bf16": 0.90, "int8": 0.83, "int4": 0.75, "nf4": 0.57}
 _LAYER_SECONDS = 20e-6
 _LINK = 0.92
 
-# On a CPU: one token's weights, of reading memory; from a result of before linears were compiled, today's are faster.
-_CPU_WEIGHTS = 0.32
+# On a CPU: one token's weights, of reading memory; bf16 and nf4 from single runs.
+_CPU_LINEARS = {"fp32": 0.76, "bf16": 0.50, "int8": 0.47, "int4": 0.43, "nf4": 0.36}
 
 _MOST_STEPS = 128  # of a long context as many chunks are computed, evenly spread
 
@@ -111,7 +111,8 @@ def token_seconds(plan: Plan, speeds: Speeds, seq_len: int) -> float:
     group = plan.attention.num_qo_heads // plan.attention.num_kv_heads
     pairs = group * (cache.paged_tokens(seq_len) + cache.ring_tokens(seq_len))
     attention = 4 * cache.page_format.head_dim * pairs / speeds.attention_tflops / 1e12
-    return (work.linear_bytes + work.other_bytes) / memory / _CPU_WEIGHTS + attention + link
+    weights = (work.linear_bytes + work.other_bytes) / memory / _CPU_LINEARS[plan.weight_format]
+    return weights + attention + link
 
 
 def host_bytes(plan: Plan, seq_len: int) -> int:
