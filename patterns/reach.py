@@ -35,7 +35,7 @@ from longrun.text.encoder import TextEncoder
 PARTS, PART_SIZE, QUOTE_SIZE = 8, 64, 8
 TEXT_ROWS = 512
 _FACTOR = 4  # from one reach to the next
-_WEIGHING_CONTEXT = {"cpu": 2048, "cuda": 8192}  # a forward pass a layer
+_WEIGHING_CONTEXT = {"cpu": 1536, "cuda": 8192}  # a forward pass a layer
 _FORMATS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
