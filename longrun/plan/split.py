@@ -154,7 +154,8 @@ def _allocated(
     losses = loaded.reach_losses
     if losses is None:
         raise InputError(
-            f"{wanted} need reach losses, and {source} has none: measure them, or give a retrieval ratio instead"
+            f"{wanted} need reach losses, and {source} has none: measure them (longrun.patterns identify --method "
+            f"reach), or give a retrieval ratio instead"
         )
     for name, own in (("sink_size", losses.sink_size), ("recent_size", losses.reaches[0])):
         if getattr(budget, name) not in (None, own):
