@@ -13,7 +13,7 @@ from longrun.attention.interface import FusedDecode
 from longrun.attention.torch_backend import TorchAttention
 from longrun.cache.pages import PagedHeads
 from longrun.kernels.cpu_kernels import CpuKernels
-from longrun.kernels.page_view import ExactTokens
+from longrun.kernels.page_view import ExactTokens, PageView
 from longrun.kernels.prepared_call import PreparedCall
 from longrun.quant.rotation import random_signs
 
@@ -98,6 +98,8 @@ class CpuDecode(FusedDecode):
         exact = ExactTokens(pages.sink_k, pages.sink_v, pages.tail_k, pages.tail_v, self.state.lengths)
         self._prepare_decode(q, self.cache.view(layer_idx), exact, out, lse)
 
-    def _prepare_decode(self, q: Tensor, view: object, exact: ExactTokens, out: Tensor, lse: Tensor) -> None:
+    def _prepare_decode(
+        self, q: Tensor, view: PageView | None, exact: ExactTokens, out: Tensor, lse: Tensor
+    ) -> None:  # fmt: skip
         prepare = self._kernels.pages.prepare_decode
         self.calls.append(prepare(q, view, exact, softmax_scale=self._attention.softmax_scale, out=out, lse=lse))

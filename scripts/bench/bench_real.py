@@ -46,7 +46,6 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--new-tokens", type=COUNT, default=64, help="tokens timed in one repeat")
     sub.add_argument("--repeats", type=COUNT, default=1, help="repeats, one after the other in the same session")
     sub.add_argument("--skip-transformers", action="store_true", help="longrun only")
-    sub.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
