@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
         ("[[row]]\nname = 'a'\nsink_size = 4", "full has no streaming heads"),
         ("[[row]]\nname = 'a'\nchunk_size = 0", "chunk_size 0 must be at least 1"),
         ("[[row]]\nname = 'a'\nchunk_size = '1K'", "wrong type"),
-        ("[[row]]\nname = 'a'\neviction = 'h2o:5'\nkv = 'bf16'", "eviction 'h2o:5' is unknown"),
+        ("[[row]]\nname = 'a'\neviction = 'h3o:5'\nkv = 'bf16'", "eviction 'h3o:5' is unknown"),
+        ("[[row]]\nname = 'a'\neviction = 'random:5'\nkv = 'bf16'", "'random:5' is unknown: .* random-SEED"),
         ("[[row]]\nname = 'a'\neviction = 'tova:5@document'\nkv = 'bf16'", "is unknown"),
         ("[[row]]\nname = 'a'\neviction = 'tova:2.5'\nkv = 'bf16'", "no whole number"),
         ("[[row]]\nname = 'a'\neviction = 'tova:5'", "use kv bf16"),
@@ -54,6 +55,9 @@ def test_the_shipped_settings_can_be_read():
     evicts = {row.name: row.evicts for row in rows}["SnapKV 25%"]
     assert evicts.keep_tokens(4096) == 1024 and not evicts.at_document
     assert Row("a", kv="bf16", eviction="snapkv:7@document").evicts.keep_tokens(9999) == 7
+    rules = [Row("a", kv="bf16", eviction=f"{name}:25%@document") for name in ("h2o", "adakv", "random-3")]
+    assert [row.evicts.method for row in rules] == ["h2o", "adakv", "random-3"]
+    assert rules[2].method == "random tokens before the question"
     assert REFERENCE_ROW.kv == "bf16" and REFERENCE_ROW.head_map == "full" and REFERENCE_ROW.evicts is None
 
 

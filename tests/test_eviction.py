@@ -17,7 +17,8 @@ from longrun.lab.eviction_attention import EvictionAttention, EvictionSettings
 from longrun.lab.quality.eviction import end_prompt, make_session
 
 HEADS, GROUP, DIM = 3, 2, 16
-METHODS = ("snapkv", "tova")
+RULES = ("snapkv", "h2o", "streamingllm", "pyramidkv", "adakv", "random-1")
+METHODS = ("tova", *RULES)
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +145,10 @@ def backend(method: str, keep: int, chunk: int = 0, **settings) -> EvictionAtten
     return EvictionAttention(EvictingCache(spec, torch.device("cpu")), EvictionSettings(method, keep, **settings))
 
 
-@pytest.mark.parametrize(("method", "chunk"), [("snapkv", 40), ("tova", 11), ("tova", 1)])
+@pytest.mark.parametrize(("method", "chunk"), [*((rule, 40) for rule in RULES), ("tova", 11), ("tova", 1)])
 @torch.inference_mode()  # as the engine's steps are
 def test_every_step_is_dense_attention_over_the_kept_positions(method, chunk):
-    attention = backend(method, 20, chunk, **({"window": 8} if method == "snapkv" else {}))
+    attention = backend(method, 20, chunk, window=8)
     generator, n = torch.Generator().manual_seed(3), 150
     q = torch.randn(n, HEADS * GROUP, DIM, generator=generator) * 2
     k, v = torch.randn(2, n, HEADS, DIM, generator=generator)
@@ -155,7 +156,7 @@ def test_every_step_is_dense_attention_over_the_kept_positions(method, chunk):
     dropped = 0
     while start < n:
         count = min(chunk if start < 120 else 1, n - start, 120 - start if start < 120 else n)
-        before = layer.positions[:, : layer.length].clone()
+        before = [row.clone() for row in layer.kept_positions()]
         part = slice(start, start + count)
         out = attention.run(0, q[part], k[part], v[part], Step(start, count, None, None))
         attention.cache.advance(count)
@@ -231,8 +232,8 @@ def test_what_is_refused(runtime, tmp_path):
     session.prefill(text(20))
     with pytest.raises(SessionError, match=r"cannot be saved.*tova"):
         session.save(tmp_path / "session")
-    with pytest.raises(InputError, match="'h2o' is unknown"):
-        make_session(runtime, "h2o", 8, 100)
+    with pytest.raises(InputError, match="'h3o' is unknown: use tova, snapkv, h2o"):
+        make_session(runtime, "h3o", 8, 100)
     with pytest.raises(InputError, match="keep 0 tokens"):
         make_session(runtime, "tova", 0, 100)
     with pytest.raises(PlanError, match=r"snapkv holds .* and the budget has"):

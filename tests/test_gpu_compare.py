@@ -115,20 +115,20 @@ def text(count: int, seed: int) -> list[int]:
     return torch.randint(0, 97, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def kept_positions(session) -> list[torch.Tensor]:
-    """A copy of each layer's kept positions: TOVA's next step overwrites them, and on a CPU `cpu()` copies nothing."""
-    return [layer.positions[:, : layer.length].clone().cpu() for layer in session.cache.layers]
+def kept_positions(session) -> list[list[torch.Tensor]]:
+    """A copy of every head's kept positions: TOVA's next step overwrites them, and on a CPU `cpu()` copies nothing."""
+    return [[row.clone().cpu() for row in layer.kept_positions()] for layer in session.cache.layers]
 
 
-def shares_kept(one: list[torch.Tensor], other: list[torch.Tensor]) -> list[float]:
+def shares_kept(one: list[list[torch.Tensor]], other: list[list[torch.Tensor]]) -> list[float]:
     """Of each layer: the share of kept positions that are the same."""
     return [
-        sum(len({*a} & {*b}) / len(a) for a, b in zip(x.tolist(), y.tolist(), strict=True)) / len(x)
+        sum(len({*a.tolist()} & {*b.tolist()}) / len(a) for a, b in zip(x, y, strict=True)) / len(x)
         for x, y in zip(one, other, strict=True)
     ]
 
 
-@pytest.mark.parametrize("method", ["snapkv", "tova"])
+@pytest.mark.parametrize("method", ["snapkv", "h2o", "streamingllm", "pyramidkv", "adakv", "random-1", "tova"])
 def test_evicting_sessions_keep_and_say_what_the_cpus_do(folder, method):
     """In float32: the same tokens kept but for rounding, the same logits, the same after a rewind.
 
@@ -144,11 +144,11 @@ def test_evicting_sessions_keep_and_say_what_the_cpus_do(folder, method):
             session.prefill(text(25, seed))
             end_prompt(session)
         layers, kept[device] = session.cache.layers, kept_positions(session)
-        assert {layer.length for layer in layers} == {120 if method == "tova" else 120 + 32}
+        assert sum(sum(layer.counts) for layer in layers) == len(layers) * 3 * (120 if method == "tova" else 120 + 32)
         rows[device] = session.score(text(60, 4)).cpu()
         later[device] = kept_positions(session)
         chosen[device] = list(session.generate(8, eos=False))
-        assert session.cache.used_bytes == sum(layer.length for layer in layers) * 3 * (2 * 64 * 4 + 4)
+        assert session.cache.used_bytes == sum(sum(layer.counts) for layer in layers) * (2 * 64 * 4 + 4)
     for found in (kept, later):
         assert min(shares_kept(found["cpu"], found["cuda"])) > 0.98
     if method == "tova":  # the failing side: tokens read in between change what is kept
@@ -158,7 +158,7 @@ def test_evicting_sessions_keep_and_say_what_the_cpus_do(folder, method):
     assert len(chosen["cuda"]) == len(chosen["cpu"]) == 8
 
 
-@pytest.mark.parametrize("method", ["snapkv", "tova"])
+@pytest.mark.parametrize("method", ["snapkv", "h2o", "adakv", "tova"])
 def test_with_room_for_all_tokens_it_is_full_attention_in_bf16(folder, method):
     """The 16-bit attention kernels: key heads shared by three query heads, short questions, single tokens."""
     runtime = load(folder, "cuda", "bf16", "bf16")

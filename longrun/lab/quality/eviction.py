@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from longrun.engine.engine import Engine
-from longrun.errors import InputError, PlanError, quoted
+from longrun.errors import InputError, PlanError
 from longrun.lab.evicting_cache import EvictingCache, EvictingSpec
-from longrun.lab.eviction_attention import EvictionAttention, EvictionSettings, Method
+from longrun.lab.eviction_attention import EvictionAttention, EvictionSettings
 from longrun.quant.page_codec import exact_dtype
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
@@ -29,31 +29,30 @@ def tova_chunk(keep: int) -> int:
 
 
 def make_session(
-    runtime: Runtime, method: Method, keep: int, capacity: int, chunk_size: int | None = None, **settings: int
+    runtime: Runtime, method: str, keep: int, capacity: int, chunk_size: int | None = None, **settings: int
 ) -> EvictingSession:
     """An empty session that evicts.
 
     Read the prompt with `prefill`, then call `end_prompt`; marks and rewinds work as in any session. Positions keep
-    counting what was seen, so `seq_len` is that, and `cache.layers[i].length` what is kept. It cannot be saved.
+    counting what was seen, so `seq_len` is that, and `cache.layers[i].counts` what is kept. It cannot be saved.
 
     Args:
         runtime: with full attention (head map "full"); keys and values are held in its pages' exact dtype.
         method, keep: see `EvictionSettings`; settings: its other fields.
-        capacity: tokens seen in all. SnapKV first holds a whole prompt, TOVA never more than keep + chunk.
+        capacity: tokens seen in all. Retention rules first hold a whole prompt, TOVA never more than keep + chunk.
         chunk_size: tokens of a prefill step; default the plan's, for TOVA at most `tova_chunk(keep)`.
 
     Raises:
         InputError: an unknown method, keep below 1, or a runtime with streaming heads.
         PlanError: the cache does not fit in what the runtime's weights leave of the budget.
     """
-    if method not in ("snapkv", "tova"):
-        raise InputError(f"eviction method {quoted(method)} is unknown: use snapkv or tova")
     if keep < 1:
         raise InputError(f"{method} cannot keep {keep} tokens: give at least 1")
     if not runtime.split.is_full:
         raise InputError(f"{method} evicts from full attention: load the model with head map full")
     chosen, plan, parts = EvictionSettings(method, keep, **settings), runtime.plan, runtime.parts
-    chunk = chunk_size or (min(plan.chunk_size, tova_chunk(keep)) if method == "tova" else plan.chunk_size)
+    rule = chosen.rule
+    chunk = chunk_size or (min(plan.chunk_size, tova_chunk(keep)) if rule is None else plan.chunk_size)
     config = runtime.config
     spec = EvictingSpec(
         num_layers=config.num_layers,
@@ -61,12 +60,14 @@ def make_session(
         head_dim=config.head_dim,
         dtype=exact_dtype(plan.cache.page_format),
         capacity=capacity,
-        room=min(capacity, keep + chunk) if method == "tova" else capacity,
+        room=min(capacity, keep + chunk) if rule is None else capacity,
         spare=_SPARE,
-        in_place=method == "tova",
+        in_place=rule is None,
     )
-    # While SnapKV compresses, one layer stands in memory twice.
-    needed = spec.initial_bytes() + (spec.initial_bytes() // config.num_layers if method == "snapkv" else 0)
+    needed = spec.initial_bytes()
+    if rule is not None:
+        needed += spec.initial_bytes() // config.num_layers  # in compression, one layer stands in memory twice
+        needed += spec.received_bytes() if rule.score.reads_received else 0
     room = plan.device_budget - plan.device_bytes + sum(plan.cache.device_bytes().values())
     if needed > room:
         raise PlanError(
@@ -83,6 +84,6 @@ def make_session(
 
 
 def end_prompt(session: Session) -> None:
-    """The prompt ends here: SnapKV compresses now. Any other session is left as it is."""
+    """The prompt ends here: a retention rule compresses now. Any other session is left as it is."""
     if isinstance(session, EvictingSession):
         session.attention.compress()

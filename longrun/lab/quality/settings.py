@@ -10,14 +10,17 @@ from typing import Any
 
 from longrun.errors import InputError, quoted
 from longrun.files.user_files import parse_toml, read_text
+from longrun.lab.eviction_attention import TOVA
 from longrun.lab.quality.formats import SIMULATED_FORMATS, SimulatedFormat, is_simulated, simulated_format
+from longrun.lab.retention_rules import RULE_NAMES
 from longrun.patterns.baseline_maps import inverted_map, random_map, streaming_map
 from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadMap
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 
 REFERENCE = "reference"
-_EVICTION = re.compile(r"(snapkv|tova):(\d+(?:\.\d+)?)(%?)(@document)?")
+_METHODS = (TOVA, *RULE_NAMES)
+_EVICTION = re.compile(rf"({'|'.join(_METHODS)}):(\d+(?:\.\d+)?)(%?)(@document)?".replace("SEED", r"\d{1,9}"))
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,10 @@ class Eviction:
     """What a row evicts.
 
     Attributes:
-        method: "snapkv" or "tova".
+        method: "tova" or a retention rule's name (`longrun.lab.retention_rules`).
         keep: tokens, or percent of the prompt's length where `percent` is true.
-        at_document: SnapKV compresses at the document's end, before it knows the question; else, as in the paper, at
-            the prompt's end with the question in its window.
+        at_document: a rule compresses at the document's end, before it knows the question; else, as in SnapKV's paper,
+            at the prompt's end with the question in its window.
     """
 
     method: str
@@ -50,8 +53,8 @@ class Row:
         head_map: "full", "streaming", "random:SEED", "inverted:FOLDER" or a head map's folder.
         retrieval_ratio: share of the map's KV heads that keep all tokens; None splits at score 0.5.
         kv: page format, or a simulated one (`quality.formats`); weights: weight format, None for the budget's.
-        eviction: "none", "snapkv:KEEP" or "tova:KEEP", KEEP in tokens or with % of the prompt's length; SnapKV also
-            "snapkv:KEEP@document".
+        eviction: "none", "tova:KEEP" or "RULE:KEEP" with a retention rule like snapkv, KEEP in tokens or with % of the
+            prompt's length; of a rule also "RULE:KEEP@document".
         sink_size, recent_size: window of the streaming heads, None for a folder's own (64 and 256 where the map comes
             from no folder).
         chunk_size: tokens of a prefill step, None for the comparison's. It changes rounding alone, so the reference's
@@ -124,10 +127,10 @@ class Row:
         if self.eviction == "none":
             return None
         found = _EVICTION.fullmatch(self.eviction)
-        if found is None or (found[4] and found[1] == "tova") or float(found[2]) <= 0:
+        if found is None or (found[4] and found[1] == TOVA) or float(found[2]) <= 0:
             raise InputError(
                 f"row {self.name}: eviction {quoted(self.eviction)} is unknown: use none, snapkv:512, snapkv:25%, "
-                f"snapkv:512@document, tova:512 or tova:25%"
+                f"snapkv:512@document, tova:512 or tova:25%, or instead of snapkv one of {', '.join(RULE_NAMES[1:])}"
             )
         if not found[3] and "." in found[2]:
             raise InputError(f"row {self.name}: eviction {quoted(self.eviction)} keeps no whole number of tokens")
@@ -137,7 +140,9 @@ class Row:
     def method(self) -> str:
         """What the row is one point of: its line in a plot."""
         if self.evicts is not None:
-            return self.evicts.method + (" before the question" if self.evicts.at_document else "") + self._chunks
+            method = self.evicts.method.partition("-")  # random tokens of any seed are one method
+            what = f"{method[0]} tokens" if method[1] else method[0]
+            return what + (" before the question" if self.evicts.at_document else "") + self._chunks
         kind, _, rest = self.head_map.partition(":")
         what = {"full": "full", "streaming": "all streaming", "random": "random map"}.get(kind)
         if what is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from longrun.units import format_tokens
 ALL_TASKS = "all"  # the retrieval tasks together
 _SHARE = (0.0, 1.0)
 _APART = ("eviction", "sink_size", "recent_size")
+_RANDOM_SEED = re.compile(r"(?<=^random)-\d+(?=:)")  # of an eviction
 
 
 @dataclass(frozen=True)
@@ -186,17 +188,20 @@ def _exp(estimate: Estimate) -> Estimate:
 
 
 def families(results: QualityResults) -> dict[str, list[str]]:
-    """Rows that differ by name and head map alone, of one method (seeds): label -> names, two or more."""
+    """Rows of one method that differ by name and head map, or random tokens' seed: label -> names, two or more."""
     found: dict[tuple[Any, ...], list[str]] = {}
     for row in results.head["rows"]:
         described = results.head["described"].get(row["name"])
         if described is not None and row["name"] != REFERENCE:
-            key = (described["method"], described["retrieval_ratio"], *(row[name] for name in _APART))
+            apart = (_RANDOM_SEED.sub("", str(row[name])) for name in _APART)
+            key = (described["method"], described["retrieval_ratio"], *apart)
             found.setdefault(key, []).append(row["name"])
     labels = {}
-    for (method, ratio, *_), names in found.items():
+    for (method, ratio, eviction, *_), names in found.items():
         if len(names) > 1:
-            labels[f"{method}{'' if ratio is None else f', {ratio:.0%} of heads'} ({len(names)} rows)"] = names
+            size = "" if ratio is None else f", {ratio:.0%} of heads"
+            size += "" if eviction == "none" else f", {eviction.partition(':')[2]}"
+            labels[f"{method}{size} ({len(names)} rows)"] = names
     return labels
 
 
