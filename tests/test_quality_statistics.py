@@ -71,3 +71,14 @@ def test_seeds_are_taken_together_a_question_at_a_time(tmp_path):
     together = summarize(results, names, label, 100).tasks["all"]
     assert together.exact.count == 10 and together.exact.value == pytest.approx(1 / 3)
     assert summarize(results, ["a"], "a", 100).tasks["all"].exact == wilson(5, 10)
+
+
+def test_random_tokens_of_several_seeds_are_one_family_for_each_budget(tmp_path):
+    evictions = ["random-1:25%", "random-22:25%", "random-1:50%", "random-2:50%", "snapkv:25%", "random-1:25%@document"]
+    rows = [Row(f"row {i}", kv="bf16", eviction=eviction) for i, eviction in enumerate(evictions)]
+    results = QualityResults.open(tmp_path, {"lengths": [100], "tasks": ["single"]}, [row.to_dict() for row in rows])
+    results.head["described"] = {row.name: {"method": row.method, "retrieval_ratio": None} for row in rows}
+    assert families(results) == {
+        "random tokens, 25% (2 rows)": ["row 0", "row 1"],
+        "random tokens, 50% (2 rows)": ["row 2", "row 3"],
+    }
