@@ -197,6 +197,24 @@ def test_marks_bring_evicted_tokens_back(runtime, method):
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", RULES)
+def test_a_document_compressed_once_is_asked_often(runtime, method):
+    """A mark of kept tokens: each question finds the document as it was, also after one that needed more room."""
+    document, questions = text(90), [text(7, 5), text(80, 6), text(7, 5), text(9, 7), text(80, 6)]
+    session = make_session(runtime, method, 16, 200, chunk_size=20)
+    session.prefill(document)
+    end_prompt(session)
+    mark, found, kept = session.mark(), {}, []
+    for question in questions:
+        session.rewind(mark)
+        kept.append([row.tolist() for layer in session.cache.layers for row in layer.kept_positions()])
+        logits = session.prefill(question).clone()
+        end_prompt(session)  # already compressed
+        assert session.cache.used_bytes == (16 + 32 + len(question)) * session.cache.spec.token_bytes()
+        assert torch.equal(found.setdefault(tuple(question), logits), logits)
+    assert len(found) == 3 and all(one == kept[0] for one in kept)
+
+
 def test_snapkv_gives_the_memory_back(runtime):
     session = make_session(runtime, "snapkv", 30, 300, window=10)
     spec, cache = session.cache.spec, session.cache
