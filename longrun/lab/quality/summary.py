@@ -200,7 +200,7 @@ def families(results: QualityResults) -> dict[str, list[str]]:
     for (method, ratio, eviction, *_), names in found.items():
         if len(names) > 1:
             size = "" if ratio is None else f", {ratio:.0%} of heads"
-            size += "" if eviction == "none" else f", {eviction.partition(':')[2]}"
+            size += "" if eviction == "none" else f", {eviction.partition(':')[2].removesuffix('@document')}"
             labels[f"{method}{size} ({len(names)} rows)"] = names
     return labels
 
