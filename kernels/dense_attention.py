@@ -10,17 +10,21 @@ from torch import Tensor
 # that it has not seen (https://github.com/modelscope/FunASR/issues/3704).
 _CUDNN_SECONDS, _FLASH_SECONDS, _PLAN_SECONDS = 1 / 620e12, 1 / 350e12, 0.06
 _CUDNN_ROWS = 1024
-_PLAN_USES = 16  # calls that share a plan: layers with as many heads, chunk after chunk
+PLAN_USES = 16
+"""Calls that share a plan where a caller knows no better: some layers have as many heads, chunk after chunk."""
 _LAST_PLAN_USES = 8  # of a last chunk's length
 
 
-def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float) -> tuple[Tensor, Tensor]:
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float, plan_uses: int = PLAN_USES
+) -> tuple[Tensor, Tensor]:
     """Softmax attention by the platform's fused kernel.
 
     Args:
         q: [num_heads, q_len, head_dim]; k, v: [num_kv_heads, kv_len, head_dim], the same dtype. Query heads of a KV
             head stand together: num_heads is a multiple of num_kv_heads.
         causal: query i sees keys <= i (q_len == kv_len), else every key.
+        plan_uses: calls of this shape that are to come; decides whether a plan of cuDNN's pays.
 
     Returns:
         out: [num_heads, q_len, head_dim], dtype of q; lse: float32 [num_heads, q_len], natural log-sum-exp.
@@ -31,7 +35,7 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_sc
     """
     assert not causal or q.shape[1] == k.shape[1]
     assert q.shape[0] % k.shape[0] == 0
-    operator = dense_operator(q, k.shape[1], causal)
+    operator = dense_operator(q, k.shape[1], causal, plan_uses)
     if q.shape[0] != k.shape[0] and operator in ("cpu", "efficient"):
         k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for x in (k, v))
     q_len, q, k, v = q.shape[1], q[None], k[None], v[None]
@@ -50,7 +54,7 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_sc
     return out[0], lse[0].float()
 
 
-def dense_operator(q: Tensor, kv_len: int, causal: bool) -> str:
+def dense_operator(q: Tensor, kv_len: int, causal: bool, plan_uses: int = PLAN_USES) -> str:
     """Which of torch's operators serves q [num_heads, q_len, head_dim] over `kv_len` keys: cpu, efficient, cudnn or
     flash. cuDNN's is the fastest, where a plan of its own pays; for a question it plans longer than it attends."""
     assert q.dim() == 3
@@ -59,7 +63,7 @@ def dense_operator(q: Tensor, kv_len: int, causal: bool) -> str:
     if q.dtype == torch.float32:
         return "efficient"
     operations = attention_operations(*q.shape, kv_len, causal)
-    saved = operations * (_FLASH_SECONDS - _CUDNN_SECONDS) * _PLAN_USES
+    saved = operations * (_FLASH_SECONDS - _CUDNN_SECONDS) * plan_uses
     pays = q.shape[1] >= _CUDNN_ROWS and saved > _PLAN_SECONDS
     return "cudnn" if pays and cudnn_serves(q.device) else "flash"
 

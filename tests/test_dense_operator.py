@@ -12,6 +12,7 @@ import torch
 
 from longrun.kernels import dense_attention
 from longrun.kernels.dense_attention import attention_with_lse, padded_rows, reference_attention_with_lse
+from longrun.specs.attention_spec import AttentionSpec
 
 CUDNN, FLASH, EFFICIENT = (f"_scaled_dot_product_{name}_attention" for name in ("cudnn", "flash", "efficient"))
 SHAPED = {  # log-sum-exp [1, heads, q_len] as each operator returns it
@@ -89,6 +90,17 @@ def test_which_operator_is_called_for_which_shape(monkeypatch, asked, q_len, kv_
     q, k, v = (torch.zeros((), dtype=torch.bfloat16).expand(shape).as_subclass(OnGpu) for shape in shapes)
     attention_with_lse(q, k, v, causal, 0.1)
     assert asked == [operator]
+
+
+def test_a_small_model_read_in_one_chunk_has_cudnn(monkeypatch, asked):
+    """Qwen2.5-1.5B's 28 equal layers at 30K tokens: 16 calls would not pay for a plan, 28 do."""
+    card(monkeypatch, 9)
+    shapes = (12, 30_000, 128), (2, 30_000, 128), (2, 30_000, 128)
+    q, k, v = (torch.zeros((), dtype=torch.bfloat16).expand(shape).as_subclass(OnGpu) for shape in shapes)
+    spec = AttentionSpec(65_536, 2, 12, 2, 128, 2, 30_256, 64, 256, fused=True, num_layers=28)
+    for uses in (dense_attention.PLAN_USES, spec.layers_alike):
+        attention_with_lse(q, k, v, True, 0.1, plan_uses=uses)
+    assert asked == [FLASH, CUDNN]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

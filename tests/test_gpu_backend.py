@@ -190,10 +190,10 @@ def test_a_chunk_in_a_full_ones_shape_gives_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(prefill, "padded_rows", lambda heads, q_len, head_dim, start, chunk_size: chunk_size)
     dense = attention._prefill_pages._kernels.dense_attention
 
-    def watched(q, k, v, causal, softmax_scale):
+    def watched(q, k, v, causal, softmax_scale, plan_uses):
         lengths.append(q.shape[1])
         assert not causal or k.shape[1] == v.shape[1] == q.shape[1]
-        return dense(q, k, v, causal, softmax_scale)
+        return dense(q, k, v, causal, softmax_scale, plan_uses)
 
     paged = attention._prefill_pages
     paged._kernels = dataclasses.replace(paged._kernels, dense_attention=watched)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from longrun.attention.fetch import PageFetcher
 from longrun.attention.past import Run, past_pieces
 from longrun.cache.page_places import HeadGroup
 from longrun.cache.pages import PagedHeads
-from longrun.kernels.dense_attention import padded_rows
+from longrun.kernels.dense_attention import PLAN_USES, padded_rows
 from longrun.kernels.page_view import PageView
 from longrun.quant.kv_format import PageFormat
 from longrun.specs.attention_spec import AttentionSpec
@@ -55,6 +56,7 @@ class PagedPrefill:
     ) -> None:  # fmt: skip
         self._spec, self._fmt, self._kernels, self._fetcher = spec, fmt, kernels, fetcher
         self._pads_chunks, self._softmax_scale = pads_chunks, spec.head_dim**-0.5
+        self._plan_uses = max(PLAN_USES, spec.layers_alike)
         elements = spec.max_retrieval_heads * spec.scratch_tokens * spec.head_dim
         self._scratch = torch.empty(2, elements, dtype=dtype, device=device).fill_(0)
 
@@ -73,7 +75,8 @@ class PagedPrefill:
     def _attend_to_all(
         self, pages: PagedHeads, group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, start: int, out: Tensor
     ) -> None:  # fmt: skip
-        dense, scale, tokens = self._kernels.dense_attention, self._softmax_scale, len(q)
+        dense = partial(self._kernels.dense_attention, plan_uses=self._plan_uses)
+        scale, tokens = self._softmax_scale, len(q)
         rows = tokens
         if self._pads_chunks:
             rows = padded_rows(q.shape[1], tokens, q.shape[2], start, self._spec.chunk_size)

@@ -15,6 +15,8 @@ from longrun.attention.window import WindowAttention
 from longrun.kernels.dense_attention import attention_with_lse
 from longrun.units import ALL_TOKENS
 
+_PLAN_USES = 100  # calls of one shape: a text is read several times, and most layers are alike
+
 
 class WholeTextAttention:
     """A head of reach R sees the first `sink_size` tokens and its newest R, the query's own included.
@@ -58,5 +60,6 @@ class WholeTextAttention:
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[T, num_heads, group, head_dim] of q in that shape."""
-        found, _ = attention_with_lse(q.flatten(1, 2).transpose(0, 1), k, v, True, self.softmax_scale)
+        q_rows = q.flatten(1, 2).transpose(0, 1)
+        found, _ = attention_with_lse(q_rows, k, v, True, self.softmax_scale, plan_uses=_PLAN_USES)
         return found.transpose(0, 1).reshape(q.shape)

@@ -30,6 +30,7 @@ class AttentionSpec:
         fused: the GPU kernels' backend; it has decode buffers, and other temporaries than plain torch.
         fetch_table_pages: page-table entries by which fetched host pages are read (fused backend).
         head_counts: how many different numbers of retrieval heads the layers have (fused backend).
+        num_layers: with head_counts it says how many layers' attention has one shape.
         reaches: the different finite reaches of retrieval heads, in tokens. The scratch holds a head's sinks and
             longest reach.
     """
@@ -46,12 +47,18 @@ class AttentionSpec:
     fused: bool = False
     fetch_table_pages: int = 0
     head_counts: int = 1
+    num_layers: int = 1
     reaches: tuple[int, ...] = ()
 
     @property
     def group(self) -> int:
         """Query heads of one KV head."""
         return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def layers_alike(self) -> int:
+        """Layers of one chunk whose attention has the same shape, if all head counts are as frequent."""
+        return self.num_layers // self.head_counts
 
     def scratch_bytes(self) -> int:
         """Keys and values of `scratch_tokens` tokens of the retrieval heads, allocated once."""
