@@ -74,7 +74,7 @@ def budget_by_hand(budget: Budget, retrieval_ratio: float | None, kv_bytes: int 
 def choose_split(
     config: ModelConfig,
     budget: Budget,
-    head_map: HeadMap | str | Path | None = None,
+    head_map: HeadMap | HeadSplit | str | Path | None = None,
     retrieval_ratio: float | None = None,
     *,
     assume: bool = False,
@@ -88,7 +88,7 @@ def choose_split(
     ratio is then not used.
 
     Args:
-        head_map: folder, map, "full" or None.
+        head_map: folder, map, "full" or None; or a split, which stays as it is.
         retrieval_ratio: the caller's own ratio.
         assume: let None with a ratio stand for a map that keeps that share of the heads of every layer. That is good
             enough to plan with, never to run with.
@@ -97,12 +97,14 @@ def choose_split(
 
     Raises:
         HeadMapError: a map that cannot be read, has another shape than the model, or a ratio outside [0, 1].
-        InputError: a ratio or `kv_bytes` without a head map to apply it to, `kv_bytes` without a capacity or reach
-            losses.
+        InputError: a ratio or `kv_bytes` without a head map to apply it to or with a split, `kv_bytes` without a
+            capacity or reach losses.
         ConfigError: the budget asks for another window than the reach losses were measured with.
     """
     if retrieval_ratio is not None:
         retrieval_ratio = number(retrieval_ratio, "retrieval ratio", 0, 1, error=HeadMapError)
+    if isinstance(head_map, HeadSplit):
+        return _given(config, budget, head_map, retrieval_ratio)
     if not isinstance(head_map, HeadMap | str | PathLike | None):
         raise InputError(f'head map {quoted(head_map)} is neither a HeadMap nor a folder: give one, or "full"')
     if budget.kv_bytes is not None:
@@ -134,6 +136,16 @@ def choose_split(
     notes += tuple(f"{source}: {doubt}" for doubt in loaded.doubts(split, by_ratio=ratio is not None))
     how = "heads that score at least 0.5" if ratio is None else f"retrieval ratio {ratio:g}"
     return ChosenSplit(split, loaded, f"{source}, {how}", notes)
+
+
+def _given(config: ModelConfig, budget: Budget, split: HeadSplit, retrieval_ratio: float | None) -> ChosenSplit:
+    """A split that was decided before."""
+    if retrieval_ratio is not None or budget.kv_bytes is not None:
+        raise InputError("a head split says which heads keep how much: give it without a retrieval ratio and kv_bytes")
+    scores = tuple(tuple(float(keep) for keep in row) for row in split.retrieval)
+    head_map = HeadMap(scores, split.sink_size, split.recent_size)
+    head_map.check_shape(config.num_layers, config.num_kv_heads, "head split")
+    return ChosenSplit(split, head_map, f"a given split, {split.hash}")
 
 
 def _allocated(

@@ -8,7 +8,7 @@ from pathlib import Path
 from longrun.allocation import failed_allocations
 from longrun.errors import InputError
 from longrun.model.reorder import reordered, reordered_bytes
-from longrun.patterns.head_map import HeadMap
+from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import choose_split
 from longrun.plan.split import budget_by_hand
@@ -19,8 +19,8 @@ from longrun.runtime.setup import Setup
 
 @failed_allocations("while a runtime was derived")
 def derived(
-    setup: Setup, head_map: HeadMap | str | Path | None, retrieval_ratio: float | None, kv_bytes: int | str | None,
-    kv_format: str | None, chunk_size: int | None, capacity: int,
+    setup: Setup, head_map: HeadMap | HeadSplit | str | Path | None, retrieval_ratio: float | None,
+    kv_bytes: int | str | None, kv_format: str | None, chunk_size: int | None, capacity: int,
 ) -> Setup:  # fmt: skip
     """`setup` with what is given in place of its own; see `Runtime.derive`.
 
@@ -51,14 +51,14 @@ def derived(
             setup.identity,
             head_split=split.hash,
             kv_format=plan.kv_format,
-            reaches=None if budget.kv_bytes is None else split.all_reaches,
+            reaches=None if budget.kv_bytes is None and not split.reaches else split.all_reaches,
         ),
         parts=replace(setup.parts, decoder=decoder, gpu_kernels=kernels),
     )
 
 
 def _with_split(
-    setup: Setup, head_map: HeadMap | str | Path | None, retrieval_ratio: float | None, capacity: int
+    setup: Setup, head_map: HeadMap | HeadSplit | str | Path | None, retrieval_ratio: float | None, capacity: int
 ) -> Setup:
     """With the split of `head_map`, or else with another ratio or bytes of its own map; and notices about it."""
     if isinstance(head_map, str) and head_map == "auto":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from longrun.allocation import failed_allocations
 from longrun.engine.engine import Engine
 from longrun.errors import InputError, quoted, short_path
-from longrun.patterns.head_map import HeadMap
+from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.runtime.backend import build_engine
 from longrun.runtime.derive import derived
 from longrun.runtime.memory_checks import check_free_memory
@@ -159,7 +159,7 @@ class Runtime:
 
     def derive(
         self,
-        split: HeadMap | str | Path | None = None,
+        split: HeadMap | HeadSplit | str | Path | None = None,
         kv_format: str | None = None,
         chunk_size: int | None = None,
         *,
@@ -174,7 +174,8 @@ class Runtime:
         other weights are shared. This runtime stays as it is; each plans with the other's sessions and copies.
 
         Args:
-            split: which heads keep every token: `HeadMap`, folder in DuoAttention's format, or "full".
+            split: which heads keep every token: `HeadMap`, folder in DuoAttention's format, or "full"; or how far
+                each head reaches, a `HeadSplit`.
             kv_format: "int4", "k5v3", "bf16" or "fp32".
             chunk_size: the most tokens of one prefill step.
             ctx: tokens to plan for; default: this runtime's plan's.

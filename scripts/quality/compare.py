@@ -13,6 +13,7 @@ import gc
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +34,9 @@ from longrun.lab.report_env import environment
 from longrun.model.choice import choose_model
 from longrun.needles.needles import Haystack
 from longrun.paths import path_option
+from longrun.patterns.head_map import HeadSplit
 from longrun.text.encoder import TextEncoder, leading_ids
-from longrun.units import format_tokens, parse_tokens
+from longrun.units import ALL_TOKENS, format_tokens, parse_tokens
 from scripts.quality.compare_runtimes import Runtimes, comparison_budget
 
 if TYPE_CHECKING:
@@ -136,7 +138,7 @@ class Comparison:
         self._runtimes = Runtimes(
             arguments.model, arguments.adapter, budget, arguments.device, max(settings["lengths"]) + SPARE_TOKENS
         )
-        self._loaded: tuple[Row, Runtime, Plan] | None = None
+        self._loaded: tuple[Row, int | None, Runtime, Plan] | None = None
         self._told: set[str] = set()
         self._documents: dict[tuple[int, str], list[TaskDocument]] = {}
         self._texts: list[int] | None = None
@@ -158,7 +160,10 @@ class Comparison:
         return self._results.get(row.name, length, group) is None
 
     def _measure(self, row: Row, length: int, group: str) -> None:
-        settings, runtime = self._settings, self._runtime(row)
+        settings, runtime = self._settings, self._runtime(row, length)
+        if runtime is None:
+            self._say(f"{row.name}, {format_tokens(length)}: left out, as its share does not hold even the windows")
+            return
         start = time.perf_counter()
 
         def on_document(name: str) -> None:
@@ -178,28 +183,38 @@ class Comparison:
             found = measure_retrieval(runtime, row, length, documents, on_document)
         seconds = round(time.perf_counter() - start, 2)
         record = {"row": row.name, "length": length, "group": group, "seconds": seconds}
+        if row.by_length:
+            record["split"] = split_facts(runtime.split)
         self._results.add(record | {"commit": self._results.head["environment"]["commit"]} | found)
         self._console.print(f"{row.name}, {format_tokens(length)}, {group}: {told(found['items'])} ({seconds:.0f} s)")
 
-    def _runtime(self, row: Row) -> Runtime:
-        """The row's model; kept while the next row needs the same weights in the same order."""
+    def _say(self, text: str) -> None:
+        """Once."""
+        if text not in self._told:
+            self._told.add(text)
+            self._console.print(text)
+
+    def _runtime(self, row: Row, length: int) -> Runtime | None:
+        """The row's model; kept while the next row needs the same weights in the same order. None where the row's share
+        does not hold the windows at this length."""
         key = replace(row, name="", kv=row.stored_kv, eviction="none")  # what a runtime is made from
-        if self._loaded is None or self._loaded[0] != key:
+        where = length if row.by_length else None
+        if self._loaded is None or self._loaded[:2] != (key, where):
             self._loaded = None
             release_memory()
-            runtime = self._runtimes.get(row)
+            runtime = self._runtimes.get(row, length)
+            if runtime is None:
+                return None
             if runtime.tokenizer is None:
                 raise InputError(
                     f"model folder {self._arguments.model} has no tokenizer: questions are text, add its files"
                 )
             for notice in runtime.notices:
-                if notice not in self._told:
-                    self._told.add(notice)
-                    self._console.print(f"note: {notice}")
-            self._loaded = (key, runtime, runtime.plan)  # a session of another length gives the runtime another plan
-        elif self._loaded[1].plan.device_type == "cuda":
+                self._say(f"note: {notice}")
+            self._loaded = (key, where, runtime, runtime.plan)  # a session of another length gives another plan
+        elif self._loaded[3].device_type == "cuda":
             release_memory()
-        _, runtime, plan = self._loaded
+        _, _, runtime, plan = self._loaded
         self._results.describe(row.name, describe(row, runtime, plan))
         return runtime
 
@@ -243,15 +258,15 @@ def release_memory() -> None:
 def describe(row: Row, runtime: Runtime, plan: Plan) -> dict[str, Any]:
     """How a row is run, as results.json records it; `plan` is that of the longest of the comparison's lengths."""
     split, cache = runtime.split, plan.cache
-    page, simulates = cache.page_format, row.simulates
+    page, simulates, varies = cache.page_format, row.simulates, row.by_length  # then each record has its own split
     return {
         "method": row.method,
-        "retrieval_ratio": None if row.evicts is not None else round(split.retrieval_ratio, 6),
-        "split_hash": split.hash,
-        "retrieval_heads": split.total_retrieval,
+        "retrieval_ratio": None if row.evicts is not None or varies else round(split.retrieval_ratio, 6),
+        "split_hash": None if varies else split.hash,
+        "retrieval_heads": None if varies else split.total_retrieval,
         "kv_heads": split.num_layers * split.num_kv_heads,
         "sink_size": split.sink_size,
-        "recent_size": split.recent_size,
+        "recent_size": None if varies and row.head_map == "streaming" else split.recent_size,
         "kv_format": plan.kv_format,
         "kv_page_bytes": page.page_bytes,
         "kv_rotated": ("keys and values" if page.rotates_values else "keys") if page.rotates_keys else None,
@@ -260,7 +275,17 @@ def describe(row: Row, runtime: Runtime, plan: Plan) -> dict[str, Any]:
         else simulates.described(page.page_size, page.head_dim, cache.total_retrieval_heads),
         "weight_format": plan.weight_format,
         "device": plan.device_type,
-        "chunk_size": plan.chunk_size,
+        "chunk_size": None if varies else plan.chunk_size,
+    }
+
+
+def split_facts(split: HeadSplit) -> dict[str, Any]:
+    """How far the heads reach at one length, as a record keeps it: how many heads have each reach."""
+    counts = Counter(reach for row in split.all_reaches for reach in row)
+    return {
+        "hash": split.hash,
+        "sink_size": split.sink_size,
+        "heads": {"all" if reach == ALL_TOKENS else str(reach): counts[reach] for reach in sorted(counts)},
     }
 
 

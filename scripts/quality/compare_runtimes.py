@@ -15,13 +15,17 @@ import torch
 
 import longrun
 from longrun.config.model_config import ModelConfig
+from longrun.errors import HeadMapError, InputError
+from longrun.lab.quality.measures import SPARE_TOKENS
 from longrun.lab.quality.settings import Row
 from longrun.patterns.head_map import HeadMap
 from longrun.plan.budget import Budget
 from longrun.plan.placement import DEFAULT_WEIGHT_FORMAT
 from longrun.plan.plan import choose_split
+from longrun.plan.reaches import reach_bytes
 from longrun.quant.weight_format import is_quantized
 from longrun.runtime import gpu_checks
+from longrun.runtime.head_map_check import other_model_notices
 from longrun.runtime.runtime import Runtime
 
 _FULL = "full"
@@ -79,24 +83,69 @@ class Runtimes:
         """
         for row in rows:
             head_map = row.make_map(self._config.num_layers, self._config.num_kv_heads)
+            if row.kv_share is not None:
+                row.split_at(self._config.num_layers, self._config.num_kv_heads, self._capacity)
+                continue
+            if row.kv_bytes is not None and isinstance(head_map, HeadMap) and head_map.reach_losses is None:
+                raise HeadMapError(f"row {row.name}: kv_bytes need reach losses, which {row.head_map} does not have")
             choose_split(self._config, self._budget, head_map, row.retrieval_ratio)
 
-    def get(self, row: Row) -> Runtime:
+    def get(self, row: Row, length: int | None = None) -> Runtime | None:
         """A runtime with the row's head split, page format and weights.
+
+        Args:
+            length: the tested length, which a row that is `by_length` needs.
+
+        Returns:
+            None where the row's share or bytes do not even hold the windows at this length.
 
         Raises:
             LongrunError: as `longrun.load`.
         """
         config = self._config
+        if row.by_length:
+            assert length is not None
+            return self._at_length(row, length)
         head_map = row.make_map(config.num_layers, config.num_kv_heads)
         weights = row.weights or self._budget.weight_format or DEFAULT_WEIGHT_FORMAT[self._device]
         if is_quantized(weights):
             return self._load(row, head_map, row.retrieval_ratio)
-        if weights not in self._bases:
-            self._bases[weights] = self._load(replace(row, chunk_size=None), _FULL, None)
-        return self._bases[weights].derive(
+        return self._base(row, weights).derive(
             head_map, row.stored_kv, row.chunk_size, ctx=self._capacity, retrieval_ratio=row.retrieval_ratio
         )
+
+    def _base(self, row: Row, weights: str) -> Runtime:
+        """Full attention over weights of this format, read once."""
+        if weights not in self._bases:
+            self._bases[weights] = self._load(replace(row, chunk_size=None), _FULL, None)
+        return self._bases[weights]
+
+    def _at_length(self, row: Row, length: int) -> Runtime | None:
+        """The runtime of a row whose heads keep other tokens at every length."""
+        weights = row.weights or self._budget.weight_format or DEFAULT_WEIGHT_FORMAT[self._device]
+        if is_quantized(weights):
+            raise InputError(
+                f"row {row.name}: kv_share and kv_bytes put heads into another order at every length, which {weights} "
+                f"weights do not allow: use bf16 or fp32"
+            )
+        config, base, capacity = self._config, self._base(row, weights), length + SPARE_TOKENS
+        if row.kv_share is not None:
+            split = row.split_at(config.num_layers, config.num_kv_heads, length)
+            if split is None:
+                return None
+            made = base.derive(split, row.stored_kv, row.chunk_size, ctx=capacity)
+            head_map = row.make_map(config.num_layers, config.num_kv_heads)
+            assert isinstance(head_map, HeadMap)
+            adapter = None if self._adapter is None else Path(self._adapter)
+            made.notices += other_model_notices(head_map, made.identity.model, made.model_dir, adapter)
+            return made
+        full = base.derive(_FULL, row.stored_kv, row.chunk_size, ctx=capacity)
+        size, losses = row.bytes_at(full.plan.cache.kv_bytes), HeadMap.load(row.head_map).reach_losses
+        assert losses is not None, "checked before anything is measured"
+        one = reach_bytes(losses, full.plan.cache.page_format, capacity)(losses.reaches[0])
+        if size < one * config.num_layers * config.num_kv_heads:
+            return None
+        return base.derive(row.head_map, row.stored_kv, row.chunk_size, ctx=capacity, kv_bytes=size)
 
     def _load(self, row: Row, head_map: HeadMap | str, ratio: float | None) -> Runtime:
         return longrun.load(

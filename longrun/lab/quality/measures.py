@@ -54,10 +54,15 @@ def cache_bytes(cache: DualCache | EvictingCache, simulates: SimulatedFormat | N
 
     In use are, of a dual cache, the pages stored with their index and table entries, tails and sink pages whole, and
     ring slots that hold a token; of an evicting one the tokens kept. Where the pages simulate a format, `computed` is
-    what it would have in use, by its spec.
+    what it would have in use, by its spec. `tokens` are those kept, summed over all KV heads, without the rest of a
+    page that a reach ends in; `full_tokens` those that full attention keeps; `planned` is a dual cache's
+    `CacheSpec.kv_bytes`.
     """
     if isinstance(cache, EvictingCache):
-        return {"used": cache.used_bytes, "allocated": cache.total_bytes, "peak": cache.peak_bytes}
+        heads = cache.spec.num_kv_heads * cache.spec.num_layers
+        found = {"used": cache.used_bytes, "allocated": cache.total_bytes, "peak": cache.peak_bytes}
+        found["tokens"] = sum(sum(layer.counts) for layer in cache.layers)
+        return found | {"full_tokens": cache.seq_len * heads}
     used = 0
     for pages, ring in cache.layers:
         if pages is not None:
@@ -67,7 +72,12 @@ def cache_bytes(cache: DualCache | EvictingCache, simulates: SimulatedFormat | N
             used += pages.num_pages() * entry + held["tails"] + held["sink pages"]
         if ring is not None and ring.num_slots:
             used += ring.nbytes // ring.num_slots * min(ring.num_slots, cache.seq_len)
-    found = {"used": used, "allocated": cache.total_bytes, "peak": cache.total_bytes}
+    spec = cache.spec
+    found = {
+        "used": used, "allocated": cache.total_bytes, "peak": cache.total_bytes, "planned": spec.kv_bytes,
+        "tokens": round(spec.paged_tokens(cache.seq_len) + spec.ring_tokens(cache.seq_len)),
+        "full_tokens": cache.seq_len * spec.num_layers * spec.num_kv_heads,
+    }  # fmt: skip
     return found if simulates is None else found | {"computed": simulation.computed_bytes(cache, simulates)}
 
 

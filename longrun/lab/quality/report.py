@@ -110,26 +110,34 @@ def _counted(rows: list[RowSummary]) -> str:
     return "Items of a row: " + ", ".join(f"{count} {title}" for count, title in counts if count) + "."
 
 
+def _asked_titles(rows: list[RowSummary]) -> dict[str, str]:
+    """The tasks that any of the rows has answers to, with their titles."""
+    return {task: title for task, title in _TITLES.items() if any(task in row.tasks for row in rows)}
+
+
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def _overview(rows: list[RowSummary]) -> list[str]:
     full = next((row.kv_used for row in rows if row.name == REFERENCE), None)
-    header = ["row", "heads", "KV in use", "of reference", "KV peak", *_TITLES.values(), "perplexity", "KL (nats)"]
-    header += ["top-1", "prefill tok/s"]
+    titles = _asked_titles(rows)
+    header = ["row", "heads", "tokens held", "KV planned", "KV in use", "of reference", "KV peak"]
     if simulated := any(row.kv_computed is not None for row in rows):
-        header[5:5] = ["format's KV, computed", "of reference"]
+        header += ["format's KV, computed", "of reference"]
+    header += [*titles.values(), "perplexity", "KL (nats)", "top-1", "prefill tok/s"]
     body = []
     for row in rows:
         cells = [row.name, "-" if row.retrieval_ratio is None else f"{row.retrieval_ratio:.0%}"]
+        cells.append("-" if row.held is None else f"{row.held:.1%}")
+        cells.append("-" if row.kv_planned is None else format_bytes(round(row.kv_planned)))
         cells += [format_bytes(round(row.kv_used or 0)), "-" if not full else f"{(row.kv_used or 0) / full:.0%}"]
         cells.append(format_bytes(round(row.kv_peak or 0)))
         if simulated:
             computed = row.kv_computed
             cells.append("-" if computed is None else format_bytes(round(computed)))
             cells.append("-" if computed is None or not full else f"{computed / full:.0%}")
-        cells += [percent(row.tasks[task].exact) if task in row.tasks else "-" for task in _TITLES]
+        cells += [percent(row.tasks[task].exact) if task in row.tasks else "-" for task in titles]
         text = row.text
         cells.append("-" if text is None else _number(text.perplexity))
         own = text is None or row.name == REFERENCE  # nothing to compare
@@ -140,12 +148,13 @@ def _overview(rows: list[RowSummary]) -> list[str]:
 
 
 def _differences(rows: list[RowSummary]) -> list[str]:
-    header = ["row", *_TITLES.values(), "all tasks", "all tasks, tokens right", "perplexity, ratio"]
+    titles = _asked_titles(rows)
+    header = ["row", *titles.values(), "all tasks", "all tasks, tokens right", "perplexity, ratio"]
     body = []
     for row in rows:
         if row.name == REFERENCE:
             continue
-        found = [row.tasks.get(task) for task in (*_TITLES, ALL_TASKS)]
+        found = [row.tasks.get(task) for task in (*titles, ALL_TASKS)]
         cells = [
             "-" if t is None or t.exact_minus_reference is None else points(t.exact_minus_reference) for t in found
         ]

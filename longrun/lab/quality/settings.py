@@ -11,12 +11,14 @@ from typing import Any
 from longrun.errors import InputError, quoted
 from longrun.files.user_files import parse_toml, read_text
 from longrun.lab.eviction_attention import TOVA
+from longrun.lab.quality import shares
 from longrun.lab.quality.formats import SIMULATED_FORMATS, SimulatedFormat, is_simulated, simulated_format
 from longrun.lab.retention_rules import RULE_NAMES
 from longrun.patterns.baseline_maps import inverted_map, random_map, streaming_map
-from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadMap
+from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadMap, HeadSplit
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.units import parse_bytes
 
 REFERENCE = "reference"
 _METHODS = (TOVA, *RULE_NAMES)
@@ -57,6 +59,11 @@ class Row:
             prompt's length; of a rule also "RULE:KEEP@document".
         sink_size, recent_size: window of the streaming heads, None for a folder's own (64 and 256 where the map comes
             from no folder).
+        kv_share: instead of a ratio, the share of full attention's tokens that the heads hold at each tested length
+            (`quality.shares`). A map's folder gives reaches by its losses, or, with a `recent_size`, whole heads and
+            windows, as random and inverted maps do; streaming gives one window to all heads.
+        kv_bytes: instead of a ratio, what `longrun.load` takes, which gives reaches: a size like "400MB", or like "25%"
+            that share of the bytes planned for full attention in the same page format at each tested length.
         chunk_size: tokens of a prefill step, None for the comparison's. It changes rounding alone, so the reference's
             settings with another one show what numbers of this size mean.
 
@@ -73,6 +80,8 @@ class Row:
     sink_size: int | None = None
     recent_size: int | None = None
     chunk_size: int | None = None
+    kv_share: float | None = None
+    kv_bytes: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -90,7 +99,8 @@ class Row:
         kind, _, rest = self.head_map.partition(":")
         if kind == "random" and not rest.isdecimal():
             raise InputError(f"row {self.name}: {quoted(self.head_map)} has no seed: write random:0")
-        if kind == "random" and self.retrieval_ratio is None:
+        self._check_sizes(kind)
+        if kind == "random" and self.retrieval_ratio is None and self.kv_share is None:
             raise InputError(f"row {self.name}: a random map needs a retrieval_ratio: its scores mean nothing")
         if kind == "inverted" and not rest:
             raise InputError(f"row {self.name}: {quoted(self.head_map)} names no map: write inverted:FOLDER")
@@ -105,6 +115,65 @@ class Row:
                 raise InputError(f"row {self.name}: {self.eviction} evicts from full attention: use head_map full")
             if self.kv in QUANTIZED_KV_FORMATS or self.simulates is not None:
                 raise InputError(f"row {self.name}: evicting caches hold exact tokens: use kv bf16")
+
+    def _check_sizes(self, kind: str) -> None:
+        """Of ratio, share and bytes at most one, and one that goes with the head map and the window."""
+        given = [name for name in ("retrieval_ratio", "kv_share", "kv_bytes") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InputError(f"row {self.name}: {' and '.join(given)} both say what heads keep: give one")
+        if self.kv_share is not None:
+            if not 0 < self.kv_share <= 1:
+                raise InputError(f"row {self.name}: kv_share {self.kv_share:g} must be above 0 and at most 1")
+            if kind == "full":
+                raise InputError(f"row {self.name}: head_map full keeps everything: leave kv_share out")
+            if kind == "streaming" and self.recent_size is not None:
+                raise InputError(f"row {self.name}: with kv_share the window follows from it: leave recent_size out")
+            if self.reaches_by_share and self.sink_size is not None:
+                raise InputError(f"row {self.name}: reaches have the sinks of their losses: leave sink_size out")
+        if self.kv_bytes is not None:
+            if kind in ("full", "streaming", "random", "inverted"):
+                raise InputError(f"row {self.name}: kv_bytes need reach losses: give the folder of a map as head_map")
+            if self._has_window:
+                raise InputError(f"row {self.name}: kv_bytes give reaches: leave sink_size, recent_size out")
+            number, percent, rest = self.kv_bytes.partition("%")
+            if not percent:
+                parse_bytes(self.kv_bytes, f"row {self.name}: kv_bytes")
+            elif rest or not re.fullmatch(r"\d+(\.\d+)?", number) or not 0 < float(number) <= 100:
+                raise InputError(f"row {self.name}: kv_bytes {quoted(self.kv_bytes)} is no share: write 25%, or 400MB")
+
+    @property
+    def by_length(self) -> bool:
+        """Its heads keep other tokens at every tested length."""
+        return self.kv_share is not None or self.kv_bytes is not None
+
+    @property
+    def reaches_by_share(self) -> bool:
+        """It has a kv_share that becomes reaches."""
+        named = self.head_map.partition(":")[0] in ("streaming", "random", "inverted")
+        return self.kv_share is not None and not named and self.recent_size is None
+
+    def split_at(self, num_layers: int, num_kv_heads: int, length: int) -> HeadSplit | None:
+        """The heads that `kv_share` gives at a length; None where the share does not even hold the windows.
+
+        Raises:
+            HeadMapError: as `make_map`, or a folder without reach losses.
+        """
+        assert self.kv_share is not None
+        head_map = self.make_map(num_layers, num_kv_heads)
+        assert isinstance(head_map, HeadMap)
+        head_map.check_shape(num_layers, num_kv_heads, f"row {self.name}: the head map")
+        if self.head_map == "streaming":
+            return shares.streaming_split(num_layers, num_kv_heads, self.kv_share, length, head_map.sink_size)
+        if self.reaches_by_share:
+            return shares.reaching_split(head_map, self.kv_share, length)
+        return shares.whole_head_split(head_map, self.kv_share, length)
+
+    def bytes_at(self, full: int) -> int:
+        """What `kv_bytes` means where full attention's pages take `full` bytes."""
+        assert self.kv_bytes is not None
+        if self.kv_bytes.endswith("%"):
+            return int(full * float(self.kv_bytes[:-1]) / 100)
+        return parse_bytes(self.kv_bytes, "kv_bytes")
 
     @property
     def simulates(self) -> SimulatedFormat | None:
@@ -147,8 +216,12 @@ class Row:
         what = {"full": "full", "streaming": "all streaming", "random": "random map"}.get(kind)
         if what is None:
             what = f"inverted {Path(rest).name}" if kind == "inverted" else f"map {Path(self.head_map).name}"
+        if self.kv_bytes is not None or self.reaches_by_share:
+            what = f"reaches {Path(self.head_map).name}"
+        elif self.kv_share is not None and kind != "streaming":
+            what += f", window {DEFAULT_RECENT_SIZE if self.recent_size is None else self.recent_size:,}"
         weights = f", {self.weights} weights" if self.weights else ""
-        varied = ", varied window" if self._has_window else ""
+        varied = ", varied window" if self._has_window and self.kv_share is None else ""
         return f"{what}, {self.kv}{weights}{varied}{self._chunks}"
 
     @property
@@ -222,6 +295,8 @@ _TYPES = {
     "sink_size": int,
     "recent_size": int,
     "chunk_size": int,
+    "kv_share": (int, float),
+    "kv_bytes": str,
 }
 
 

@@ -16,7 +16,7 @@ from longrun.units import format_tokens
 
 ALL_TASKS = "all"  # the retrieval tasks together
 _SHARE = (0.0, 1.0)
-_APART = ("eviction", "sink_size", "recent_size")
+_APART = ("eviction", "sink_size", "recent_size", "kv_share", "kv_bytes")
 _RANDOM_SEED = re.compile(r"(?<=^random)-\d+(?=:)")  # of an eviction
 
 
@@ -46,7 +46,8 @@ class RowSummary:
     """One row (or several of one method and size, as seeds are) at one length, or at all lengths (None).
 
     `kv_used` and `kv_peak` are measured bytes; `kv_computed`, of a simulated format alone, is what that would have in
-    use by its spec.
+    use by its spec; `kv_planned` what the plan counts for keys and values. `held` is the share of full attention's
+    tokens that the heads hold. Older results have neither of the last two.
     """
 
     name: str
@@ -59,6 +60,8 @@ class RowSummary:
     text: TextSummary | None
     prefill_tokens_per_s: float | None
     kv_computed: float | None = None
+    kv_planned: float | None = None
+    held: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; depths as strings."""
@@ -106,6 +109,8 @@ def summarize(results: QualityResults, names: Iterable[str], label: str, length:
         tasks, _text(text, reference if compared else None) if text else None,
         _mean(records, "prefill_tokens_per_s"),
         sum(computed) / len(computed) if computed and length is not None else None,
+        None if length is None else _mean([r["kv"] for r in records], "planned"),
+        None if length is None else _held([r["kv"] for r in records]),
     )  # fmt: skip
 
 
@@ -130,6 +135,11 @@ def _averaged(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _mean(records: list[dict[str, Any]], key: str) -> float | None:
     found = [record[key] for record in records if key in record]
+    return sum(found) / len(found) if found else None
+
+
+def _held(kv: list[dict[str, Any]]) -> float | None:
+    found = [one["tokens"] / one["full_tokens"] for one in kv if "tokens" in one]
     return sum(found) / len(found) if found else None
 
 
@@ -193,7 +203,7 @@ def families(results: QualityResults) -> dict[str, list[str]]:
     for row in results.head["rows"]:
         described = results.head["described"].get(row["name"])
         if described is not None and row["name"] != REFERENCE:
-            apart = (_RANDOM_SEED.sub("", str(row[name])) for name in _APART)
+            apart = (_RANDOM_SEED.sub("", str(row.get(name))) for name in _APART)
             key = (described["method"], described["retrieval_ratio"], *apart)
             found.setdefault(key, []).append(row["name"])
     labels = {}

@@ -28,7 +28,9 @@ def windows(results: QualityResults) -> Windows:
     groups: dict[tuple[Any, ...], Windows] = {}
     for row in results.head["rows"]:
         described = results.head["described"].get(row["name"])
-        if described is not None and row["eviction"] == "none" and described["retrieval_heads"] < described["kv_heads"]:
+        if described is None or row["eviction"] != "none" or described["retrieval_heads"] is None:
+            continue  # the heads of a row with a share of the tokens differ with the length
+        if described["retrieval_heads"] < described["kv_heads"]:
             label = f"{Path(row['head_map']).name} {described['retrieval_ratio']:.0%}"
             key = tuple(row[name] for name in _SAME)
             groups.setdefault(key, {})[row["name"]] = label, described["sink_size"], described["recent_size"]
