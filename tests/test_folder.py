@@ -113,8 +113,6 @@ DAMAGES = {
         lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 500.0, "factor": 1e-9}),
         "factor",
     ),
-    "dtype of config": (lambda f: edit_config(f, dtype="float99"), "config.json"),
-    "old dtype of config": (lambda f: edit_config(f, dtype=None, torch_dtype=["x"]), "config.json"),
     "config deep": (lambda f: edit_config(f, notes=json.loads("[" * 500 + "]" * 500)), "64 levels"),
     "config of long numbers": (lambda f: edit_config(f, bos_token_id=10**4000), "4,001 digits"),
     "special tokens cut": (lambda f: (f / "special_tokens_map.json").write_text('{"a'), "special_tokens_map.json"),

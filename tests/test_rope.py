@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from fractions import Fraction
 
 import pytest
 import torch
-from tiny_models import ROPES, tiny_model
+from tiny_models import FAMILIES, ROPES, tiny_model
 
 from longrun.errors import ConfigError
 from longrun.model.rope import RopeParameters, RotaryTable, apply_rope_, signed_sin
@@ -132,6 +133,28 @@ def test_unsupported_type_and_missing_parameter():
         RopeParameters({"rope_type": "longrope", "rope_theta": 1e4}, 64)
     with pytest.raises(ConfigError, match="factor"):
         RotaryTable(RopeParameters({"rope_type": "linear", "rope_theta": 1e4}, 64), 16)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_those_of_the_familys_class(tmp_path, family, rope):
+    """In the new spelling and two old ones."""
+    from transformers import CONFIG_MAPPING
+
+    model = tiny_model(family, rope)
+    data = model.config.to_dict()
+    data["architectures"], new = [type(model).__name__], data.pop("rope_parameters")
+    old = {name: value for name, value in new.items() if name != "rope_theta"}
+    oldest = {"type" if name == "rope_type" else name: value for name, value in old.items()}
+    for given in (
+        {"rope_parameters": new},
+        {"rope_scaling": old, "rope_theta": new["rope_theta"]},
+        {"rope_scaling": oldest, "original_max_position_embeddings": 32},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(data | given))
+        right = CONFIG_MAPPING[family].from_dict(json.loads(json.dumps(data | given)))
+        ours = RopeParameters.from_dir(tmp_path)
+        assert ours == RopeParameters(right.rope_parameters, right.max_position_embeddings)
 
 
 def test_another_reading_by_the_library_is_an_error(monkeypatch):

@@ -21,6 +21,7 @@ from longrun.errors import CheckpointError, ConfigError, LongrunError, quoted, s
 
 # The library computes in float32: a power, a division and a blend, each rounded.
 _CHECK_TOLERANCE = 3e-5
+_GIVEN = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,19 @@ class RopeParameters:
 
     @classmethod
     def from_dir(cls, model_dir: str | Path) -> RopeParameters:
-        """Read by the family's class in transformers, in the old and the new spelling; from `model_dir` and no network,
-        and without running code of the checkpoint.
+        """Standardised by transformers, from the old or the new spelling; no code of the checkpoint is run.
 
         Raises:
-            CheckpointError: transformers cannot read config.json, or what stands for it in a GGUF file.
+            CheckpointError: transformers cannot read these of config.json, or what stands for it in a GGUF file.
             ConfigError: a RoPE type outside `SUPPORTED_ROPE_TYPES`, or whatever `ModelConfig.from_dict` refuses.
         """
-        from transformers import CONFIG_MAPPING
-
         file = read_config(model_dir)
         shape = ModelConfig.from_dict(file.data, str(file.path))
+        given = copy.deepcopy({name: file.data[name] for name in _GIVEN if name in file.data})
         try:
-            config = CONFIG_MAPPING[shape.model_type].from_dict(file.data)
-            return cls(dict(config.rope_parameters), config.max_position_embeddings, file.rope_factors(shape.head_dim))
+            config = _library_config(shape.head_dim, shape.max_position_embeddings, given.pop("rope_parameters", None))
+            config.convert_rope_params_to_dict(**given)
+            return cls(config.rope_parameters, shape.max_position_embeddings, file.rope_factors(shape.head_dim))
         except LongrunError:
             raise
         except Exception as error:  # the library's checks raise what they like
@@ -229,24 +229,27 @@ def _yarn(
     return inv_freq, float(scaling)
 
 
+def _library_config(head_dim: int, max_position_embeddings: int, rope_parameters: dict[str, Any] | None) -> Any:
+    """What transformers' functions for RoPE need of a model's configuration: the part of its classes for RoPE alone.
+    Importing one of these whole takes two to five seconds, most of them for what only training uses."""
+    from transformers.modeling_rope_utils import RotaryEmbeddingConfigMixin
+
+    config: Any = RotaryEmbeddingConfigMixin()
+    config.hidden_size, config.num_attention_heads, config.head_dim = head_dim, 1, head_dim
+    config.max_position_embeddings, config.rope_parameters = max_position_embeddings, rope_parameters
+    return config
+
+
 def _check_against_transformers(params: RopeParameters, head_dim: int, inv_freq: Tensor, scaling: float) -> None:
     """Another version of the library may read the same parameters differently: then say so, never run another model."""
-    from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = LlamaConfig(
-        hidden_size=head_dim,
-        num_attention_heads=1,
-        head_dim=head_dim,
-        max_position_embeddings=params.max_position_embeddings,
-        rope_parameters=dict(params.values),
-    )
+    values = dict(params.values)
+    if params.rope_type == "default":  # the library keeps these frequencies with each model: they are these of linear
+        values["rope_type"], values["factor"] = "linear", 1.0
     try:
-        if params.rope_type == "default":
-            theirs, their_scaling = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
-        else:
-            theirs, their_scaling = ROPE_INIT_FUNCTIONS[params.rope_type](config)
+        config = _library_config(head_dim, params.max_position_embeddings, values)
+        theirs, their_scaling = ROPE_INIT_FUNCTIONS[values["rope_type"]](config)
         difference = ((theirs.double() - inv_freq) / inv_freq).abs().max().item()
     except Exception as error:  # the library's checks raise what they like
         raise ConfigError(
