@@ -42,7 +42,7 @@ from longrun.files.user_files import read_object
 from longrun.hub.names import model_name
 from longrun.model.adapter import Adapter
 from longrun.model.adapter_merge import load_merged
-from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
+from longrun.model.fingerprint import model_fingerprint, weights_fingerprint
 from longrun.model.tokenizer import load_tokenizer
 from longrun.needles.needles import generate_sentences
 from longrun.patterns.head_map import HeadMap

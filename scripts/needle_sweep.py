@@ -355,8 +355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from longrun.config.model_config import ModelConfig
     from longrun.lab.planted import NOTE, is_planted
     from longrun.model.adapter import Adapter
-    from longrun.model.checkpoint import model_fingerprint
     from longrun.model.choice import choose_model
+    from longrun.model.fingerprint import model_fingerprint
 
     arguments = parse_arguments(argv)
     settings = collect_settings(arguments)

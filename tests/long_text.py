@@ -15,7 +15,7 @@ import transformers
 
 from longrun.lab import long_words as words
 from longrun.lab.long_tasks import Corpus
-from longrun.model.checkpoint import weights_fingerprint
+from longrun.model.fingerprint import weights_fingerprint
 from longrun.needles.needles import generate_sentences
 
 TEMPLATE = (

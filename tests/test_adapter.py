@@ -18,7 +18,8 @@ from longrun.attention.interface import Step
 from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError
 from longrun.model.adapter import Adapter
-from longrun.model.checkpoint import load_decoder, model_fingerprint, weights_fingerprint
+from longrun.model.checkpoint import load_decoder
+from longrun.model.fingerprint import model_fingerprint, weights_fingerprint
 from longrun.model.rope import RopeParameters, RotaryTable
 from longrun.quant.linear import QuantLinear
 

@@ -17,7 +17,8 @@ from tiny_models import edit_config, save_tiny
 from longrun.attention.interface import Step
 from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError
-from longrun.model.checkpoint import load_decoder, model_fingerprint
+from longrun.model.checkpoint import load_decoder
+from longrun.model.fingerprint import model_fingerprint
 from longrun.model.rope import RopeParameters, RotaryTable
 from scripts.tiny_gguf import write_gguf
 

@@ -17,7 +17,8 @@ from longrun.errors import CheckpointError
 from longrun.model import demo
 from longrun.model.adapter import Adapter
 from longrun.model.adapter_merge import load_merged
-from longrun.model.checkpoint import load_decoder, model_fingerprint, weights_fingerprint
+from longrun.model.checkpoint import load_decoder
+from longrun.model.fingerprint import model_fingerprint, weights_fingerprint
 from longrun.model.folder import check_folder
 from longrun.model.rope import RopeParameters, RotaryTable
 from longrun.model.tokenizer import load_tokenizer

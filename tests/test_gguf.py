@@ -17,9 +17,12 @@ from longrun.attention.interface import Step
 from longrun.config.gguf_header import TENSOR_TYPES
 from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError
+from longrun.kernels.cpu_gguf import CpuGguf
 from longrun.kernels.cpu_int4 import CpuInt4
 from longrun.model.adapter_merge import load_merged
-from longrun.model.checkpoint import find_tensors, load_decoder, model_fingerprint, weights_fingerprint
+from longrun.model.checkpoint import load_decoder
+from longrun.model.checkpoint_tensors import find_tensors
+from longrun.model.fingerprint import model_fingerprint, weights_fingerprint
 from longrun.model.rope import RopeParameters, RotaryTable
 from longrun.paths import cache_dir
 from longrun.plan.budget import Budget
@@ -105,7 +108,7 @@ def test_tied_embeddings(tmp_path):
 @pytest.mark.parametrize("weight_format", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("order", [None, [1, 0]], ids=["in place", "moved"])
 def test_many_pieces_on_threads_equal_one(tmp_path, monkeypatch, weight_format, order):
-    """With int4, pieces are quantized by the compiled kernel, and the whole linear by torch."""
+    """Compiled kernels do it in pieces, the `gguf` package and torch a whole linear."""
     file = write_gguf(tmp_path / "model.gguf", tiny_model("llama", **K_SHAPE), "Q4_K")
     want = logits(file, order, weight_format)
     monkeypatch.setattr("longrun.model.checkpoint._PIECE_BYTES", 100_000)
@@ -114,8 +117,9 @@ def test_many_pieces_on_threads_equal_one(tmp_path, monkeypatch, weight_format, 
     threads = torch.get_num_threads()
     torch.set_num_threads(5)
     try:
-        quantize = CpuInt4(cache_dir() / "kernels").quantize
-        found = logits(file, order, weight_format, quantize_int4=quantize)
+        folder = cache_dir() / "kernels"
+        kernels = {"quantize_int4": CpuInt4(folder).quantize, "dequantize_gguf": CpuGguf(folder).by_type}
+        found = logits(file, order, weight_format, **kernels)
     finally:
         torch.set_num_threads(threads)
     assert close(found, want, 1e-6)

@@ -35,7 +35,8 @@ def sound(tmp_path) -> Path:
 def refused(path: Path, *parts: str) -> str:
     """One sentence from `longrun.load`, before fingerprint and weights look for tensors."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("longrun.model.checkpoint.find_tensors", lambda *_: pytest.fail("weights were read"))
+        for module in ("fingerprint", "checkpoint"):
+            patch.setattr(f"longrun.model.{module}.find_tensors", lambda *_: pytest.fail("weights were read"))
         with pytest.raises(LongrunError) as caught:
             longrun.load(path, device="cpu", ctx=32)
     message = str(caught.value)

@@ -17,7 +17,7 @@ from longrun.config.model_config import ModelConfig
 from longrun.errors import HeadMapError
 from longrun.lab.planted import make_planted_model
 from longrun.model.adapter import Adapter
-from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
+from longrun.model.fingerprint import model_fingerprint, weights_fingerprint
 from longrun.needles.needles import generate_sentences
 from longrun.patterns.head_map import HeadMap
 from longrun.patterns.head_map_folder import HeadMapOrigin, read_origin

@@ -15,7 +15,7 @@ from test_adapter import write_adapter
 from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, HeadMapError, InputError
 from longrun.model.adapter import Adapter
-from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
+from longrun.model.fingerprint import model_fingerprint, weights_fingerprint
 from longrun.needles.needles import generate_sentences
 from longrun.patterns import __main__ as command
 from longrun.patterns.head_map import HeadMap

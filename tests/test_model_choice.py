@@ -17,8 +17,8 @@ from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError
 from longrun.model import choice, demo
 from longrun.model.adapter import Adapter
-from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
 from longrun.model.choice import DEMO_CONTEXT, ModelChoice, choose_model
+from longrun.model.fingerprint import model_fingerprint, weights_fingerprint
 from scripts import needle_sweep
 
 

@@ -146,6 +146,7 @@ def test_wheel_holds_every_file_and_no_other_top_level_name(source: Path, wheel:
     expected = packaged_files(source)
     assert {
         "longrun/plan/budgets/a100-80g.toml",
+        "longrun/kernels/cpu_gguf.cpp",
         "longrun/kernels/cpu_linear.cpp",
         "longrun/kernels/cpu_pages.cpp",
         "longrun/kernels/cpu_rope_store.cpp",

@@ -15,7 +15,8 @@ from longrun.config.config_file import read_config
 from longrun.config.gguf_header import gguf_file
 from longrun.config.model_config import ModelConfig
 from longrun.model.adapter import Adapter
-from longrun.model.checkpoint import check_base, find_tensors
+from longrun.model.checkpoint_tensors import find_tensors
+from longrun.model.fingerprint import check_base
 from longrun.model.rope import RopeParameters
 
 if TYPE_CHECKING:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +10,13 @@ import torch
 from torch import Tensor
 
 from longrun.allocation import ask_for_huge_pages, keep_freed_memory
-from longrun.config.gguf_header import gguf_file
 from longrun.config.model_config import ModelConfig
-from longrun.errors import CheckpointError, quoted, short_path, shortened
+from longrun.errors import CheckpointError
 from longrun.model.adapter import Adapter
+from longrun.model.checkpoint_tensors import find_tensors
 from longrun.model.decoder import Decoder, DecoderKernels, DecoderLayer, FewTokenLinear
-from longrun.model.gguf_tensors import GgufTensor, find_gguf_tensors
-from longrun.model.rope import RopeParameters
-from longrun.model.safetensors_folder import and_more, read_folder
+from longrun.model.fingerprint import check_base
+from longrun.model.gguf_tensors import Dequantize, GgufTensor
 from longrun.model.stored_tensor import StoredTensor
 from longrun.quant.int4_weight import Int4Quantizer, Int4Rows
 from longrun.quant.linear import QuantLinear
@@ -29,7 +26,6 @@ from longrun.specs.model_bytes import TOKEN_SLICE
 _PIECE_BYTES = 32 * 2**20
 # A piece that an adapter changes also stands in float32: smaller ones stay within what the plan counts for a piece.
 _ADAPTED_PIECE_BYTES = 8 * 2**20
-_SAMPLE_BYTES = 4096
 
 
 def load_decoder(
@@ -43,6 +39,7 @@ def load_decoder(
     adapter: Adapter | None = None,
     few_tokens: FewTokenLinear | None = None,
     quantize_int4: Int4Quantizer | None = None,
+    dequantize_gguf: Mapping[str, Dequantize] | None = None,
 ) -> Decoder:
     """Load a checkpoint into a decoder whose KV heads are reordered per layer.
 
@@ -60,6 +57,7 @@ def load_decoder(
         token_slice, kernels, few_tokens: see `Decoder`.
         adapter: added to the linears in float32, before they are permuted and quantized.
         quantize_int4: does on a CPU what `quantize_int4_into` does, some rows at a time.
+        dequantize_gguf: by tensor type of a GGUF file, what turns it into values; default: the `gguf` package.
 
     Raises:
         CheckpointError: an adapter of another checkpoint; a missing, left-over, misshapen, truncated or unreadable
@@ -68,7 +66,7 @@ def load_decoder(
     """
     device = torch.device(device)
     dtype = torch.float32 if compute_itemsize(weight_format, device.type) == 4 else torch.bfloat16
-    tensors = find_tensors(model_dir, config)
+    tensors = find_tensors(model_dir, config, dequantize_gguf)
     if adapter is not None:
         check_base(adapter, tensors, config, model_dir)
     keep_freed_memory()
@@ -81,102 +79,6 @@ def load_decoder(
     if config.tie_word_embeddings:
         loader.check_tied(embedding)
     return Decoder(config, permutation, embedding, layers, final_norm, lm_head, token_slice, kernels, few_tokens)
-
-
-def find_tensors(model_dir: str | Path, config: ModelConfig) -> Mapping[str, StoredTensor]:
-    """Every tensor of the checkpoint by our name, after checking that it is the one `config` describes.
-
-    Left-over tensors are errors, except `*.rotary_emb.inv_freq` (buffers in old Llama checkpoints) and
-    `lm_head.weight` next to tied embeddings (checked for equality when it is loaded); in GGUF files see
-    `longrun.model.gguf_tensors`.
-
-    Raises:
-        CheckpointError: no weights there, or a missing, left-over or misshapen tensor, a damaged or truncated file.
-    """
-    file = gguf_file(model_dir)
-    if file is not None:
-        return find_gguf_tensors(file, config)
-    folder = Path(model_dir)
-    tensors = read_folder(folder)
-    wanted = {spec.name: spec.shape for spec in config.weights()}
-    missing = [name for name in wanted if name not in tensors]
-    if missing:
-        raise CheckpointError(
-            f"checkpoint {short_path(folder)} lacks tensor {missing[0]}{and_more(missing)}, which config.json calls "
-            f"for: fetch it again or correct config.json"
-        )
-    allowed = dict(wanted)
-    if config.tie_word_embeddings:
-        allowed["lm_head.weight"] = (config.vocab_size, config.hidden_size)
-    extra = [name for name in tensors if name not in allowed and not name.endswith(".rotary_emb.inv_freq")]
-    if extra:
-        raise CheckpointError(
-            f"{short_path(tensors[extra[0]].file)} holds tensor {shortened(extra[0])}{and_more(extra)}, which a "
-            f"{config.architecture} of this config.json does not have: correct config.json or use another checkpoint"
-        )
-    for name, shape in allowed.items():
-        if name not in tensors:
-            continue
-        _ = tensors[name].torch_dtype  # refuses what no weight comes in
-        if tensors[name].shape != shape:
-            raise CheckpointError(
-                f"{short_path(tensors[name].file)}: tensor {name} has shape {quoted(list(tensors[name].shape))} where "
-                f"config.json calls for {list(shape)}: correct config.json or fetch the checkpoint again"
-            )
-    return tensors
-
-
-def model_fingerprint(model_dir: str | Path, adapter: Adapter | str | None = None) -> str:
-    """sha256 (hex) that tells one model from another in a moment, however large: the translated config, RoPE
-    parameters, of every tensor its name, dtype, shape and the first and last 4 KiB of its data, and the adapter
-    (or its `digest`).
-
-    Names of files and folders and the sharding do not enter, and a quantized tensor of a GGUF file counts with its
-    values as float32: such a file has the fingerprint of its conversion to a float32 checkpoint. Raises as
-    `find_tensors` and `ModelConfig.from_dir`.
-    """
-    config = ModelConfig.from_dir(model_dir)
-    tensors = find_tensors(model_dir, config)
-    rope = RopeParameters.from_dir(model_dir)
-    digest = hashlib.sha256(json.dumps([config.arithmetic(), *rope.parts()], sort_keys=True).encode())
-    _digest_tensors(digest, tensors, config)
-    if adapter is not None:
-        digest.update((adapter if isinstance(adapter, str) else adapter.digest()).encode())
-    return digest.hexdigest()
-
-
-def weights_fingerprint(model_dir: str | Path) -> str:
-    """sha256 (hex) of the tensors alone, as in `model_fingerprint`: what an adapter names as its base."""
-    config = ModelConfig.from_dir(model_dir)
-    return _weights_digest(find_tensors(model_dir, config), config)
-
-
-def _weights_digest(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> str:
-    digest = hashlib.sha256()
-    _digest_tensors(digest, tensors, config)
-    return digest.hexdigest()
-
-
-def check_base(
-    adapter: Adapter, tensors: Mapping[str, StoredTensor], config: ModelConfig, model_dir: str | Path
-) -> None:
-    """Raise CheckpointError where the adapter names another base than the checkpoint's tensors (`find_tensors`)."""
-    if adapter.base_weights is not None and adapter.base_weights != _weights_digest(tensors, config):
-        raise CheckpointError(
-            f"adapter {adapter.folder} was made for another checkpoint than {model_dir} (the weights' fingerprints "
-            f"differ): use it with its own base model"
-        )
-
-
-def _digest_tensors(digest: hashlib._Hash, tensors: Mapping[str, StoredTensor], config: ModelConfig) -> None:
-    """Take name, dtype, shape, first and last bytes of every tensor of the model into `digest`."""
-    for spec in sorted(config.weights()):
-        tensor = tensors[spec.name]
-        digest.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode())
-        head = min(_SAMPLE_BYTES, tensor.num_bytes)
-        tail = min(_SAMPLE_BYTES, tensor.num_bytes - head)
-        digest.update(tensor.read_bytes(0, head))
-        digest.update(tensor.read_bytes(tensor.num_bytes - tail, tail))
 
 
 class _Loader:

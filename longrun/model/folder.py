@@ -17,7 +17,8 @@ from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError, ConfigError, quoted, short_path
 from longrun.files.user_files import read_object
 from longrun.model.adapter import Adapter
-from longrun.model.checkpoint import check_base, find_tensors
+from longrun.model.checkpoint_tensors import find_tensors
+from longrun.model.fingerprint import check_base
 from longrun.model.rope import RopeParameters, RotaryTable
 from longrun.model.tokenizer import has_tokenizer, load_tokenizer
 from longrun.text.chat_template import TemplateError

@@ -24,7 +24,7 @@ from longrun.files.user_files import read_object
 from longrun.hub.names import model_name
 from longrun.machine.host_memory import available_bytes, still_needed
 from longrun.model.adapter import Adapter
-from longrun.model.checkpoint import model_fingerprint
+from longrun.model.fingerprint import model_fingerprint
 from longrun.model.tokenizer import has_tokenizer
 from longrun.paths import cache_dir
 from longrun.patterns.head_map import HeadMap

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from longrun.model.checkpoint import model_fingerprint, weights_fingerprint
+from longrun.model.fingerprint import model_fingerprint, weights_fingerprint
 from longrun.patterns.head_map import HeadMap
 
 

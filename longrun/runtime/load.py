@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from longrun.allocation import failed_allocations, return_freed_memory
 from longrun.arguments import callback, check_platform, choice, flag, number
 from longrun.cache.pinned_pool import PinnedMemory
+from longrun.config.gguf_header import gguf_file
 from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
 from longrun.hub.find import find_model
-from longrun.kernels.cpu_kernels import CpuKernels, load_cpu_kernels
+from longrun.kernels.cpu_gguf import CpuGguf
+from longrun.kernels.cpu_kernels import load_cpu_kernels
 from longrun.kernels.cpu_library import KernelUnavailable
 from longrun.machine.host_memory import resident_bytes
 from longrun.model.adapter import Adapter
-from longrun.model.checkpoint import load_decoder, model_fingerprint
+from longrun.model.checkpoint import load_decoder
+from longrun.model.fingerprint import model_fingerprint
 from longrun.model.folder import ModelFolder, check_folder
 from longrun.paths import cache_dir, user_path
 from longrun.patterns.head_map import HeadMap, HeadSplit
@@ -41,6 +44,8 @@ from longrun.units import parse_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Built = TypeVar("Built")
 
 
 @failed_allocations("while the model was loaded")
@@ -205,13 +210,18 @@ def load_parts(
     """
     before, config, device = resident_bytes(), checked.config, torch.device(plan.device_type)
     notices: list[str] = []
-    cpu_kernels = _build_cpu_kernels(notices) if compiled_kernels and plan.device_type == "cpu" else None
+    cpu_kernels = gguf_kernel = None
+    if compiled_kernels and plan.device_type == "cpu":
+        cpu_kernels = _compiled(load_cpu_kernels, "plain torch is used, which decodes slower", notices)
+    if compiled_kernels and gguf_file(checked.path) is not None:
+        gguf_kernel = _compiled(_gguf_kernel, "numpy reads the weights, which takes longer", notices)
     shared = Shared()
     gpu_kernels = shared.gpu_kernels(config.head_dim, plan.kv_format) if plan.attention.fused else None
     decoder = load_decoder(
         checked.path, config, [split.permutation(layer_idx) for layer_idx in range(config.num_layers)],
         plan.weight_format, device, TOKEN_SLICES[plan.device_type], gpu_kernels, checked.adapter,
         *((None, None) if cpu_kernels is None else (cpu_kernels.linear, cpu_kernels.int4.quantize)),
+        dequantize_gguf=gguf_kernel and gguf_kernel.by_type,
     )  # fmt: skip
     shared.add_decoder(decoder)
     return_freed_memory()
@@ -222,20 +232,33 @@ def load_parts(
         notices.append(f"{checked.path} has no tokenizer: only token ids can be used")
     rotary = checked.rotary if plan.device_type == "cpu" else checked.rotary.to(device)
     pinned = PinnedMemory(on_pin) if plan.device_type == "cuda" else None
-    return Parts(decoder, rotary, checked.rotary, cpu_kernels, gpu_kernels, pinned), shared, notices
+    return (
+        Parts(decoder, rotary, checked.rotary, cpu_kernels, gpu_kernels, pinned),
+        shared,
+        list(dict.fromkeys(notices)),
+    )
 
 
-def _build_cpu_kernels(notices: list[str]) -> CpuKernels | None:
-    """The compiled kernels of the CPU, or None; `notices` gets a sentence about what is wrong."""
+def _compiled(
+    build: Callable[[Path | None], tuple[Built, list[str]]], without: str, notices: list[str]
+) -> Built | None:
+    """What `build` compiles for the CPU and keeps in a folder, or None; `notices` gets what is wrong, and `without`:
+    what follows."""
+    found: list[str] = []
     try:
         folder = cache_dir() / "kernels"
     except InputError as error:
-        notices.append(f"{error}: until then the CPU kernels are compiled at every start")
-        folder = None
+        folder, found = None, [f"{error}: until then the CPU kernels are compiled at every start"]
     try:
-        kernels, kept_notices = load_cpu_kernels(folder)
+        kernels, kept_notices = build(folder)
+        found += kept_notices
     except KernelUnavailable as error:
-        notices.append(f"compiled CPU kernels are off ({error}): plain torch is used, which decodes slower")
-        return None
-    notices += kept_notices
+        kernels = None
+        found.append(f"compiled CPU kernels are off ({error}): {without}")
+    notices += [notice for notice in found if notice not in notices]
     return kernels
+
+
+def _gguf_kernel(folder: Path | None) -> tuple[CpuGguf, list[str]]:
+    kernel = CpuGguf(folder)
+    return kernel, kernel.notices

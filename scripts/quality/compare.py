@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None, load_rows: Callable[[Path], tuple[Ro
     from rich.console import Console
 
     from longrun.lab.planted import NOTE, is_planted
-    from longrun.model.checkpoint import model_fingerprint
+    from longrun.model.fingerprint import model_fingerprint
 
     arguments = parse_arguments(argv)
     settings = collect_settings(arguments)

@@ -38,8 +38,8 @@ from longrun.errors import InputError
 from longrun.files.whole_file import write_whole
 from longrun.hub.find import add_model_option
 from longrun.lab.long_tasks import Corpus
-from longrun.model.checkpoint import weights_fingerprint
 from longrun.model.choice import NO_ADAPTER, choose_model
+from longrun.model.fingerprint import weights_fingerprint
 from longrun.model.tokenizer import load_tokenizer
 from longrun.paths import path_option
 from scripts.training import long_recompute
