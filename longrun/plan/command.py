@@ -34,7 +34,7 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
             printed first).
     """
     options = _parser().parse_args(argv)
-    config, note = config_of(options.model)
+    config, key_biases, note = config_of(options.model)
     budget = Budget.load(options.budget).override(
         kv_format=options.kv, weight_format=options.weights, chunk_size=options.chunk_size
     )
@@ -45,7 +45,7 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
         check_kernel_shapes(config, budget)
     split = choose_split(config, budget, options.head_map, options.retrieval_ratio, assume=True, capacity=capacity)
     try:
-        plan = make_plan(config, budget, capacity, split=split, device_type=device_type)
+        plan = make_plan(config, budget, capacity, split=split, device_type=device_type, key_biases=key_biases)
         plan = replace(plan, notes=(*plan.notes, *([] if note is None else [note])))
     except NoFitError as error:
         if options.json:

@@ -11,11 +11,13 @@ from functools import partial
 from typing import Any
 
 from longrun.arguments import choice, integer, number
+from longrun.config.key_biases import KeyBiases
 from longrun.config.model_config import ModelConfig
 from longrun.errors import PlanError, shortened
 from longrun.machine.processor import bf16_product_copy_bytes
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import Budget
+from longrun.plan.key_biases import key_bias_warnings
 from longrun.plan.placement import DEFAULT_WEIGHT_FORMAT, Placement, PlanItem, PlanSettings, place
 from longrun.plan.reaches import allocated_split
 from longrun.plan.search import Suggestion, largest_capacity, shortfall, suggest
@@ -174,6 +176,7 @@ def make_plan(
     reserved_bytes: int = 0,
     device_share: float = 1.0,
     gpu_kernels: bool = True,
+    key_biases: KeyBiases | None = None,
 ) -> Plan:
     """Plan a run of `capacity` tokens within `budget`.
 
@@ -186,6 +189,7 @@ def make_plan(
         device_type: "cpu" or "cuda".
         reserved_bytes: device memory that is taken already.
         device_share, gpu_kernels: see `PlanSettings`.
+        key_biases: of the model's file, or None where they are not known; large ones get a warning.
 
     Raises:
         NoFitError: the budget does not hold it; with the shortfall and what would fit.
@@ -226,6 +230,8 @@ def make_plan(
     placement = place(settings, capacity)
     if not placement.fits:
         raise _no_fit(settings, placement, budget, chosen)
+    if placement.cache.total_retrieval_heads:
+        warnings += key_bias_warnings(key_biases, placement.cache.page_format)
     return Plan(
         capacity=capacity,
         max_capacity=max_capacity,

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from longrun.config.key_biases import KeyBiases, read_key_biases
 from longrun.config.model_config import ModelConfig
 from longrun.errors import CheckpointError
 from longrun.hub.find import find_config
@@ -58,9 +59,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(name_or_folder: str | Path) -> tuple[ModelConfig, str | None]:
+def config_of(name_or_folder: str | Path) -> tuple[ModelConfig, KeyBiases | None, str | None]:
     """The config of a checkpoint folder, of a shape of that name (in any case) or of a model on the Hugging Face hub,
-    and a note where it is a shape.
+    its key biases where its weights are here, and a note where it is a shape.
 
     Raises:
         CheckpointError, ConfigError, InputError: none of them, or as `find_config` and `ModelConfig.from_dir`.
@@ -69,9 +70,11 @@ def config_of(name_or_folder: str | Path) -> tuple[ModelConfig, str | None]:
     name = next((name for name in SHAPES if name.lower() == text.lower()), None)
     if name is not None and not os.path.exists(text):
         note = f"there is no folder {text} here: this is the shape of {name} as it was published"
-        return ModelConfig.from_dict(SHAPES[name], name), note
+        return ModelConfig.from_dict(SHAPES[name], name), None, note
     try:
-        return ModelConfig.from_dir(find_config(name_or_folder)), None
+        folder = find_config(name_or_folder)
+        config = ModelConfig.from_dir(folder)
+        return config, read_key_biases(folder, config), None
     except CheckpointError as error:
         if os.sep in text or os.path.exists(text):
             raise

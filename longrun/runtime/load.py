@@ -12,6 +12,7 @@ from longrun.allocation import failed_allocations, return_freed_memory
 from longrun.arguments import callback, check_platform, choice, flag, number
 from longrun.cache.pinned_pool import PinnedMemory
 from longrun.config.gguf_header import gguf_file
+from longrun.config.key_biases import read_key_biases
 from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
 from longrun.hub.find import find_model
@@ -130,6 +131,7 @@ def load(
     flag(download, "download")
     folder = find_model(model_dir, download, what="model_dir", consent="download=True", ask=False)
     config = ModelConfig.from_dir(folder)
+    key_biases = read_key_biases(folder, config)
     lora = None if adapter is None else Adapter.open(user_path(adapter, "adapter"), config)
     if lora is not None:
         config = lora.adapted_config(config)
@@ -146,7 +148,7 @@ def load(
     def plan_for(chosen: ChosenSplit) -> Plan:
         return make_plan(
             config, limits, capacity, split=chosen, device_type=device_type, device_share=device_share,
-            gpu_kernels=compiled_kernels,
+            gpu_kernels=compiled_kernels, key_biases=key_biases,
         )  # fmt: skip
 
     checked, auto_notices = None, []
@@ -189,6 +191,7 @@ def load(
             checked, limits, chosen, plan, identity, parts, shared, device_share, compiled_kernels,
             model_notices=(*checked.notices, *model_notices),
             split_notices=(*(chosen.notes if given else ()), *auto_notices, *origin),
+            key_biases=key_biases,
         )
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longrun.config.key_biases import KeyBiases
 from longrun.model.folder import ModelFolder
 from longrun.plan.budget import Budget
 from longrun.plan.plan import ChosenSplit, Plan, make_plan
@@ -25,6 +26,7 @@ class Setup:
         shared: what is shared with other runtimes over the same weights.
         device_share, compiled_kernels: see `longrun.load`.
         model_notices, split_notices: sentences for a person, of the model in memory and of its head split.
+        key_biases: of the model's files; None where it has none.
     """
 
     model: ModelFolder
@@ -38,6 +40,7 @@ class Setup:
     compiled_kernels: bool
     model_notices: tuple[str, ...] = ()
     split_notices: tuple[str, ...] = ()
+    key_biases: KeyBiases | None = None
 
     @property
     def notices(self) -> list[str]:
@@ -60,4 +63,5 @@ class Setup:
         return make_plan(
             self.model.config, budget, capacity, split=self.chosen, device_type=self.plan.device_type,
             reserved_bytes=on_device + more_bytes, device_share=self.device_share, gpu_kernels=self.compiled_kernels,
+            key_biases=self.key_biases,
         )  # fmt: skip
