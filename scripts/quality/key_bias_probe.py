@@ -20,6 +20,7 @@ import pydoc_data.topics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +124,16 @@ def pages(k: Tensor, v: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def per_token(layer: Layer) -> tuple[Tensor, Tensor]:
-    """The published kind: rotated keys with a grid a token."""
+def per_token(layer: Layer, bias_off: bool = False) -> tuple[Tensor, Tensor]:
+    """Rotated keys with a grid a token, as many published caches have it; the bias taken off as in `real`."""
     fmt = simulated_format("sim:k4-token-rot/v4")
-    k, v = layer.k.clone(), layer.v.clone()
+    kept = layer.turned_bias if bias_off else torch.zeros_like(layer.k)
+    k, v = layer.k - kept, layer.v.clone()
     inner = slice(_PAGE, k.shape[1] // _PAGE * _PAGE)
     parts = (x[:, inner].unflatten(1, (-1, _PAGE)) for x in (k, v))
     found = simulate_pages(*parts, fmt, hadamard_rotation(k.shape[-1], ROTATION_SEED))
     k[:, inner], v[:, inner] = (x.flatten(1, 2) for x in found)
-    return k, v
+    return k + kept, v
 
 
 FORMATS: dict[str, Format] = {
@@ -139,6 +141,7 @@ FORMATS: dict[str, Format] = {
     "k5v3": real("k5v3"),
     "int4": real("int4"),
     "4 bits a token": per_token,
+    "4 bits a token, bias off": partial(per_token, bias_off=True),
     **{
         f"{name}, {what}": real(name, **how)
         for what, how in (
@@ -228,6 +231,17 @@ class Model:
         still = cos.mean(0).square() + sin.mean(0).square()
         return pair_norms(bias) * (1 - still).clamp_min(0).sqrt()
 
+    def described(self, bias: Tensor) -> list[dict[str, Any]]:
+        """By layer, for every KV head: length of the bias, its motion within a page (RMS a channel), largest pairs."""
+        norms, spreads = pair_norms(bias), self.spreads(bias)
+        sizes, pairs = norms.topk(3, dim=-1)
+        return [
+            {"norm": bias[i].norm().item(), "head_norms": bias[i].norm(dim=-1).tolist(),
+             "head_motions": (spreads[i].norm(dim=-1) / self.shape[2] ** 0.5).tolist(),
+             "largest_pairs": pairs[i].tolist(), "their_sizes": sizes[i].tolist()}
+            for i in range(self.shape[0])
+        ]  # fmt: skip
+
     @torch.inference_mode()
     def measure(self, added: Tensor, own: Tensor, query_scale: Tensor, formats: dict[str, Format]) -> dict[str, Any]:
         """KL and top-1 of every format, with `added` on the keys beside the model's `own` bias."""
@@ -294,15 +308,19 @@ def main() -> int:
     def row(what: dict[str, Any], added: Tensor, own: Tensor, query_scale: Tensor) -> None:
         spread = model.spreads(added + own).square().sum(-1)
         keys = model.key_sizes.square().sum(-1)
-        rows.append(
-            {**what, "mean_square_spread": spread.mean().item(), "largest_spread": spread.max().sqrt().item(),
-             "mean_square_key": keys.mean().item(), **model.measure(added, own, query_scale, FORMATS)}
-        )  # fmt: skip
+        sizes = {
+            "motion": (spread.mean() / model.shape[2]).sqrt().item(),
+            "mean_square_spread": spread.mean().item(),
+            "largest_spread": spread.max().sqrt().item(),
+            "mean_square_key": keys.mean().item(),
+        }
+        rows.append({**what, **sizes, **model.measure(added, own, query_scale, FORMATS)})
         each = ", ".join(f"{name} {found['kl']:.4f}" for name, found in rows[-1]["formats"].items())
-        print({key: value for key, value in rows[-1].items() if key != "formats"}, each, flush=True)
+        print({key: value for key, value in rows[-1].items() if key not in ("formats", "layers")}, each, flush=True)
 
     if args.own is not None:
-        row({"bias": "own"}, none, model.own_bias(), torch.ones(model.shape))
+        own = model.own_bias()
+        row({"bias": "own", "layers": model.described(own)}, none, own, torch.ones(model.shape))
     else:
         for place, pairs, layers, plain, balanced in _PLACES:
             for queries, sizes in (("plain", plain), ("balanced", balanced)):
