@@ -9,6 +9,7 @@ from planned_models import SMALL_JSON
 from tiny_models import save_tiny, tiny_model
 
 import longrun
+from longrun.attention.interface import Step
 from longrun.config.key_biases import KeyBiases, read_key_biases
 from longrun.config.model_config import ModelConfig
 from longrun.model.rope import RopeParameters, RotaryTable
@@ -17,6 +18,7 @@ from longrun.plan.command import plan_command
 from longrun.plan.key_biases import MOTION_LIMITS, key_bias_warnings
 from longrun.plan.plan import make_plan
 from longrun.quant.kv_format import PageFormat
+from scripts.quality.key_bias_probe import FORMATS, Layer, turned
 from scripts.tiny_gguf import write_gguf
 
 DIM, READ, TESTED = 32, 384, 8
@@ -150,3 +152,27 @@ def test_the_plan_and_load_warn_of_large_biases(tmp_path, capsys, kind):
             assert runtime.plan.kv_format == (kv_format or "k5v3")  # the default stays
             runtime.new_session()
             assert sum("key biases" in text for text in runtime.notices) == told
+
+
+@pytest.mark.parametrize("name", ["k5v3", "int4"])
+def test_what_survives_a_bias_that_turns(name):
+    """The probe's ways on keys of random normal numbers; queries are so small in the biased pair that its share of the
+    scores stays. Errors of scores, relative to those of the same keys without a bias."""
+    dim, pair, size, tokens = 64, 2, 100.0, 448
+    g = torch.Generator().manual_seed(3)
+    plain, v, q = (torch.randn(2, tokens, dim, generator=g) for _ in range(3))
+    own = torch.zeros(2, dim)
+    own[:, pair :: dim // 2] = size
+    rotary = RotaryTable(RopeParameters({"rope_type": "default", "rope_theta": 10_000.0}, 512), dim)
+    bias = turned(own, Step(0, tokens, *rotary.cos_sin(0, tokens, tokens)))
+    q[..., pair :: dim // 2] /= size
+    outliers, scale = own[:, None] != 0, torch.where(own != 0, 2.0**-7, 1.0)[:, None]
+
+    def error(way, k, bias):
+        found, _ = FORMATS[way](Layer(k, v, bias, scale, outliers))
+        return (q @ (found - k).transpose(1, 2)).square().mean().sqrt().item()
+
+    usual = error(name, plain, torch.zeros_like(plain))
+    assert error(name, plain + bias, bias) > 5 * usual
+    for way in ("bias off", "pairs exact", "pairs scaled", "plain keys"):
+        assert error(f"{name}, {way}", plain + bias, bias) < 1.6 * usual, way
