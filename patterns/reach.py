@@ -3,8 +3,9 @@
 A text is a stretch of the given one and, after it, requests to repeat parts of it, with the parts as they should be
 repeated. Queries are sampled in the second half of the stretch and in all parts: the former ask for what running text
 needs, the latter for what a fact from far back needs. A head's loss is measured at its output (`reach_measure`), and
-brought to nats by what the losses of its layer cost together; both kinds of queries are added. So a loss says about how
-much KL a reach adds. The model's own decoder is used, so that any model that longrun runs can be measured.
+brought to nats by what the losses of its layer cost together; both kinds of queries are added, repeats three times.
+So a loss says about how much KL a reach adds. The model's own decoder is used, so that any model that longrun runs can
+be measured.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from longrun.text.encoder import TextEncoder
 
 PARTS, PART_SIZE, QUOTE_SIZE = 8, 64, 8
 TEXT_ROWS = 512
+REPEAT_WEIGHT = 3.0
+"""Of a nat lost where something is repeated, against one in running text (docs/reach.md)."""
+
 _FACTOR = 4  # from one reach to the next
 _WEIGHING_CONTEXT = {"cpu": 1536, "cuda": 8192}  # a forward pass a layer
 _FORMATS = {"float32": "fp32", "bfloat16": "bf16"}
@@ -149,7 +153,9 @@ def identify_reach(
     for weight in layer_weights(decoder, rotary, short, reaches[0], settings.sink_size, window):
         weights.append(weight)
         on_progress(IdentifyProgress(settings.steps + 1 + len(weights), passes, tokens=len(short.ids)))
-    nats = (total / settings.steps * torch.stack(weights)[:, None, None]).sum(-1)
+    nats = (total / settings.steps * torch.stack(weights)[:, None, None]) @ torch.tensor(
+        [1, REPEAT_WEIGHT], dtype=torch.float64
+    )
     mean = [[[float(f"{x:.4g}") for x in head] for head in row] for row in nats.tolist()]
     losses = ReachLosses(
         settings.sink_size, context, reaches, tuple(tuple(tuple(head) for head in row) for row in mean)
@@ -157,7 +163,7 @@ def identify_reach(
     scores = rank_scores([[head[0] for head in row] for row in mean])
     how = {
         "scores": f"rank of the loss at a reach of {reaches[0]}", "parts": PARTS, "part_size": PART_SIZE,
-        "weighing_context": len(short.ids),
+        "weighing_context": len(short.ids), "repeat_weight": REPEAT_WEIGHT,
     }  # fmt: skip
     return MethodResult(scores, how, losses)
 

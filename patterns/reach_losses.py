@@ -6,8 +6,9 @@ reaches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,22 @@ class ReachLosses:
                 break
             needed = reach
         return needed
+
+    def at_least(self, reach: int) -> ReachLosses:
+        """Without the reaches shorter than this one, which was measured."""
+        number = self.reaches.index(reach)
+        rows = tuple(tuple(of_head[number:] for of_head in row) for row in self.losses)
+        return replace(self, reaches=self.reaches[number:], losses=rows)
+
+    def lost(self, reaches: Sequence[Sequence[int]]) -> float:
+        """What all heads lose with these reaches [num_layers][num_kv_heads], each a measured one or `ALL_TOKENS`."""
+        places = {reach: place for place, reach in enumerate(self.reaches)}
+        return math.fsum(
+            of_head[places[reach]]
+            for row, own in zip(self.losses, reaches, strict=True)
+            for of_head, reach in zip(row, own, strict=True)
+            if reach < ALL_TOKENS
+        )
 
     @property
     def num_layers(self) -> int:

@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 
 def load(folder, **options):
     given = {"head_map": MAP, "ctx": CTX, "chunk_size": 130, "device": "cpu", "kv_format": "fp32", **options}
-    return longrun.load(folder, "cpu", **given)
+    return longrun.load(folder, replace(Budget.load("cpu"), recent_size=RING), **given)
 
 
 def some_bytes(folder):
@@ -185,10 +185,16 @@ REACHING = replace(PLAIN, reach_losses=SMALL_LOSSES)
         (BUDGET, PLAIN, {}, InputError, "need reach losses, and head map has none"),
         (BUDGET, REACHING, {"capacity": None}, InputError, "need a stated context"),
         (BUDGET, REACHING, {"session_reaches": [[64] * 4] * 5}, HeadMapError, "reaches are of 5 layers of 4 KV heads"),
-        (BUDGET, REACHING, {"session_reaches": [[63] * 4] * 6}, HeadMapError, "63 is too small"),
+        (BUDGET, REACHING, {"session_reaches": [[0] * 4] * 6}, HeadMapError, "recent_size"),
         (BUDGET, REACHING, {"retrieval_ratio": 0.5}, InputError, "retrieval ratio 0.5 both say"),
         (replace(BUDGET, sink_size=9), REACHING, {}, ConfigError, "sink_size = 9 is not the 8"),
-        (replace(BUDGET, recent_size=65), REACHING, {}, ConfigError, "recent_size = 65 is not the 64"),
+        (
+            replace(BUDGET, recent_size=65),
+            REACHING,
+            {},
+            ConfigError,
+            r"recent_size = 65 is none of the reaches .*\(64, 500\)",
+        ),
         (replace(BUDGET, kv_bytes=1000), REACHING, {}, HeadMapError, "do not hold the shortest reach of every head"),
     ],
 )
@@ -225,6 +231,33 @@ def test_the_same_bytes_reach_less_far_in_a_longer_context():
     assert splits[1] == choose_split(SMALL, BUDGET, REACHING, capacity=6000).split
 
 
+@pytest.mark.parametrize("capacity", [2000, 6000, 20_000, 200_000])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
+def test_streaming_heads_have_the_window_that_loses_least(capacity, share):
+    """Beside every choice of the window by hand, and no head's reach lies below it."""
+    room = make_plan(SMALL, replace(BUDGET, kv_bytes=None), capacity, device_type="cpu").cache.kv_bytes
+    budget = replace(BUDGET, kv_bytes=int(share * room))
+    split = choose_split(SMALL, budget, REACHING, capacity=capacity).split
+    by_hand = {}
+    for window in SMALL_LOSSES.reaches:
+        try:
+            one = choose_split(SMALL, replace(budget, recent_size=window), REACHING, capacity=capacity).split
+        except HeadMapError:
+            continue
+        assert one.recent_size == window == min(map(min, one.all_reaches))
+        by_hand[window] = SMALL_LOSSES.lost(one.all_reaches)
+    assert SMALL_LOSSES.lost(split.all_reaches) == min(by_hand.values())
+    assert split.recent_size == min(by_hand, key=by_hand.get)
+
+
+def test_a_wide_window_is_chosen_where_a_context_is_long():
+    windows = [
+        choose_split(SMALL, replace(BUDGET, kv_bytes=capacity * 300), REACHING, capacity=capacity).split.recent_size
+        for capacity in (2000, 200_000)
+    ]
+    assert windows == [64, 500]
+
+
 def test_what_would_fit_is_fewer_bytes():
     budget = replace(BUDGET, device_bytes=516 * 10**6, kv_bytes=40 * 10**6, weight_format="int4", chunk_size=64)
     capacity = 60_000
@@ -245,9 +278,9 @@ def test_the_plan_command(tmp_path, capsys):
     assert plan_command([*shared, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["kv_bytes"] <= 3e6
-    assert {reach for row in plan["split"]["reaches"] for reach in row} == {None, 500}
+    assert plan["split"]["reaches"] is None and plan["split"]["recent_size"] == 500
     assert plan_command(shared) == 0
-    assert "; 8 + 64 for the" in capsys.readouterr().out
+    assert "8 + 500" in capsys.readouterr().out
     with pytest.raises(InputError, match="give one"):
         plan_command([*shared, "--retrieval-ratio", "0.5"])
     with pytest.raises(InputError, match="need a stated context"):

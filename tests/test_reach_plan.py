@@ -148,7 +148,8 @@ def test_the_head_line():
     assert heads_line(cache) == (
         f"reaches: {whole} of 24 KV heads all, {long} of 900, {short} of 300; 8 + 32 for the {ring} others"
     )
-    assert heads_line(replace(cache, reaches=())) == f"{whole + long + short} of 24 KV heads keep all tokens"
+    few = f"{whole + long + short} of 24 KV heads keep all tokens, the others 8 + {RING}"
+    assert heads_line(replace(cache, reaches=())) == few
 
 
 def test_predicted_times_count_what_heads_see():

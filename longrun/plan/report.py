@@ -59,15 +59,16 @@ def print_plan(plan: Plan, console: Console, speeds: Speeds | None = None) -> No
 def heads_line(cache: CacheSpec) -> str:
     """How many heads keep what."""
     heads = cache.num_layers * cache.num_kv_heads
+    others, window = cache.total_streaming_heads, f"{cache.sink_size:,} + {cache.recent_size:,}"
     if not cache.reaches:
-        return f"{cache.total_retrieval_heads} of {heads} KV heads keep all tokens"
+        rings = f", the others {window}" if others else ""
+        return f"{cache.total_retrieval_heads} of {heads} KV heads keep all tokens{rings}"
     counts = Counter(reach for row in cache.reaches for reach in row)
     parts = [
         f"{counts[reach]} of {heads} KV heads all" if reach == ALL_TOKENS else f"{counts[reach]} of {reach:,}"
         for reach in sorted(counts | {ALL_TOKENS: 0}, reverse=True)
     ]
-    others = cache.total_streaming_heads
-    ring = f"; {cache.sink_size:,} + {cache.recent_size:,} for the {others} others" if others else ""
+    ring = f"; {window} for the {others} others" if others else ""
     return f"reaches: {', '.join(parts)}{ring}"
 
 

@@ -13,7 +13,7 @@ from longrun.config.model_config import ModelConfig
 from longrun.errors import ConfigError, HeadMapError, InputError, quoted
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import Budget
-from longrun.plan.reaches import allocated_split
+from longrun.plan.reaches import allocated_split, window_of
 from longrun.quant.kv_format import PageFormat
 from longrun.units import format_bytes, parse_bytes
 
@@ -169,27 +169,35 @@ def _allocated(
             f"{wanted} need reach losses, and {source} has none: measure them (longrun.patterns identify --method "
             f"reach), or give a retrieval ratio instead"
         )
-    for name, own in (("sink_size", losses.sink_size), ("recent_size", losses.reaches[0])):
-        if getattr(budget, name) not in (None, own):
-            raise ConfigError(
-                f"{budget.source}: [kv] {name} = {getattr(budget, name)} is not the {own} with which the reach losses "
-                f"of kv_bytes were measured: leave it out"
-            )
-    loaded = loaded.with_window(losses.sink_size, losses.reaches[0])
+    if budget.sink_size not in (None, losses.sink_size):
+        raise ConfigError(
+            f"{budget.source}: [kv] sink_size = {budget.sink_size} is not the {losses.sink_size} with which the reach "
+            f"losses of kv_bytes were measured: leave it out"
+        )
+    if budget.recent_size not in (None, *losses.reaches):
+        raise ConfigError(
+            f"{budget.source}: [kv] recent_size = {budget.recent_size} is none of the reaches with which the losses of "
+            f"kv_bytes were measured ({', '.join(map(str, losses.reaches))}): give one of them, or leave it out"
+        )
     if session_reaches is not None:
-        split = HeadSplit.of_reaches(session_reaches, losses.sink_size, losses.reaches[0])
+        split = HeadSplit.of_reaches(session_reaches, losses.sink_size, window_of(session_reaches, losses))
         if (split.num_layers, split.num_kv_heads) != (config.num_layers, config.num_kv_heads):
             raise HeadMapError(
                 f"the session's reaches are of {split.num_layers} layers of {split.num_kv_heads} KV heads, but the "
                 f"model has {config.num_layers} of {config.num_kv_heads}: load the checkpoint it was made with"
             )
         notes += (f"the session keeps the reaches it was made with: {wanted} change nothing in it",)
-        return ChosenSplit(split, loaded, f"{source}, reaches of the session", notes)
+        return ChosenSplit(split, _with_window_of(loaded, split), f"{source}, reaches of the session", notes)
     if capacity is None:
         raise InputError(f"{wanted} need a stated context, since a reach costs more bytes in a longer one: give ctx")
     page_format = PageFormat(budget.kv_format, budget.page_size, config.head_dim)
-    split = allocated_split(losses, page_format, capacity, budget.kv_bytes)
-    return ChosenSplit(split, loaded, f"{source}, {wanted}", notes, kv_bytes=budget.kv_bytes)
+    split = allocated_split(losses, page_format, capacity, budget.kv_bytes, budget.recent_size)
+    note = f"{source}, {wanted}"
+    return ChosenSplit(split, _with_window_of(loaded, split), note, notes, kv_bytes=budget.kv_bytes)
+
+
+def _with_window_of(head_map: HeadMap, split: HeadSplit) -> HeadMap:
+    return head_map.with_window(split.sink_size, split.recent_size)
 
 
 def _opened(head_map: HeadMap | str | Path, config: ModelConfig) -> tuple[HeadMap, str, tuple[str, ...]]:
