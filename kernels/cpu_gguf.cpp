@@ -1,6 +1,5 @@
-// Weights of GGUF files to float32 or bfloat16, for the types that most files hold: Q4_K, Q5_K, Q6_K and Q8_0. The
-// products and differences are those of the gguf package, one by one; nothing here may be contracted, so that both give
-// the same bits.
+// Weights of GGUF files to float32 or bfloat16, for the types that most files hold. The products, sums and
+// differences are those of the gguf package, one by one; nothing here may be contracted, so that both give the same bits.
 //
 // Plain C interface, called through ctypes (kernels/cpu_gguf.py). Built for the machine it runs on.
 
@@ -27,6 +26,22 @@ inline uint16_t to_bf16(float x) {  // to nearest even; NaN stays one
   const uint32_t bits = bits_as<uint32_t>(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
+
+// Without a minimum, codes begin at -8.
+template <bool MINIMUM>
+struct Q4 {
+  static constexpr int VALUES = 32, BYTES = MINIMUM ? 20 : 18;
+  static void block(const uint8_t* __restrict from, float* __restrict to) {
+    const float scale = half_at(from), minimum = MINIMUM ? half_at(from + 2) : 0.0f;
+    const uint8_t* codes = from + BYTES - 16;
+    for (int i = 0; i < 16; i++) {
+      const float low = scale * float((codes[i] & 15) - (MINIMUM ? 0 : 8));
+      const float high = scale * float((codes[i] >> 4) - (MINIMUM ? 0 : 8));
+      to[i] = MINIMUM ? low + minimum : low;
+      to[16 + i] = MINIMUM ? high + minimum : high;
+    }
+  }
+};
 
 struct Q8_0 {
   static constexpr int VALUES = 32, BYTES = 34;
@@ -93,6 +108,8 @@ void blocks(const uint8_t* from, int64_t count, bool bf16, void* to) {
   extern "C" void longrun_gguf_##NAME(const uint8_t* from, int64_t count, int64_t bf16, void* to) {    \
     blocks<__VA_ARGS__>(from, count, bf16, to);                                                        \
   }
+LONGRUN_TYPE(Q4_0, Q4<false>)
+LONGRUN_TYPE(Q4_1, Q4<true>)
 LONGRUN_TYPE(Q8_0, Q8_0)
 LONGRUN_TYPE(Q4_K, Nibbles<false>)
 LONGRUN_TYPE(Q5_K, Nibbles<true>)

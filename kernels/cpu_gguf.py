@@ -14,7 +14,9 @@ from torch import Tensor
 from longrun.kernels.cpu_library import CpuKernel
 
 # Values and bytes of a block.
-_BLOCKS = {"Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210)}
+_BLOCKS = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+}  # fmt: skip
 
 
 class CpuGguf(CpuKernel):

@@ -12,7 +12,7 @@ from longrun.model.checkpoint_tensors import find_tensors
 from longrun.paths import cache_dir
 from scripts.tiny_gguf import TYPE, write_gguf
 
-TYPES = ("Q8_0", "Q4_K", "Q5_K", "Q6_K")
+TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 
 
 @pytest.fixture(scope="module", params=["", "-mno-avx512f", "-mno-avx"])

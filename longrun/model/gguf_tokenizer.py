@@ -85,8 +85,11 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         (backend.add_special_tokens if is_special else backend.add_tokens)(added)
     _frame(backend, metadata, special, begins)
     template = metadata.get("tokenizer.chat_template")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=template, clean_up_tokenization_spaces=False,
+    # As the library's own classes do it: a `tokenizer_object` is copied, which takes as long as building it.
+    tokenizer = PreTrainedTokenizerFast.__new__(PreTrainedTokenizerFast)
+    tokenizer._tokenizer = backend
+    tokenizer.__init__(
+        chat_template=template, clean_up_tokenization_spaces=False,
         **{name: token for name, token in special.items() if token is not None},
     )  # fmt: skip
     if len(tokenizer) != len(tokens):
