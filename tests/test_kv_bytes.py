@@ -220,6 +220,12 @@ def test_bytes_by_hand_win_over_the_file_and_the_other_way_round():
         budget_by_hand(file, None, 0)
     with pytest.raises(ConfigError, match=r"\[kv\] retrieval_ratio = 0.5 and kv_bytes = 3000000"):
         Budget.parse('[memory]\ngpu = "1 GB"\n[kv]\nkv_bytes = "3 MB"\nretrieval_ratio = 0.5\n')
+    assert Budget.parse('[memory]\ngpu = "1 GB"\n[kv]\nkv_bytes = "25%"\n').kv_bytes == "25%"
+    for bad in ("0%", "101%", "-1%", "many%", "nan%"):
+        with pytest.raises(InputError, match="write it like 25%"):
+            budget_by_hand(file, None, bad)
+        with pytest.raises(ConfigError, match="write it like 25%"):
+            Budget.parse(f'[memory]\ngpu = "1 GB"\n[kv]\nkv_bytes = "{bad}"\n')
     with pytest.raises(ConfigError, match=r"\[kv\] kv_bytes = true is not a memory size"):
         Budget.parse('[memory]\ngpu = "1 GB"\n[kv]\nkv_bytes = true\n')
 
@@ -248,6 +254,18 @@ def test_streaming_heads_have_the_window_that_loses_least(capacity, share):
         by_hand[window] = SMALL_LOSSES.lost(one.all_reaches)
     assert SMALL_LOSSES.lost(split.all_reaches) == min(by_hand.values())
     assert split.recent_size == min(by_hand, key=by_hand.get)
+
+
+@pytest.mark.parametrize("capacity", [2000, 60_000])
+def test_a_share_is_of_what_full_attention_takes(capacity):
+    room = make_plan(SMALL, replace(BUDGET, kv_bytes=None), capacity, device_type="cpu").cache.kv_bytes
+    for share in (0.4, 0.75, 1.0):
+        given = [
+            choose_split(SMALL, replace(BUDGET, kv_bytes=size), REACHING, capacity=capacity)
+            for size in (f"{100 * share:g}%", int(share * room))
+        ]
+        assert given[0].split == given[1].split and given[0].kv_bytes == given[1].kv_bytes
+    assert SMALL_LOSSES.lost(given[0].split.all_reaches) == 0
 
 
 def test_a_wide_window_is_chosen_where_a_context_is_long():

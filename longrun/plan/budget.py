@@ -3,7 +3,7 @@
     [memory]  gpu = "80 GB" (required), host = "100 GiB"
     [weights] format = "int4"
     [kv]      format = "k5v3", retrieval_ratio = 0.5, sink_size = 128, recent_size = 256, page_size = 64;
-              kv_bytes = "8 GB" instead of retrieval_ratio
+              kv_bytes = "8 GB" or "25%" instead of retrieval_ratio
     [prefill] chunk_size = 32768
 
 Everything but `[memory] gpu` may be left out; `Budget` says what it is then. `gpu` has no second name: on a CPU, too,
@@ -13,6 +13,7 @@ it is the memory of the compute device (`Budget.device_bytes`).
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -54,8 +55,9 @@ class Budget:
         kv_format: one of `KV_FORMATS`. Default k5v3.
         retrieval_ratio: share of the KV heads kept as retrieval heads where a head map is given, in (0, 1], or None
             (default) for the heads that score at least 0.5.
-        kv_bytes: instead of a ratio, the bytes that keys and values may take at the full context; how far each head
-            reaches within them follows from the head map's reach losses. Default None.
+        kv_bytes: instead of a ratio, the bytes that keys and values may take at the full context, or a share of what
+            full attention takes there, like "25%"; how far each head reaches within them follows from the head map's
+            reach losses. Default None.
         sink_size, recent_size: window of the streaming heads in tokens, or None (default) for the head map's own.
         page_size: tokens of a page, one of `PAGE_SIZES`. Default 64.
         chunk_size: the most tokens of one prefill step. Default 1024.
@@ -70,7 +72,7 @@ class Budget:
     weight_format: str | None = None
     kv_format: str = DEFAULT_KV_FORMAT
     retrieval_ratio: float | None = None
-    kv_bytes: int | None = None
+    kv_bytes: int | str | None = None
     sink_size: int | None = None
     recent_size: int | None = None
     page_size: int = 64
@@ -84,7 +86,10 @@ class Budget:
         if self.weight_format is not None:
             self._check_name("weight_format", WEIGHT_FORMATS)
         if self.kv_bytes is not None:
-            self._check_whole("kv_bytes", 1)
+            if not isinstance(self.kv_bytes, str):
+                self._check_whole("kv_bytes", 1)
+            elif share_of(self.kv_bytes) is None:
+                self._fail("kv_bytes", "is no share: write it like 25%")
             if self.retrieval_ratio is not None:
                 raise ConfigError(
                     f"{self.source}: [kv] retrieval_ratio = {quoted(self.retrieval_ratio)} and kv_bytes = "
@@ -184,6 +189,23 @@ def shipped_budgets() -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")))
 
 
+def share_of(kv_bytes: object) -> float | None:
+    """0.25 for "25%": what a share of full attention's bytes is written like; None for anything else.
+
+    Raises:
+        InputError: a share that is not above 0% and at most 100%.
+    """
+    if not isinstance(kv_bytes, str) or not kv_bytes.strip().endswith("%"):
+        return None
+    try:
+        share = float(kv_bytes.strip()[:-1]) / 100
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise InputError(f"kv_bytes {quoted(kv_bytes)} is no share above 0% and up to 100%: write it like 25%")
+    return share
+
+
 def _known_section(section: str, keys: Any, source: str) -> dict[str, str]:
     section = shortened(section)
     if not isinstance(keys, dict):
@@ -236,12 +258,14 @@ def _hint(text: str, names: Iterable[str]) -> str:
     return f" (nearest: {near[0]})" if near else ""
 
 
-def _bytes_of(value: Any, field: str, source: str) -> int:
+def _bytes_of(value: Any, field: str, source: str) -> int | str:
     section, key = _FIELD_PLACES[field]
     what = f"{source}: [{section}] {key} ="
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise ConfigError(f'{what} {_toml(value)} is not a memory size: write it like "80 GB" or "100 GiB"')
     try:
+        if field == "kv_bytes" and share_of(value) is not None:
+            return value
         return parse_bytes(value, what)
     except InputError as error:
         raise ConfigError(str(error)) from None

@@ -12,12 +12,17 @@ from longrun.arguments import number
 from longrun.config.model_config import ModelConfig
 from longrun.errors import ConfigError, HeadMapError, InputError, quoted
 from longrun.patterns.head_map import HeadMap, HeadSplit
-from longrun.plan.budget import Budget
+from longrun.plan.budget import Budget, share_of
 from longrun.plan.reaches import allocated_split, window_of
 from longrun.quant.kv_format import PageFormat
-from longrun.units import format_bytes, parse_bytes
+from longrun.specs.cache_spec import head_bytes
+from longrun.specs.reach import Reach
+from longrun.units import ALL_TOKENS, format_bytes, parse_bytes
 
-KV_BYTES_HELP = "instead of a ratio: memory for keys and values, like 8GB, which decides how far each head reaches"
+KV_BYTES_HELP = (
+    "instead of a ratio: memory for keys and values, like 8GB, or a share of what full attention takes, like 25%%; it "
+    "decides how far each head reaches"
+)
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,12 @@ def budget_by_hand(budget: Budget, retrieval_ratio: float | None, kv_bytes: int 
     """The budget where a ratio or bytes given by hand win over what the file says of either.
 
     Raises:
-        InputError: both are given, or `kv_bytes` is no size.
+        InputError: both are given, or `kv_bytes` is neither a size nor a share like "25%".
         ConfigError: 0 bytes.
     """
     if kv_bytes is None:
         return budget if retrieval_ratio is None else replace(budget, kv_bytes=None)
-    size = parse_bytes(kv_bytes, "kv_bytes")
+    size = kv_bytes if share_of(kv_bytes) is not None else parse_bytes(kv_bytes, "kv_bytes")
     if retrieval_ratio is not None:
         raise InputError(
             f"kv_bytes {quoted(kv_bytes)} and retrieval ratio {quoted(retrieval_ratio)} both say which heads keep all "
@@ -156,7 +161,8 @@ def _allocated(
     session_reaches: Sequence[Sequence[int]] | None,
 ) -> ChosenSplit:
     """The split that the budget's `kv_bytes` give, or that of a session."""
-    wanted = f"kv_bytes of {format_bytes(budget.kv_bytes)}"
+    share = share_of(budget.kv_bytes)
+    wanted = f"kv_bytes of {format_bytes(budget.kv_bytes) if share is None else budget.kv_bytes}"
     if head_map is None or (isinstance(head_map, str) and head_map == "full"):
         raise InputError(
             f"{wanted} need a head map with reach losses, which say how far each head has to reach: give its folder, "
@@ -191,9 +197,13 @@ def _allocated(
     if capacity is None:
         raise InputError(f"{wanted} need a stated context, since a reach costs more bytes in a longer one: give ctx")
     page_format = PageFormat(budget.kv_format, budget.page_size, config.head_dim)
-    split = allocated_split(losses, page_format, capacity, budget.kv_bytes, budget.recent_size)
+    size = budget.kv_bytes
+    if share is not None:
+        heads = config.num_layers * config.num_kv_heads
+        size = int(share * heads * head_bytes(Reach(ALL_TOKENS, losses.sink_size, page_format), capacity))
+    split = allocated_split(losses, page_format, capacity, size, budget.recent_size)
     note = f"{source}, {wanted}"
-    return ChosenSplit(split, _with_window_of(loaded, split), note, notes, kv_bytes=budget.kv_bytes)
+    return ChosenSplit(split, _with_window_of(loaded, split), note, notes, kv_bytes=size)
 
 
 def _with_window_of(head_map: HeadMap, split: HeadSplit) -> HeadMap:

@@ -90,9 +90,9 @@ def load(
         adapter: folder of a LoRA adapter in peft's format, added to the weights while they are loaded.
         retrieval_ratio: share of the heads of `head_map` to keep; default: the budget's, else scores of at least 0.5
             (with "auto" a ratio of 0.5).
-        kv_bytes: instead of a ratio, the bytes (or a text like "8 GB") that keys and values may take at `ctx` tokens,
-            from which follows how far each head reaches; needs `ctx` and a head map with reach losses. Default: the
-            budget's.
+        kv_bytes: instead of a ratio, the bytes (or a text like "8 GB", or "25%" of full attention's) that keys and
+            values may take at `ctx` tokens, from which follows how far each head reaches; needs `ctx` and a head map
+            with reach losses. Default: the budget's.
         chunk_size: the most tokens of one prefill step; default: the budget's.
         device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
             rest goes to the host pool although the device has room.
