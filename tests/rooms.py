@@ -194,6 +194,7 @@ ROOMS = (
         "lab",
         ("longrun.lab", "longrun.lab.*"),
         (
+            "chat",
             "runtime",
             "session",
             "engine",

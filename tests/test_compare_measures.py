@@ -11,6 +11,7 @@ from planted_maps import maps_that_miss
 import longrun
 from longrun.lab.quality.measures import (
     SPARE_TOKENS,
+    Opened,
     cache_bytes,
     compare_blocks,
     greedy_choices,
@@ -34,7 +35,7 @@ def test_exact_match_is_what_greedy_generation_gives(planted):
         planted.path, "cpu", row.make_map(2, 4), device="cpu", ctx=800, retrieval_ratio=row.retrieval_ratio
     )  # fmt: skip
     documents = list(retrieval_documents(runtime.tokenizer, Haystack.generated(3), "several", 600, [0.3, 0.9], 2, 3))
-    measured = measure_retrieval(runtime, row, 600, documents, lambda name: None)["items"]
+    measured = measure_retrieval(runtime, row, Opened.of(runtime, row, 600), documents, lambda name: None)["items"]
     exact = []
     for document in documents:
         for question in document.prompt.questions:

@@ -24,7 +24,10 @@ from longrun.cli import Parser, redraws
 from longrun.errors import InputError
 from longrun.hub.find import add_model_option
 from longrun.hub.names import model_name
-from longrun.lab.quality.measures import SPARE_TOKENS, ReferenceLogits, measure_retrieval, measure_text
+from longrun.lab.quality.asked import AskedDocument, CodeDocuments
+from longrun.lab.quality.code_source import source_facts, standard_library
+from longrun.lab.quality.measure_answers import measure_asked
+from longrun.lab.quality.measures import SPARE_TOKENS, Opened, ReferenceLogits, measure_retrieval, measure_text
 from longrun.lab.quality.report import write_report
 from longrun.lab.quality.results import QualityResults
 from longrun.lab.quality.settings import REFERENCE, REFERENCE_ROW, Row, read_rows
@@ -45,7 +48,8 @@ if TYPE_CHECKING:
     from longrun.plan.plan import Plan
     from longrun.runtime.runtime import Runtime
 
-GROUPS = ("single", "several", "keyvalue", "text")
+GROUPS = ("single", "several", "keyvalue", "code", "rules", "text")
+ASKED = ("code", "rules")  # questions about the running Python's own modules, in the words of the chat template
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,12 +61,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--lengths", required=True, metavar="4K,8K,...", help="prompt lengths in the model's tokens")
     parser.add_argument("--depths", type=COUNT, default=5, metavar="N", help="evenly spaced depths from 0 to 1")
-    parser.add_argument("--items", type=whole(), default=8, metavar="N", help="questions of a task, depth and length")
+    parser.add_argument(
+        "--items",
+        type=whole(),
+        default=8,
+        metavar="N",
+        help="questions of a task, depth and length (code, rules: documents a length)",
+    )
     parser.add_argument("--texts", type=whole(), default=4, metavar="N", help="texts to be predicted, a length")
     parser.add_argument(
         "--score-tokens", type=whole(), default=256, metavar="N", help="last tokens of a text, predicted"
     )
-    parser.add_argument("--tasks", default=",".join(GROUPS), help="some of single,several,keyvalue,text")
+    parser.add_argument("--tasks", default="single,several,keyvalue,text", help=f"some of {','.join(GROUPS)}")
     parser.add_argument(
         "--text", nargs="+", type=path_option, metavar="FILE", help="texts to predict (default: Python's docs)"
     )
@@ -108,6 +118,7 @@ def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "score_tokens": arguments.score_tokens,
         "tasks": [group for group in GROUPS if group in groups],
         "text": _checksums(arguments.text) or "Python's language reference (pydoc_data)",
+        "code": source_facts() if set(ASKED) & set(groups) else None,
         "haystack": _checksums(arguments.haystack) or "generated",
         "budget": arguments.budget,
         "chunk_size": None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
@@ -140,7 +151,10 @@ class Comparison:
         )
         self._loaded: tuple[Row, int | None, Runtime, Plan] | None = None
         self._told: set[str] = set()
+        self._opened: tuple[Row, int, Opened] | None = None
         self._documents: dict[tuple[int, str], list[TaskDocument]] = {}
+        self._asked: dict[tuple[int, str], list[AskedDocument]] = {}
+        self._code: CodeDocuments | None = None
         self._texts: list[int] | None = None
 
     def check_rows(self, rows: Sequence[Row]) -> None:
@@ -175,18 +189,30 @@ class Comparison:
             before = leading_ids(runtime.tokenizer)
             texts = text_documents(self._text_ids(runtime), length, settings["texts"], before)
             found = measure_text(
-                runtime, row, length, texts, settings["score_tokens"], self._reference, row.name == REFERENCE,
-                on_document,
+                row, self._session(runtime, row, length), length, texts, settings["score_tokens"], self._reference,
+                row.name == REFERENCE, on_document,
             )  # fmt: skip
+        elif group in ASKED:
+            asked, alone = self._asked_documents(runtime, length, group), group == "code" and row.name == REFERENCE
+            found = measure_asked(runtime, row, self._session(runtime, row, length), asked, on_document, alone)
         else:
             documents = self._retrieval_documents(runtime, length, group)
-            found = measure_retrieval(runtime, row, length, documents, on_document)
+            found = measure_retrieval(runtime, row, self._session(runtime, row, length), documents, on_document)
         seconds = round(time.perf_counter() - start, 2)
         record = {"row": row.name, "length": length, "group": group, "seconds": seconds}
         if row.by_length:
             record["split"] = split_facts(runtime.split)
         self._results.add(record | {"commit": self._results.head["environment"]["commit"]} | found)
         self._console.print(f"{row.name}, {format_tokens(length)}, {group}: {told(found['items'])} ({seconds:.0f} s)")
+
+    def _session(self, runtime: Runtime, row: Row, length: int) -> Opened:
+        """The row's session at a length, one for all groups of tasks: a GPU captures its decode step in each anew."""
+        if self._opened is None or self._opened[:2] != (row, length):
+            self._opened = None
+            if runtime.plan.device_type == "cuda":
+                release_memory()
+            self._opened = (row, length, Opened.of(runtime, row, length))
+        return self._opened[2]
 
     def _say(self, text: str) -> None:
         """Once."""
@@ -200,7 +226,7 @@ class Comparison:
         key = replace(row, name="", kv=row.stored_kv, eviction="none")  # what a runtime is made from
         where = length if row.by_length else None
         if self._loaded is None or self._loaded[:2] != (key, where):
-            self._loaded = None
+            self._loaded = self._opened = None
             release_memory()
             runtime = self._runtimes.get(row, length)
             if runtime is None:
@@ -212,8 +238,6 @@ class Comparison:
             for notice in runtime.notices:
                 self._say(f"note: {notice}")
             self._loaded = (key, where, runtime, runtime.plan)  # a session of another length gives another plan
-        elif self._loaded[3].device_type == "cuda":
-            release_memory()
         _, _, runtime, plan = self._loaded
         self._results.describe(row.name, describe(row, runtime, plan))
         return runtime
@@ -229,6 +253,16 @@ class Comparison:
                 )
             )  # fmt: skip
         return self._documents[key]
+
+    def _asked_documents(self, runtime: Runtime, length: int, group: str) -> list[AskedDocument]:
+        """The same for every row, made once."""
+        settings, key = self._settings, (length, group)
+        if key not in self._asked:
+            if self._code is None:
+                self._code = CodeDocuments(runtime.tokenizer, standard_library())
+            write = self._code.code if group == "code" else self._code.rules
+            self._asked[key] = list(write(length, settings["items"], settings["seed"]))
+        return self._asked[key]
 
     def _text_ids(self, runtime: Runtime) -> list[int]:
         if self._texts is None:

@@ -26,7 +26,7 @@ from longrun.paths import path_option
 from longrun.units import format_tokens
 
 # What may be another at every length; all else must be the same.
-BY_LENGTH = ("items", "depths", "texts", "score_tokens", "tasks", "text")
+BY_LENGTH = ("items", "depths", "texts", "score_tokens", "tasks", "text", "code")
 _OWN = ("lengths", "by_length")
 # Of a row as it was run: a chunk is never longer than the context.
 _FREE = ("chunk_size",)
@@ -68,7 +68,7 @@ def _settings(parts: Sequence[QualityResults]) -> dict[str, Any]:
                     f"{owner[length].folder} and {part.folder} both hold {format_tokens(length)} tokens: leave one out"
                 )
             owner[length] = part
-            by_length[length] = {key: part.settings_at(length)[key] for key in BY_LENGTH}
+            by_length[length] = {key: part.settings_at(length).get(key) for key in BY_LENGTH}
     common = {key: value for key, value in first.head["settings"].items() if key not in (*BY_LENGTH, *_OWN)}
     lengths = sorted(by_length)
     return {**common, "lengths": lengths, "by_length": {str(length): by_length[length] for length in lengths}}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,25 @@ from longrun.lab.quality.formats import SimulatedFormat
 from longrun.lab.quality.settings import Row
 from longrun.lab.quality.tasks import TaskDocument
 from longrun.runtime.runtime import Runtime
-from longrun.session.session import Session
+from longrun.session.session import Session, SessionMark
 
 PIECE = 32  # tokens scored at a time: with INT4 pages a piece sees its own keys exact, with TOVA it is evicted whole
 BLOCK = 32  # predicted tokens that make one item of the text task
-SPARE_TOKENS = 32
+SPARE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A session of a row, used by one group of tasks after another, and the mark at its beginning."""
+
+    session: Session
+    empty: SessionMark
+
+    @classmethod
+    def of(cls, runtime: Runtime, row: Row, length: int) -> Opened:
+        """See `open_session`."""
+        session = open_session(runtime, row, length)
+        return cls(session, session.mark())
 
 
 def open_session(runtime: Runtime, row: Row, length: int) -> Session:
@@ -82,7 +97,7 @@ def cache_bytes(cache: DualCache | EvictingCache, simulates: SimulatedFormat | N
 
 
 def measure_retrieval(
-    runtime: Runtime, row: Row, length: int, documents: Iterable[TaskDocument], on_document: Callable[[str], None]
+    runtime: Runtime, row: Row, opened: Opened, documents: Iterable[TaskDocument], on_document: Callable[[str], None]
 ) -> dict[str, Any]:
     """Read every document, put its questions; `on_document` is called with its name when it is done.
 
@@ -90,11 +105,10 @@ def measure_retrieval(
         `items`: one a question (task, document, depth, exact, token_accuracy, answer expected and the greedy choices
         along it), `kv`: bytes at the end of a prompt, and speeds.
     """
-    session, clock = open_session(runtime, row, length), _Clock()
-    empty, items, kv = session.mark(), [], {}
+    session, clock, items, kv = opened.session, Clock(), [], {}
     for document in documents:
-        session.rewind(empty)
-        _read(session, document.prompt.document_ids, clock)
+        session.rewind(opened.empty)
+        read_prompt(session, document.prompt.document_ids, clock)
         if row.evicts is not None and row.evicts.at_document:
             end_prompt(session)
         document_end = session.mark()
@@ -117,13 +131,14 @@ def measure_retrieval(
                     "chosen": runtime.tokenizer.decode(chosen, skip_special_tokens=True),
                 }
             )
+        session.release(document_end)
         on_document(document.name)
     return {"items": items, "kv": kv, **clock.speeds()}
 
 
 def measure_text(
-    runtime: Runtime,
     row: Row,
+    opened: Opened,
     length: int,
     documents: Sequence[Sequence[int]],
     score_tokens: int,
@@ -140,12 +155,11 @@ def measure_text(
         `items`: one for each 32 predicted tokens (document, block, tokens; means of nll in nats, of KL(reference ||
         row) in nats, and of top-1 agreement), `kv` bytes where scoring began, and speeds.
     """
-    session, clock = open_session(runtime, row, length), _Clock()
-    empty, items, kv = session.mark(), [], {}
+    session, clock, items, kv = opened.session, Clock(), [], {}
     for number, token_ids in enumerate(documents):
-        session.rewind(empty)
+        session.rewind(opened.empty)
         split = len(token_ids) - score_tokens
-        _read(session, token_ids[:split], clock)
+        read_prompt(session, token_ids[:split], clock)
         end_prompt(session)
         kv = kv or cache_bytes(session.cache, row.simulates)
         rows, start = [], time.perf_counter()
@@ -213,7 +227,7 @@ class ReferenceLogits:
         return torch.from_numpy(np.load(self._path(length, number))).to(device)
 
 
-class _Clock:
+class Clock:
     """Tokens and seconds by kind of work, for information."""
 
     def __init__(self) -> None:
@@ -231,7 +245,8 @@ class _Clock:
         }
 
 
-def _read(session: Session, token_ids: Sequence[int], clock: _Clock) -> None:
+def read_prompt(session: Session, token_ids: Sequence[int], clock: Clock) -> None:
+    """Prefill, and note how long it took."""
     start = time.perf_counter()
     logits = session.prefill(token_ids)
     float(logits[0])  # waits for a GPU

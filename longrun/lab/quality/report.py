@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrun.files.whole_file import write_whole
+from longrun.lab.quality.asked import ASKED_TASKS
 from longrun.lab.quality.results import QualityResults
 from longrun.lab.quality.settings import REFERENCE
 from longrun.lab.quality.statistics import Estimate
@@ -25,7 +26,11 @@ SIMULATED_NOTE = (
     "Rows with computed bytes simulate a format: their pages went through its grid and were held as bf16, which KV in "
     "use, peak and speeds are of. What the format itself would have in use is computed from its spec, not measured."
 )
+KEPT_NOTE = (
+    "Of the answers that the reference gets right, and of code not without the document as well, how many are right:"
+)
 _TITLES = {"passkey": "pass key", "needle": "needle", "several": "several needles", "keyvalue": "key-value"}
+_TITLES |= {task: task for task in ASKED_TASKS}
 
 
 def write_report(results: QualityResults) -> list[Path]:
@@ -79,7 +84,8 @@ def _report(results: QualityResults, by_length: dict[int, list[RowSummary]]) -> 
             if any(row.kv_computed is not None for row in rows):
                 lines += ["", SIMULATED_NOTE]
             lines += ["", "Difference to the reference on the same items, exact match in points:", ""]
-            lines += [*_differences(rows), "", "Exact match by depth (0 is the beginning):", "", *_depths(rows)]
+            lines += [*_differences(rows), "", KEPT_NOTE, "", *_kept(rows)]
+            lines += ["", "Exact match by depth (0 is the beginning):", "", *_depths(rows)]
     return lines
 
 
@@ -168,11 +174,23 @@ def _differences(rows: list[RowSummary]) -> list[str]:
     return _table(header, body)
 
 
+def _kept(rows: list[RowSummary]) -> list[str]:
+    titles = _asked_titles(rows)
+    body = []
+    for row in rows:
+        found = [row.tasks.get(task) for task in (*titles, ALL_TASKS)]
+        kept = ["-" if t is None or t.kept is None else f"{percent(t.kept)} of {t.kept.count}" for t in found]
+        loss = ["-" if t is None or t.loss is None else _number(t.loss, 3) for t in found[-1:]]
+        if row.name != REFERENCE:
+            body.append([row.name, *kept, *loss])
+    return _table(["row", *titles.values(), "all tasks", "nats a token of right answers, more"], body)
+
+
 def _depths(rows: list[RowSummary]) -> list[str]:
     depths = sorted({depth for row in rows for task in row.tasks.values() for depth in task.by_depth})
     body = []
     for row in rows:
-        for task in RETRIEVAL_TASKS:
+        for task in (*RETRIEVAL_TASKS, *ASKED_TASKS):
             if task in row.tasks:
                 there = row.tasks[task].by_depth
                 body.append([row.name, _TITLES[task], *(percent(there[d]) if d in there else "-" for d in depths)])

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from longrun.lab.quality.asked import ASKED_TASKS
 from longrun.lab.quality.results import QualityResults
 from longrun.lab.quality.settings import REFERENCE
 from longrun.lab.quality.statistics import Estimate, bootstrap, paired_difference, wilson
@@ -22,13 +23,19 @@ _RANDOM_SEED = re.compile(r"(?<=^random)-\d+(?=:)")  # of an eviction
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """Answers to one task: exact match (Wilson), tokens right (bootstrap), and both less the reference's (paired)."""
+    """Answers to one task: exact match (Wilson), tokens right (bootstrap), and both less the reference's (paired).
+
+    `kept` is exact match (Wilson) of what the reference answers right, and not by heart where that was asked; `loss`
+    the expected answers' mean nats a token, less the reference's (paired), where those were measured.
+    """
 
     exact: Estimate
     tokens: Estimate
     exact_minus_reference: Estimate | None
     tokens_minus_reference: Estimate | None
     by_depth: dict[float, Estimate] = field(default_factory=dict)
+    kept: Estimate | None = None
+    loss: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def summarize(results: QualityResults, names: Iterable[str], label: str, length:
     compared = REFERENCE not in names
     tasks = {}
     partial = length is not None and any(_lacks_answers(results, name, length) for name in names)
-    for task in (*RETRIEVAL_TASKS, *(() if partial else (ALL_TASKS,))):
+    for task in (*RETRIEVAL_TASKS, *ASKED_TASKS, *(() if partial else (ALL_TASKS,))):
         own = [item for item in items if "task" in item and task in (ALL_TASKS, item["task"])]
         if own:
             tasks[task] = _task(own, reference if compared else None, repeated=len(names) > 1)
@@ -117,7 +124,7 @@ def summarize(results: QualityResults, names: Iterable[str], label: str, length:
 def identity(item: dict[str, Any], length: int) -> tuple[Any, ...]:
     """What makes items of two rows the same question, or the same stretch of a text."""
     if "task" in item:
-        return (length, item["task"], item["document"], item["depth"], item["expected"])
+        return (length, item["task"], item["document"], item["depth"], item["expected"], item.get("question"))
     return (length, TEXT_TASK, item["document"], item["block"])
 
 
@@ -126,7 +133,7 @@ def _averaged(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for item in items:
         found.setdefault(identity(item, item["length"]), []).append(item)
-    measured = ("exact", "token_accuracy", "nll", "kl", "top1")
+    measured = ("exact", "token_accuracy", "answer_nll", "nll", "kl", "top1")
     return [
         same[0] | {key: sum(one[key] for one in same) / len(same) for key in measured if key in same[0]}
         for same in found.values()
@@ -164,12 +171,25 @@ def _task(
                 [float(one[key]) for one, _ in both], [float(other[key]) for _, other in both],
                 [one["group"] for one, _ in both], (-1.0, 1.0),
             )  # fmt: skip
+    known = [(item, other) for item, other in both if other["exact"] and not other.get("known")]
+    kept, loss = None, None
+    if known:
+        answers = [float(item["exact"]) for item, _ in known]
+        groups_known = [item["group"] for item, _ in known]
+        kept = bootstrap(answers, groups_known, _SHARE) if repeated else wilson(int(sum(answers)), len(answers))
+    if told := [(item, other) for item, other in both if "answer_nll" in item and "answer_nll" in other]:
+        loss = paired_difference(
+            [item["answer_nll"] for item, _ in told], [other["answer_nll"] for _, other in told],
+            [item["group"] for item, _ in told],
+        )  # fmt: skip
     return TaskSummary(
         bootstrap(exact, groups, _SHARE) if repeated else wilson(int(sum(exact)), len(exact)),
         bootstrap(tokens, groups, _SHARE),
         differences["exact"],
         differences["token_accuracy"],
         by_depth,
+        kept,
+        loss,
     )
 
 

@@ -1,0 +1,273 @@
+"""Documents of real code with questions in the words of the model's chat template: recall, and a system prompt's rules.
+
+A document is a user's message: whole files of the standard library, and at its end the question, when one is asked, as
+in `python -m longrun.chat`. Everything follows from (seed, length, number) and Python's version.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from longrun.chat.format import ChatFormat
+from longrun.errors import InputError
+from longrun.lab.quality.answers import holds_value, same_names
+from longrun.lab.quality.code_source import CONSTANT, DEFAULT, SIGNATURE, WHICH_FILE, Fact, SourceFile, facts_of
+from longrun.lab.quality.rules import RULES_TASK, draw_rules, draw_topics, system_prompt
+from longrun.needles.words import NAMES
+from longrun.text.chat_template import has_template
+from longrun.text.encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TWO_FILES = "two files"
+CODE_TASKS = (CONSTANT, DEFAULT, SIGNATURE, WHICH_FILE, TWO_FILES)
+ASKED_TASKS = (*CODE_TASKS, RULES_TASK)
+PER_TASK = 4  # questions of each task a document, where it has so many
+MOST_ANSWER_TOKENS = 40
+
+_INTRO = "Here are the files of a Python project. Questions about them follow after the last file.\n\n"
+_DEPTHS = 5  # places are told by fifths of the document
+_FIRST_TRY = 3.2  # characters a token, at least, to know how many files to try
+_QUESTIONS = {
+    CONSTANT: "What is the value of the constant {subject} in the file {file}? Answer with the value alone, as it is "
+    "written in the file.",
+    DEFAULT: "In the file {file}, what is the default value of the parameter {parameter} of {subject}? Answer with the "
+    "value alone, as it is written in the file.",
+    SIGNATURE: "In the file {file}, which parameters does {subject} have? Answer with their names alone, in order, "
+    "separated by commas.",
+    WHICH_FILE: "Which of the files defines {subject}? Answer with the name of the file alone, as it is written after "
+    "'# file:'.",
+}
+_NOTE = "# file: notes/{name}.txt\nThe service {name} takes its limit from {constant}, which {file} defines.\n"
+_TWO_FILES = (
+    "The service {name} takes its limit from a constant that one of the other files defines. Which constant is it, and "
+    "what is its value? Answer in the form NAME = VALUE."
+)
+
+
+@dataclass(frozen=True)
+class AskedQuestion:
+    """One question after a document.
+
+    Attributes:
+        depth: the middle of the fifth of the document (of the system prompt, for a rule) that holds the answer.
+        text: as it is asked; kind: of a rule, which.
+        token_ids: follow the document's, up to where the answer begins.
+        expected, expected_ids: a right answer; `is_right` says whether a written one is.
+        alone_ids: a whole prompt that asks without the document; empty where that says nothing.
+    """
+
+    task: str
+    depth: float
+    text: str
+    token_ids: tuple[int, ...]
+    expected: str
+    expected_ids: tuple[int, ...]
+    is_right: Callable[[str], bool]
+    alone_ids: tuple[int, ...] = ()
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class AskedDocument:
+    """A document, read once, and its questions; names as in `tasks.TaskDocument`."""
+
+    name: str
+    token_ids: list[int]
+    questions: tuple[AskedQuestion, ...]
+
+
+class CodeDocuments:
+    """Writes documents for one tokenizer; every file is tokenized once to know its length.
+
+    Args:
+        files: to draw from.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, files: Sequence[SourceFile]) -> None:
+        self._tokenizer, self._files = tokenizer, files
+        self._plain, self._encoder = ChatFormat(tokenizer), TextEncoder(tokenizer)
+        self._sizes: dict[str, int] = {}
+
+    def code(self, length: int, count: int, seed: int) -> Iterator[AskedDocument]:
+        """`count` documents of at most `length` tokens, longest question included, with questions about the code.
+
+        Raises:
+            InputError: the length holds no two files with anything to ask about.
+        """
+        for number in range(count):
+            rng = random.Random(f"code/{seed}/{length}/{number}")
+            files = self._draw(rng, length - 360)
+            asked = _facts_of_all(files)
+            notes = _draw_notes(rng, files, asked)
+            pieces = [f"# file: {file.name}\n{file.text}\n\n" for file in files]
+            linked = []
+            for name, file, fact in notes:
+                place = rng.randrange(len(pieces) + 1)
+                pieces.insert(place, _NOTE.format(name=name, constant=fact.subject, file=file.name) + "\n")
+                linked.append((name, file, fact))
+            text = _INTRO + "".join(pieces)
+            questions = [
+                self._question(self._plain, text, task, file, fact)
+                for task in _QUESTIONS
+                for file, fact in _spread(rng, text, [(f, x) for f, x in asked if x.task == task])
+            ]
+            questions += [
+                self._build(
+                    self._plain, TWO_FILES, _depth(text, file, fact), _TWO_FILES.format(name=name),
+                    f"{fact.subject} = {fact.answer}", partial(_named_value, fact.subject, fact.answer), alone=True,
+                )
+                for name, file, fact in linked
+            ]  # fmt: skip
+            yield AskedDocument(f"code/{number}", self._read(self._plain, text, questions, length), tuple(questions))
+
+    def rules(self, length: int, count: int, seed: int) -> Iterator[AskedDocument]:
+        """`count` documents behind a system prompt with a rule a label, and a question of each label.
+
+        Without a chat template the rules stand before the document.
+
+        Raises:
+            InputError: as `code`, or the chat template takes no system prompt.
+        """
+        for number in range(count):
+            rng = random.Random(f"rules/{seed}/{length}/{number}")
+            rules = draw_rules(rng)
+            system, templated = system_prompt(rules), has_template(self._tokenizer)
+            chat = ChatFormat(self._tokenizer, system) if templated else self._plain
+            files = self._draw(rng, length - 560)
+            text = "" if templated else f"{system}\n\n"
+            text += _INTRO + "".join(f"# file: {file.name}\n{file.text}\n\n" for file in files)
+            questions = tuple(
+                self._build(
+                    chat, RULES_TASK, _fifth(place / len(rules)), f"[{rule.label}] {topic.question}",
+                    rule.example(topic.answer), rule.is_followed, kind=rule.kind,
+                )
+                for place, (rule, topic) in enumerate(zip(rules, draw_topics(rng, len(rules)), strict=True))
+            )  # fmt: skip
+            yield AskedDocument(f"rules/{number}", self._read(chat, text, questions, length), questions)
+
+    def _draw(self, rng: random.Random, room: int) -> list[SourceFile]:
+        """Different files that fill the room; none takes more than a quarter. Every other one has constants or defaults
+        to ask for, which are rare."""
+        files, left = [], room
+        order = rng.sample(self._files, len(self._files))
+        for file in order:
+            if len(file.text) / 6 > min(left, room / 4):
+                continue
+            kinds = {fact.task for fact in facts_of(file)}
+            if not kinds or (not kinds & {CONSTANT, DEFAULT} and len(files) % 2):
+                continue
+            size = self._size(file)
+            if size <= min(left, room / 4):
+                files.append(file)
+                left -= size
+            if left < 200:
+                break
+        if len(files) < 2:
+            raise InputError(
+                f"documents of {room:,} tokens hold no two modules of Python's library: ask for at least 2K, or leave "
+                f"the tasks code and rules out"
+            )
+        return files
+
+    def _size(self, file: SourceFile) -> int:
+        if file.name not in self._sizes:
+            ids = self._plain.text_ids([f"# file: {file.name}\n{file.text}\n\n"], True, False, False)[0]
+            self._sizes[file.name] = len(ids)
+        return self._sizes[file.name]
+
+    def _question(self, chat: ChatFormat, text: str, task: str, file: SourceFile, fact: Fact) -> AskedQuestion:
+        asked = _QUESTIONS[task].format(file=file.name, subject=fact.subject, parameter=fact.parameter)
+        is_right = same_names if task == SIGNATURE else holds_value
+        return self._build(
+            chat, task, _depth(text, file, fact), asked, fact.answer, _against(is_right, fact.answer), alone=True
+        )  # fmt: skip
+
+    def _build(
+        self, chat: ChatFormat, task: str, depth: float, asked: str, expected: str, is_right: Callable[[str], bool],
+        alone: bool = False, kind: str = "",
+    ) -> AskedQuestion:  # fmt: skip
+        templated = has_template(self._tokenizer)
+
+        def ask(begins: bool) -> list[int]:
+            words = asked if templated else f"Question: {asked}\nAnswer:"
+            return chat.text_ids([words], True, begins, True)[0] + chat.closing_ids(True)
+
+        expected_ids = self._continued(expected if templated else f" {expected}")
+        return AskedQuestion(
+            task, depth, asked, tuple(ask(False)), expected, tuple(expected_ids[:MOST_ANSWER_TOKENS]), is_right,
+            tuple(chat.opening_ids(None, False) + ask(True)) if alone else (), kind,
+        )  # fmt: skip
+
+    def _continued(self, text: str) -> list[int]:
+        """Ids of a text that something precedes: without the space that some tokenizers begin a text with."""
+        before, both = self._encoder.ids("\n"), self._encoder.ids(f"\n{text}")
+        return both[len(before) :] if both[: len(before)] == before else self._encoder.ids(text, after_control=True)
+
+    def _read(self, chat: ChatFormat, text: str, questions: Sequence[AskedQuestion], length: int) -> list[int]:
+        ids = chat.opening_ids(None, False) + chat.text_ids([text], True, True, False)[0]
+        longest = max(len(question.token_ids) for question in questions)
+        if len(ids) + longest > length:
+            raise InputError(f"a document of {len(ids):,} tokens and its question are longer than {length:,}")
+        return ids
+
+
+def _against(check: Callable[[str, str], bool], expected: str) -> Callable[[str], bool]:
+    return lambda answer: check(answer, expected)
+
+
+def _named_value(name: str, value: str, answer: str) -> bool:
+    """Whether the answer names the constant and its value."""
+    return name in answer and holds_value(answer, value)
+
+
+def _facts_of_all(files: Sequence[SourceFile]) -> list[tuple[SourceFile, Fact]]:
+    """Facts of the files; where a file is asked for, only of names that no other file defines or speaks of."""
+    found = []
+    for file in files:
+        for fact in facts_of(file):
+            elsewhere = fact.task == WHICH_FILE and any(fact.subject in other.text for other in files if other != file)
+            if not elsewhere:
+                found.append((file, fact))
+    return found
+
+
+def _draw_notes(
+    rng: random.Random, files: Sequence[SourceFile], asked: Sequence[tuple[SourceFile, Fact]]
+) -> list[tuple[str, SourceFile, Fact]]:
+    """Services and the constants, unique among the files, that they take their limits from."""
+    once = [
+        (file, fact) for file, fact in asked
+        if fact.task == CONSTANT and not any(fact.subject in other.text for other in files if other != file)
+    ]  # fmt: skip
+    chosen = rng.sample(once, min(PER_TASK, len(once)))
+    return [(name, *pair) for name, pair in zip(rng.sample(NAMES, len(chosen)), chosen, strict=True)]
+
+
+def _spread(rng: random.Random, text: str, facts: list[tuple[SourceFile, Fact]]) -> list[tuple[SourceFile, Fact]]:
+    """A few of the facts, from all over the document."""
+    drawn = rng.sample(facts, min(PER_TASK * 4, len(facts)))
+    drawn.sort(key=lambda pair: _place(text, *pair))
+    count = min(PER_TASK, len(drawn))
+    return [drawn[(2 * i + 1) * len(drawn) // (2 * count)] for i in range(count)]
+
+
+def _place(text: str, file: SourceFile, fact: Fact) -> float:
+    """Where a fact stands, as a share of the document's characters."""
+    start = text.index(f"# file: {file.name}\n") + len(f"# file: {file.name}\n")
+    before = sum(len(line) for line in file.text.splitlines(keepends=True)[: fact.line - 1])
+    return (start + before) / len(text)
+
+
+def _depth(text: str, file: SourceFile, fact: Fact) -> float:
+    return _fifth(_place(text, file, fact))
+
+
+def _fifth(share: float) -> float:
+    """The middle of the fifth that holds this share."""
+    return (min(int(share * _DEPTHS), _DEPTHS - 1) + 0.5) / _DEPTHS
