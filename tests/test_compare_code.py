@@ -66,7 +66,7 @@ def test_facts_are_short_literal_and_said_once():
     assert set(found) == {
         Fact(CONSTANT, "LIMIT", "4096", 2),
         Fact(CONSTANT, "NAME", "'grey heron'", 3),
-        Fact(SIGNATURE, "Collector.__init__", "self, source, size, mode, strict, first", 12),
+        Fact(SIGNATURE, "Collector.__init__", "source, size, mode, strict, first", 12),
         Fact(DEFAULT, "Collector.__init__", "64", 12, "size"),
         Fact(DEFAULT, "Collector.__init__", '"binary"', 12, "mode"),
         Fact(WHICH_FILE, "Collector", "pack/heron.py", 11),
@@ -122,13 +122,14 @@ def test_values(answer, value, right):
         ("self, source, size", True),
         ("`self`, `source`, `size`.", True),
         ("__init__(self, source: str, size=64)", True),
-        ("source, size", False),
+        ("source, size", True),
+        ("source", False),
         ("self, size, source", False),
         ("self, source, size, mode", False),
     ],
 )
 def test_names(answer, right):
-    assert same_names(answer, "self, source, size") == right
+    assert same_names(answer, "source, size") == right
 
 
 def test_an_answer_ends_with_its_first_line():
@@ -141,7 +142,9 @@ def test_rules_accept_their_example_and_nothing_else():
     assert len({rule.kind for rule in rules}) == len({rule.label for rule in rules}) == NUM_RULES
     said = system_prompt(rules)
     for rule in rules:
-        assert f"[{rule.label}]: {rule.instruction}." in said and "{" not in rule.instruction.replace('{"answer"', "")
+        assert f"Rule {rule.label}: {rule.instruction}." in said and "{" not in rule.instruction.replace(
+            '{"answer"', ""
+        )
         assert rule.is_followed(rule.example("Paris")) and not rule.is_followed("The capital is Paris.")
         others = [other for other in rules if other is not rule and other.is_followed(rule.example("Paris"))]
         assert not others, (rule.kind, [other.kind for other in others])
@@ -196,7 +199,7 @@ def test_questions_follow_the_chat_template_and_rules_stand_in_the_system_prompt
     assert said.startswith("<|im_start|>system\nYou answer questions in a few words.")
     assert [question.kind for question in rules.questions] and len(rules.questions) == NUM_RULES
     for question in rules.questions:
-        assert f"- {question.text[:3]}: " in said and question.is_right(question.expected)
+        assert f"Rule {question.text[-2]}: " in said and question.is_right(question.expected)
 
 
 def test_answers_are_written_and_judged(planted):

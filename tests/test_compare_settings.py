@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from longrun.errors import InputError
-from longrun.lab.quality.settings import REFERENCE_ROW, Row, read_rows
+from longrun.lab.quality.settings import REFERENCE_ROW, Row, read_rows, with_maps
 from longrun.patterns.head_map import HeadMap
+from scripts.quality import compare
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,3 +75,21 @@ def test_maps_of_rows(planted):
     assert (Row("a", "x", 0.5).method, Row("a", "x", 0.5, sink_size=5).method) == (
         "map x, k5v3", "map x, k5v3, varied window"
     )  # fmt: skip
+
+
+def test_names_of_maps_become_folders_and_rows_without_one_are_left_out():
+    rows = read_rows(ROOT / "scripts" / "quality" / "compare_reach.toml")
+    kept, left_out = with_maps(rows, {"reach": "maps/mine"})
+    assert {row.head_map for row in kept if row.reaches_by_share} == {"maps/mine"}
+    assert left_out == ["gates 25%", "gates 50%", "reconstruction 25%", "reconstruction 50%"]
+    assert len(kept) + len(left_out) == len(rows)
+    assert with_maps([Row("a", "inverted:@x", 0.5)], {"x": "m"})[0][0].head_map == "inverted:m"
+    with pytest.raises(InputError, match="'reaches' is in no row"):
+        with_maps(rows, {"reaches": "maps/mine"})
+
+
+@pytest.mark.parametrize("given", [["reach"], ["=maps"], ["reach="], ["a=b", "a=c"]])
+def test_pairs_that_name_no_folder(given):
+    with pytest.raises(InputError, match="--head-map"):
+        compare.named_folders(given)
+    assert compare.named_folders(["a=b", "c=d=e"]) == {"a": "b", "c": "d=e"}

@@ -30,7 +30,7 @@ from longrun.lab.quality.measure_answers import measure_asked
 from longrun.lab.quality.measures import SPARE_TOKENS, Opened, ReferenceLogits, measure_retrieval, measure_text
 from longrun.lab.quality.report import write_report
 from longrun.lab.quality.results import QualityResults
-from longrun.lab.quality.settings import REFERENCE, REFERENCE_ROW, Row, read_rows
+from longrun.lab.quality.settings import REFERENCE, REFERENCE_ROW, Row, read_rows, with_maps
 from longrun.lab.quality.summary import sentences
 from longrun.lab.quality.tasks import TaskDocument, held_out_text, retrieval_documents, text_documents
 from longrun.lab.report_env import environment
@@ -59,6 +59,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--settings", required=True, type=path_option, metavar="FILE", help="TOML file with [[row]] tables"
     )
+    parser.add_argument(
+        "--head-map", nargs="+", default=[], metavar="NAME=FOLDER", help="folders in place of the rows' @NAME; rows "
+        "whose @NAME has none are left out",
+    )  # fmt: skip
     parser.add_argument("--lengths", required=True, metavar="4K,8K,...", help="prompt lengths in the model's tokens")
     parser.add_argument("--depths", type=COUNT, default=5, metavar="N", help="evenly spaced depths from 0 to 1")
     parser.add_argument(
@@ -125,6 +129,17 @@ def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": arguments.device,
         "seed": arguments.seed,
     }
+
+
+def named_folders(pairs: Sequence[str]) -> dict[str, str]:
+    """NAME=FOLDER pairs; InputError for a text that is none, or a name given twice."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        if not (name and equals and folder) or name in found:
+            raise InputError(f"--head-map {pair!r} is no NAME=FOLDER of a name of its own: write reach=maps/my-model")
+        found[name] = folder
+    return found
 
 
 def _checksums(paths: Sequence[Path] | None) -> list[dict[str, str]]:
@@ -338,7 +353,8 @@ def main(argv: Sequence[str] | None = None, load_rows: Callable[[Path], tuple[Ro
 
     arguments = parse_arguments(argv)
     settings = collect_settings(arguments)
-    rows = (REFERENCE_ROW, *load_rows(arguments.settings))
+    rows, left_out = with_maps(load_rows(arguments.settings), named_folders(arguments.head_map))
+    rows = (REFERENCE_ROW, *rows)
     choice = choose_model(arguments.model, arguments.adapter, arguments.download)
     arguments.model, arguments.adapter = choice.model_dir, choice.adapter
     settings["model_fingerprint"] = model_fingerprint(arguments.model)
@@ -351,6 +367,8 @@ def main(argv: Sequence[str] | None = None, load_rows: Callable[[Path], tuple[Ro
     console = Console(highlight=False, width=160)
     if choice.notice:
         console.print(choice.notice)
+    if left_out:
+        console.print(f"rows left out, as --head-map names no folder for theirs: {', '.join(left_out)}")
     if results.records:
         console.print(f"{len(results.records)} records are there already: going on after them")
     comparison = Comparison(arguments, settings, results, console)

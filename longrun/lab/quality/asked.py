@@ -16,7 +16,7 @@ from longrun.chat.format import ChatFormat
 from longrun.errors import InputError
 from longrun.lab.quality.answers import holds_value, same_names
 from longrun.lab.quality.code_source import CONSTANT, DEFAULT, SIGNATURE, WHICH_FILE, Fact, SourceFile, facts_of
-from longrun.lab.quality.rules import RULES_TASK, draw_rules, draw_topics, system_prompt
+from longrun.lab.quality.rules import RULES_TASK, ask_by, draw_rules, draw_topics, system_prompt
 from longrun.needles.words import NAMES
 from longrun.text.chat_template import has_template
 from longrun.text.encoder import TextEncoder
@@ -43,10 +43,10 @@ _QUESTIONS = {
     WHICH_FILE: "Which of the files defines {subject}? Answer with the name of the file alone, as it is written after "
     "'# file:'.",
 }
-_NOTE = "# file: notes/{name}.txt\nThe service {name} takes its limit from {constant}, which {file} defines.\n"
+_NOTE = "# file: notes/{name}.txt\nThe constant of {name} is {constant}, which is defined in {file}.\n"
 _TWO_FILES = (
-    "The service {name} takes its limit from a constant that one of the other files defines. Which constant is it, and "
-    "what is its value? Answer in the form NAME = VALUE."
+    "Which constant does the file notes/{name}.txt name, and what is its value in the file that defines it? Answer in "
+    "the form NAME = VALUE."
 )
 
 
@@ -144,7 +144,7 @@ class CodeDocuments:
             text += _INTRO + "".join(f"# file: {file.name}\n{file.text}\n\n" for file in files)
             questions = tuple(
                 self._build(
-                    chat, RULES_TASK, _fifth(place / len(rules)), f"[{rule.label}] {topic.question}",
+                    chat, RULES_TASK, _fifth(place / len(rules)), ask_by(rule, topic),
                     rule.example(topic.answer), rule.is_followed, kind=rule.kind,
                 )
                 for place, (rule, topic) in enumerate(zip(rules, draw_topics(rng, len(rules)), strict=True))

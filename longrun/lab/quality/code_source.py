@@ -25,6 +25,7 @@ _LEFT_OUT = {
 _CHARS = (1_500, 150_000)  # of a module: shorter ones hold nothing to ask about, longer ones are tables
 _NAME_CHARS = 6  # of what is asked for by name alone
 _STRING_CHARS = (3, 30)
+_LEAST = 10  # of a number: smaller ones are guessed
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Fact:
     Attributes:
         task: one of the four names above.
         subject: constant, function (`Class.method`) or class it is about; parameter: of a default.
-        answer: as the file writes it; of a signature the parameters' names, separated by commas.
+        answer: as the file writes it; of a signature the parameters' names but `self`, separated by commas.
         line: where it stands, counted from 1.
     """
 
@@ -91,10 +92,10 @@ def facts_of(file: SourceFile) -> tuple[Fact, ...]:
     lines = file.text.splitlines()
     found = [*_constants(tree, lines), *_functions(tree, lines)]
     for node in tree.body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and len(node.name) >= _NAME_CHARS:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and len(node.name.strip("_")) >= _NAME_CHARS:
             stem = file.name.removesuffix(".py").rpartition("/")[2].strip("_").lower()
             name = node.name.strip("_").lower()
-            if stem not in name and name not in stem:
+            if stem not in name and name not in stem and not node.name.startswith("__"):
                 found.append(Fact(WHICH_FILE, node.name, file.name, node.lineno))
     once: dict[tuple[str, str, str], list[Fact]] = {}
     for fact in found:
@@ -121,9 +122,10 @@ def _functions(tree: ast.Module, lines: list[str]) -> Iterator[Fact]:
         if names.count(name) > 1:
             continue
         given = node.args
+        asked = [one.arg for one in given.args if one.arg not in ("self", "cls")]
         plain = not (given.vararg or given.kwarg or given.kwonlyargs or given.posonlyargs)
-        if plain and 3 <= len(given.args) <= 6:
-            yield Fact(SIGNATURE, name, ", ".join(one.arg for one in given.args), node.lineno)
+        if plain and 2 <= len(asked) <= 6:
+            yield Fact(SIGNATURE, name, ", ".join(asked), node.lineno)
         named = [*given.posonlyargs, *given.args]
         for one, value in zip(named[len(named) - len(given.defaults) :], given.defaults, strict=True):
             answer = _literal(value, lines)
@@ -141,4 +143,4 @@ def _literal(node: ast.expr, lines: list[str]) -> str | None:
         plain = written[:1] in "'\"" and written[1:-1] == value  # no prefix, no escapes
         sized = _STRING_CHARS[0] <= len(value) <= _STRING_CHARS[1]
         return written if plain and sized and value.isprintable() and value.strip(" `'\"*.") == value else None
-    return written if isinstance(value, int | float) and abs(value) >= 3 and len(written) <= 12 else None
+    return written if isinstance(value, int | float) and abs(value) >= _LEAST and len(written) <= 12 else None

@@ -52,6 +52,9 @@ class Topic:
     answer: str
 
 
+_SHOWN = Topic("What is the capital of Peru?", "Lima")
+
+
 @dataclass(frozen=True)
 class Rule:
     """How answers to questions of one label must look.
@@ -132,12 +135,18 @@ def draw_topics(rng: random.Random, count: int) -> list[Topic]:
 
 
 def system_prompt(rules: Sequence[Rule]) -> str:
-    """All rules with their labels."""
-    lines = [f"- [{rule.label}]: {rule.instruction}." for rule in rules]
+    """All rules with their labels, each with a question and its answer: small models follow no rule without one."""
+    lines = [
+        f'Rule {rule.label}: {rule.instruction}. "{_SHOWN.question} Use rule {rule.label}." is answered: '
+        f"{rule.example(_SHOWN.answer)}"
+        for rule in rules
+    ]
     return (
-        "You answer questions in a few words. Every question begins with a label in square brackets, and each label "
-        "has a rule for the form of the answer:\n"
+        "You answer questions in a few words. Every question names a rule for the form of its answer. The rules:\n"
         + "\n".join(lines)
-        + "\nFollow the rule of the question's own label, and "
-        "no other. Do not repeat the label."
     )
+
+
+def ask_by(rule: Rule, topic: Topic) -> str:
+    """The question of a topic, as it names its rule."""
+    return f"{topic.question} Use rule {rule.label}."

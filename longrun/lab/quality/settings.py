@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class Row:
 
     Attributes:
         name: of the row; plots join rows of one `method`.
-        head_map: "full", "streaming", "random:SEED", "inverted:FOLDER" or a head map's folder.
+        head_map: "full", "streaming", "random:SEED", "inverted:FOLDER" or a head map's folder; in a settings file also
+            "@NAME" for a folder that the command names (`with_maps`).
         retrieval_ratio: share of the map's KV heads that keep all tokens; None splits at score 0.5.
         kv: page format, or a simulated one (`quality.formats`); weights: weight format, None for the budget's.
         eviction: "none", "tova:KEEP" or "RULE:KEEP" with a retention rule like snapkv, KEEP in tokens or with % of the
@@ -283,6 +285,27 @@ def read_rows(path: Path) -> tuple[Row, ...]:
             raise InputError(f"{path}: the name {quoted(row.name)} is taken: give every row one of its own")
         rows.append(row)
     return tuple(rows)
+
+
+def with_maps(rows: Sequence[Row], folders: Mapping[str, str]) -> tuple[tuple[Row, ...], list[str]]:
+    """The rows with folders in place of "@NAME", and the names of the rows left out, whose NAME has no folder.
+
+    Raises:
+        InputError: a NAME of `folders` that no row has.
+    """
+    kept, left_out, used = [], [], set()
+    for row in rows:
+        before, placeholder, name = row.head_map.rpartition("@")
+        if not placeholder:
+            kept.append(row)
+        elif name in folders:
+            used.add(name)
+            kept.append(replace(row, head_map=before + folders[name]))
+        else:
+            left_out.append(row.name)
+    if unknown := sorted(set(folders) - used):
+        raise InputError(f"head map name {quoted(unknown[0])} is in no row of the settings file: see its @NAMEs")
+    return tuple(kept), left_out
 
 
 _TYPES = {
