@@ -37,7 +37,7 @@ from longrun.hub.names import model_name
 from longrun.lab.report_env import environment
 from longrun.model.decoder import Decoder
 from longrun.paths import path_option
-from longrun.patterns.reach import SampledText, finite_reaches, layer_weights, mean_losses, sampled_text
+from longrun.patterns.reach import REPEAT_WEIGHT, SampledText, finite_reaches, layer_weights, mean_losses, sampled_text
 from longrun.patterns.reach_allocation import allocate
 from longrun.patterns.reach_losses import ReachLosses
 from longrun.runtime.runtime import Runtime
@@ -164,7 +164,7 @@ def main() -> int:
     parser.add_argument("--shortest", type=COUNT, default=256, help="reach, in tokens")
     parser.add_argument("--weighing", default="8K", help="tokens of the text that layers are weighed on")
     parser.add_argument("--budgets", default="0.0625,0.125,0.25,0.5")
-    parser.add_argument("--windows", default="256,1K,4K,16K")
+    parser.add_argument("--windows", default="256,1024,4096,16384")
     parser.add_argument("--json", type=path_option, help="write the result here")
     args = parser.parse_args()
     length = parse_tokens(args.length, "--length")
@@ -202,18 +202,15 @@ def main() -> int:
         save()
     result["rows"] = []
     windows = [window for window in (parse_tokens(w, "--windows") for w in args.windows.split(",")) if window < length]
-    by_window = dict(zip(finite, losses.unbind(2), strict=True))
-    scale = torch.stack(weights)
+    by_window, kinds = dict(zip(finite, losses.unbind(2), strict=True)), losses.new_tensor([1, REPEAT_WEIGHT])
     given = {
-        "reach": losses.sum(-1), "reach by text": losses[..., 0], "reach by repeats": losses[..., 1],
-        "reach, layers not weighed": plain.sum(-1),
-        "reach, layers weighed down": (plain * scale.clamp(max=scale.median(0).values)[:, None, None]).sum(-1),
-        "reach, root of weights": (plain * scale.sqrt()[:, None, None]).sum(-1),
+        "reach": losses @ kinds, "reach, repeats weighed once": losses.sum(-1), "reach by text": losses[..., 0],
+        "reach by repeats": losses[..., 1], "reach, layers not weighed": plain @ kinds,
     }  # fmt: skip
     for budget in map(float, args.budgets.split(",")):
         tried = {name: by_losses(values, finite, length, budget) for name, values in given.items()}
         for window in windows:  # a wide one ranks heads by the widest reach measured
-            ranking = by_window[max(reach for reach in finite if reach <= window)].sum(-1)
+            ranking = by_window[max(reach for reach in finite if reach <= window)] @ kinds
             tried[f"window {window}"] = fixed(ranking, window, length, budget)
         for name, reaches in tried.items():
             if reaches is None:
