@@ -33,22 +33,25 @@ from longrun.lab.quality.results import QualityResults
 from longrun.lab.quality.settings import REFERENCE, REFERENCE_ROW, Row, read_rows, with_maps
 from longrun.lab.quality.summary import sentences
 from longrun.lab.quality.tasks import TaskDocument, held_out_text, retrieval_documents, text_documents
+from longrun.lab.quality.texts import CHAT_TEXT, CODE_TEXT, TEXT_TASKS, chat_texts, code_texts
 from longrun.lab.report_env import environment
 from longrun.model.choice import choose_model
 from longrun.needles.needles import Haystack
 from longrun.paths import path_option
 from longrun.patterns.head_map import HeadSplit
 from longrun.text.encoder import TextEncoder, leading_ids
+from longrun.text.turn_end import template_ends
 from longrun.units import ALL_TOKENS, format_tokens, parse_tokens
 from scripts.quality.compare_runtimes import Runtimes, comparison_budget
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
 
     from longrun.plan.plan import Plan
     from longrun.runtime.runtime import Runtime
 
-GROUPS = ("single", "several", "keyvalue", "code", "rules", "text")
+GROUPS = ("single", "several", "keyvalue", "code", "rules", *TEXT_TASKS)
 ASKED = ("code", "rules")  # questions about the running Python's own modules, in the words of the chat template
 
 
@@ -109,7 +112,7 @@ def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     for group in groups:
         if group not in GROUPS:
             raise InputError(f"--tasks {group!r} is unknown: choose among {', '.join(GROUPS)}")
-    if "text" in groups and arguments.score_tokens >= lengths[0]:
+    if set(TEXT_TASKS) & set(groups) and arguments.score_tokens >= lengths[0]:
         raise InputError(
             f"--score-tokens {arguments.score_tokens} leaves nothing to read of {lengths[0]:,} tokens: give less"
         )
@@ -122,7 +125,7 @@ def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "score_tokens": arguments.score_tokens,
         "tasks": [group for group in GROUPS if group in groups],
         "text": _checksums(arguments.text) or "Python's language reference (pydoc_data)",
-        "code": source_facts() if set(ASKED) & set(groups) else None,
+        "code": source_facts() if {*ASKED, CODE_TEXT} & set(groups) else None,
         "haystack": _checksums(arguments.haystack) or "generated",
         "budget": arguments.budget,
         "chunk_size": None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
@@ -170,7 +173,8 @@ class Comparison:
         self._documents: dict[tuple[int, str], list[TaskDocument]] = {}
         self._asked: dict[tuple[int, str], list[AskedDocument]] = {}
         self._code: CodeDocuments | None = None
-        self._texts: list[int] | None = None
+        self._texts: dict[tuple[int, str], list[list[int]]] = {}
+        self._prose: list[int] | None = None
 
     def check_rows(self, rows: Sequence[Row]) -> None:
         """Raise HeadMapError for a row whose map is missing or of another model."""
@@ -184,7 +188,8 @@ class Comparison:
                     self._measure(row, length, group)
 
     def _missing(self, row: Row, length: int, group: str) -> bool:
-        if row.name == REFERENCE and group == "text" and not self._reference.has(length, self._settings["texts"]):
+        of_texts = row.name == REFERENCE and group in TEXT_TASKS
+        if of_texts and not self._reference.of(group).has(length, self._settings["texts"]):
             self._results.drop(row.name, length, group)  # its distributions are gone, and other rows need them
         return self._results.get(row.name, length, group) is None
 
@@ -200,12 +205,10 @@ class Comparison:
                 so_far = f"{name} ({time.perf_counter() - start:.0f} s)"
                 self._console.print(f"  {row.name}, {format_tokens(length)}: {so_far}", end="\r")
 
-        if group == "text":
-            before = leading_ids(runtime.tokenizer)
-            texts = text_documents(self._text_ids(runtime), length, settings["texts"], before)
+        if group in TEXT_TASKS:
             found = measure_text(
-                row, self._session(runtime, row, length), length, texts, settings["score_tokens"], self._reference,
-                row.name == REFERENCE, on_document,
+                row, self._session(runtime, row, length), length, self._text_documents(runtime, length, group),
+                settings["score_tokens"], self._reference.of(group), row.name == REFERENCE, on_document, group,
             )  # fmt: skip
         elif group in ASKED:
             asked, alone = self._asked_documents(runtime, length, group), group == "code" and row.name == REFERENCE
@@ -279,11 +282,25 @@ class Comparison:
             self._asked[key] = list(write(length, settings["items"], settings["seed"]))
         return self._asked[key]
 
-    def _text_ids(self, runtime: Runtime) -> list[int]:
-        if self._texts is None:
+    def _text_documents(self, runtime: Runtime, length: int, group: str) -> list[list[int]]:
+        """The same for every row, made once."""
+        settings, key, tokenizer = self._settings, (length, group), runtime.tokenizer
+        if key not in self._texts:
+            count, seed = settings["texts"], settings["seed"]
+            if group == CODE_TEXT:
+                self._texts[key] = code_texts(tokenizer, standard_library(), length, count, seed)
+            elif group == CHAT_TEXT:
+                end = next(iter(template_ends(tokenizer)), None)
+                self._texts[key] = chat_texts(tokenizer, end, length, count, seed)
+            else:
+                self._texts[key] = text_documents(self._prose_ids(tokenizer), length, count, leading_ids(tokenizer))
+        return self._texts[key]
+
+    def _prose_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        if self._prose is None:
             text = held_out_text([path.read_text(encoding="utf-8") for path in self._arguments.text or []])
-            self._texts = TextEncoder(runtime.tokenizer).ids(text)
-        return self._texts
+            self._prose = TextEncoder(tokenizer).ids(text)
+        return self._prose
 
 
 def logits_folder(arguments: argparse.Namespace, settings: dict[str, Any]) -> Path:

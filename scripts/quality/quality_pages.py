@@ -10,6 +10,7 @@ from typing import Any
 from longrun.lab.quality.statistics import paired_difference
 from longrun.lab.quality.summary import identity
 from longrun.lab.quality.tasks import TEXT_TASK
+from longrun.lab.quality.texts import TEXT_TASKS
 from longrun.units import format_tokens
 
 _BASE = "int4"
@@ -43,7 +44,7 @@ def page_table(found: Found) -> list[str]:
         for length in lengths:
             texts = [records.get((name, length, TEXT_TASK)) for name in (row, twin)]
             cells.append("" if None in texts else _divergence(*(record["items"] for record in texts), length))
-            for group in sorted({group for _, _, group in records} - {TEXT_TASK}):
+            for group in sorted({group for _, _, group in records} - set(TEXT_TASKS)):
                 both = [records.get((name, length, group)) for name in (row, twin)]
                 if None in both:
                     continue

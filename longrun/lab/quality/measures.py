@@ -25,7 +25,7 @@ from longrun.lab.quality import simulation
 from longrun.lab.quality.eviction import end_prompt, make_session
 from longrun.lab.quality.formats import SimulatedFormat
 from longrun.lab.quality.settings import Row
-from longrun.lab.quality.tasks import TaskDocument
+from longrun.lab.quality.tasks import TEXT_TASK, TaskDocument
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session, SessionMark
 
@@ -145,11 +145,13 @@ def measure_text(
     reference: ReferenceLogits,
     is_reference: bool,
     on_document: Callable[[str], None],
+    kind: str = TEXT_TASK,
 ) -> dict[str, Any]:
     """Predict the last `score_tokens` tokens of each document after reading the rest (teacher forcing).
 
     Args:
         reference: where the reference row's distributions are kept; the row that `is_reference` writes them.
+        kind: of text, which names the documents.
 
     Returns:
         `items`: one for each 32 predicted tokens (document, block, tokens; means of nll in nats, of KL(reference ||
@@ -172,10 +174,10 @@ def measure_text(
         if is_reference:
             reference.save(length, number, own)
         items += [
-            {"document": f"text/{number}", **block}
+            {"document": f"{kind}/{number}", **block}
             for block in compare_blocks(own, reference.load(length, number, own.device), token_ids[split:])
         ]
-        on_document(f"text/{number}")
+        on_document(f"{kind}/{number}")
     return {"items": items, "kv": kv, **clock.speeds()}
 
 
@@ -211,6 +213,10 @@ class ReferenceLogits:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def of(self, kind: str) -> ReferenceLogits:
+        """Those of a kind of text: the first kind's stand in the folder itself."""
+        return self if kind == TEXT_TASK else ReferenceLogits(self.folder / kind)
 
     def _path(self, length: int, number: int) -> Path:
         return self.folder / f"{length}-{number}.npy"

@@ -12,7 +12,8 @@ from longrun.lab.quality.results import QualityResults
 from longrun.lab.quality.settings import REFERENCE
 from longrun.lab.quality.statistics import Estimate
 from longrun.lab.quality.summary import ALL_TASKS, RowSummary, percent, points, sentences, summarize
-from longrun.lab.quality.tasks import RETRIEVAL_TASKS, TEXT_TASK
+from longrun.lab.quality.tasks import RETRIEVAL_TASKS
+from longrun.lab.quality.texts import TEXT_TASKS
 from longrun.lab.quality.window_picture import draw_windows
 from longrun.pictures import series_style, wrapped
 from longrun.units import format_bytes, format_tokens
@@ -85,6 +86,8 @@ def _report(results: QualityResults, by_length: dict[int, list[RowSummary]]) -> 
                 lines += ["", SIMULATED_NOTE]
             lines += ["", "Difference to the reference on the same items, exact match in points:", ""]
             lines += [*_differences(rows), "", KEPT_NOTE, "", *_kept(rows)]
+            if any(set(row.texts) - {"text"} for row in rows):
+                lines += ["", "KL (nats) and top-1 by kind of text:", "", *_texts(rows)]
             lines += ["", "Exact match by depth (0 is the beginning):", "", *_depths(rows)]
     return lines
 
@@ -95,10 +98,11 @@ def asked(results: QualityResults) -> list[str]:
     for length in results.head["settings"]["lengths"]:
         own = results.settings_at(length)
         parts = []
-        if set(own["tasks"]) - {TEXT_TASK}:
+        if set(own["tasks"]) - set(TEXT_TASKS):
             parts.append(f"{own['items']} question(s) of each task at each of {len(own['depths'])} depths a length")
-        if TEXT_TASK in own["tasks"]:
-            parts.append(f"{own['texts']} text(s) a length with the last {own['score_tokens']} tokens predicted")
+        if kinds := len(set(own["tasks"]) & set(TEXT_TASKS)):
+            each = f" of each of {kinds} kinds" if kinds > 1 else ""
+            parts.append(f"{own['texts']} text(s){each} a length with the last {own['score_tokens']} tokens predicted")
         text = ", ".join(parts)
         same.setdefault(text, []).append(format_tokens(length))
     if len(same) == 1:
@@ -184,6 +188,17 @@ def _kept(rows: list[RowSummary]) -> list[str]:
         if row.name != REFERENCE:
             body.append([row.name, *kept, *loss])
     return _table(["row", *titles.values(), "all tasks", "nats a token of right answers, more"], body)
+
+
+def _texts(rows: list[RowSummary]) -> list[str]:
+    kinds = [kind for kind in TEXT_TASKS if any(kind in row.texts for row in rows)]
+    body = []
+    for row in rows:
+        if row.name != REFERENCE:
+            found = [row.texts.get(kind) for kind in kinds]
+            cells = [("-", "-") if t is None else (_number(t.kl, 4), percent(t.top1)) for t in found]
+            body.append([row.name, *(cell for pair in cells for cell in pair)])
+    return _table(["row", *(f"{kind}, {what}" for kind in kinds for what in ("KL", "top-1"))], body)
 
 
 def _depths(rows: list[RowSummary]) -> list[str]:

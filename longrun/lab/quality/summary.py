@@ -13,6 +13,7 @@ from longrun.lab.quality.results import QualityResults
 from longrun.lab.quality.settings import REFERENCE
 from longrun.lab.quality.statistics import Estimate, bootstrap, paired_difference, wilson
 from longrun.lab.quality.tasks import RETRIEVAL_TASKS, TEXT_TASK
+from longrun.lab.quality.texts import TEXT_TASKS
 from longrun.units import format_tokens
 
 ALL_TASKS = "all"  # the retrieval tasks together
@@ -54,7 +55,7 @@ class RowSummary:
 
     `kv_used` and `kv_peak` are measured bytes; `kv_computed`, of a simulated format alone, is what that would have in
     use by its spec; `kv_planned` what the plan counts for keys and values. `held` is the share of full attention's
-    tokens that the heads hold. Older results have neither of the last two.
+    tokens that the heads hold. Older results have neither of the last two. `text` is prose, `texts` every kind.
     """
 
     name: str
@@ -69,6 +70,7 @@ class RowSummary:
     kv_computed: float | None = None
     kv_planned: float | None = None
     held: float | None = None
+    texts: dict[str, TextSummary] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; depths as strings."""
@@ -106,18 +108,23 @@ def summarize(results: QualityResults, names: Iterable[str], label: str, length:
         own = [item for item in items if "task" in item and task in (ALL_TASKS, item["task"])]
         if own:
             tasks[task] = _task(own, reference if compared else None, repeated=len(names) > 1)
-    text = [item for item in items if "task" not in item]
+    texts = {}
+    for kind in TEXT_TASKS:
+        own = [item for item in items if "task" not in item and item["document"].partition("/")[0] == kind]
+        if own:
+            texts[kind] = _text(own, reference if compared else None)
     bytes_used = [r["kv"]["used"] for r in records]
     computed = [r["kv"]["computed"] for r in records if "computed" in r["kv"]]
     return RowSummary(
         label, described["method"], described["retrieval_ratio"], length,
         None if length is None else sum(bytes_used) / len(bytes_used),
         None if length is None else max(r["kv"]["peak"] for r in records),
-        tasks, _text(text, reference if compared else None) if text else None,
+        tasks, texts.get(TEXT_TASK),
         _mean(records, "prefill_tokens_per_s"),
         sum(computed) / len(computed) if computed and length is not None else None,
         None if length is None else _mean([r["kv"] for r in records], "planned"),
         None if length is None else _held([r["kv"] for r in records]),
+        texts,
     )  # fmt: skip
 
 
@@ -279,7 +286,7 @@ def _lacks(results: QualityResults, row: str, length: int) -> list[str]:
 
 
 def _lacks_answers(results: QualityResults, row: str, length: int) -> bool:
-    return any(group != TEXT_TASK for group in _lacks(results, row, length))
+    return any(group not in TEXT_TASKS for group in _lacks(results, row, length))
 
 
 def verdict(difference: Estimate) -> str:
