@@ -19,6 +19,7 @@ from longrun.errors import InputError, LongrunError, quoted
 MAX_SEED = 2**63 - 1
 MAX_INTEGER = 10**15
 """Of a count or a size in general: far above what any machine holds, far below where arithmetic becomes inexact."""
+MAX_YARN = 1000
 
 
 def integer(
@@ -122,6 +123,7 @@ def real(low: float = -math.inf, high: float = math.inf, *, above: bool = False)
 SHARE = real(0, 1)
 SEED = whole(0, MAX_SEED)
 COUNT = whole(1)
+YARN = real(1, MAX_YARN, above=True)
 
 
 def check_platform() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from longrun.arguments import COUNT, SEED, SHARE, real, whole
 from longrun.cli import EXIT_STATUS, Parser, run
-from longrun.hub.find import MODEL_HELP, add_download_option, find_model
+from longrun.hub.find import MODEL_HELP, add_download_option, add_yarn_option, find_model
 from longrun.interrupts import leaving_at_once
 from longrun.patterns.compare_maps import DEFAULT_RATIOS, compare_maps, draw_comparison
 from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, DEFAULT_THRESHOLD, HeadMap
@@ -187,6 +187,7 @@ def _add_identify(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--model", required=True, metavar="DIR|NAME", help=f"{MODEL_HELP}, with its tokenizer")
     add_download_option(command)
+    add_yarn_option(command)
     add("--adapter", metavar="DIR", help="LoRA adapter folder: the model is measured with it (default: none)")
     add(
         "--out", required=True, metavar="DIR", help="folder for the map; DIR.partial keeps an unfinished run's progress"

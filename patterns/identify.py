@@ -79,14 +79,15 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
         and (not out.is_dir() or (out / CONFIG_FILE).exists())
     ):
         raise HeadMapError(f"{out} is not a head map: give a new folder with --out")
-    config = ModelConfig.from_dir(settings.model_dir)
+    config = ModelConfig.from_dir(settings.model_dir).stretched(settings.yarn)
     adapter = _open_adapter(settings)
+    if adapter is not None:
+        config = adapter.adapted_config(config)
     if settings.method == "reach":
         from longrun.patterns.reach import context_of, identify_reach
 
-        adapted = config if adapter is None else adapter.adapted_config(config)
         assert settings.context is not None
-        settings = replace(settings, context=context_of(adapted, chosen, settings.context))
+        settings = replace(settings, context=context_of(config, chosen, settings.context))
     tokenizer = load_tokenizer(settings.model_dir)
     text_ids, text_facts = read_text(tokenizer, settings)
     deciding = {
@@ -144,6 +145,7 @@ def load_model(settings: IdentifySettings, attn_implementation: str) -> PreTrain
             model = load_merged(
                 settings.model_dir,
                 adapter,
+                settings.yarn,
                 dtype=getattr(torch, settings.dtype),
                 attn_implementation=attn_implementation,
             )

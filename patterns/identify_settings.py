@@ -41,6 +41,7 @@ class IdentifySettings:
     Attributes:
         model_dir: checkpoint folder (config.json, safetensors, tokenizer).
         adapter: folder of a LoRA adapter that is merged into the checkpoint first: model and adapter are measured.
+        yarn: factor by which the model's window is stretched, or None; see `ModelConfig.stretched`.
         out: folder for the map; `out` + ".partial" holds the progress of an unfinished run.
         method: "gates" (trained, patterns/gates.py), "reconstruction" (scored, patterns/reconstruction.py) or "reach"
             (losses by reach, patterns/reach.py).
@@ -79,6 +80,7 @@ class IdentifySettings:
     save_every: int = 5
     force: bool = False
     adapter: str | None = None
+    yarn: float | None = None
 
     def resolved(self, cuda_available: bool) -> IdentifySettings:
         """The same settings with every None filled in.
@@ -142,6 +144,8 @@ class IdentifySettings:
         data = asdict(self)
         for name in ("model_dir", "adapter", "out", "text_files", "save_every", "force"):
             del data[name]
+        if self.yarn is None:  # as in maps of before
+            del data["yarn"]
         return data
 
 

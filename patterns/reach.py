@@ -128,7 +128,7 @@ def identify_reach(
         InputError: the context is too short.
         CheckpointError, ConfigError: the model cannot be read.
     """
-    config, adapter = ModelConfig.from_dir(settings.model_dir), None
+    config, adapter = ModelConfig.from_dir(settings.model_dir).stretched(settings.yarn), None
     if settings.adapter is not None:
         adapter = Adapter.open(settings.adapter, config)
         config = adapter.adapted_config(config)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from longrun.arguments import COUNT, SEED, SHARE
 from longrun.cli import Parser, run
 from longrun.errors import InputError
-from longrun.hub.find import add_model_option
+from longrun.hub.find import add_model_option, add_yarn_option
 from longrun.hub.names import model_name
 from longrun.lab.needle_report import draw_heatmap, grid, summary
 from longrun.lab.needle_results import SweepResults
@@ -46,6 +46,7 @@ SPARE_TOKENS = 4  # generated beyond the key, to see that the number ends where 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Needle x depth x length grid, scored by exact match.")
     add_model_option(parser)
+    add_yarn_option(parser)
     parser.add_argument(
         "--adapter",
         type=path_option,
@@ -109,6 +110,7 @@ def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         # None where they are not used, as in the results of sweeps that knew no such options
         "one_document": arguments.one_document or None,
         "kv_bytes": arguments.kv_bytes,
+        "yarn": arguments.yarn,
         "chunk_size": None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
     }
 
@@ -269,6 +271,7 @@ def load_runtime(
         device=arguments.device,
         ctx=capacity_for(longest),
         adapter=arguments.adapter,
+        yarn=arguments.yarn,
         retrieval_ratio=None if control else arguments.retrieval_ratio,
         kv_bytes=None if control else arguments.kv_bytes,
         chunk_size=None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from longrun.arguments import COUNT, SEED, SHARE, real, whole
 from longrun.cli import EXIT_STATUS, INTERRUPTED, PLAN_OPTIONS, Parser, StdoutLost, run
 from longrun.errors import InputError
-from longrun.hub.find import MODEL_HELP, add_download_option
+from longrun.hub.find import MODEL_HELP, add_download_option, add_yarn_option
 from longrun.interrupts import leaving_at_once
 from longrun.paths import user_path
 from longrun.plan.split import KV_BYTES_HELP
@@ -182,6 +182,7 @@ def _load(
         args.device,
         ctx=capacity,
         adapter=choice.adapter,
+        yarn=args.yarn,
         retrieval_ratio=args.retrieval_ratio,
         kv_bytes=args.kv_bytes,
         chunk_size=args.chunk_size,
@@ -291,6 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model and memory")
     model.add_argument("--model", metavar="DIR|NAME", help=f"{MODEL_HELP} (default: a demo model of 135M)")
     add_download_option(model)
+    add_yarn_option(model)
     model.add_argument(
         "--adapter",
         metavar="DIR|none",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longrun.config.gguf_config import config_of_gguf, rope_factors
+from longrun.config.gguf_config import ROPE_FACTORS, config_of_gguf, rope_factors
 from longrun.config.gguf_header import GgufHeader, gguf_file, read_gguf_header
 from longrun.errors import CheckpointError, short_path
 from longrun.files.user_files import read_object
@@ -27,6 +27,10 @@ class ConfigFile:
     path: Path
     data: dict[str, Any]
     header: GgufHeader | None = None
+
+    @property
+    def has_rope_factors(self) -> bool:
+        return self.header is not None and ROPE_FACTORS in self.header.tensors
 
     def rope_factors(self, head_dim: int) -> tuple[float, ...] | None:
         """See `longrun.config.gguf_config.rope_factors`; None for a config.json."""

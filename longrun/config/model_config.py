@@ -7,10 +7,11 @@ translation with transformers' own classes, field by field.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longrun.arguments import MAX_YARN, number
 from longrun.config.config_file import read_config
 from longrun.config.options import ConfigWarning, refuse_other_arithmetic, refuse_own_code, warnings_of
 from longrun.config.values import SUPPORTED_ROPE_TYPES, Values
@@ -83,6 +84,8 @@ class ModelConfig:
         model_type: llama, mistral, qwen2 or qwen3.
         rope_type: one of `SUPPORTED_ROPE_TYPES`.
         rope_factor, rope_original: what `rope_window` found; see `trained_positions`.
+        rope_table: whether the file holds a table that frequencies are divided by (GGUF files of type llama3).
+        yarn: the factor of `stretched`, None without it.
         qkv_bias, out_bias, mlp_bias: whether these linear layers carry a bias.
         qk_norm: RMS norm of each query and key head over head_dim, before RoPE (Qwen3).
         sliding_window: the checkpoint's own attention window in tokens, None where it is absent or switched off.
@@ -109,13 +112,16 @@ class ModelConfig:
     rope_type: str = "default"
     rope_factor: float = 1.0
     rope_original: int | None = None
+    rope_table: bool = False
+    yarn: float | None = None
     warnings: tuple[ConfigWarning, ...] = ()
 
     def arithmetic(self) -> dict[str, Any]:
-        """Every field that decides what is computed: what a model's fingerprint takes in."""
+        """Every field that decides what a checkpoint's own files compute: what its fingerprint takes in."""
         fields = asdict(self)
-        for said_only in ("warnings", "rope_factor", "rope_original"):  # not RoPE's own parameters
-            del fields[said_only]
+        # said only, not RoPE's own parameters
+        for name in ("warnings", "rope_factor", "rope_original", "rope_table", "yarn"):
+            del fields[name]
         return fields
 
     @property
@@ -153,7 +159,7 @@ class ModelConfig:
             ConfigError: a value that is missing, of the wrong type, impossible, or asks for what is not supported.
         """
         file = read_config(path)
-        return cls.from_dict(file.data, str(file.path))
+        return replace(cls.from_dict(file.data, str(file.path)), rope_table=file.has_rope_factors)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str) -> ModelConfig:
@@ -206,6 +212,29 @@ class ModelConfig:
             rope_original=rope_original,
             warnings=warnings_of(values),
         )
+
+    def stretched(self, yarn: float | None) -> ModelConfig:
+        """The model with its window stretched by YaRN (arXiv 2309.00071), as if its config.json said so; None changes
+        nothing.
+
+        Raises:
+            InputError: a factor that is no number above 1 and at most `MAX_YARN`.
+            ConfigError: the model has RoPE scaling of its own.
+        """
+        if yarn is None:
+            return self
+        yarn = number(yarn, "yarn", 1, MAX_YARN, above=True)
+        if self.rope_type != "default" or self.rope_table:
+            own = "llama3 (a table in its file)" if self.rope_table else self.rope_type
+            raise ConfigError(
+                f"yarn {yarn:g} stretches a model without RoPE scaling, and this one has RoPE scaling of type {own}, "
+                f"which brings it to {self.trained_positions:,} positions: leave yarn out"
+            )
+        trained = self.max_position_embeddings
+        return replace(
+            self, rope_type="yarn", rope_factor=yarn, rope_original=trained, yarn=yarn,
+            max_position_embeddings=int(trained * yarn),
+        )  # fmt: skip
 
     def layer_weights(self, layer_idx: int) -> Iterator[WeightSpec]:
         """The tensors of one layer, under their names in the checkpoint."""

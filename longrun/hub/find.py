@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from longrun.arguments import YARN
 from longrun.errors import InputError, short_path
 from longrun.hub.gguf_header import header_file
 from longrun.hub.names import HubName, parse_name
@@ -28,6 +29,10 @@ from longrun.units import format_bytes
 
 MODEL_HELP = "checkpoint folder, GGUF file, or name on the Hugging Face hub (user/repo, user/repo:Q4_K_M)"
 DOWNLOAD_HELP = "fetch a --model of the Hugging Face hub that is not in the local cache, without asking"
+YARN_HELP = (
+    "stretch the trained window by YaRN, 4 for 32K to 128K, where the model's makers say so and the text is that long: "
+    "short ones suffer a little"
+)
 
 
 def add_model_option(parser: argparse.ArgumentParser, default: str | None = "the demo model") -> None:
@@ -44,6 +49,11 @@ def add_model_option(parser: argparse.ArgumentParser, default: str | None = "the
 def add_download_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """The option --download, for a caller with a --model of its own."""
     parser.add_argument("--download", action="store_true", help=DOWNLOAD_HELP)
+
+
+def add_yarn_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """The option --yarn, for what loads the model with `longrun.load(yarn=)` or plans one."""
+    parser.add_argument("--yarn", type=YARN, metavar="FACTOR", help=YARN_HELP)
 
 
 def find_model(

@@ -127,7 +127,16 @@ class Adapter:
         )
 
     def adapted_config(self, config: ModelConfig) -> ModelConfig:
-        """`config` with what the adapter overrides."""
+        """`config` with what the adapter overrides.
+
+        Raises:
+            CheckpointError: the adapter was trained with a RoPE of its own, and `config` is stretched by YaRN.
+        """
+        if config.yarn is not None and (self.rope_theta or self.max_position_embeddings):
+            raise CheckpointError(
+                f"yarn {config.yarn:g} and adapter {short_path(self.folder)}, which sets RoPE itself, contradict each "
+                f"other: leave one of them out (--adapter none)"
+            )
         if self.max_position_embeddings is None:
             return config
         return replace(config, max_position_embeddings=self.max_position_embeddings)

@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_merged(model_dir: str | Path, adapter: Adapter | None, **options: Any) -> PreTrainedModel:
+def load_merged(
+    model_dir: str | Path, adapter: Adapter | None, yarn: float | None = None, **options: Any
+) -> PreTrainedModel:
     """transformers' causal language model of the checkpoint with the adapter merged, on the CPU.
 
     Args:
         model_dir: checkpoint folder, or a GGUF file.
         adapter: what is added; None loads the checkpoint as it is.
+        yarn: as of `ModelConfig.stretched`.
         options: of `AutoModelForCausalLM.from_pretrained`, such as dtype and attn_implementation.
 
     Raises:
@@ -43,7 +46,7 @@ def load_merged(model_dir: str | Path, adapter: Adapter | None, **options: Any) 
         model = AutoModelForCausalLM.from_pretrained(
             str(model_dir), local_files_only=True, trust_remote_code=False, **options
         )
-    rope = RopeParameters.from_dir(model_dir)
+    rope = RopeParameters.from_dir(model_dir, yarn)
     if adapter is not None:
         merge_weights(model, model_dir, adapter)
         rope = adapter.adapted_rope(rope)

@@ -56,7 +56,7 @@ def check_folder(model_dir: str | Path, config: ModelConfig, adapter: Adapter | 
     """Check everything but the weights' values.
 
     Args:
-        config: `ModelConfig.from_dir(model_dir)`, with what the adapter overrides.
+        config: `ModelConfig.from_dir(model_dir)`, `stretched` or not, with what the adapter overrides.
 
     Raises:
         CheckpointError: tensors that are not the ones config.json describes, an adapter of another checkpoint, a
@@ -68,7 +68,7 @@ def check_folder(model_dir: str | Path, config: ModelConfig, adapter: Adapter | 
     tensors = find_tensors(path, config)
     if adapter is not None:
         check_base(adapter, tensors, config, path)
-    rope = RopeParameters.from_dir(path)
+    rope = RopeParameters.from_dir(path, config.yarn)
     if adapter is not None:
         rope = adapter.adapted_rope(rope)
     rotary = RotaryTable(rope, config.head_dim)

@@ -54,12 +54,16 @@ class RopeParameters:
         return [self.values] if self.factors is None else [self.values, self.factors]
 
     @classmethod
-    def from_dir(cls, model_dir: str | Path) -> RopeParameters:
+    def from_dir(cls, model_dir: str | Path, yarn: float | None = None) -> RopeParameters:
         """Standardised by transformers, from the old or the new spelling; no code of the checkpoint is run.
+
+        Args:
+            yarn: as of `ModelConfig.stretched`.
 
         Raises:
             CheckpointError: transformers cannot read these of config.json, or what stands for it in a GGUF file.
-            ConfigError: a RoPE type outside `SUPPORTED_ROPE_TYPES`, or whatever `ModelConfig.from_dict` refuses.
+            ConfigError: a RoPE type outside `SUPPORTED_ROPE_TYPES`, or whatever `ModelConfig` refuses.
+            InputError: see `ModelConfig.stretched`.
         """
         file = read_config(model_dir)
         shape = ModelConfig.from_dict(file.data, str(file.path))
@@ -67,13 +71,21 @@ class RopeParameters:
         try:
             config = _library_config(shape.head_dim, shape.max_position_embeddings, given.pop("rope_parameters", None))
             config.convert_rope_params_to_dict(**given)
-            return cls(config.rope_parameters, shape.max_position_embeddings, file.rope_factors(shape.head_dim))
+            own = cls(config.rope_parameters, shape.max_position_embeddings, file.rope_factors(shape.head_dim))
         except LongrunError:
             raise
         except Exception as error:  # the library's checks raise what they like
             raise CheckpointError(
                 f"transformers cannot read {short_path(file.path)} ({shortened(error, 200)}): correct that file"
             ) from error
+        if yarn is None:
+            return own
+        shape = ModelConfig.from_dir(model_dir).stretched(yarn)
+        values = {
+            "rope_type": shape.rope_type, "rope_theta": own.values["rope_theta"], "factor": shape.rope_factor,
+            "original_max_position_embeddings": shape.rope_original,
+        }  # fmt: skip
+        return cls(values, shape.max_position_embeddings)
 
 
 class RotaryTable:

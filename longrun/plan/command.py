@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleDimensions
 
 from longrun.arguments import COUNT, SHARE
 from longrun.cli import EXIT_STATUS, PLAN_OPTIONS, Parser, run
+from longrun.hub.find import add_yarn_option
 from longrun.machine.speeds import known_speeds
 from longrun.plan.budget import Budget, shipped_budgets
 from longrun.plan.kernels import check_kernel_shapes
@@ -35,6 +36,7 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     config, key_biases, note = config_of(options.model)
+    config = config.stretched(options.yarn)
     budget = Budget.load(options.budget).override(
         kv_format=options.kv, weight_format=options.weights, chunk_size=options.chunk_size
     )
@@ -83,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"checkpoint folder, GGUF file or name on the Hugging Face hub (user/repo), of which only config.json or "
         f"the GGUF header is read or fetched, or a shape: {', '.join(SHAPES)}",
     )
+    add_yarn_option(parser)
     parser.add_argument("--ctx", metavar="TOKENS", help="context, like 128K or 3.3M (default: the trained window)")
     parser.add_argument(
         "--budget",

@@ -254,9 +254,10 @@ def make_plan(
 
 
 def describe_model(config: ModelConfig) -> str:
+    stretched = f", YaRN {config.yarn:g}: {config.trained_positions:,} positions" if config.yarn else ""
     return (
         f"{config.architecture}, {config.num_layers} layers, {config.num_qo_heads} query and "
-        f"{config.num_kv_heads} KV heads of {config.head_dim}"
+        f"{config.num_kv_heads} KV heads of {config.head_dim}{stretched}"
     )
 
 

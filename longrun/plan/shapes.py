@@ -27,16 +27,26 @@ _LLAMA_8B: dict[str, Any] = {
     "vocab_size": 128256,
     "max_position_embeddings": 8192,
 }
+_LLAMA_31_8B: dict[str, Any] = {
+    **_LLAMA_8B,
+    "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3-8B": _LLAMA_8B,
-    "Llama-3.1-8B": {**_LLAMA_8B, "max_position_embeddings": 131072},
+    "Llama-3.1-8B": _LLAMA_31_8B,
     "Llama-3.1-70B": {
-        **_LLAMA_8B,
+        **_LLAMA_31_8B,
         "hidden_size": 8192,
         "intermediate_size": 28672,
         "num_hidden_layers": 80,
         "num_attention_heads": 64,
-        "max_position_embeddings": 131072,
     },
     "Mistral-7B-v0.3": {
         **_LLAMA_8B,

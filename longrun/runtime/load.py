@@ -60,6 +60,7 @@ def load(
     *,
     ctx: int | str | None = None,
     adapter: str | Path | None = None,
+    yarn: float | None = None,
     retrieval_ratio: float | None = None,
     kv_bytes: int | str | None = None,
     chunk_size: int | None = None,
@@ -88,6 +89,8 @@ def load(
         ctx: tokens to plan for; default: the model's trained window (the adapter's, where it names one), or
             what fits of it.
         adapter: folder of a LoRA adapter in peft's format, added to the weights while they are loaded.
+        yarn: factor above 1 by which YaRN stretches the trained window of a model without RoPE scaling of its own, as
+            if its config.json said so. Head map "auto" is measured without it.
         retrieval_ratio: share of the heads of `head_map` to keep; default: the budget's, else scores of at least 0.5
             (with "auto" a ratio of 0.5).
         kv_bytes: instead of a ratio, the bytes (or a text like "8 GB", or "25%" of full attention's) that keys and
@@ -130,7 +133,7 @@ def load(
     capacity = None if ctx is None else parse_tokens(ctx, "ctx")
     flag(download, "download")
     folder = find_model(model_dir, download, what="model_dir", consent="download=True", ask=False)
-    config = ModelConfig.from_dir(folder)
+    config = ModelConfig.from_dir(folder).stretched(yarn)
     key_biases = read_key_biases(folder, config)
     lora = None if adapter is None else Adapter.open(user_path(adapter, "adapter"), config)
     if lora is not None:
@@ -179,7 +182,7 @@ def load(
         on_tokenizer(checked.tokenizer)
     identity = SessionIdentity(
         model_fingerprint(folder, lora), chosen.split.hash, plan.kv_format, plan.page_size, plan.weight_format,
-        None if limits.kv_bytes is None else chosen.split.all_reaches,
+        None if limits.kv_bytes is None else chosen.split.all_reaches, config.yarn,
     )  # fmt: skip
     if session is not None and is_session(user_path(session, "session")):
         SavedSession.open(session, identity)

@@ -32,6 +32,7 @@ class SessionIdentity:
     Attributes:
         reaches: of heads in the model's order, where bytes decided them: what the hash `head_split` stands for, so
             that a session can be loaded with them again. Not compared.
+        yarn: factor by which the model's window was stretched; None is none, as in older sessions, which name none.
     """
 
     model: str
@@ -40,9 +41,11 @@ class SessionIdentity:
     page_size: int
     weight_format: str
     reaches: tuple[tuple[int, ...], ...] | None = field(default=None, compare=False)
+    yarn: float | None = None
 
     _ADVICE: ClassVar[dict[str, str]] = {
         "model": "load the checkpoint it was made with",
+        "yarn": "load the model with the --yarn it was made with, or with none",
         "head_split": "give the head map, ratio or kv_bytes and window it was made with",
         "kv_format": "give --kv {saved}",
         "page_size": "give the page_size it was made with",
@@ -54,12 +57,12 @@ class SessionIdentity:
         for name, advice in self._ADVICE.items():
             own = getattr(self, name)
             if saved.get(name) != own:
-                said = shortened(saved.get(name))
+                said, has = ("none" if value is None else shortened(value) for value in (saved.get(name), own))
                 if name == "head_split" and saved.get("reaches") and self.reaches:
                     advice = "load the model with this session named (session=), and it keeps its reaches"
                 raise SessionError(
                     f"session {shown(folder)} was saved with {name.replace('_', ' ')} {said}, but this runtime has "
-                    f"{own}: {advice.format(saved=said)}"
+                    f"{has}: {advice.format(saved=said)}"
                 )
 
 

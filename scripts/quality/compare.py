@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from longrun.arguments import COUNT, SEED, whole
 from longrun.cli import Parser, redraws
 from longrun.errors import InputError
-from longrun.hub.find import add_model_option
+from longrun.hub.find import add_model_option, add_yarn_option
 from longrun.hub.names import model_name
 from longrun.lab.quality.asked import AskedDocument, CodeDocuments
 from longrun.lab.quality.code_source import source_facts, standard_library
@@ -58,6 +58,7 @@ ASKED = ("code", "rules")  # questions about the running Python's own modules, i
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_option(parser)
+    add_yarn_option(parser)
     parser.add_argument("--adapter", type=path_option, metavar="DIR", help="LoRA adapter of every row, or none")
     parser.add_argument(
         "--settings", required=True, type=path_option, metavar="FILE", help="TOML file with [[row]] tables"
@@ -130,6 +131,7 @@ def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "budget": arguments.budget,
         "chunk_size": None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
         "device": arguments.device,
+        "yarn": arguments.yarn,
         "seed": arguments.seed,
     }
 
@@ -165,8 +167,9 @@ class Comparison:
         )
         budget = comparison_budget(arguments.budget, arguments.device, settings["chunk_size"])
         self._runtimes = Runtimes(
-            arguments.model, arguments.adapter, budget, arguments.device, max(settings["lengths"]) + SPARE_TOKENS
-        )
+            arguments.model, arguments.adapter, budget, arguments.device, max(settings["lengths"]) + SPARE_TOKENS,
+            arguments.yarn,
+        )  # fmt: skip
         self._loaded: tuple[Row, int | None, Runtime, Plan] | None = None
         self._told: set[str] = set()
         self._opened: tuple[Row, int, Opened] | None = None

@@ -62,17 +62,21 @@ class Runtimes:
     Args:
         folder: the model; adapter: LoRA adapter for all rows, or None.
         budget: see `comparison_budget`.
-        device: as `longrun.load` takes it.
+        device, yarn: as `longrun.load` takes them.
         capacity: tokens to plan for.
     """
 
-    def __init__(self, folder: Path, adapter: Path | None, budget: Budget, device: str | None, capacity: int) -> None:
+    def __init__(
+        self, folder: Path, adapter: Path | None, budget: Budget, device: str | None, capacity: int,
+        yarn: float | None = None,
+    ) -> None:  # fmt: skip
         self._folder, self._adapter, self._budget, self._capacity = folder, adapter, budget, capacity
+        self._yarn = yarn
         self._device = device or default_device()
         if self._device == "cuda":
             # cuDNN plans for tenths of a second for every pair of lengths it has not seen, and hundreds come up here.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        self._config = ModelConfig.from_dir(folder)
+        self._config = ModelConfig.from_dir(folder).stretched(yarn)
         self._bases: dict[str, Runtime] = {}  # by weight format
 
     def check(self, rows: Sequence[Row]) -> None:
@@ -150,5 +154,5 @@ class Runtimes:
     def _load(self, row: Row, head_map: HeadMap | str, ratio: float | None) -> Runtime:
         return longrun.load(
             self._folder, self._budget.override(chunk_size=row.chunk_size), head_map, row.stored_kv, row.weights,
-            self._device, ctx=self._capacity, adapter=self._adapter, retrieval_ratio=ratio,
+            self._device, ctx=self._capacity, adapter=self._adapter, yarn=self._yarn, retrieval_ratio=ratio,
         )  # fmt: skip

@@ -33,6 +33,7 @@ from longrun.attention.interface import Step
 from longrun.attention.whole_text import WholeTextAttention
 from longrun.cli import Parser, run
 from longrun.errors import HeadMapError
+from longrun.hub.find import add_yarn_option
 from longrun.hub.names import model_name
 from longrun.lab.report_env import environment
 from longrun.model.decoder import Decoder
@@ -158,6 +159,7 @@ def main() -> int:
     """Measure and print. Status 0."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, type=path_option)
+    add_yarn_option(parser)
     parser.add_argument("--length", default="4K")
     parser.add_argument("--weights", default=None)
     parser.add_argument("--heads", type=whole(), default=20, help="single heads to compare")
@@ -168,7 +170,9 @@ def main() -> int:
     parser.add_argument("--json", type=path_option, help="write the result here")
     args = parser.parse_args()
     length = parse_tokens(args.length, "--length")
-    runtime = longrun.load(args.model, head_map="full", weight_format=args.weights, ctx=2048, chunk_size=256)
+    runtime = longrun.load(
+        args.model, head_map="full", weight_format=args.weights, ctx=2048, yarn=args.yarn, chunk_size=256
+    )
     model, encoder = Model(runtime), TextEncoder(runtime.tokenizer)
     finite = finite_reaches(args.shortest, length)
     measured, tested = (make_text(encoder, remainder, length) for remainder in (0, 1))
@@ -185,7 +189,7 @@ def main() -> int:
         "benchmark": "reach probe", "model": model_name(Path(args.model)), "length": length, "reaches": finite,
         "measure_seconds": seconds, "weighing_seconds": weighing_seconds, "losses": losses.tolist(),
         "losses_before_weighing": plain.tolist(), "weights": torch.stack(weights).tolist(),
-        "device": str(model.decoder.device),
+        "device": str(model.decoder.device), "yarn": args.yarn,
     }  # fmt: skip
 
     def save() -> None:
