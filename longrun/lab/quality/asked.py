@@ -31,8 +31,8 @@ PER_TASK = 4  # questions of each task a document, where it has so many
 MOST_ANSWER_TOKENS = 40
 
 _INTRO = "Here are the files of a Python project. Questions about them follow after the last file.\n\n"
+_MARGIN = 8  # tokens that may come or go where texts are joined
 _DEPTHS = 5  # places are told by fifths of the document
-_FIRST_TRY = 3.2  # characters a token, at least, to know how many files to try
 _QUESTIONS = {
     CONSTANT: "What is the value of the constant {subject} in the file {file}? Answer with the value alone, as it is "
     "written in the file.",
@@ -102,29 +102,27 @@ class CodeDocuments:
         """
         for number in range(count):
             rng = random.Random(f"code/{seed}/{length}/{number}")
-            files = self._draw(rng, length - 360)
-            asked = _facts_of_all(files)
-            notes = _draw_notes(rng, files, asked)
+            files, filler = self._draw(rng, length - self._spare(_INTRO + PER_TASK * _NOTE))
+            asked = _facts_of_all(files, [*files, filler])
             pieces = [f"# file: {file.name}\n{file.text}\n\n" for file in files]
-            linked = []
+            notes = _draw_notes(rng, [*files, filler], asked)
             for name, file, fact in notes:
-                place = rng.randrange(len(pieces) + 1)
-                pieces.insert(place, _NOTE.format(name=name, constant=fact.subject, file=file.name) + "\n")
-                linked.append((name, file, fact))
-            text = _INTRO + "".join(pieces)
-            questions = [
-                self._question(self._plain, text, task, file, fact)
+                note = _NOTE.format(name=name, constant=fact.subject, file=file.name)
+                pieces.insert(rng.randrange(len(pieces) + 1), f"{note}\n")
+            chosen = [
+                (task, *pair)
                 for task in _QUESTIONS
-                for file, fact in _spread(rng, text, [(f, x) for f, x in asked if x.task == task])
+                for pair in _spread(rng, "".join(pieces), [(f, x) for f, x in asked if x.task == task])
             ]
-            questions += [
-                self._build(
-                    self._plain, TWO_FILES, _depth(text, file, fact), _TWO_FILES.format(name=name),
-                    f"{fact.subject} = {fact.answer}", partial(_named_value, fact.subject, fact.answer), alone=True,
-                )
-                for name, file, fact in linked
-            ]  # fmt: skip
-            yield AskedDocument(f"code/{number}", self._read(self._plain, text, questions, length), tuple(questions))
+
+            def questions(text: str) -> tuple[AskedQuestion, ...]:
+                found = [self._question(text, *one) for one in chosen]  # noqa: B023 - called within this turn
+                return tuple(found + [self._of_note(text, *one) for one in notes])  # noqa: B023
+
+            whole = "".join(pieces)
+            text = self._filled(self._plain, _INTRO, whole, filler, length - _longest(questions(whole)))
+            ids = self._plain.opening_ids(None, False) + self._plain.text_ids([text], True, True, False)[0]
+            yield AskedDocument(f"code/{number}", ids, questions(text))
 
     def rules(self, length: int, count: int, seed: int) -> Iterator[AskedDocument]:
         """`count` documents behind a system prompt with a rule a label, and a question of each label.
@@ -139,21 +137,23 @@ class CodeDocuments:
             rules = draw_rules(rng)
             system, templated = system_prompt(rules), has_template(self._tokenizer)
             chat = ChatFormat(self._tokenizer, system) if templated else self._plain
-            files = self._draw(rng, length - 560)
-            text = "" if templated else f"{system}\n\n"
-            text += _INTRO + "".join(f"# file: {file.name}\n{file.text}\n\n" for file in files)
+            files, filler = self._draw(rng, length - self._spare(_INTRO + system))
             questions = tuple(
                 self._build(
-                    chat, RULES_TASK, _fifth(place / len(rules)), ask_by(rule, topic),
-                    rule.example(topic.answer), rule.is_followed, kind=rule.kind,
+                    chat, RULES_TASK, _fifth(place / len(rules)), ask_by(rule, topic), rule.example(topic.answer),
+                    rule.is_followed, kind=rule.kind,
                 )
                 for place, (rule, topic) in enumerate(zip(rules, draw_topics(rng, len(rules)), strict=True))
             )  # fmt: skip
-            yield AskedDocument(f"rules/{number}", self._read(chat, text, questions, length), questions)
+            intro = _INTRO if templated else f"{system}\n\n{_INTRO}"
+            whole = "".join(f"# file: {file.name}\n{file.text}\n\n" for file in files)
+            text = self._filled(chat, intro, whole, filler, length - _longest(questions))
+            ids = chat.opening_ids(None, False) + chat.text_ids([text], True, True, False)[0]
+            yield AskedDocument(f"rules/{number}", ids, questions)
 
-    def _draw(self, rng: random.Random, room: int) -> list[SourceFile]:
-        """Different files that fill the room; none takes more than a quarter. Every other one has constants or defaults
-        to ask for, which are rare."""
+    def _draw(self, rng: random.Random, room: int) -> tuple[list[SourceFile], SourceFile]:
+        """Different files that fill the room, and one more to fill with what is left of it. None takes more than a
+        quarter. Every other one has constants or defaults to ask for, which are rare."""
         files, left = [], room
         order = rng.sample(self._files, len(self._files))
         for file in order:
@@ -173,7 +173,37 @@ class CodeDocuments:
                 f"documents of {room:,} tokens hold no two modules of Python's library: ask for at least 2K, or leave "
                 f"the tasks code and rules out"
             )
-        return files
+        others = [file for file in order if file not in files]
+        return files, next((file for file in others if len(file.text) > 6 * left), others[0] if others else files[0])
+
+    def _spare(self, text: str) -> int:
+        """Tokens to leave for this text, for names in it, and for a question with the turns around it."""
+        return int(1.5 * len(self._encoder.ids(text + max(_QUESTIONS.values(), key=len)))) + 100
+
+    def _filled(self, chat: ChatFormat, intro: str, whole: str, filler: SourceFile, room: int) -> str:
+        """The document's text with as many first lines of `filler` before its other files as bring it to `room` tokens.
+
+        Raises:
+            InputError: it is longer than that without any.
+        """
+
+        def size(text: str) -> int:
+            return len(chat.opening_ids(None, False)) + len(chat.text_ids([text], True, True, False)[0])
+
+        left = room - size(intro + whole) - _MARGIN
+        if left < -_MARGIN:
+            raise InputError(f"a document is {-left - _MARGIN:,} tokens too long for its question: ask for longer ones")
+        lines = filler.text.splitlines(keepends=True)
+
+        def piece(count: int) -> str:
+            return f"# file: {filler.name}\n{''.join(lines[:count])}\n\n" if count and filler.name not in whole else ""
+
+        low, high = 0, len(lines)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = len(self._encoder.ids(piece(middle))) <= left
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return intro + piece(low) + whole
 
     def _size(self, file: SourceFile) -> int:
         if file.name not in self._sizes:
@@ -181,11 +211,17 @@ class CodeDocuments:
             self._sizes[file.name] = len(ids)
         return self._sizes[file.name]
 
-    def _question(self, chat: ChatFormat, text: str, task: str, file: SourceFile, fact: Fact) -> AskedQuestion:
+    def _question(self, text: str, task: str, file: SourceFile, fact: Fact) -> AskedQuestion:
         asked = _QUESTIONS[task].format(file=file.name, subject=fact.subject, parameter=fact.parameter)
         is_right = same_names if task == SIGNATURE else holds_value
         return self._build(
-            chat, task, _depth(text, file, fact), asked, fact.answer, _against(is_right, fact.answer), alone=True
+            self._plain, task, _depth(text, file, fact), asked, fact.answer, _against(is_right, fact.answer), alone=True
+        )  # fmt: skip
+
+    def _of_note(self, text: str, name: str, file: SourceFile, fact: Fact) -> AskedQuestion:
+        return self._build(
+            self._plain, TWO_FILES, _depth(text, file, fact), _TWO_FILES.format(name=name),
+            f"{fact.subject} = {fact.answer}", partial(_named_value, fact.subject, fact.answer), alone=True,
         )  # fmt: skip
 
     def _build(
@@ -209,12 +245,9 @@ class CodeDocuments:
         before, both = self._encoder.ids("\n"), self._encoder.ids(f"\n{text}")
         return both[len(before) :] if both[: len(before)] == before else self._encoder.ids(text, after_control=True)
 
-    def _read(self, chat: ChatFormat, text: str, questions: Sequence[AskedQuestion], length: int) -> list[int]:
-        ids = chat.opening_ids(None, False) + chat.text_ids([text], True, True, False)[0]
-        longest = max(len(question.token_ids) for question in questions)
-        if len(ids) + longest > length:
-            raise InputError(f"a document of {len(ids):,} tokens and its question are longer than {length:,}")
-        return ids
+
+def _longest(questions: Sequence[AskedQuestion]) -> int:
+    return max(len(question.token_ids) for question in questions)
 
 
 def _against(check: Callable[[str, str], bool], expected: str) -> Callable[[str], bool]:
@@ -226,12 +259,12 @@ def _named_value(name: str, value: str, answer: str) -> bool:
     return name in answer and holds_value(answer, value)
 
 
-def _facts_of_all(files: Sequence[SourceFile]) -> list[tuple[SourceFile, Fact]]:
-    """Facts of the files; where a file is asked for, only of names that no other file defines or speaks of."""
+def _facts_of_all(files: Sequence[SourceFile], read: Sequence[SourceFile]) -> list[tuple[SourceFile, Fact]]:
+    """Facts of the files; where a file is asked for, only of names that no other file read defines or speaks of."""
     found = []
     for file in files:
         for fact in facts_of(file):
-            elsewhere = fact.task == WHICH_FILE and any(fact.subject in other.text for other in files if other != file)
+            elsewhere = fact.task == WHICH_FILE and any(fact.subject in other.text for other in read if other != file)
             if not elsewhere:
                 found.append((file, fact))
     return found
