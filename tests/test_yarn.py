@@ -159,9 +159,12 @@ def test_impossible_options(plain, text):
             command(["--model", str(plain), f"--yarn={text}"])
 
 
-def test_maps_measured_without_it_load_and_maps_measured_with_it_say_so(plain, tmp_path):
+def test_maps_measured_without_it_load_and_those_measured_with_it_say_so(plain, tmp_path):
     identify = ["identify", "--model", str(plain), "--device", "cpu", "--steps", "1"]
     identify += ["--context", "256", "--method", "gates", "--sink-size", "4", "--recent-size", "8"]
+    text = tmp_path / "text"  # the default one takes seconds to encode
+    text.write_text("The harbour was quiet before the market opened. " * 200)
+    identify += ["--text", str(text)]
     facts = {}
     for yarn in (None, "4"):
         out = tmp_path / str(yarn)

@@ -215,7 +215,8 @@ class ModelConfig:
 
     def stretched(self, yarn: float | None) -> ModelConfig:
         """The model with its window stretched by YaRN (arXiv 2309.00071), as if its config.json said so; None changes
-        nothing.
+        nothing. The window from before is max_position_embeddings, also for Qwen3, which has 40,960 there and whose
+        makers count from 32,768.
 
         Raises:
             InputError: a factor that is no number above 1 and at most `MAX_YARN`.
