@@ -53,7 +53,7 @@ def run(capsys, tmp_path, gguf: Path, *argv: str) -> dict:
 
 
 def test_all_of_it_in_one_run(gguf, capsys, tmp_path, one_process):
-    result = run(capsys, tmp_path, gguf, "--weight-formats", "int4,fp32", "--kv", "fp32")
+    result = run(capsys, tmp_path, gguf, "--weight-formats", "int4,fp32", "--kv", "fp32", "--yarn", "2")
     runners = ["longrun int4 weights", "longrun fp32 weights", "transformers float32, SDPA, full attention"]
     assert [load["runner"] for load in result["loads"]] == runners
     assert [(row["runner"], row["length"]) for row in result["rows"]] == [(r, n) for r in runners for n in (100, 300)]
@@ -71,6 +71,7 @@ def test_all_of_it_in_one_run(gguf, capsys, tmp_path, one_process):
     assert [(a["length"], a["right"]) for a in result["answers"]] == [(100, False), (300, False)] * 3
     said = [answer["answer"] for answer in result["answers"]]
     assert said[2:4] == said[4:] and said[4] != ""  # fp32 weights, and transformers
+    assert all(result["settings"][name]["shape"].endswith("YaRN 2: 2,048 positions") for name in runners[:2])
     assert set(result["settings"]) == set(runners[:2]) and str(tmp_path) not in json.dumps(result)
     assert str(gguf.parent) not in json.dumps(result)
 
@@ -86,10 +87,12 @@ def test_a_part_that_fails_is_a_row_and_the_others_stay(gguf, capsys, tmp_path, 
     assert [row.get("error") for row in rows] == [None, None, "it cannot"]
 
 
-def test_transformers_own_reader_gives_the_models_logits(gguf):
-    peer = GgufPeer(gguf, torch.device("cpu"))
+@pytest.mark.parametrize("yarn", [None, 2.0])
+def test_transformers_own_reader_gives_the_models_logits(gguf, yarn):
+    peer = GgufPeer(gguf, torch.device("cpu"), yarn=yarn)
     token_ids = torch.arange(40)[None] % 97
-    expected = tiny_model("qwen2", **SHAPE)(token_ids).logits
+    rope = {"rope_type": "yarn", "rope_theta": 500.0, "factor": yarn, "original_max_position_embeddings": 1024}
+    expected = tiny_model("qwen2", **SHAPE, **({"rope_parameters": rope} if yarn else {}))(token_ids).logits
     torch.testing.assert_close(peer.model(token_ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -86,12 +86,13 @@ def release(device: torch.device) -> None:
 
 
 def load_runtime(
-    args: argparse.Namespace, capacity: int, hooks: dict[str, Callable[..., object]] | None = None, **memory: int | None
-) -> Runtime:
+    args: argparse.Namespace, capacity: int, hooks: dict[str, Callable[..., object]] | None = None,
+    yarn: float | None = None, **memory: int | None,
+) -> Runtime:  # fmt: skip
     """The model as the options ask, planned for `capacity` tokens.
 
     Args:
-        hooks: `longrun.load`'s `on_plan` and the like.
+        hooks: `longrun.load`'s `on_plan` and the like; yarn: its `yarn`.
         memory: device_bytes and host_bytes in place of the budget's, where they are not None.
     """
     head_map: HeadMap | Path | str = args.head_map or "full"
@@ -102,7 +103,7 @@ def load_runtime(
     budget = Budget.load(args.budget or DEFAULT_BUDGETS[args.device]).override(**memory)
     return longrun.load(
         args.model, budget, head_map, args.kv, args.weight_format, args.device, ctx=capacity, retrieval_ratio=ratio,
-        kv_bytes=args.kv_bytes, chunk_size=args.chunk_size, **(hooks or {}),
+        kv_bytes=args.kv_bytes, chunk_size=args.chunk_size, yarn=yarn, **(hooks or {}),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from longrun.arguments import COUNT
 from longrun.errors import InputError
+from longrun.hub.find import add_yarn_option
 from longrun.hub.names import model_name
 from longrun.paths import path_option
 from longrun.quant.weight_format import WEIGHT_FORMATS
@@ -33,6 +34,7 @@ from scripts.bench.real_text import as_questions, read_code
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Options of the command `real`."""
     add_model_options(sub)
+    add_yarn_option(sub)
     sub.add_argument(
         "--weight-formats", default="int4,bf16", help="longrun's, one after the other; --weight-format is not used"
     )
@@ -60,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     as_questions(args.question, args.expect)
     result: dict[str, Any] = {
         "benchmark": "real", "model": model_name(args.model), "new_tokens": args.new_tokens, "repeats": args.repeats,
+        "yarn": args.yarn,
         "text": {"name": name, "sha256": hashlib.sha256(code.encode()).hexdigest()},
         "ceilings": {}, "settings": {}, "loads": [], "rows": [], "answers": [],
     }  # fmt: skip

@@ -22,8 +22,8 @@ class TransformersPeer:
     later call where already the model did not fit.
     """
 
-    def __init__(self, model_dir: Path, device: torch.device, chunk: int = CHUNK) -> None:
-        self.device, self.chunk = device, chunk
+    def __init__(self, model_dir: Path, device: torch.device, chunk: int = CHUNK, yarn: float | None = None) -> None:
+        self.device, self.chunk, self.yarn = device, chunk, yarn
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         name = str(self.dtype).removeprefix("torch.")
         self.runner = f"transformers {name}, SDPA, full attention"
@@ -32,7 +32,7 @@ class TransformersPeer:
         self.failed = or_out_of_memory({}, lambda: self._load(model_dir), device).get("error")
 
     def _load(self, model_dir: Path) -> dict[str, Any]:
-        self.model = load_merged(model_dir, None, dtype=self.dtype, attn_implementation="sdpa")
+        self.model = load_merged(model_dir, None, self.yarn, dtype=self.dtype, attn_implementation="sdpa")
         self.model.to(self.device)
         return {}
 

@@ -55,7 +55,7 @@ def longrun_part(args: argparse.Namespace, ceilings: dict[str, Any]) -> Found:
 
     room = max(ASK_ROOM, decoded_tokens(args) + 1)
     hooks = {"on_plan": passed("plan"), "on_tokenizer": passed("tokenizer")}
-    runtime = load_runtime(args, max(lengths) + room, hooks)
+    runtime = load_runtime(args, max(lengths) + room, hooks, args.yarn)
     synchronize(device)
     passed("weights")()
     loaded = memory.measure(runtime.plan)
@@ -118,13 +118,13 @@ class GgufPeer(TransformersPeer):
         disable_progress_bar()
 
         if gguf_file(model_dir) is None:
-            self.model = load_merged(model_dir, None, dtype=self.dtype, attn_implementation="sdpa")
+            self.model = load_merged(model_dir, None, self.yarn, dtype=self.dtype, attn_implementation="sdpa")
         else:
             self.model = AutoModelForCausalLM.from_pretrained(
                 str(model_dir.parent), gguf_file=model_dir.name, dtype=self.dtype, attn_implementation="sdpa",
                 local_files_only=True, trust_remote_code=False,
             )  # fmt: skip
-            set_rope(self.model, RopeParameters.from_dir(model_dir))
+            set_rope(self.model, RopeParameters.from_dir(model_dir, self.yarn))
         self.model.eval().to(self.device)
         return {}
 
@@ -156,13 +156,13 @@ def transformers_part(args: argparse.Namespace, ceilings: dict[str, Any]) -> Fou
     from longrun.model.folder import check_folder
 
     device, lengths = torch.device(args.device), parse_lengths(args.lengths)
-    config = ModelConfig.from_dir(args.model)
+    config = ModelConfig.from_dir(args.model).stretched(args.yarn)
     folder = check_folder(args.model, config)
     chat = CodeChat(folder.tokenizer, read_code(args.text)[0])
     chat.document_ids(max(lengths))  # refused before the model is loaded
     torch.zeros(1, device=device)
     start = time.perf_counter()
-    peer = GgufPeer(args.model, device, chunk=max(lengths))
+    peer = GgufPeer(args.model, device, max(lengths), args.yarn)
     synchronize(device)
     load = {"runner": peer.runner, "seconds": time.perf_counter() - start, "peak_resident_bytes": peak_resident()}
     yield "load", load | ({"error": peer.failed} if peer.failed else {})
