@@ -23,7 +23,7 @@ from longrun.cli import Parser, run
 from longrun.errors import InputError
 from longrun.hub.find import add_model_option, add_yarn_option
 from longrun.hub.names import model_name
-from longrun.lab.needle_report import draw_heatmap, grid, summary
+from longrun.lab.needle_report import cell_line, draw_heatmap, grid, panel_title, summary
 from longrun.lab.needle_results import SweepResults
 from longrun.lab.report_env import environment
 from longrun.needles.needles import Haystack, NeedlePrompt, NeedleQuestion, build_prompt, make_needles
@@ -31,7 +31,7 @@ from longrun.paths import path_option
 from longrun.plan.split import KV_BYTES_HELP
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
-from longrun.units import ALL_TOKENS, format_tokens, parse_tokens
+from longrun.units import parse_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -297,15 +297,6 @@ def describe(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def panel_title(name: str, setting: str, described: dict[str, Any]) -> str:
-    heads = f"{described['retrieval_heads']} of {described['kv_heads']} KV heads retrieval"
-    finite = sum(
-        described["recent_size"] < reach < ALL_TOKENS for row in described.get("reaches") or () for reach in row
-    )
-    heads += f", {finite} of finite reach" if finite else ""
-    return f"{name}, {setting}\n{heads}\n{described['kv_format']} pages, {described['weight_format']} weights"
-
-
 def run_setting(
     arguments: argparse.Namespace,
     settings: dict[str, Any],
@@ -341,14 +332,6 @@ def run_setting(
             for cell in cells:
                 results.add(cell)
                 console.print(cell_line(cell))
-
-
-def cell_line(cell: dict[str, Any]) -> str:
-    """A finished cell as it is printed during the run."""
-    return (
-        f"{cell['setting']} {format_tokens(cell['length'])} at {cell['depth']:.2f}: exact {cell['score']:.0%}, tokens "
-        f"{cell['token_accuracy']:.0%}, {cell['seconds']:.1f} s (read at {cell['prefill_tokens_per_s']:,.0f} tokens/s)"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

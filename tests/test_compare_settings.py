@@ -9,7 +9,7 @@ import pytest
 from longrun.errors import InputError
 from longrun.lab.quality.settings import REFERENCE_ROW, Row, read_rows, with_maps
 from longrun.patterns.head_map import HeadMap
-from scripts.quality import compare
+from scripts.quality.compare_options import named_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -91,5 +91,5 @@ def test_names_of_maps_become_folders_and_rows_without_one_are_left_out():
 @pytest.mark.parametrize("given", [["reach"], ["=maps"], ["reach="], ["a=b", "a=c"]])
 def test_pairs_that_name_no_folder(given):
     with pytest.raises(InputError, match="--head-map"):
-        compare.named_folders(given)
-    assert compare.named_folders(["a=b", "c=d=e"]) == {"a": "b", "c": "d=e"}
+        named_folders(given)
+    assert named_folders(["a=b", "c=d=e"]) == {"a": "b", "c": "d=e"}

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_models import save_tiny
+from exact_runtime import exact_runtime, text
 
 import longrun
 from longrun.attention.interface import Step
@@ -23,13 +23,7 @@ METHODS = ("tova", *RULES)
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny(folder, "llama")
-    return longrun.load(folder, "cpu", kv_format="fp32", device="cpu", ctx=512, chunk_size=50, compiled_kernels=False)
-
-
-def text(n: int, seed: int = 0) -> list[int]:
-    return torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return exact_runtime(tmp_path_factory.mktemp("tiny"))
 
 
 def capture(session) -> list[tuple[int, int, torch.Tensor, torch.Tensor]]:

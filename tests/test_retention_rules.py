@@ -8,9 +8,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny_models import save_tiny
+from exact_runtime import exact_runtime, text
 
-import longrun
 from longrun.errors import InputError
 from longrun.lab.quality.eviction import end_prompt, make_session
 from longrun.lab.retention_rules import (
@@ -182,13 +181,7 @@ def test_more_queries_than_a_tile_has_rows():
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny(folder, "llama")
-    return longrun.load(folder, "cpu", kv_format="fp32", device="cpu", ctx=512, chunk_size=50, compiled_kernels=False)
-
-
-def text(n: int, seed: int = 0) -> list[int]:
-    return torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return exact_runtime(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize("keep", [10, 23])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from longrun.files.whole_file import write_whole
 from longrun.lab.needle_results import SweepResults
 from longrun.pictures import SCALE, wrapped
-from longrun.units import format_tokens
+from longrun.units import ALL_TOKENS, format_tokens
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,3 +100,21 @@ def draw_heatmap(results: SweepResults, titles: dict[str, str], note: str | None
     path = results.folder / HEATMAP_FILE
     write_whole(path, lambda file: canvas.print_figure(file, dpi=150, format="png"))
     return path
+
+
+def panel_title(name: str, setting: str, described: dict[str, Any]) -> str:
+    """Model, setting and what it keeps in which format, above a grid."""
+    heads = f"{described['retrieval_heads']} of {described['kv_heads']} KV heads retrieval"
+    finite = sum(
+        described["recent_size"] < reach < ALL_TOKENS for row in described.get("reaches") or () for reach in row
+    )
+    heads += f", {finite} of finite reach" if finite else ""
+    return f"{name}, {setting}\n{heads}\n{described['kv_format']} pages, {described['weight_format']} weights"
+
+
+def cell_line(cell: dict[str, Any]) -> str:
+    """A finished cell as it is printed during the run."""
+    return (
+        f"{cell['setting']} {format_tokens(cell['length'])} at {cell['depth']:.2f}: exact {cell['score']:.0%}, tokens "
+        f"{cell['token_accuracy']:.0%}, {cell['seconds']:.1f} s (read at {cell['prefill_tokens_per_s']:,.0f} tokens/s)"
+    )

@@ -237,7 +237,7 @@ def _attention_spec(settings: PlanSettings, capacity: int) -> AttentionSpec:
         sink_size=split.sink_size,
         recent_size=split.recent_size,
         fused=settings.fused,
-        head_counts=max(1, len({count for count in split.num_retrieval if count})),
+        head_counts=len({count for count in split.num_retrieval if count}),
         num_layers=config.num_layers,
         reaches=tuple(sorted(finite)),
     )

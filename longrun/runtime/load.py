@@ -238,11 +238,7 @@ def load_parts(
         notices.append(f"{checked.path} has no tokenizer: only token ids can be used")
     rotary = checked.rotary if plan.device_type == "cpu" else checked.rotary.to(device)
     pinned = PinnedMemory(on_pin) if plan.device_type == "cuda" else None
-    return (
-        Parts(decoder, rotary, checked.rotary, cpu_kernels, gpu_kernels, pinned),
-        shared,
-        list(dict.fromkeys(notices)),
-    )
+    return Parts(decoder, rotary, checked.rotary, cpu_kernels, gpu_kernels, pinned), shared, notices
 
 
 def _compiled(

@@ -58,7 +58,7 @@ class AttentionSpec:
     @property
     def layers_alike(self) -> int:
         """Layers of one chunk whose attention has the same shape, if all head counts are as frequent."""
-        return self.num_layers // self.head_counts
+        return self.num_layers // max(1, self.head_counts)
 
     def scratch_bytes(self) -> int:
         """Keys and values of `scratch_tokens` tokens of the retrieval heads, allocated once."""

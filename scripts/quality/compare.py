@@ -19,13 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longrun.arguments import COUNT, SEED, whole
-from longrun.cli import Parser, redraws
+from longrun.cli import redraws
 from longrun.errors import InputError
-from longrun.hub.find import add_model_option, add_yarn_option
 from longrun.hub.names import model_name
 from longrun.lab.quality.asked import AskedDocument, CodeDocuments
-from longrun.lab.quality.code_source import source_facts, standard_library
+from longrun.lab.quality.code_source import standard_library
 from longrun.lab.quality.measure_answers import measure_asked
 from longrun.lab.quality.measures import SPARE_TOKENS, Opened, ReferenceLogits, measure_retrieval, measure_text
 from longrun.lab.quality.report import write_report
@@ -37,11 +35,11 @@ from longrun.lab.quality.texts import CHAT_TEXT, CODE_TEXT, TEXT_TASKS, chat_tex
 from longrun.lab.report_env import environment
 from longrun.model.choice import choose_model
 from longrun.needles.needles import Haystack
-from longrun.paths import path_option
 from longrun.patterns.head_map import HeadSplit
 from longrun.text.encoder import TextEncoder, leading_ids
 from longrun.text.turn_end import template_ends
-from longrun.units import ALL_TOKENS, format_tokens, parse_tokens
+from longrun.units import ALL_TOKENS, format_tokens
+from scripts.quality.compare_options import ASKED, collect_settings, named_folders, parse_arguments
 from scripts.quality.compare_runtimes import Runtimes, comparison_budget
 
 if TYPE_CHECKING:
@@ -50,108 +48,6 @@ if TYPE_CHECKING:
 
     from longrun.plan.plan import Plan
     from longrun.runtime.runtime import Runtime
-
-GROUPS = ("single", "several", "keyvalue", "code", "rules", *TEXT_TASKS)
-ASKED = ("code", "rules")  # questions about the running Python's own modules, in the words of the chat template
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_option(parser)
-    add_yarn_option(parser)
-    parser.add_argument("--adapter", type=path_option, metavar="DIR", help="LoRA adapter of every row, or none")
-    parser.add_argument(
-        "--settings", required=True, type=path_option, metavar="FILE", help="TOML file with [[row]] tables"
-    )
-    parser.add_argument(
-        "--head-map", nargs="+", default=[], metavar="NAME=FOLDER", help="folders in place of the rows' @NAME; rows "
-        "whose @NAME has none are left out",
-    )  # fmt: skip
-    parser.add_argument("--lengths", required=True, metavar="4K,8K,...", help="prompt lengths in the model's tokens")
-    parser.add_argument("--depths", type=COUNT, default=5, metavar="N", help="evenly spaced depths from 0 to 1")
-    parser.add_argument(
-        "--items",
-        type=whole(),
-        default=8,
-        metavar="N",
-        help="questions of a task, depth and length (code, rules: documents a length)",
-    )
-    parser.add_argument("--texts", type=whole(), default=4, metavar="N", help="texts to be predicted, a length")
-    parser.add_argument(
-        "--score-tokens", type=whole(), default=256, metavar="N", help="last tokens of a text, predicted"
-    )
-    parser.add_argument("--tasks", default="single,several,keyvalue,text", help=f"some of {','.join(GROUPS)}")
-    parser.add_argument(
-        "--text", nargs="+", type=path_option, metavar="FILE", help="texts to predict (default: Python's docs)"
-    )
-    parser.add_argument(
-        "--haystack", nargs="+", type=path_option, metavar="FILE", help="text files instead of generated text"
-    )
-    parser.add_argument("--budget", metavar="NAME_OR_FILE")
-    parser.add_argument("--chunk-size", metavar="N", help="tokens of a prefill step (default: the budget's)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--seed", type=SEED, default=0)
-    parser.add_argument("--out", required=True, type=path_option, metavar="DIR")
-    parser.add_argument(
-        "--logits", type=path_option, metavar="DIR", help="reference's distributions, large (default: in --out)"
-    )
-    parser.add_argument("--force", action="store_true", help="start over where --out holds another comparison")
-    return parser.parse_args(argv)
-
-
-def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What decides the results besides the rows, JSON-able; a resumed run must have the same.
-
-    Raises:
-        InputError: an impossible number, an unknown task, or a file that cannot be read.
-    """
-    lengths = sorted({parse_tokens(text, "--lengths") for text in arguments.lengths.split(",")})
-    for name in ("depths", "items", "texts", "score_tokens"):
-        if getattr(arguments, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
-    groups = [group.strip() for group in arguments.tasks.split(",")]
-    for group in groups:
-        if group not in GROUPS:
-            raise InputError(f"--tasks {group!r} is unknown: choose among {', '.join(GROUPS)}")
-    if set(TEXT_TASKS) & set(groups) and arguments.score_tokens >= lengths[0]:
-        raise InputError(
-            f"--score-tokens {arguments.score_tokens} leaves nothing to read of {lengths[0]:,} tokens: give less"
-        )
-    last = arguments.depths - 1
-    return {
-        "lengths": lengths,
-        "depths": [round(i / last, 6) for i in range(arguments.depths)] if last else [0.5],
-        "items": arguments.items,
-        "texts": arguments.texts,
-        "score_tokens": arguments.score_tokens,
-        "tasks": [group for group in GROUPS if group in groups],
-        "text": _checksums(arguments.text) or "Python's language reference (pydoc_data)",
-        "code": source_facts() if {*ASKED, CODE_TEXT} & set(groups) else None,
-        "haystack": _checksums(arguments.haystack) or "generated",
-        "budget": arguments.budget,
-        "chunk_size": None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
-        "device": arguments.device,
-        "yarn": arguments.yarn,
-        "seed": arguments.seed,
-    }
-
-
-def named_folders(pairs: Sequence[str]) -> dict[str, str]:
-    """NAME=FOLDER pairs; InputError for a text that is none, or a name given twice."""
-    found: dict[str, str] = {}
-    for pair in pairs:
-        name, equals, folder = pair.partition("=")
-        if not (name and equals and folder) or name in found:
-            raise InputError(f"--head-map {pair!r} is no NAME=FOLDER of a name of its own: write reach=maps/my-model")
-        found[name] = folder
-    return found
-
-
-def _checksums(paths: Sequence[Path] | None) -> list[dict[str, str]]:
-    for path in paths or []:
-        if not path.is_file():
-            raise InputError(f"{path} is not a file: name text files")
-    return [{"name": p.name, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in paths or []]
 
 
 class Comparison:
@@ -371,7 +267,7 @@ def main(argv: Sequence[str] | None = None, load_rows: Callable[[Path], tuple[Ro
     from longrun.lab.planted import NOTE, is_planted
     from longrun.model.fingerprint import model_fingerprint
 
-    arguments = parse_arguments(argv)
+    arguments = parse_arguments(argv, __doc__)
     settings = collect_settings(arguments)
     rows, left_out = with_maps(load_rows(arguments.settings), named_folders(arguments.head_map))
     rows = (REFERENCE_ROW, *rows)
