@@ -277,7 +277,7 @@ def test_a_wide_window_is_chosen_where_a_context_is_long():
 
 
 def test_what_would_fit_is_fewer_bytes():
-    budget = replace(BUDGET, device_bytes=516 * 10**6, kv_bytes=40 * 10**6, weight_format="int4", chunk_size=64)
+    budget = replace(BUDGET, device_bytes=476 * 10**6, kv_bytes=40 * 10**6, weight_format="int4", chunk_size=64)
     capacity = 60_000
     chosen = choose_split(SMALL, budget, REACHING, capacity=capacity)
     with pytest.raises(NoFitError) as error:

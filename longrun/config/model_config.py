@@ -85,6 +85,7 @@ class ModelConfig:
         rope_type: one of `SUPPORTED_ROPE_TYPES`.
         rope_factor, rope_original: what `rope_window` found; see `trained_positions`.
         rope_table: whether the file holds a table that frequencies are divided by (GGUF files of type llama3).
+        from_gguf: whether it was read from a GGUF file's header.
         yarn: the factor of `stretched`, None without it.
         qkv_bias, out_bias, mlp_bias: whether these linear layers carry a bias.
         qk_norm: RMS norm of each query and key head over head_dim, before RoPE (Qwen3).
@@ -113,6 +114,7 @@ class ModelConfig:
     rope_factor: float = 1.0
     rope_original: int | None = None
     rope_table: bool = False
+    from_gguf: bool = False
     yarn: float | None = None
     warnings: tuple[ConfigWarning, ...] = ()
 
@@ -120,7 +122,7 @@ class ModelConfig:
         """Every field that decides what a checkpoint's own files compute: what its fingerprint takes in."""
         fields = asdict(self)
         # said only, not RoPE's own parameters
-        for name in ("warnings", "rope_factor", "rope_original", "rope_table", "yarn"):
+        for name in ("warnings", "rope_factor", "rope_original", "rope_table", "from_gguf", "yarn"):
             del fields[name]
         return fields
 
@@ -159,7 +161,8 @@ class ModelConfig:
             ConfigError: a value that is missing, of the wrong type, impossible, or asks for what is not supported.
         """
         file = read_config(path)
-        return replace(cls.from_dict(file.data, str(file.path)), rope_table=file.has_rope_factors)
+        config = cls.from_dict(file.data, str(file.path))
+        return replace(config, rope_table=file.has_rope_factors, from_gguf=file.header is not None)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str) -> ModelConfig:

@@ -29,13 +29,14 @@ from longrun.units import ALL_TOKENS
 DEFAULT_WEIGHT_FORMAT = {"cpu": "fp32", "cuda": "bf16"}
 
 # What no setting changes, an upper bound of what was measured; without torch nothing better can be known.
-# cpu: resident memory besides weights, cache and activations after a prefill (torch, transformers, safetensors, a
-# tokenizer of 49,152 tokens, buffers of matrix products) on x86-64 Linux with torch 2.13 and transformers 5.23: 439 MB
-# with fp32 weights, 491 with bf16; with bitsandbytes, which nf4 brings, 586. `library_notice` says where it is more.
+# cpu: resident memory besides weights, cache and activations after a prefill (torch, transformers, a tokenizer of
+# 49,152 tokens, buffers of matrix products) on x86-64 Linux with torch 2.13 and transformers 5.23: 166 to 285 MB with a
+# GGUF file; with a folder, whose tokenizer transformers reads and imports torch's compiler for, 432 to 460; with nf4,
+# where bitsandbytes does so, 496. `library_notice` says where it is more.
 # cuda: what the driver counts beyond torch's own memory (context, cuBLAS, cuDNN, our kernels) on an H100 with torch
 # 2.11: 720 MB after a decode, 805 MB after a prefill with needle questions; rounded up.
-RUNTIME_BASE_BYTES = {"cpu": 500 * 10**6, "cuda": 850 * 10**6}
-_BITSANDBYTES_BYTES = 100 * 10**6
+RUNTIME_BASE_BYTES = {"cpu": 300 * 10**6, "cuda": 850 * 10**6}
+_COMPILER_BYTES, _BITSANDBYTES_BYTES = 160 * 10**6, 100 * 10**6
 
 # The most that the GPU kernels' buffer for host pages may take: two halves, so that one fills while the other is read.
 FETCH_BYTES = 2 * 256 * 2**20
@@ -120,8 +121,12 @@ class PlanSettings:
 
     @property
     def base_bytes(self) -> int:
-        more = _BITSANDBYTES_BYTES if self.device_type == "cpu" and self.weight_format == "nf4" else 0
-        return RUNTIME_BASE_BYTES[self.device_type] + more
+        base, bitsandbytes = RUNTIME_BASE_BYTES[self.device_type], self.weight_format == "nf4"
+        if self.device_type != "cpu":
+            return base
+        if bitsandbytes or not self.config.from_gguf:
+            base += _COMPILER_BYTES
+        return base + (_BITSANDBYTES_BYTES if bitsandbytes else 0)
 
     @cached_property
     def loading_bytes(self) -> int:
