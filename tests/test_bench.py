@@ -169,7 +169,7 @@ def test_prefill_of_random_tokens_beside_transformers(model, capsys, tmp_path, q
 
 
 def test_an_offloaded_session_is_compared_with_a_resident_one(model, capsys, tmp_path, quick):
-    argv = ("--length", "60K", "--gpu-budget", "522 MB", "--chunk-size", "64", "--synthetic-cache")
+    argv = ("--length", "60K", "--gpu-budget", "482 MB", "--chunk-size", "64", "--synthetic-cache")
     result = run(capsys, tmp_path, "offload", "--model", model, *DECODE, *argv, "--compare-resident")
     offloaded, resident = result["rows"]
     assert offloaded["host_bytes_per_token"] > 0 == resident["host_bytes_per_token"]

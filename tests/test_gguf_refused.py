@@ -232,7 +232,17 @@ def test_planned_from_the_header_alone(tmp_path, capsys):
     for model in (file, folder):
         assert plan_command(["--model", str(model), "--ctx", "64", "--json"]) == 0
         plans.append(json.loads(capsys.readouterr().out))
-    assert plans[0] == plans[1]
+    of_file, of_folder = plans
+    base = next(number for number, item in enumerate(of_file["items"]) if item["name"] == "runtime base")
+    assert of_folder["items"][base]["bytes"] - of_file["items"][base]["bytes"] == 160_000_000  # what a folder imports
+    assert of_folder["total_bytes"] - of_file["total_bytes"] == 160_000_000
+    depends = {"items", "total_bytes", "device_bytes", "max_ctx"}
+    assert [of_file[key] for key in of_file if key not in depends] == [
+        of_folder[key] for key in of_folder if key not in depends
+    ]
+    assert [item for n, item in enumerate(of_file["items"]) if n != base] == [
+        item for n, item in enumerate(of_folder["items"]) if n != base
+    ]
     data = bytearray(file.read_bytes())
     start = min(entry.offset for entry in read_gguf_header(file).tensors.values())
     data[start:] = b"\xff" * (len(data) - start)

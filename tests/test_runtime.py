@@ -302,7 +302,7 @@ def test_a_context_beyond_the_machine_is_refused_before_loading(saved, monkeypat
 
 def test_sessions_share_the_budget(saved):
     folder, _ = saved("llama")
-    budget = longrun.Budget.parse('[memory]\ngpu = "600 MB"', "small")
+    budget = longrun.Budget.parse('[memory]\ngpu = "560 MB"', "small")
     runtime = load(folder, budget=budget, ctx=None)
     first = runtime.new_session(50_000)
     with pytest.raises(PlanError, match="short"):
