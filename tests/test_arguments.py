@@ -166,6 +166,7 @@ REFUSED = {
         "top_k": [1.5, "5", -1],
         "top_p": ["x", math.nan, 0, 1.5],
         "repetition_penalty": ["x", math.inf, 0],
+        "min_p": ["x", math.nan, -0.1, 1.5],
         "seed": [-1, 2**63, 1.5, "1", True],
         "eos": ["no", 1],
     },

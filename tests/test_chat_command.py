@@ -87,6 +87,12 @@ def test_a_full_context_ends_the_answer_with_status_0(chat):
     assert done.result["tokens"]["total"] == 65, "64 in the cache and one that was given out"
 
 
+def test_min_p_of_1_leaves_only_the_likeliest_token(chat, text_file):
+    at_random = ["--ctx", "4K", "--file", text_file, "--prompt", ask(0), "--stop", ".", "--temperature", "50"]
+    assert chat(*at_random, "--min-p", "1").out == f"{spaced(NEEDLES[0].key)}\n"
+    assert chat(*at_random, "--max-new-tokens", "8").out != f"{spaced(NEEDLES[0].key)}\n"
+
+
 def test_piped_lines_are_turns_and_errors_show_in_the_status(chat, text_file, tmp_path):
     lines = f"/file {text_file}\n{ask(0)}\n/nonsense\n{ask(1)}\n/save {tmp_path / 'saved'}\n"
     done = chat("--ctx", "4K", "--max-new-tokens", "7", stdin=lines)

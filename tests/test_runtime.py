@@ -191,6 +191,8 @@ def test_text_is_encoded_and_streamed(planted):
     assert first.token_ids[len(ids) :] and runtime.tokenizer.decode(first.token_ids[len(ids) :]).startswith(whole[:3])
     first.rewind(mark)
     assert "".join(runtime.stream(first, 12, stop=[whole[2:4]])) == whole[:2]
+    first.rewind(mark)
+    assert "".join(runtime.stream(first, 12, temperature=50.0, min_p=1.0)) == whole, "only the likeliest token is left"
     with pytest.raises(InputError, match="stop string is empty"):
         runtime.stream(first, stop=[""])
     for stop in ([5], [None], 5, None):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -27,16 +28,19 @@ def reference(logits: torch.Tensor, params: SamplingParams, previous: list[int])
         processors.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1:
         processors.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        processors.append(MinPLogitsWarper(params.min_p))
     return processors(torch.tensor([previous]), logits[None].clone())[0].softmax(0)
 
 
-@pytest.mark.parametrize("repetition_penalty", [1.0, 1.3, 0.8])
+@pytest.mark.parametrize("min_p", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.3])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-6])
 @pytest.mark.parametrize("top_k", [0, 1, 40, VOCAB, 10 * VOCAB])
 @pytest.mark.parametrize("temperature", [1.0, 0.2, 3.0])
-def test_distribution_equals_transformers(temperature, top_k, top_p, repetition_penalty):
-    params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
-    for seed in range(4):
+def test_distribution_equals_transformers(temperature, top_k, top_p, repetition_penalty, min_p):
+    params = SamplingParams(temperature, top_k, top_p, repetition_penalty, min_p)
+    for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         logits = 4 * torch.randn(VOCAB, generator=generator)
         previous = torch.randint(VOCAB, (300,), generator=generator).tolist()
@@ -121,6 +125,7 @@ def test_minus_infinite_logits_are_never_drawn():
         ({"top_k": 1.5}, "top_k 1.5"),
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"top_p": 1.1}, "top_p 1.1"),
+        ({"min_p": 1.1}, "min_p 1.1 is outside the range: give a number from 0 to 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty 0.0"),
         ({"repetition_penalty": -1.0}, "repetition_penalty -1.0"),
     ],

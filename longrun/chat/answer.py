@@ -107,7 +107,7 @@ def stream_answer(
 
     tokens = session.generate(
         options.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, sampling.repetition_penalty,
-        seed,
+        seed, min_p=sampling.min_p,
     )  # fmt: skip
     try:
         for token_id in tokens:

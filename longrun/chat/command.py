@@ -200,7 +200,7 @@ def _answer_options(args: argparse.Namespace) -> AnswerOptions:
     from longrun.text.stream import StopStrings
 
     StopStrings(args.stop)
-    sampling = SamplingParams(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
+    sampling = SamplingParams(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.min_p)
     return AnswerOptions(args.max_new_tokens, sampling, tuple(args.stop), args.seed)
 
 
@@ -329,6 +329,13 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("--temperature", type=real(0), default=0.0, metavar="T", help="default: 0, the likeliest token")
     answer.add_argument("--top-k", type=whole(), default=0, metavar="K", help="default: 0, all tokens")
     answer.add_argument("--top-p", type=real(0, 1, above=True), default=1.0, metavar="P", help="default: 1, all tokens")
+    answer.add_argument(
+        "--min-p",
+        type=SHARE,
+        default=0.0,
+        metavar="P",
+        help="leave out tokens less than P times as probable as the likeliest one (default: 0, none)",
+    )
     penalty = real(0, above=True)
     answer.add_argument("--repetition-penalty", type=penalty, default=1.0, metavar="X", help="default: 1, none")
     answer.add_argument(

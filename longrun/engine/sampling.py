@@ -1,8 +1,8 @@
-"""From logits to the next token: repetition penalty, temperature, top-k, top-p, then one draw.
+"""From logits to the next token: repetition penalty, temperature, top-k, top-p, min-p, then one draw.
 
 The order and the meaning of each step are those of transformers' generation (`RepetitionPenaltyLogitsProcessor`,
-`TemperatureLogitsWarper`, `TopKLogitsWarper`, `TopPLogitsWarper`), so that settings published with a model keep
-their meaning here.
+`TemperatureLogitsWarper`, `TopKLogitsWarper`, `TopPLogitsWarper`, `MinPLogitsWarper`), so that settings published with
+a model keep their meaning here.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ class SamplingParams:
     """How the next token is chosen.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely token (greedy), whatever top_k and top_p say.
+        temperature: divides the logits; 0 takes the most likely token (greedy), whatever top_k, top_p and min_p say.
         top_k: only the `top_k` most likely tokens stay (ties with the last of them stay, too); 0 keeps all.
         top_p: nucleus sampling (Holtzman et al., 2020): the smallest set of most likely tokens whose probabilities
             add up to `top_p` stays; 1 keeps all.
         repetition_penalty: CTRL's rule (Keskar et al., 2019): for tokens seen before, positive logits are divided by
             it and negative ones multiplied; 1 changes nothing.
+        min_p: (Nguyen et al., 2024) tokens less than `min_p` times as probable as the likeliest one are left out;
+            0 keeps all.
 
     Raises:
         InputError: a value outside its range.
@@ -38,6 +40,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in (  # frozen, and of plain types from here on
@@ -45,6 +48,7 @@ class SamplingParams:
             ("top_k", integer(self.top_k, "top_k")),
             ("top_p", number(self.top_p, "top_p", 0, 1, above=True)),
             ("repetition_penalty", number(self.repetition_penalty, "repetition_penalty", 0, above=True)),
+            ("min_p", number(self.min_p, "min_p", 0, 1)),
         ):
             object.__setattr__(self, name, value)
 
@@ -98,6 +102,9 @@ def probabilities(logits: Tensor, params: SamplingParams, previous: Sequence[int
         before = sorted_probs.cumsum(0, dtype=torch.float64) - sorted_probs
         sorted_probs = sorted_probs.masked_fill(before >= params.top_p, 0.0)
         probs = torch.zeros_like(probs).scatter_(0, order, sorted_probs / sorted_probs.sum())
+    if params.min_p > 0:
+        probs = probs.masked_fill(probs < params.min_p * probs.max(), 0.0)
+        probs = probs / probs.sum()
     return probs
 
 

@@ -76,13 +76,14 @@ class Runtime:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        min_p: float = 0.0,
     ) -> Iterator[str]:
         """Continue the session and yield the text as it comes: whole characters, without control tokens.
 
         Args:
             session: one of this runtime's.
             stop: the text ends before the first of these strings; the spelling of a control token is one as well.
-            max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed: see `Session.generate`.
+            max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, min_p: see `Session.generate`.
 
         Raises:
             InputError: as `Session.generate`, for an empty stop string or one that is no text, for another runtime's
@@ -91,7 +92,7 @@ class Runtime:
         """
         self.engine(session)
         text = AnswerText(self._tokenizer_for("tokens become text"), stop)
-        tokens = session.generate(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+        tokens = session.generate(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, min_p=min_p)
         return text_pieces(tokens, self.eos_token_ids, text)
 
     def _tokenizer_for(self, what: str) -> PreTrainedTokenizerBase:

@@ -135,6 +135,7 @@ class Session:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         eos: bool = True,
+        min_p: float = 0.0,
     ) -> Iterator[int]:
         """Continue the sequence token by token.
 
@@ -143,14 +144,15 @@ class Session:
         new session begins with a seed of its own, so that two runs differ.
 
         Args:
-            max_new_tokens: at most so many; temperature, top_k, top_p, repetition_penalty: see `SamplingParams`.
+            max_new_tokens: at most so many.
+            temperature, top_k, top_p, repetition_penalty, min_p: see `SamplingParams`.
             eos: stop after an end-of-sequence token of the generation config (it is yielded last).
 
         Raises:
             InputError: impossible parameters, or a session without any token (at the call, not at the first token).
             ContextFullError: the capacity is used up; every token yielded so far is part of the session.
         """
-        params = SamplingParams(temperature, top_k, top_p, repetition_penalty)
+        params = SamplingParams(temperature, top_k, top_p, repetition_penalty, min_p)
         max_new_tokens = integer(max_new_tokens, "max_new_tokens", 1)
         seed = None if seed is None else integer(seed, "seed", 0, MAX_SEED)
         flag(eos, "eos")
