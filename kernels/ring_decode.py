@@ -23,20 +23,42 @@ from longrun.kernels.overlap import overlaps
 
 TRITON_HEAD_DIMS = (64, 128)
 MAX_TILE = 512  # slots of a program
+MAX_SPLITS = 65535  # of a launch
+_TILE = 64  # slots of a program, where nothing else is asked for
+MAX_SLOTS = MAX_SPLITS * _TILE
+_MERGED_AT_ONCE = 64  # partial results, in registers
 
 
 @triton.jit
-def _merge(partial, column, out, SPLITS: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Rows of `partial`: HEAD_DIM sums, then their weight, then the largest score, in base 2."""
-    split = tl.arange(0, WIDTH)
-    rows = partial + split * (HEAD_DIM + 2)
-    held = split < SPLITS
+def _partials(partial, split, column, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Largest scores, weights and sums of some splits; -inf, 0 and 0 beyond the last."""
+    rows, held = partial + split * (HEAD_DIM + 2), split < SPLITS
     # .cg: past the L1 cache, which other multiprocessors do not write to
     top = tl.load(rows + HEAD_DIM + 1, mask=held, other=float("-inf"), cache_modifier=".cg")
     weight = tl.load(rows + HEAD_DIM, mask=held, other=0.0, cache_modifier=".cg")
     sums = tl.load(rows[:, None] + column[None, :], mask=held[:, None], other=0.0, cache_modifier=".cg")
-    share = tl.exp2(top - tl.max(top, 0))
-    found = tl.sum(sums * share[:, None], 0) / tl.sum(weight * share, 0)
+    return top, weight, sums
+
+
+@triton.jit
+def _merge(partial, column, out, SPLITS: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Rows of `partial`: HEAD_DIM sums, then their weight, then the largest score, in base 2; WIDTH at a time."""
+    split = tl.arange(0, WIDTH)
+    if SPLITS <= WIDTH:
+        top, weight, sums = _partials(partial, split, column, SPLITS, HEAD_DIM)
+        share = tl.exp2(top - tl.max(top, 0))
+        found = tl.sum(sums * share[:, None], 0) / tl.sum(weight * share, 0)
+    else:
+        best, total = tl.full([], -1e38, tl.float32), tl.zeros([], tl.float32)
+        found = tl.zeros([HEAD_DIM], tl.float32)
+        for first in range(0, SPLITS, WIDTH):
+            top, weight, sums = _partials(partial, first + split, column, SPLITS, HEAD_DIM)
+            new_best = tl.maximum(best, tl.max(top, 0))
+            share, shrink = tl.exp2(top - new_best), tl.exp2(best - new_best)
+            total = total * shrink + tl.sum(weight * share, 0)
+            found = found * shrink + tl.sum(sums * share[:, None], 0)
+            best = new_best
+        found = found / total
     tl.store(out + column, found.to(out.dtype.element_ty))
 
 
@@ -107,7 +129,7 @@ class RingWorkspace:
 def default_splits(num_slots: int) -> int:
     """Programs a query head, where none is given: a tile holds up to 64 slots (of 1 to 12 programs and 2 to 16 warps
     the fastest at 384 slots on an H100: 4.5 us, where 3 programs of 8 warps took 5.9)."""
-    return triton.cdiv(num_slots, 64)
+    return triton.cdiv(num_slots, _TILE)
 
 
 def check_ring_decode(
@@ -132,12 +154,17 @@ def check_ring_decode(
         raise ConfigError(
             f"lengths is {lengths.numel()} x {lengths.dtype} on {lengths.device}: pass one int32 on {q.device}"
         )
+    if ring_k.shape[1] > MAX_SLOTS:
+        raise ConfigError(
+            f"the kernel for streaming heads serves rings of {MAX_SLOTS:,} tokens, and sinks and window have "
+            f"{ring_k.shape[1]:,}: keep fewer first tokens, or take a smaller window"
+        )
     tensors = {"q": q, "ring_k": ring_k, "ring_v": ring_v, "out": out}
     if loose := [name for name, x in tensors.items() if not x.is_contiguous()]:
         raise ConfigError(f"{', '.join(loose)} not contiguous: make a contiguous copy")
     least = triton.cdiv(ring_k.shape[1], MAX_TILE)
-    if not least <= num_splits <= 65535:
-        raise ConfigError(f"num_splits {num_splits} at {ring_k.shape[1]} slots: take {least} to 65535")
+    if not least <= num_splits <= MAX_SPLITS:
+        raise ConfigError(f"num_splits {num_splits} at {ring_k.shape[1]} slots: take {least} to {MAX_SPLITS}")
     if num_splits > 1 and workspace is not None:
         rows = heads * group * num_splits
         held = workspace.partials.shape
@@ -183,7 +210,7 @@ def ring_decode(
         q, ring_k, ring_v, lengths, out, workspace.partials, workspace.counters, num_slots,
         softmax_scale * math.log2(math.e),
         GROUP=group, HEAD_DIM=dim, SPLITS=num_splits, TILE=triton.next_power_of_2(triton.cdiv(num_slots, num_splits)),
-        WIDTH=triton.next_power_of_2(num_splits), num_warps=num_warps,
+        WIDTH=min(triton.next_power_of_2(num_splits), _MERGED_AT_ONCE), num_warps=num_warps,
         PDL=overlap, launch_pdl=overlap,
     )  # fmt: skip
     return out

@@ -28,7 +28,7 @@ from longrun.lab.needle_results import SweepResults
 from longrun.lab.report_env import environment
 from longrun.needles.needles import Haystack, NeedlePrompt, NeedleQuestion, build_prompt, make_needles
 from longrun.paths import path_option
-from longrun.plan.split import KV_BYTES_HELP
+from longrun.plan.split import KEEP_HELP, KV_BYTES_HELP, parse_keep
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.units import parse_tokens
@@ -63,6 +63,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--head-map", default="full", metavar="DIR|full|auto")
     parser.add_argument("--retrieval-ratio", type=SHARE, metavar="R", help="share of the map's KV heads to keep")
     parser.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
+    parser.add_argument("--keep", metavar="N", help=KEEP_HELP)
     parser.add_argument("--kv", choices=KV_FORMATS, help="KV page format (default: the budget's)")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="default: the budget's")
     parser.add_argument("--budget", metavar="NAME_OR_FILE")
@@ -110,6 +111,7 @@ def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         # None where they are not used, as in the results of sweeps that knew no such options
         "one_document": arguments.one_document or None,
         "kv_bytes": arguments.kv_bytes,
+        "keep": None if arguments.keep is None else parse_keep(arguments.keep, "--keep"),
         "yarn": arguments.yarn,
         "chunk_size": None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
     }
@@ -274,6 +276,7 @@ def load_runtime(
         yarn=arguments.yarn,
         retrieval_ratio=None if control else arguments.retrieval_ratio,
         kv_bytes=None if control else arguments.kv_bytes,
+        keep=None if control else arguments.keep,
         chunk_size=None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
         on_head_map=on_head_map,
     )

@@ -47,7 +47,7 @@ def some_bytes(folder):
     return (3 * least + 4 * most) // 7
 
 
-def by_masks(theirs, reaches, ids):
+def by_masks(theirs, reaches, ids, sinks=SINK):
     """Logits of transformers' model whose KV heads see what `reaches` [num_layers][num_kv_heads] say: float64."""
 
     def attend(module, query, key, value, mask, scaling, **_):
@@ -56,7 +56,7 @@ def by_masks(theirs, reaches, ids):
         out = torch.empty_like(query)
         for head in range(query.shape[1]):
             reach = reaches[module.layer_idx][head // group]
-            seen = (cols <= rows) & ((cols < SINK) | (cols > rows - reach))
+            seen = (cols <= rows) & ((cols < sinks) | (cols > rows - reach))
             scores = query[0, head] @ key[0, head // group].T * scaling
             out[0, head] = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value[0, head // group]
         return out.transpose(1, 2), None

@@ -38,7 +38,7 @@ if INTERPRETED:
         ("heads", "group", "num_slots", "head_dim", "length", "num_splits"),
         [
             (1, 1, 1, 64, 1, None), (2, 3, 123, 64, 1, 1), (2, 3, 123, 64, 50, 5), (3, 4, 320, 128, 320, None),
-            (1, 4, 384, 128, 129, None), (1, 8, 576, 64, 575, 2), (1, 2, 5, 64, 5, 9),
+            (1, 4, 384, 128, 129, None), (1, 8, 576, 64, 575, 2), (1, 2, 5, 64, 5, 9), (1, 1, 700, 64, 699, 300),
         ],
     )  # fmt: skip
     def test_interpreted_decode(heads, group, num_slots, head_dim, length, num_splits, dtype):
@@ -80,6 +80,7 @@ def test_kernels_through_the_interpreter():
         ({"lengths": torch.tensor([3])}, "int64"),
         ({"lengths": torch.tensor([3, 4], dtype=torch.int32)}, "2 x torch.int32"),
         ({"num_splits": 0}, "num_splits 0"),
+        (dict.fromkeys(("ring_k", "ring_v"), torch.zeros(2, 1, 64).expand(2, 5 * 10**6, 64)), "keep fewer"),
         ({"num_splits": 3, "workspace": RingWorkspace.make(6, 2, 64, "cpu")}, r"asks for \[18, 66\]"),
     ],
 )
@@ -96,9 +97,9 @@ def test_decode_refuses(change, word):
 @not_interpreted
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("head_dim", "item"), [(64, "bf16"), (128, "bf16"), (128, "fp32")])
-@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("num_splits", [1, 3, 1000])
 def test_decode_compiles_without_a_gpu(num_splits, head_dim, item, capability, tmp_path):
-    tile, width = (512, 1) if num_splits == 1 else (128, 4)
+    tile, width = {1: (512, 1), 3: (128, 4), 1000: (64, 64)}[num_splits]
     constants = {"GROUP": 4, "HEAD_DIM": head_dim, "SPLITS": num_splits, "TILE": tile, "WIDTH": width}
     constants["PDL"] = capability >= 90
     built = compiled(ring_decode_kernel, item, constants, capability, num_warps=8)

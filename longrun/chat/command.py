@@ -23,7 +23,7 @@ from longrun.errors import InputError
 from longrun.hub.find import MODEL_HELP, add_download_option, add_yarn_option
 from longrun.interrupts import leaving_at_once
 from longrun.paths import user_path
-from longrun.plan.split import KV_BYTES_HELP
+from longrun.plan.split import KEEP_HELP, KV_BYTES_HELP, parse_keep
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.text.documents import Document, check_text, read_document
@@ -167,6 +167,7 @@ def _load(
     on_pin: Callable[[int, int], None],
     on_head_map: Callable[[AutoHeadMap], None],
 ) -> Runtime:
+    from longrun.chat.format import system_size
     from longrun.chat.runner import check_model
     from longrun.model.choice import DEMO_CONTEXT
     from longrun.runtime.load import load
@@ -185,12 +186,14 @@ def _load(
         yarn=args.yarn,
         retrieval_ratio=args.retrieval_ratio,
         kv_bytes=args.kv_bytes,
+        keep=None if args.keep is None else parse_keep(args.keep, "--keep"),
         chunk_size=args.chunk_size,
         session=session,
         on_plan=on_plan,
         on_pin=on_pin,
         on_head_map=on_head_map,
         on_tokenizer=lambda tokenizer: check_model(tokenizer, choice.model_dir, args.system),
+        system_size=lambda tokenizer: system_size(tokenizer, args.system),
     )
 
 
@@ -312,6 +315,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--retrieval-ratio", type=SHARE, metavar="R", help="share of KV heads that keep all tokens")
     model.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
+    model.add_argument(
+        "--keep", metavar="N|system", help=f"{KEEP_HELP}; system: as many as the system prompt has (default: the "
+        "budget's, else the head map's sinks)",
+    )  # fmt: skip
     model.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's, else {DEFAULT_KV_FORMAT})")
     model.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
     model.add_argument("--chunk-size", type=COUNT, metavar="N", help="tokens of a prefill step (default: the budget's)")

@@ -33,6 +33,23 @@ class TurnText:
     closing: str
 
 
+def system_size(tokenizer: PreTrainedTokenizerBase | None, system: str | None = None) -> int:
+    """Tokens before the first message of a chat: the system prompt, with what the template writes around it.
+
+    Args:
+        system: the prompt; None for the template's own.
+
+    Raises:
+        InputError: the model has no tokenizer or no chat template, or as `ChatFormat`.
+        CheckpointError: as `ChatFormat`.
+    """
+    if tokenizer is None or not has_template(tokenizer):
+        missing = "tokenizer" if tokenizer is None else "chat template"
+        raise InputError(f"keep system needs a system prompt, and this model has no {missing}: give a number of tokens")
+    chat = ChatFormat(tokenizer, system)
+    return len(chat.opening_ids(None, False)) + len(chat.tail_ids(True))
+
+
 class ChatFormat:
     """Turns messages into token ids, for one tokenizer and system prompt.
 

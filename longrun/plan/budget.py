@@ -3,7 +3,7 @@
     [memory]  gpu = "80 GB" (required), host = "100 GiB"
     [weights] format = "int4"
     [kv]      format = "k5v3", retrieval_ratio = 0.5, sink_size = 128, recent_size = 256, page_size = 64;
-              kv_bytes = "8 GB" or "25%" instead of retrieval_ratio
+              kv_bytes = "8 GB" or "25%" instead of retrieval_ratio; keep = 700 or "system"
     [prefill] chunk_size = 32768
 
 Everything but `[memory] gpu` may be left out; `Budget` says what it is then. `gpu` has no second name: on a CPU, too,
@@ -37,10 +37,14 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "kv_bytes": "kv_bytes",
         "sink_size": "sink_size",
         "recent_size": "recent_size",
+        "keep": "keep",
         "page_size": "page_size",
     },
     "prefill": {"chunk_size": "chunk_size"},
 }
+SYSTEM = "system"
+"""What `keep` may say instead of a number: as many tokens as the system prompt has."""
+
 _FIELD_PLACES = {field: (section, key) for section, keys in _SECTIONS.items() for key, field in keys.items()}
 
 
@@ -59,6 +63,8 @@ class Budget:
             full attention takes there, like "25%"; how far each head reaches within them follows from the head map's
             reach losses. Default None.
         sink_size, recent_size: window of the streaming heads in tokens, or None (default) for the head map's own.
+        keep: first tokens of the text that no head drops, whatever the window's sinks or its reach, or "system": as
+            many as stand before a chat's first message. Default None: the sinks alone.
         page_size: tokens of a page, one of `PAGE_SIZES`. Default 64.
         chunk_size: the most tokens of one prefill step. Default 1024.
         source: file or name that error messages and the plan show.
@@ -75,6 +81,7 @@ class Budget:
     kv_bytes: int | str | None = None
     sink_size: int | None = None
     recent_size: int | None = None
+    keep: int | str | None = None
     page_size: int = 64
     chunk_size: int = 1024
     source: str = "budget"
@@ -99,6 +106,10 @@ class Budget:
             self._check_whole("sink_size", 0)
         if self.recent_size is not None:
             self._check_whole("recent_size", 1)
+        if self.keep is not None and self.keep != SYSTEM:
+            if isinstance(self.keep, str):
+                self._fail("keep", 'is no number of tokens: write one, or "system"')
+            self._check_whole("keep", 0)
         self._check_whole("chunk_size", 1)
         self._check_whole("page_size", 1)
         if self.page_size not in PAGE_SIZES:

@@ -245,6 +245,7 @@ def _attention_spec(settings: PlanSettings, capacity: int) -> AttentionSpec:
         head_counts=len({count for count in split.num_retrieval if count}),
         num_layers=config.num_layers,
         reaches=tuple(sorted(finite)),
+        streams=min(split.num_retrieval) < config.num_kv_heads,
     )
 
 

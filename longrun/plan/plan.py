@@ -13,7 +13,7 @@ from typing import Any
 from longrun.arguments import choice, integer, number
 from longrun.config.key_biases import KeyBiases
 from longrun.config.model_config import ModelConfig
-from longrun.errors import PlanError, shortened
+from longrun.errors import InputError, PlanError, shortened
 from longrun.machine.processor import bf16_product_copy_bytes
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import Budget
@@ -194,6 +194,7 @@ def make_plan(
     Raises:
         NoFitError: the budget does not hold it; with the shortfall and what would fit.
         PlanError: a capacity that the model's own sliding window or the page tables do not allow.
+        InputError: the split keeps more first tokens than the capacity.
     """
     capacity = None if capacity is None else parse_tokens(capacity, "capacity")
     choice(device_type, "device_type", ("cpu", "cuda"))
@@ -221,6 +222,10 @@ def make_plan(
         capacity, why = _default_capacity(config, max_capacity)
         warnings += why
     _check_window(config, capacity)
+    if chosen.keep is not None and chosen.keep > capacity and max_capacity >= capacity:
+        raise InputError(
+            f"keep {chosen.keep:,} is more than the context of {capacity:,} tokens: give fewer, or a longer context"
+        )
     if capacity > config.trained_positions:
         warnings.append(
             f"{capacity:,} tokens are more than the {config.trained_positions:,} that the model was trained for: "
@@ -240,7 +245,7 @@ def make_plan(
         weight_format=settings.weight_format,
         chunk_size=placement.chunk_size,
         split_hash=chosen.split.hash,
-        split_note=chosen.note,
+        split_note=chosen.said,
         cache=placement.cache,
         attention=placement.attention,
         work=model_work(config, settings.weight_format, device_type),
@@ -295,8 +300,13 @@ def _no_fit(settings: PlanSettings, placement: Placement, budget: Budget, chosen
     split_of = None
     if chosen.kv_bytes is not None:
         page_format = placement.cache.page_format
-        split_of = partial(allocated_split, chosen.head_map.reach_losses, page_format, placement.capacity)
-    suggestions = suggest(settings, placement.capacity, chosen.resplits, split_of, chosen.kv_bytes or 0)
+        losses = chosen.head_map.reach_losses
+        split_of = partial(
+            allocated_split, losses, page_format, placement.capacity, window=budget.recent_size, sink_size=chosen.keep
+        )
+    suggestions = suggest(
+        settings, placement.capacity, chosen.resplits, split_of, chosen.kv_bytes or 0, chosen.keep or 1
+    )
     device, host = shortfall(settings, placement.capacity)
     source = shortened(budget.source)
     before_cache = settings.weight_bytes + settings.weight_rounding + settings.base_bytes + settings.reserved_bytes

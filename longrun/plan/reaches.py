@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from longrun.errors import HeadMapError
 from longrun.patterns.head_split import HeadSplit
@@ -15,8 +16,9 @@ from longrun.units import ALL_TOKENS
 
 
 def allocated_split(
-    losses: ReachLosses, page_format: PageFormat, capacity: int, kv_bytes: int, window: int | None = None
-) -> HeadSplit:
+    losses: ReachLosses, page_format: PageFormat, capacity: int, kv_bytes: int, window: int | None = None,
+    sink_size: int | None = None,
+) -> HeadSplit:  # fmt: skip
     """The split whose heads reach as far as `kv_bytes` hold at `capacity` tokens; the same for the same arguments.
 
     Streaming heads share one window, a ring of exact keys and values. It is the measured reach with which the heads
@@ -24,10 +26,13 @@ def allocated_split(
 
     Args:
         window: a measured reach that the streaming heads shall have; None chooses.
+        sink_size: first tokens that every head keeps; None for those of the losses.
 
     Raises:
         HeadMapError: not even the shortest window of every head fits.
     """
+    if sink_size is not None:
+        losses = replace(losses, sink_size=sink_size)
     found: list[tuple[float, HeadSplit]] = []
     for recent_size in losses.reaches if window is None else (window,):
         some = losses.at_least(recent_size)

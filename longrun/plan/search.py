@@ -85,6 +85,7 @@ def suggest(
     resplits: Callable[[float], Sequence[HeadSplit]],
     fewer_kv_bytes: Callable[[int], HeadSplit] | None = None,
     kv_bytes: int = 0,
+    least: int = 1,
 ) -> tuple[Suggestion, ...]:
     """The nearest changes of one setting each with which `capacity` tokens fit (for the capacity itself: the most that
     fits); where no setting is enough, the memory that is, with the weights as they are and in the fewest bits.
@@ -94,6 +95,7 @@ def suggest(
         resplits: what the split may be with another retrieval ratio; all of them must fit.
         fewer_kv_bytes: where the split was allocated from `kv_bytes`, the one of other bytes. Another context or page
             format would then give another split, so neither is suggested.
+        least: tokens that a context must have.
     """
     found = [
         _more_memory(settings, capacity, "host", "host_bytes"),
@@ -101,7 +103,7 @@ def suggest(
         _smaller_chunk(settings, capacity),
     ]
     if fewer_kv_bytes is None:
-        found[:0] = [_smaller_capacity(settings), _fewer_retrieval_heads(settings, capacity, resplits)]
+        found[:0] = [_smaller_capacity(settings, least), _fewer_retrieval_heads(settings, capacity, resplits)]
         found.insert(-1, _quantized_pages(settings, capacity))
     else:
         found.insert(0, _fewer_kv_bytes(settings, capacity, fewer_kv_bytes, kv_bytes))
@@ -111,9 +113,9 @@ def suggest(
     return tuple(suggestion for suggestion in found if suggestion)
 
 
-def _smaller_capacity(settings: PlanSettings) -> Suggestion | None:
+def _smaller_capacity(settings: PlanSettings, least: int) -> Suggestion | None:
     capacity = largest_capacity(settings)
-    if not capacity:
+    if capacity < least:
         return None
     return Suggestion("ctx", capacity, f"a context of {capacity} tokens", f"--ctx {capacity}")
 

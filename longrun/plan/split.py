@@ -12,17 +12,18 @@ from longrun.arguments import number
 from longrun.config.model_config import ModelConfig
 from longrun.errors import ConfigError, HeadMapError, InputError, quoted
 from longrun.patterns.head_map import HeadMap, HeadSplit
-from longrun.plan.budget import Budget, share_of
+from longrun.plan.budget import SYSTEM, Budget, share_of
 from longrun.plan.reaches import allocated_split, window_of
 from longrun.quant.kv_format import PageFormat
 from longrun.specs.cache_spec import head_bytes
 from longrun.specs.reach import Reach
-from longrun.units import ALL_TOKENS, format_bytes, parse_bytes
+from longrun.units import ALL_TOKENS, format_bytes, parse_bytes, parse_tokens
 
 KV_BYTES_HELP = (
     "instead of a ratio: memory for keys and values, like 8GB, or a share of what full attention takes, like 25%%; it "
     "decides how far each head reaches"
 )
+KEEP_HELP = "first tokens that no head drops, whatever its reach"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class ChosenSplit:
         note: for the plan's head line; notes: to be shown.
         even: scores stand for no measurement but for heads spread evenly over the layers, with `head_map`'s window.
         kv_bytes: what reaches were allocated from; None where a ratio or scores decided, or a session.
+        keep: the split's sinks, where a run asked for more first tokens than those that `head_map` keeps.
     """
 
     split: HeadSplit
@@ -42,20 +44,49 @@ class ChosenSplit:
     notes: tuple[str, ...] = ()
     even: bool = False
     kv_bytes: int | None = None
+    keep: int | None = None
+
+    @property
+    def said(self) -> str:
+        """`note`, and what every head keeps."""
+        return self.note if self.keep is None else f"{self.note}; no head drops the first {self.keep:,} tokens"
+
+    def keeping(self, keep: int | None) -> ChosenSplit:
+        """The same heads with these first tokens as sinks, where they are more than the map's own; None keeps those."""
+        sinks = self.head_map.sink_size
+        more = None if keep is None or keep <= sinks or self.split.is_full else keep
+        said: tuple[str, ...] = ()
+        if keep and more is None:
+            why = "every head keeps all tokens" if self.split.is_full else f"every head keeps {sinks:,} of its own"
+            said = (f"keep {keep:,} changes nothing, as {why}",)
+        split = self.split if self.split.is_full else replace(self.split, sink_size=more or sinks)
+        return replace(self, split=split, notes=self.notes + said, keep=more)
 
     def resplits(self, retrieval_ratio: float) -> tuple[HeadSplit, ...]:
         """What the split may be at another ratio: of the same map, or of one that keeps the heads evenly; without a
         map (full attention) also of one that keeps whole layers, which needs the most memory."""
         if self.split.reaches:  # other bytes give other reaches, another ratio gives none
             return (self.split,)
+        sinks = self.head_map.sink_size if self.keep is None else self.keep
         if not self.even:
-            return (self.head_map.split(retrieval_ratio=retrieval_ratio),)
-        window = self.head_map.sink_size, self.head_map.recent_size
+            return (self.head_map.with_window(sinks).split(retrieval_ratio=retrieval_ratio),)
+        window = sinks, self.head_map.recent_size
         shape = self.split.num_layers, self.split.num_kv_heads
         even = HeadMap.uniform(*shape, retrieval_ratio, *window).split(retrieval_ratio)
         if not self.split.is_full:
             return (even,)
         return even, HeadMap.full(*shape).with_window(*window).split(retrieval_ratio)
+
+
+def parse_keep(keep: int | str, what: str = "keep") -> int | str:
+    """First tokens to keep: a number like 700 or "1K", 0 for the sinks alone, or "system".
+
+    Raises:
+        InputError: neither, or a number out of range.
+    """
+    if keep == SYSTEM:
+        return SYSTEM
+    return 0 if type(keep) in (int, str) and str(keep) == "0" else parse_tokens(keep, what)
 
 
 def budget_by_hand(budget: Budget, retrieval_ratio: float | None, kv_bytes: int | str | None) -> Budget:
@@ -86,7 +117,7 @@ def choose_split(
     capacity: int | None = None,
     session_reaches: Sequence[Sequence[int]] | None = None,
 ) -> ChosenSplit:
-    """The split for a model.
+    """The split for a model, with the budget's `keep`.
 
     A head map is split by `retrieval_ratio`, else by the budget's, else at score 0.5; the budget's sink_size and
     recent_size win over the map's own. "full", and None without a ratio, mean full attention, and the budget's
@@ -103,9 +134,27 @@ def choose_split(
     Raises:
         HeadMapError: a map that cannot be read, has another shape than the model, or a ratio outside [0, 1].
         InputError: a ratio or `kv_bytes` without a head map to apply it to or with a split, `kv_bytes` without a
-            capacity or reach losses.
+            capacity or reach losses, or `keep` stands for a system prompt that nobody has counted.
         ConfigError: the budget asks for another window than the reach losses were measured with.
     """
+    if isinstance(budget.keep, str):
+        raise InputError(
+            f"keep {budget.keep} needs a chat's system prompt, which is not known here: give a number of tokens"
+        )
+    chosen = _choose(config, budget, head_map, retrieval_ratio, assume, capacity, session_reaches)
+    return chosen.keeping(budget.keep)
+
+
+def _choose(
+    config: ModelConfig,
+    budget: Budget,
+    head_map: HeadMap | HeadSplit | str | Path | None,
+    retrieval_ratio: float | None,
+    assume: bool,
+    capacity: int | None,
+    session_reaches: Sequence[Sequence[int]] | None,
+) -> ChosenSplit:
+    """See `choose_split`; with the map's own sinks."""
     if retrieval_ratio is not None:
         retrieval_ratio = number(retrieval_ratio, "retrieval ratio", 0, 1, error=HeadMapError)
     if isinstance(head_map, HeadSplit):
@@ -201,7 +250,10 @@ def _allocated(
     if share is not None:
         heads = config.num_layers * config.num_kv_heads
         size = int(share * heads * head_bytes(Reach(ALL_TOKENS, losses.sink_size, page_format), capacity))
-    split = allocated_split(losses, page_format, capacity, size, budget.recent_size)
+    assert not isinstance(budget.keep, str)
+    sinks = max(losses.sink_size, budget.keep or 0)
+    split = allocated_split(losses, page_format, capacity, size, budget.recent_size, sinks)
+    split = replace(split, sink_size=losses.sink_size)  # the others come back with `keeping`
     note = f"{source}, {wanted}"
     return ChosenSplit(split, _with_window_of(loaded, split), note, notes, kv_bytes=size)
 

@@ -20,7 +20,7 @@ from longrun.runtime.setup import Setup
 @failed_allocations("while a runtime was derived")
 def derived(
     setup: Setup, head_map: HeadMap | HeadSplit | str | Path | None, retrieval_ratio: float | None,
-    kv_bytes: int | str | None, kv_format: str | None, chunk_size: int | None, capacity: int,
+    kv_bytes: int | str | None, kv_format: str | None, chunk_size: int | None, capacity: int, keep: int | None,
 ) -> Setup:  # fmt: skip
     """`setup` with what is given in place of its own; see `Runtime.derive`.
 
@@ -28,13 +28,15 @@ def derived(
         ConfigError, HeadMapError, InputError, PlanError: as `Runtime.derive`; nothing has been copied.
     """
     config, decoder = setup.model.config, setup.parts.decoder
-    budget = setup.budget.override(kv_format=kv_format, chunk_size=chunk_size)
+    budget = setup.budget.override(kv_format=kv_format, chunk_size=chunk_size, keep=keep)
     if setup.plan.device_type == "cuda" and setup.compiled_kernels:
         check_kernel_shapes(config, budget)
     wanted = replace(setup, budget=budget)
     if head_map is not None or retrieval_ratio is not None or kv_bytes is not None:
         budget = budget_by_hand(replace(budget, kv_bytes=None), retrieval_ratio, kv_bytes)
         wanted = _with_split(replace(setup, budget=budget), head_map, retrieval_ratio, capacity)
+    elif keep is not None:
+        wanted = replace(wanted, chosen=setup.chosen.keeping(keep))
     split = wanted.chosen.split
     orders = [split.permutation(layer_idx) for layer_idx in range(config.num_layers)]
     copied = reordered_bytes(decoder, orders)
@@ -52,6 +54,7 @@ def derived(
             head_split=split.hash,
             kv_format=plan.kv_format,
             reaches=None if budget.kv_bytes is None and not split.reaches else split.all_reaches,
+            keep=wanted.chosen.keep,
         ),
         parts=replace(setup.parts, decoder=decoder, gpu_kernels=kernels),
     )

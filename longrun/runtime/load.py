@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,10 +27,10 @@ from longrun.model.fingerprint import model_fingerprint
 from longrun.model.folder import ModelFolder, check_folder
 from longrun.paths import cache_dir, user_path
 from longrun.patterns.head_map import HeadMap, HeadSplit
-from longrun.plan.budget import Budget
+from longrun.plan.budget import SYSTEM, Budget
 from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import ChosenSplit, Plan, choose_split, make_plan
-from longrun.plan.split import budget_by_hand
+from longrun.plan.split import budget_by_hand, parse_keep
 from longrun.runtime import gpu_checks
 from longrun.runtime.auto_head_map import DEFAULT_RATIO, AutoHeadMap, auto_head_map, kept_folder
 from longrun.runtime.backend import Parts
@@ -39,7 +40,7 @@ from longrun.runtime.runtime import Runtime
 from longrun.runtime.setup import Setup
 from longrun.runtime.shared import Shared
 from longrun.session.manifest import SessionIdentity
-from longrun.session.store import SavedSession, is_session, saved_reaches
+from longrun.session.store import SavedSession, is_session, saved_keep, saved_reaches
 from longrun.specs.model_bytes import TOKEN_SLICES
 from longrun.units import parse_tokens
 
@@ -63,6 +64,7 @@ def load(
     yarn: float | None = None,
     retrieval_ratio: float | None = None,
     kv_bytes: int | str | None = None,
+    keep: int | str | None = None,
     chunk_size: int | None = None,
     device_share: float = 1.0,
     compiled_kernels: bool = True,
@@ -72,6 +74,7 @@ def load(
     on_pin: Callable[[int, int], None] | None = None,
     on_head_map: Callable[[AutoHeadMap], None] | None = None,
     on_tokenizer: Callable[[PreTrainedTokenizerBase | None], object] | None = None,
+    system_size: Callable[[PreTrainedTokenizerBase | None], int] | None = None,
 ) -> Runtime:
     """Plan, then load a checkpoint of the Llama family.
 
@@ -96,6 +99,8 @@ def load(
         kv_bytes: instead of a ratio, the bytes (or a text like "8 GB", or "25%" of full attention's) that keys and
             values may take at `ctx` tokens, from which follows how far each head reaches; needs `ctx` and a head map
             with reach losses. Default: the budget's.
+        keep: first tokens of the text that no head drops, whatever its window or reach; 0 for the head map's sinks
+            alone. "system" is what `system_size` says. Default: the budget's.
         chunk_size: the most tokens of one prefill step; default: the budget's.
         device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
             rest goes to the host pool although the device has room.
@@ -103,12 +108,13 @@ def load(
         download: fetch a model of the Hugging Face hub that is not in the local cache.
         session: folder of a session that will be loaded: where it is damaged, or was saved with another model, head
             split or format, it is refused before the first weight is read. A folder without a session is no error.
-            With `kv_bytes` its reaches are kept, whatever the bytes and `ctx`.
+            With `kv_bytes` its reaches are kept, whatever the bytes and `ctx`; and always its `keep`.
         on_plan: shown the plan before the first weight is read.
         on_pin: called with (bytes pinned, bytes in all) while a session pins its host pool, on cuda only.
         on_tokenizer: shown the tokenizer before the first weight is read; what it raises goes through.
         on_head_map: called with the map of "auto" and the progress of measuring it; without it a notice says where the
             map is kept.
+        system_size: tokens before the first message of a chat; called with the tokenizer where `keep` is "system".
 
     Raises:
         PlanError: the budget or the machine's free memory cannot hold it; nothing has been loaded.
@@ -128,6 +134,7 @@ def load(
         ("on_pin", on_pin),
         ("on_tokenizer", on_tokenizer),
         ("on_head_map", on_head_map),
+        ("system_size", system_size),
     ):
         callback(called, name)
     capacity = None if ctx is None else parse_tokens(ctx, "ctx")
@@ -143,6 +150,8 @@ def load(
     limits = budget if isinstance(budget, Budget) else Budget.load(budget)
     limits = limits.override(kv_format=kv_format, weight_format=weight_format, chunk_size=chunk_size)
     limits = budget_by_hand(limits, retrieval_ratio, kv_bytes)
+    limits = limits.override(keep=None if keep is None else parse_keep(keep))
+    limits, session_notices = _with_keep_of(session, limits)
     if device_type == "cuda":
         gpu_checks.check_budget(limits)
         if compiled_kernels:
@@ -155,6 +164,9 @@ def load(
         )  # fmt: skip
 
     checked, auto_notices = None, []
+    if limits.keep == SYSTEM and system_size is not None:
+        checked = check_folder(folder, config, lora)
+        limits = replace(limits, keep=system_size(checked.tokenizer))
     if isinstance(head_map, str) and head_map == "auto":
         if limits.kv_bytes is not None and not kept_folder(folder, lora).exists():
             raise InputError(
@@ -165,7 +177,7 @@ def load(
             retrieval_ratio = DEFAULT_RATIO if limits.retrieval_ratio is None else limits.retrieval_ratio
         if not kept_folder(folder, lora).exists():  # what does not fit is refused before the map is measured
             plan_for(choose_split(config, limits, None, retrieval_ratio, assume=True))
-        checked = check_folder(folder, config, lora)
+        checked = checked or check_folder(folder, config, lora)
         head_map = auto_head_map(folder, device_type, on_head_map, lora)
         if on_head_map is None:
             auto_notices.append(f"head map auto was measured on this model and is kept in {head_map}")
@@ -182,7 +194,7 @@ def load(
         on_tokenizer(checked.tokenizer)
     identity = SessionIdentity(
         model_fingerprint(folder, lora), chosen.split.hash, plan.kv_format, plan.page_size, plan.weight_format,
-        None if limits.kv_bytes is None else chosen.split.all_reaches, config.yarn,
+        None if limits.kv_bytes is None else chosen.split.all_reaches, config.yarn, chosen.keep,
     )  # fmt: skip
     if session is not None and is_session(user_path(session, "session")):
         SavedSession.open(session, identity)
@@ -193,10 +205,22 @@ def load(
         Setup(
             checked, limits, chosen, plan, identity, parts, shared, device_share, compiled_kernels,
             model_notices=(*checked.notices, *model_notices),
-            split_notices=(*(chosen.notes if given else ()), *auto_notices, *origin),
+            split_notices=(*(chosen.notes if given else ()), *session_notices, *auto_notices, *origin),
             key_biases=key_biases,
         )
     )  # fmt: skip
+
+
+def _with_keep_of(session: str | Path | None, budget: Budget) -> tuple[Budget, tuple[str, ...]]:
+    """The budget with the `keep` of a saved session, where there is one, and what a person should know of that."""
+    if session is None or not is_session(user_path(session, "session")):
+        return budget, ()
+    saved = saved_keep(user_path(session, "session"))
+    said: tuple[str, ...] = ()
+    if budget.keep not in (None, saved, SYSTEM):
+        made = "no first tokens but the sinks" if saved is None else f"the first {saved:,} tokens"
+        said = (f"the session keeps {made}, as it was made: keep {budget.keep:,} changes nothing in it",)
+    return replace(budget, keep=saved), said
 
 
 def load_parts(

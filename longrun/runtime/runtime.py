@@ -11,6 +11,7 @@ from longrun.allocation import failed_allocations
 from longrun.engine.engine import Engine
 from longrun.errors import InputError, quoted, short_path
 from longrun.patterns.head_map import HeadMap, HeadSplit
+from longrun.plan.split import parse_keep
 from longrun.runtime.backend import build_engine
 from longrun.runtime.derive import derived
 from longrun.runtime.memory_checks import check_free_memory
@@ -167,6 +168,7 @@ class Runtime:
         ctx: int | str | None = None,
         retrieval_ratio: float | None = None,
         kv_bytes: int | str | None = None,
+        keep: int | str | None = None,
     ) -> Runtime:
         """Another runtime over the same weights, in a moment: what is not given stays as it is here.
 
@@ -184,6 +186,7 @@ class Runtime:
             kv_bytes: instead of a ratio, bytes of keys and values that decide how far each head reaches, see
                 `longrun.load`. Without it reaches stay as they are here; with a `split` or ratio every head kept keeps
                 all tokens.
+            keep: first tokens that no head drops, see `longrun.load`; not "system".
 
         Raises:
             PlanError: what is left of the budget, or the machine's free memory, cannot hold it.
@@ -191,4 +194,7 @@ class Runtime:
                 split wants another order: load the model with it, or in bf16 or fp32.
         """
         capacity = self.plan.capacity if ctx is None else parse_tokens(ctx, "ctx")
-        return Runtime(derived(self._setup, split, retrieval_ratio, kv_bytes, kv_format, chunk_size, capacity))
+        kept = None if keep is None else parse_keep(keep)
+        if isinstance(kept, str):
+            raise InputError(f"keep {kept} is counted while a model is loaded: give a number of tokens")
+        return Runtime(derived(self._setup, split, retrieval_ratio, kv_bytes, kv_format, chunk_size, capacity, kept))

@@ -33,6 +33,8 @@ class SessionIdentity:
         reaches: of heads in the model's order, where bytes decided them: what the hash `head_split` stands for, so
             that a session can be loaded with them again. Not compared.
         yarn: factor by which the model's window was stretched; None is none, as in older sessions, which name none.
+        keep: first tokens that no head drops, where a run asked for more than the head map's sinks. Not compared: the
+            hash stands for it.
     """
 
     model: str
@@ -42,6 +44,7 @@ class SessionIdentity:
     weight_format: str
     reaches: tuple[tuple[int, ...], ...] | None = field(default=None, compare=False)
     yarn: float | None = None
+    keep: int | None = field(default=None, compare=False)
 
     _ADVICE: ClassVar[dict[str, str]] = {
         "model": "load the checkpoint it was made with",
@@ -60,6 +63,8 @@ class SessionIdentity:
                 said, has = ("none" if value is None else shortened(value) for value in (saved.get(name), own))
                 if name == "head_split" and saved.get("reaches") and self.reaches:
                     advice = "load the model with this session named (session=), and it keeps its reaches"
+                elif name == "head_split" and saved.get("keep") != self.keep:
+                    advice = "load the model with this session named (session=), and it keeps its first tokens"
                 raise SessionError(
                     f"session {shown(folder)} was saved with {name.replace('_', ' ')} {said}, but this runtime has "
                     f"{has}: {advice.format(saved=said)}"

@@ -24,6 +24,7 @@ from longrun.session.page_files import read_state, restore_pages, write_pages, w
 if TYPE_CHECKING:
     from longrun.session.savable import Savable
 from longrun.specs.cache_spec import CacheSpec
+from longrun.units import MAX_TOKENS
 
 _LOCK = "session.lock"
 _DATA_FILES = re.compile(
@@ -54,6 +55,16 @@ def saved_reaches(path: str | Path) -> list[list[int]] | None:
     rows = Manifest.read(_folder_of(path)).identity.get("reaches")
     of_rows = isinstance(rows, list) and all(isinstance(row, list) for row in rows)
     return rows if of_rows and all(type(reach) is int for row in rows for reach in row) else None
+
+
+def saved_keep(path: str | Path) -> int | None:
+    """How many first tokens no head of the saved session drops, where that was asked for; otherwise None.
+
+    Raises:
+        SessionError: a manifest that cannot be used.
+    """
+    keep = Manifest.read(_folder_of(path)).identity.get("keep")
+    return keep if type(keep) is int and 0 <= keep <= MAX_TOKENS else None
 
 
 class SessionStore:

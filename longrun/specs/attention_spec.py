@@ -33,6 +33,7 @@ class AttentionSpec:
         num_layers: with head_counts it says how many layers' attention has one shape.
         reaches: the different finite reaches of retrieval heads, in tokens. The scratch holds a head's sinks and
             longest reach.
+        streams: there are streaming heads.
     """
 
     scratch_tokens: int
@@ -49,6 +50,7 @@ class AttentionSpec:
     head_counts: int = 1
     num_layers: int = 1
     reaches: tuple[int, ...] = ()
+    streams: bool = False
 
     @property
     def group(self) -> int:
@@ -78,7 +80,7 @@ class AttentionSpec:
         """Upper estimate of the live tensors of one chunk.
 
         Torch: contiguous q, k, v, two partial outputs with their log-sum-exp, keys and values repeated over the query
-        group, the streaming heads' band, and that of finite reaches with their masks. Fused: of the retrieval heads, q,
+        group, the bands of streaming heads and finite reaches with their masks. Fused: of the retrieval heads, q,
         one partial output and the float32 sum with their log-sum-exp, and keys and values on their way into pages.
         """
         if self.fused:
@@ -91,13 +93,19 @@ class AttentionSpec:
         row = self.num_qo_heads * self.head_dim * self.compute_itemsize
         lse = self.num_qo_heads * 8
         band = 2 * self.num_kv_heads * (self.sink_size + self.recent_size) * self.head_dim * self.compute_itemsize
-        return self.chunk_size * (5 * row + 2 * lse) + band + self._reach_bytes()
+        return self.chunk_size * (5 * row + 2 * lse) + band + self._mask_bytes() + self._reach_bytes()
+
+    def _mask_bytes(self) -> int:
+        """Masks of a chunk, one set for each window."""
+        windows = (*self.reaches, *((self.recent_size,) if self.streams else ()))
+        tile_keys = [self.sink_size + window + BAND_TILE for window in windows]
+        masks = self.chunk_size * sum(tile_keys) + self.group * BAND_TILE * max(tile_keys, default=0)
+        return masks * self.compute_itemsize
 
     def _reach_bytes(self) -> int:
-        """Masks of a chunk, one set a reach; the longest's keys and values in a row, and those of a tile."""
+        """Keys and values of the longest reach in a row, and those of a tile."""
         if not self.reaches:
             return 0
-        tile_keys = [self.sink_size + reach + BAND_TILE for reach in self.reaches]
-        masks = self.chunk_size * sum(tile_keys) + self.group * BAND_TILE * max(tile_keys)
-        keys = 2 * self.num_kv_heads * (max(self.reaches) + self.chunk_size + max(tile_keys)) * self.head_dim
-        return (masks + keys) * self.compute_itemsize
+        longest = max(self.reaches)
+        keys = longest + self.chunk_size + self.sink_size + longest + BAND_TILE
+        return 2 * self.num_kv_heads * keys * self.head_dim * self.compute_itemsize
