@@ -94,6 +94,23 @@ def callback(value: Any, what: str) -> Any:
     return value
 
 
+def check_text(text: str, what: str) -> str:
+    """Return `text`, which was typed or given as an argument.
+
+    Raises:
+        InputError: it holds bytes that are not UTF-8 (Python keeps such bytes as lone surrogates).
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        raise InputError(
+            f"{what} is not UTF-8 (byte 0x{byte:02x} after {error.start:,} characters): convert it, for example with "
+            f"iconv"
+        ) from None
+    return text
+
+
 def whole(low: int = 0, high: int = MAX_INTEGER) -> Callable[[str], int]:
     """The `type` of a command-line option that takes a whole number from `low` to `high`."""
 

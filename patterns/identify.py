@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longrun.config.model_config import ModelConfig
+from longrun.documents.document import read_document
 from longrun.errors import CheckpointError, HeadMapError, InputError, LongrunError, short_path, shortened
 from longrun.files.user_files import read_object
 from longrun.hub.names import model_name
@@ -49,7 +50,6 @@ from longrun.patterns.head_map import HeadMap
 from longrun.patterns.head_map_folder import CONFIG_FILE, IDENTIFICATION, SCORES_FILE
 from longrun.patterns.identify_checkpoint import Checkpoint
 from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, MethodResult, OnProgress
-from longrun.text.documents import read_document
 from longrun.text.encoder import TextEncoder
 
 __all__ = ["Checkpoint", "IdentifyProgress", "IdentifySettings", "MethodResult", "OnProgress", "identify"]

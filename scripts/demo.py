@@ -50,6 +50,8 @@ def main() -> None:
     command += ["--max-new-tokens", "120", "--stop", "\n\n"]  # its first paragraph: a model of 135M repeats itself soon
     if sys.stdin.isatty():
         command.append("--interactive")
+    else:  # the chat would read what is piped in
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     print("$ python", shlex.join(command).replace("'\n\n'", r"$'\n\n'"), file=sys.stderr, flush=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (sys.path[0], os.getenv("PYTHONPATH"))))}
     os.execve(sys.executable, [sys.executable, *command], environment)

@@ -98,8 +98,8 @@ ROOMS = (
         ("machine", "kernels", "quant", "specs", "formats"),
         ("torch", "numpy"),
     ),
-    Room("documents", ("longrun.text", "longrun.text.documents"), light=True),
-    Room("text", ("longrun.text.*",), ("machine",), ("tokenizers", "transformers", "jinja2")),
+    Room("documents", ("longrun.documents", "longrun.documents.*"), packages=("pathspec",), light=True),
+    Room("text", ("longrun.text", "longrun.text.*"), ("machine",), ("tokenizers", "transformers", "jinja2")),
     Room("attention interface", ("longrun.attention.interface",), packages=("torch",)),
     Room(
         "attention",

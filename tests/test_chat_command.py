@@ -87,6 +87,32 @@ def test_a_full_context_ends_the_answer_with_status_0(chat):
     assert done.result["tokens"]["total"] == 65, "64 in the cache and one that was given out"
 
 
+def test_a_folder_is_read_with_headers_and_what_was_left_out_is_told(chat, text_file, tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "b.txt").write_text(text_file.read_text())
+    (tmp_path / "texts" / "a.md").write_text("A short text.")
+    (tmp_path / "texts" / "c.bin").write_bytes(b"\0")
+    monkeypatch.chdir(tmp_path)
+    done = chat("--ctx", "4K", "--file", "texts", "--prompt", ask(1), "--stop", ".", "--session", "kept")
+    assert done.out == f"{spaced(NEEDLES[1].key)}\n"
+    assert "note: left out of texts: 1 binary file (texts/c.bin)" in done.err
+    shown = ["--file", "texts/b.txt", "texts/a.md", "--prompt", ask(0), "--stop", ".", "--session", "kept", "--json"]
+    again = chat("--ctx", "4K", *shown)
+    assert again.result["resumed"]["documents_already_read"] == ["texts/b.txt", "texts/a.md"]
+    assert "2 texts were read before: not read again (texts/b.txt, texts/a.md)" in again.err
+    assert again.result["text"] == spaced(NEEDLES[0].key)
+
+
+def test_text_piped_in_beside_a_prompt_is_read(chat, text_file):
+    for arguments in ([], ["--file", "-"]):
+        done = chat(
+            "--ctx", "4K", "--prompt", ask(0), "--stop", ".", "--json", *arguments, stdin=text_file.read_text()
+        )  # fmt: skip
+        assert done.result["text"] == spaced(NEEDLES[0].key) and done.result["tokens"]["prompt"] > 1500
+    done = chat("--file", "-", stdin="a text")
+    assert done.status == 2 and "which without --prompt holds the messages: give --prompt TEXT" in done.err
+
+
 def test_min_p_of_1_leaves_only_the_likeliest_token(chat, text_file):
     at_random = ["--ctx", "4K", "--file", text_file, "--prompt", ask(0), "--stop", ".", "--temperature", "50"]
     assert chat(*at_random, "--min-p", "1").out == f"{spaced(NEEDLES[0].key)}\n"

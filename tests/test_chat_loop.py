@@ -17,8 +17,8 @@ from longrun.chat.answer import AnswerOptions
 from longrun.chat.loop import ChatLoop
 from longrun.chat.progress import PrefillProgress
 from longrun.chat.runner import ChatRunner
+from longrun.documents.document import read_document
 from longrun.engine.sampling import SamplingParams
-from longrun.text.documents import read_document
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +269,7 @@ def test_a_session_that_fits_only_alone_is_loaded_once_nothing_else_is_there(pla
 
 def test_a_question_without_answer_is_told_and_can_be_answered(runtime, text_file, tmp_path):
     chat = Chat(runtime, folder=tmp_path / "kept")
-    from longrun.text.documents import read_document
+    from longrun.documents.document import read_document
 
     chat.runner.read([read_document(text_file)], ask(0))
     del chat
@@ -294,7 +294,7 @@ def test_a_defect_of_ours_is_told_with_its_traceback_and_the_conversation_lives(
     chat.type("The magic number of")
     tokens = chat.runner.session.num_tokens
     with monkeypatch.context() as patch:
-        patch.setattr("longrun.chat.loop.read_document", lambda path: {}["not there"])
+        patch.setattr("longrun.chat.loop.read_documents", lambda paths: {}["not there"])
         told = chat.type("/file x")
     assert "Traceback" in told and "KeyError: 'not there'" in told and "defect of longrun (KeyError)" in told
     assert chat.loop.defects == 1

@@ -10,9 +10,9 @@ from chat_tokenizers import CHATML, END, LLAMA2, START, byte_tokenizer, ids_of, 
 
 from longrun.chat.conversation import Conversation
 from longrun.chat.format import ChatFormat
+from longrun.documents.document import Document, read_document
 from longrun.errors import CheckpointError, InputError, SessionError
 from longrun.model.tokenizer import load_tokenizer
-from longrun.text.documents import Document, read_document
 
 
 class ListSession:

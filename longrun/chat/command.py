@@ -17,8 +17,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from longrun.arguments import COUNT, SEED, SHARE, real, whole
+from longrun.arguments import COUNT, SEED, SHARE, check_text, real, whole
+from longrun.chat.piped import stdin_bytes
 from longrun.cli import EXIT_STATUS, INTERRUPTED, PLAN_OPTIONS, Parser, StdoutLost, run
+from longrun.documents.document import Document
+from longrun.documents.find import STDIN, Documents, read_documents
 from longrun.errors import InputError
 from longrun.hub.find import MODEL_HELP, add_download_option, add_yarn_option
 from longrun.interrupts import leaving_at_once
@@ -26,7 +29,6 @@ from longrun.paths import user_path
 from longrun.plan.split import KEEP_HELP, KV_BYTES_HELP, parse_keep
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
-from longrun.text.documents import Document, check_text, read_document
 from longrun.units import format_bytes, parse_tokens
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
     if args.prompt is not None and not check_text(args.prompt, "--prompt").strip():
         raise InputError("--prompt is empty: give a question")
     check_text(args.system or "", "--system")
-    documents = [read_document(path) for path in args.file]
+    documents = _read_documents(args)
     capacity = None if args.ctx is None else parse_tokens(args.ctx, "--ctx")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a bad line becomes an error of that line
@@ -79,12 +81,14 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
         raise Terminated
 
     signal.signal(signal.SIGTERM, on_sigterm)
+    for notice in documents.notices:
+        console.print(f"note: {notice}", highlight=False, markup=False, soft_wrap=True)
     runner: ChatRunner | None = None
     try:
         runner = _make_runner(args, capacity, console)
         if args.prompt is not None and not interactive:
-            return _answer_once(runner, documents, args.prompt.strip(), args.json)
-        return _chat(runner, documents, args.prompt, interactive)
+            return _answer_once(runner, documents.texts, args.prompt.strip(), args.json)
+        return _chat(runner, documents.texts, args.prompt, interactive)
     except Terminated:
         if runner is not None:
             runner.save_if_kept()
@@ -94,6 +98,18 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
         if runner is not None:
             runner.save_if_kept()
         raise
+
+
+def _read_documents(args: argparse.Namespace) -> Documents:
+    """What --file names, and what is piped in beside --prompt: stdin then holds no messages."""
+    if STDIN in args.file and args.prompt is None:
+        raise InputError(f"--file {STDIN} reads stdin, which without --prompt holds the messages: give --prompt TEXT")
+    if STDIN in args.file and sys.stdin.isatty():
+        raise InputError(f"--file {STDIN} reads stdin, which is a terminal: pipe a text in, or name a file")
+    if args.prompt is None or STDIN in args.file or sys.stdin.isatty():
+        return read_documents(args.file, stdin_bytes)
+    raw = stdin_bytes()
+    return read_documents([*args.file, STDIN], lambda: raw) if raw.strip() else read_documents(args.file)
 
 
 def _import_libraries() -> None:
@@ -324,7 +340,14 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--chunk-size", type=COUNT, metavar="N", help="tokens of a prefill step (default: the budget's)")
     model.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     talk = parser.add_argument_group("what to talk about")
-    talk.add_argument("--file", action="append", default=[], metavar="F", help="UTF-8 text to read first; repeatable")
+    talk.add_argument(
+        "--file",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="F",
+        help="text to read first: files, folders, patterns like 'src/**/*.py', or - for stdin; repeatable",
+    )
     talk.add_argument("--prompt", metavar="TEXT", help="answer this one question and leave")
     talk.add_argument("--interactive", action="store_true", help="stay in the chat after --prompt (on a terminal)")
     talk.add_argument("--system", metavar="TEXT", help="system prompt (default: the chat template's own)")

@@ -7,13 +7,13 @@ Everything is appended: the history is never tokenized or read again. What the c
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from longrun.chat.format import ChatFormat, TurnText
+from longrun.documents.document import Document
 from longrun.errors import InputError, SessionError, quoted
 from longrun.interrupts import deferred_signals
-from longrun.text.documents import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,9 +198,12 @@ class Conversation:
         if not new and question is None:
             return None
         base = max([start, *(entry["stop"] for entry in self._read_documents())])
-        ids, stops = self._message(start, base == start, new, question, [])
         have = self.session.token_ids[base:]
-        if ids[: len(have)] != have:
+        for texts in (new, [replace(document, headed=False) for document in new]):  # once no text had a header
+            ids, stops = self._message(start, base == start, texts, question, [])
+            if ids[: len(have)] == have:
+                break
+        else:
             return None
         self._check_room(base + len(ids))
         self._note(start, base, ids, stops, new, question)
@@ -213,7 +216,7 @@ class Conversation:
         ids, stops = list(carried), []
         if opens:
             ids += self._opening(start, carried)
-        texts = [*(document.text for document in new), *([] if question is None else [question])]
+        texts = [*(document.shown for document in new), *([] if question is None else [question])]
         for piece in self._format.text_ids(texts, start == 0, opens, question is not None):
             ids += piece
             stops.append(len(ids))

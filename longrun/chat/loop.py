@@ -8,15 +8,18 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from longrun.allocation import allocation_sentence, is_failed_allocation
+from longrun.arguments import check_text
 from longrun.chat.answer import CONTEXT_FULL, INTERRUPTED, MAX_NEW_TOKENS
 from longrun.chat.conversation import Reading
 from longrun.chat.runner import ChatRunner
+from longrun.documents.document import Document
+from longrun.documents.find import read_documents
 from longrun.errors import InputError, LongrunError, quoted, shortened
 from longrun.paths import user_path
-from longrun.text.documents import Document, check_text, read_document
 
 HELP = """\
-/file PATH   read a text file into the message; the next line you type ends the message and asks
+/file PATH   read a text file, a folder or a pattern (src/*.py) into the message; the next line you type ends the
+             message and asks
 /continue    read on after Ctrl-C stopped the reading, answer a question that has no answer yet, or resume an answer
              that Ctrl-C or --max-new-tokens cut
 /save DIR    save the conversation with its cache
@@ -117,7 +120,10 @@ class ChatLoop:
         command(argument)
 
     def _file(self, path: str) -> None:
-        self._read([read_document(path)], None)
+        found = read_documents([path])
+        for notice in found.notices:
+            self._tell(f"note: {notice}")
+        self._read(found.texts, None)
         self._tell(self._runner.status())
 
     def _read(self, documents: Sequence[Document], question: str | None) -> Reading:

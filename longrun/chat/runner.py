@@ -18,17 +18,20 @@ from longrun.chat.conversation import AnswerCut, Conversation, Reading
 from longrun.chat.format import ChatFormat
 from longrun.chat.progress import PrefillProgress
 from longrun.chat.report import TurnReport
+from longrun.documents.document import Document
 from longrun.errors import InputError, PlanError, SessionError, short_path
 from longrun.interrupts import deferred_signals
 from longrun.session.store import is_session
 from longrun.text.chat_template import has_template
-from longrun.text.documents import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from longrun.runtime.runtime import Runtime
     from longrun.session.session import Session
+
+
+_NAMES_SHOWN = 5
 
 
 def check_model(
@@ -44,6 +47,13 @@ def check_model(
         raise InputError(f"{short_path(model_dir)} has no tokenizer: chat needs one, add the model's tokenizer files")
     ChatFormat(tokenizer, system)
     return tokenizer
+
+
+def _already_read(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"{names[0]} was read before: not read again"
+    shown = ", ".join(map(short_path, names[:_NAMES_SHOWN])) + (", ..." if len(names) > _NAMES_SHOWN else "")
+    return f"{len(names):,} texts were read before: not read again ({shown})"
 
 
 class Terminated(BaseException):
@@ -125,8 +135,8 @@ class ChatRunner:
         """
         reading = self.conversation.prepare(documents, question, strict)
         self._already_read = (*self._already_read, *reading.already_read)
-        for name in reading.already_read:
-            self.tell(f"{name} was read before: not read again")
+        if reading.already_read:
+            self.tell(_already_read(reading.already_read))
         if reading.resumed_of:
             self.tell(f"resuming at token {reading.resumed_at:,} of {reading.resumed_of:,}")
         self.prefill(reading)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longrun.allocation import failed_allocations
+from longrun.arguments import check_text
 from longrun.engine.engine import Engine
 from longrun.errors import InputError, quoted, short_path
 from longrun.patterns.head_map import HeadMap, HeadSplit
@@ -18,7 +19,6 @@ from longrun.runtime.memory_checks import check_free_memory
 from longrun.runtime.setup import Setup
 from longrun.session.session import Session
 from longrun.session.store import SavedSession
-from longrun.text.documents import check_text
 from longrun.text.encoder import TextEncoder, leading_ids
 from longrun.text.stream import AnswerText, text_pieces
 from longrun.units import parse_tokens

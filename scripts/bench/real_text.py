@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longrun.chat.format import ChatFormat
+from longrun.documents.document import read_document
 from longrun.errors import InputError, short_path
-from longrun.text.documents import read_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
