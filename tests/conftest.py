@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 def _hear_sigint() -> None:
     """A shell starts background jobs with SIGINT ignored, and their children inherit that; tests send the signal."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _empty_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chat reads what is piped in beside --prompt; pytest's own stdin refuses to be read."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
 
 
 @pytest.fixture(scope="session")
