@@ -26,7 +26,7 @@ MAX_TILE = 512  # slots of a program
 MAX_SPLITS = 65535  # of a launch
 _TILE = 64  # slots of a program, where nothing else is asked for
 MAX_SLOTS = MAX_SPLITS * _TILE
-_MERGED_AT_ONCE = 64  # partial results, in registers
+_MERGED_AT_ONCE = 128  # partial results, in registers
 
 
 @triton.jit
