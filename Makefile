@@ -1,4 +1,5 @@
 # make demo: a question about a long text, answered by a real model.  make test: the test suite.
+# make serve: the same model for OpenAI's clients.  make ask: the demo's question, asked through one of them.
 # Tests run in two processes of one thread each. PYTHON picks the interpreter of the virtual environment (3.11 or newer),
 # ARGS goes to pytest.
 
@@ -6,10 +7,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test
+.PHONY: demo test serve ask
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
+
+serve: $(VENV)/.installed-serve
+	$(BIN)/python -m longrun.server $(ARGS)
+
+ask: $(VENV)/.installed-serve
+	$(BIN)/python scripts/ask.py --file "$$($(BIN)/python scripts/demo.py --write)" 'What is a lambda expression?'
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -20,6 +27,10 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-serve: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[serve]' openai
 	touch $@ $(VENV)/.installed
 
 $(BIN)/python:

@@ -1,7 +1,7 @@
 """`make demo`: a long text, a question, and the chat that answers it.
 
 The text is what Python itself says about its statements (`pydoc_data.topics`, PSF licence), about 6,000 tokens of it.
-On a terminal the chat stays open after the answer.
+On a terminal the chat stays open after the answer. With --write the text is written, and its path printed.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ def write_text(folder: Path) -> Path:
 
 def main() -> None:
     """Write the text and become the chat."""
+    if sys.argv[1:] == ["--write"]:
+        print(write_text(cache_dir() / "demo"))
+        return
     command = ["-m", "longrun.chat", "--file", str(write_text(cache_dir() / "demo")), "--prompt", QUESTION]
     command += ["--max-new-tokens", "120", "--stop", "\n\n"]  # its first paragraph: a model of 135M repeats itself soon
     if sys.stdin.isatty():

@@ -175,6 +175,7 @@ ROOMS = (
             "config",
             "head map tools",
             "head maps",
+            "formats",
         ),
         ("torch", "transformers", "psutil"),
     ),
@@ -183,6 +184,12 @@ ROOMS = (
         ("longrun.chat", "longrun.chat.*"),
         ("runtime", "session", "engine", "documents", "text", "model", "plan", "measuring", "hub", "formats"),
         ("rich", "transformers"),
+    ),
+    Room(
+        "server",
+        ("longrun.server", "longrun.server.*"),
+        ("runtime", "session", "engine", "documents", "text", "model", "plan", "formats"),
+        ("rich", "transformers", "pydantic", "fastapi", "starlette", "anyio", "sse_starlette", "uvicorn"),
     ),
     Room(
         "patterns command",

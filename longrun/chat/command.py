@@ -23,25 +23,17 @@ from longrun.cli import EXIT_STATUS, INTERRUPTED, PLAN_OPTIONS, Parser, StdoutLo
 from longrun.documents.document import Document
 from longrun.documents.find import STDIN, Documents, read_documents
 from longrun.errors import InputError
-from longrun.hub.find import MODEL_HELP, add_download_option, add_yarn_option
 from longrun.interrupts import leaving_at_once
 from longrun.paths import user_path
-from longrun.plan.split import KEEP_HELP, KV_BYTES_HELP, parse_keep
-from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
-from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.runtime.model_options import add_model_options, load_model
 from longrun.units import format_bytes, parse_tokens
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
 
     from longrun.chat.answer import AnswerOptions
     from longrun.chat.runner import ChatRunner
-    from longrun.model.choice import ModelChoice
     from longrun.plan.plan import Plan
-    from longrun.runtime.auto_head_map import AutoHeadMap
-    from longrun.runtime.runtime import Runtime
 
 _TERMINATED = 143
 
@@ -125,8 +117,9 @@ def _import_libraries() -> None:
 
 def _make_runner(args: argparse.Namespace, capacity: int | None, console: Console) -> ChatRunner:
     """Print the plan, load the model, then the session; say what else a person should know."""
+    from longrun.chat.format import system_size
     from longrun.chat.progress import HeadMapProgress, PinProgress
-    from longrun.chat.runner import ChatRunner
+    from longrun.chat.runner import ChatRunner, check_model
     from longrun.machine.measure import first_speeds
     from longrun.model.choice import choose_model
     from longrun.plan.report import print_plan
@@ -151,14 +144,16 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
     choice = choose_model(args.model, args.adapter, args.download)
     if choice.notice is not None:
         console.print(f"note: {choice.notice}", highlight=False, markup=False, soft_wrap=True)
-    runtime = _load(
+    runtime = load_model(
         args,
         choice,
         capacity,
-        folder,
-        before_loading,
-        PinProgress(console),
-        HeadMapProgress(console),
+        session=folder,
+        on_plan=before_loading,
+        on_pin=PinProgress(console),
+        on_head_map=HeadMapProgress(console),
+        on_tokenizer=lambda tokenizer: check_model(tokenizer, choice.model_dir, args.system),
+        system_size=lambda tokenizer: system_size(tokenizer, args.system),
     )
     promised = runtime.plan
     if claimed is not None:
@@ -172,45 +167,6 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
         if notice not in (*plan.notes, *plan.warnings):
             runner.tell(f"note: {notice}")
     return runner
-
-
-def _load(
-    args: argparse.Namespace,
-    choice: ModelChoice,
-    capacity: int | None,
-    session: Path | None,
-    on_plan: Callable[[Plan], None],
-    on_pin: Callable[[int, int], None],
-    on_head_map: Callable[[AutoHeadMap], None],
-) -> Runtime:
-    from longrun.chat.format import system_size
-    from longrun.chat.runner import check_model
-    from longrun.model.choice import DEMO_CONTEXT
-    from longrun.runtime.load import load
-
-    if capacity is None and choice.notice is not None:
-        capacity = DEMO_CONTEXT
-    return load(
-        choice.model_dir,
-        args.budget,
-        args.head_map,
-        args.kv,
-        args.weights,
-        args.device,
-        ctx=capacity,
-        adapter=choice.adapter,
-        yarn=args.yarn,
-        retrieval_ratio=args.retrieval_ratio,
-        kv_bytes=args.kv_bytes,
-        keep=None if args.keep is None else parse_keep(args.keep, "--keep"),
-        chunk_size=args.chunk_size,
-        session=session,
-        on_plan=on_plan,
-        on_pin=on_pin,
-        on_head_map=on_head_map,
-        on_tokenizer=lambda tokenizer: check_model(tokenizer, choice.model_dir, args.system),
-        system_size=lambda tokenizer: system_size(tokenizer, args.system),
-    )
 
 
 def _answer_options(args: argparse.Namespace) -> AnswerOptions:
@@ -308,37 +264,7 @@ def _parser() -> argparse.ArgumentParser:
         "command, and the exit status is 2 if one of them failed.",
         epilog=f"{EXIT_STATUS} After SIGTERM it is 143.",
     )
-    model = parser.add_argument_group("model and memory")
-    model.add_argument("--model", metavar="DIR|NAME", help=f"{MODEL_HELP} (default: a demo model of 135M)")
-    add_download_option(model)
-    add_yarn_option(model)
-    model.add_argument(
-        "--adapter",
-        metavar="DIR|none",
-        help="LoRA adapter folder, added to the weights (default: for the demo model the one that comes with it)",
-    )
-    model.add_argument(
-        "--ctx",
-        metavar="TOKENS",
-        help="capacity, like 128K or 3.3M (default: the trained window; 32K for the demo model with its adapter)",
-    )
-    model.add_argument("--budget", metavar="NAME_OR_FILE", help="memory budget (default: cpu, or h100-80g on a GPU)")
-    model.add_argument(
-        "--head-map",
-        default="full",
-        metavar="DIR|full|auto",
-        help="head map folder; auto measures the model once and keeps its map (default: full)",
-    )
-    model.add_argument("--retrieval-ratio", type=SHARE, metavar="R", help="share of KV heads that keep all tokens")
-    model.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
-    model.add_argument(
-        "--keep", metavar="N|system", help=f"{KEEP_HELP}; system: as many as the system prompt has (default: the "
-        "budget's, else the head map's sinks)",
-    )  # fmt: skip
-    model.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's, else {DEFAULT_KV_FORMAT})")
-    model.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
-    model.add_argument("--chunk-size", type=COUNT, metavar="N", help="tokens of a prefill step (default: the budget's)")
-    model.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add_model_options(parser)
     talk = parser.add_argument_group("what to talk about")
     talk.add_argument(
         "--file",

@@ -48,6 +48,14 @@ class TokenSequence:
         """int32 [num_tokens], a copy made without a Python object a token."""
         return torch.frombuffer(self.ids, dtype=torch.int32).clone() if self.ids else torch.empty(0, dtype=torch.int32)
 
+    def common_prefix(self, token_ids: Tensor) -> int:
+        """Leading tokens that are those of `token_ids`, int64 [n] in host memory."""
+        count = min(len(self.ids), len(token_ids))
+        if not count:
+            return 0
+        differ = (torch.frombuffer(self.ids, dtype=torch.int32)[:count] != token_ids[:count]).nonzero()
+        return int(differ[0]) if len(differ) else count
+
     def append(
         self, token_ids: Tensor, all_positions: bool = False, after_chunk: Callable[[int, int], None] | None = None
     ) -> Tensor:

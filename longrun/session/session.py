@@ -82,6 +82,14 @@ class Session:
         self._sequence.take_waiting()
         return self._sequence.logits
 
+    def common_prefix(self, token_ids: Sequence[int] | Tensor) -> int:
+        """How many tokens at the beginning of the session and of `token_ids` are the same.
+
+        Raises:
+            InputError: as `prefill` does for token ids that are none.
+        """
+        return self._sequence.common_prefix(token_id_tensor(token_ids, self.vocab_size))
+
     def prefill(self, token_ids: Sequence[int] | Tensor, progress: Progress | None = None) -> Tensor:
         """Append tokens, chunk by chunk; a session that is attached to a folder is saved after each.
 

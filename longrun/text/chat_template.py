@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CPU_SECONDS, WALL_SECONDS = 2, 60  # a template takes milliseconds; a machine under load may take seconds to start it
 MEMORY_BYTES = 512 * 2**20
 MAX_CHARS = 2**20
+_KEPT_CHARS = 2**16  # of a request whose answer is kept in memory
 
 Chat = Sequence[tuple[str, str]]
 
@@ -91,9 +92,18 @@ def cut_at(text: str, marker: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-@lru_cache(maxsize=32)
 def _in_child(request: str) -> str:
-    """The child's answer; the same question has the same one, which spares the start of a process."""
+    """The child's answer, from memory where a short request was made before: the same question has the same one, which
+    spares the start of a process."""
+    return _kept_answer(request) if len(request) <= _KEPT_CHARS else _answer(request)
+
+
+@lru_cache(maxsize=32)
+def _kept_answer(request: str) -> str:
+    return _answer(request)
+
+
+def _answer(request: str) -> str:
     found = [find_spec(package) for package in ("jinja2", "markupsafe")]
     folders = sorted({str(Path(spec.origin).parents[1]) for spec in found if spec is not None and spec.origin})
     child = str(Path(__file__).with_name("template_child.py"))

@@ -1,0 +1,143 @@
+"""Bodies in, answers out: what every route does with HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
+
+import anyio
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.requests import ClientDisconnect
+
+from longrun.server.answers import ChatAnswer
+from longrun.server.jobs import Finished, Piece, Progress
+from longrun.server.openai_errors import RequestError, error_of
+from longrun.server.service import Events, Limits
+
+PING_SECONDS = 10
+"""Between two comments in a stream that has nothing to say."""
+
+_FAREWELL_SECONDS = 20.0  # in which a stream may end by itself while the server leaves
+
+Result = TypeVar("Result")
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The body of a request with JSON.
+
+    Raises:
+        RequestError: another type of content, too long, or too slow.
+        ClientDisconnect: nobody is there any more.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(
+            "the body must be JSON: send the header Content-Type: application/json",
+            "unsupported_media_type",
+            status=415,
+        )
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limits.body_bytes:
+                    raise RequestError(
+                        f"the body is longer than the {limits.body_bytes:,} bytes that one may have: send a shorter "
+                        f"text, or start the server with a larger --max-body",
+                        "request_too_large", status=413,
+                    )  # fmt: skip
+    except TimeoutError:
+        raise RequestError(
+            f"the body did not arrive within {limits.body_seconds:g} seconds: send it at once", "timeout", status=408
+        ) from None
+    return bytes(body)
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """The result of `work`, which is cancelled where the client leaves; the body has been read before.
+
+    Raises:
+        ClientDisconnect: the client left.
+        Exception: what `work` raises.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return await task
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def whole_answer(events: Events, answer: ChatAnswer) -> dict[str, Any]:
+    """The answer as one object.
+
+    Raises:
+        Exception: what the job failed with.
+    """
+    pieces: list[Piece] = []
+    async for event in events:
+        if isinstance(event, Piece):
+            pieces.append(event)
+        elif isinstance(event, Finished):
+            return answer.whole(pieces, event)
+    raise AssertionError("a job's events end with Finished")
+
+
+def streamed_answer(events: Events, answer: ChatAnswer, progress: bool) -> EventSourceResponse:
+    """The answer as server-sent events, with comments while there is nothing to say.
+
+    Args:
+        progress: say how far the prompt was read.
+    """
+
+    async def left(_: Any) -> None:
+        events.cancel()
+
+    return EventSourceResponse(
+        _chunks(events, answer, progress), ping=PING_SECONDS, sep="\n", client_close_handler_callable=left,
+        shutdown_event=anyio.Event(), shutdown_grace_period=_FAREWELL_SECONDS,
+    )  # fmt: skip
+
+
+async def _chunks(events: Events, answer: ChatAnswer, progress: bool) -> AsyncIterator[ServerSentEvent]:
+    try:
+        for chunk in answer.first():
+            yield _event(chunk)
+        async for event in events:
+            if isinstance(event, Piece):
+                yield _event(answer.piece(event))
+            elif isinstance(event, Finished):
+                for chunk in answer.last(event):
+                    yield _event(chunk)
+            elif isinstance(event, Progress) and progress:
+                yield _event(answer.progress(event))
+    except Exception as error:
+        yield _event(error_of(error)[1])
+    finally:
+        events.cancel()
+    yield ServerSentEvent(data="[DONE]", sep="\n")
+
+
+def _event(chunk: dict[str, Any]) -> ServerSentEvent:
+    return ServerSentEvent(data=json.dumps(chunk, ensure_ascii=False), sep="\n")
+
+
+def refusal(error: Exception) -> JSONResponse:
+    """The response that says why there is no answer."""
+    status, body = error_of(error)
+    return JSONResponse(body, status)

@@ -1,0 +1,133 @@
+"""What a request asks of the worker, and what the worker reports back: plain values that cross threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from longrun.engine.sampling import SamplingParams
+from longrun.errors import LongrunError
+
+STOP, LENGTH = "stop", "length"
+"""Why an answer ended: the model's own end or a stop string; its number of tokens."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One answer to be written.
+
+    Attributes:
+        token_ids: of the prompt, at least one.
+        max_new_tokens: at most so many; with the prompt they fit into the session.
+        sampling, seed, stop: as in `Runtime.stream`; draws without a seed get one of their own.
+    """
+
+    token_ids: list[int]
+    max_new_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the prompt has been read.
+
+    Attributes:
+        total: tokens of the prompt; cached: those that the session held before; processed: those it holds now.
+        seconds: since reading began.
+    """
+
+    total: int
+    cached: int
+    processed: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More of the answer's text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer's end, the last event.
+
+    Attributes:
+        reason: `STOP` or `LENGTH`.
+        prompt_tokens: tokens of the prompt; cached_tokens: those that were not read again.
+        new_tokens: tokens that were generated, the end-of-sequence token and those of a stop string among them.
+    """
+
+    reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """There is no answer, or no more of it; the last event."""
+
+    error: Exception
+
+
+Event = Progress | Piece | Finished | Failed
+
+
+class Cancelled(Exception):
+    """Nobody waits for this answer any more."""
+
+
+class StoppedError(LongrunError):
+    """The server is leaving, or a request took longer than it may."""
+
+
+class Job:
+    """An ask in the queue or being answered.
+
+    Args:
+        ask: what is to be done.
+        emit: called on the worker's thread with every event; it must return at once.
+        seconds: how long it may take from now on; None is without limit.
+    """
+
+    def __init__(self, ask: Ask, emit: Callable[[Event], None], seconds: float | None = None) -> None:
+        self.ask, self.emit = ask, emit
+        self._left = threading.Event()
+        self._stopped: str | None = None
+        self._until = None if seconds is None else time.monotonic() + seconds
+        self._seconds = seconds
+
+    def cancel(self) -> None:
+        """Nobody waits any more; may be called from any thread, and more than once."""
+        self._left.set()
+
+    def stop(self, why: str) -> None:
+        """End it with an error that says `why`; may be called from any thread."""
+        self._stopped = why
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._left.is_set()
+
+    def check(self) -> None:
+        """To be called between steps.
+
+        Raises:
+            Cancelled: nobody waits.
+            StoppedError: it was stopped, or took too long.
+        """
+        if self._left.is_set():
+            raise Cancelled
+        if self._stopped is not None:
+            raise StoppedError(self._stopped)
+        if self._until is not None and time.monotonic() > self._until:
+            raise StoppedError(
+                f"the request took longer than the {self._seconds:,.0f} seconds that one may: send a shorter text, or "
+                f"start the server with a larger --time-limit"
+            )

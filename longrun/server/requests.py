@@ -1,0 +1,210 @@
+"""The bodies of requests. A field that longrun does not act on is refused unless its value changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from longrun.arguments import check_text
+from longrun.engine.sampling import SamplingParams
+from longrun.errors import InputError, quoted
+from longrun.server.openai_errors import RequestError, refused_fields
+from longrun.text.stream import StopStrings
+
+MAX_STOPS = 16
+
+Kind = TypeVar("Kind", bound="_Answer")
+
+# Fields of OpenAI's API and the values of them that ask for nothing; what they would ask for is not served.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "store": (False,),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "suffix": ("",),
+}
+# They only say who asks, for accounts that longrun does not keep.
+_LABELS = frozenset({"user", "safety_identifier", "prompt_cache_key", "metadata"})
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class StreamOptions(_Strict):
+    """Attributes: include_usage: a last chunk counts the tokens."""
+
+    include_usage: bool | None = None
+
+
+class _Answer(_Strict):
+    """What both kinds of request have in common; None is as if a field were not there."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_progress: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(stop, list) and len(stop) > MAX_STOPS:
+            raise ValueError(f"{len(stop):,} stop strings are more than the {MAX_STOPS} that may be given")
+        return stop
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """Raises InputError: a value outside its range."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        given = {name: getattr(self, name) for name in names}
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Raises InputError: an empty stop string, or one that is no text."""
+        stops = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        StopStrings(stops)
+        for text in stops:
+            check_text(text, "a stop string")
+        return stops
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def check(self) -> None:
+        """Raises RequestError: fields that do not go together."""
+        if not self.stream and self.stream_options is not None:
+            raise RequestError("stream_options need stream: true", "invalid_value", "stream_options")
+        if not self.stream and self.return_progress:
+            raise RequestError("return_progress needs stream: true", "invalid_value", "return_progress")
+
+
+class TextPart(_Strict):
+    """One of several texts of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, value: Any) -> Any:
+        """Clients send an answer back with fields that are null; a part that is no text gets a sentence of its own."""
+        if not isinstance(value, dict):
+            return value
+        content = value.get("content")
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise ValueError(f"a part of type {quoted(kind)} is not served: send text")
+        return {name: each for name, each in value.items() if each is not None}
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """(role, content) as chat templates know them: several texts stand on lines of their own."""
+        role = "system" if self.role == "developer" else self.role
+        return role, self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+
+class ChatRequest(_Answer):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def new_tokens(self) -> int | None:
+        """How many tokens the answer may have, or None where nothing says so."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def check(self) -> None:
+        """Raises RequestError: fields that do not go together."""
+        super().check()
+        given = [value for value in (self.max_tokens, self.max_completion_tokens) if value is not None]
+        if len(set(given)) > 1:
+            raise RequestError(
+                f"max_tokens {given[0]:,} and max_completion_tokens {given[1]:,} differ: send one of them",
+                "invalid_value", "max_tokens",
+            )  # fmt: skip
+        if self.max_tokens == 0:
+            raise RequestError("max_tokens 0 is too small: it must be at least 1", "invalid_value", "max_tokens")
+
+
+def read_chat(body: bytes) -> ChatRequest:
+    """Raises RequestError: not JSON, a field that is not served, or a wrong value."""
+    return _read(ChatRequest, body)
+
+
+def _read(kind: type[Kind], body: bytes) -> Kind:
+    try:
+        fields = _Fields.model_validate_json(body).model_extra or {}
+        request = kind.model_validate(_without_neutral(fields), strict=True)
+    except ValidationError as error:
+        raise refused_fields(error) from None
+    try:
+        request.sampling, request.stops  # noqa: B018  their errors belong to the body
+    except InputError as error:
+        raise RequestError(str(error), "invalid_value") from None
+    request.check()
+    return request
+
+
+class _Fields(BaseModel):
+    """Any JSON object."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def _without_neutral(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields but those that ask for nothing.
+
+    Raises:
+        RequestError: one that asks for something which is not served.
+    """
+    left = {}
+    for name, value in fields.items():
+        if value is None or name in _LABELS:
+            continue
+        if name not in _NEUTRAL:
+            left[name] = value
+        elif not _is_one_of(value, _NEUTRAL[name]):
+            raise RequestError(
+                f"{name} is served as {_listed(_NEUTRAL[name])} only: leave it out", "unsupported_value", name
+            )
+    return left
+
+
+def _is_one_of(value: Any, values: Sequence[Any]) -> bool:
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values)
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return " or ".join(json.dumps(value) for value in values)
