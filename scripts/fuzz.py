@@ -47,7 +47,8 @@ FAILURES = ("traceback", "hang", "wrong")
 # Turns of the kinds, so that each gets as many cases as it has ways to fail.
 TURNS = (
     "config", "weights", "tokenizer", "session", "config", "adapter", "weights", "head map", "config", "session",
-    "generation", "weights", "tokenizer", "adapter", "budget", "gguf", "gguf",
+    "generation", "weights", "tokenizer", "adapter", "budget", "gguf", "gguf", "text",
+    "html", "pdf",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ result without longrun's readers; where it raises, the files mean nothing, and l
     generation   the ids that Python's json finds in generation_config.json, which the end tokens must include
     head map     Python's csv and float on every cell, clipped; a window and losses of reaches as json reads them
     budget       Python's tomllib and a regular expression for sizes
+    text, html, pdf  see `fuzz_documents`
     adapter      transformers' model with W + alpha / r * B @ A set in float64 from the safetensors library
     session      everything in the folder is under a checksum: what loads must continue exactly like the undamaged one,
                  even where the manifest's own checksum was put right after it was changed
@@ -41,6 +42,19 @@ from longrun.model.folder import check_folder
 from longrun.model.tokenizer import load_tokenizer
 from longrun.plan.budget import Budget
 from longrun.plan.plan import choose_split, make_plan
+from scripts.fuzz_documents import (
+    damage_html,
+    damage_pdf,
+    expected_html,
+    expected_pdf,
+    expected_text,
+    make_documents,
+    same_or_told,
+    same_words,
+    use_html,
+    use_pdf,
+    use_text,
+)
 from scripts.fuzz_gguf import damage_gguf, make_gguf, model_by_package
 from scripts.fuzz_models import CAPACITY, PROMPT, TEXT, make_adapter, make_head_map, make_model, make_session
 from scripts.fuzz_mutations import damage_bytes, damage_header, damage_json, damage_table, damage_template, damage_toml
@@ -83,6 +97,7 @@ class Bench:
         make_adapter(base / "adapter", model)
         make_gguf(base / "gguf", model)
         make_head_map(base / "map")
+        make_documents(base)
         (base / "budget").mkdir()
         (base / "budget" / "budget.toml").write_text(_TOML)
         self.config = ModelConfig.from_dir(model)
@@ -101,6 +116,9 @@ class Bench:
             Kind("budget", "budget", ("budget.toml",), self._plan, _budget_by_tomllib, _same),
             Kind("adapter", "adapter", ("adapter_config.json", "adapter_model.safetensors"), self._run_with_adapter,
                  self._merged, _close),
+            Kind("text", "text", ("*.txt",), use_text, expected_text, same_words),
+            Kind("html", "html", ("*.html",), use_html, expected_html, same_words),
+            Kind("pdf", "pdf", ("*.pdf",), use_pdf, expected_pdf, same_or_told),
             Kind("session", "session", (*("manifest.json",) * 3, "pages-*", "state-*"), self._go_on, self._undamaged,
                  _same),
         )  # fmt: skip
@@ -113,7 +131,7 @@ class Bench:
         file = rng.choice(sorted(folder.glob(rng.choice(kind.files))))
         content = file.read_bytes()
         structured = rng.random() < 0.75
-        if not structured or file.name.startswith("pages"):
+        if not structured or file.name.startswith("pages") or file.suffix == ".txt":
             content, what = damage_bytes(rng, content)
         elif file.suffix == ".json":
             finish = _with_checksum if kind.name == "session" and rng.random() < 0.7 else dict
@@ -123,7 +141,8 @@ class Bench:
         elif file.suffix == ".safetensors":
             content, what = damage_header(rng, content)
         else:
-            of_suffix = {".tsv": damage_table, ".toml": damage_toml, ".jinja": damage_template}
+            of_suffix = {".tsv": damage_table, ".toml": damage_toml, ".jinja": damage_template, ".html": damage_html,
+                         ".pdf": damage_pdf}  # fmt: skip
             content, what = of_suffix[file.suffix](rng, content)
         if rng.random() < 0.02:
             file.unlink()

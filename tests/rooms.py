@@ -98,7 +98,12 @@ ROOMS = (
         ("machine", "kernels", "quant", "specs", "formats"),
         ("torch", "numpy"),
     ),
-    Room("documents", ("longrun.documents", "longrun.documents.*"), packages=("pathspec",), light=True),
+    Room(
+        "documents",
+        ("longrun.documents", "longrun.documents.*"),
+        packages=("pathspec", "markdownify", "pypdf"),
+        light=True,
+    ),
     Room("text", ("longrun.text", "longrun.text.*"), ("machine",), ("tokenizers", "transformers", "jinja2")),
     Room("attention interface", ("longrun.attention.interface",), packages=("torch",)),
     Room(

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from longrun.documents.decoding import NoTextError, decoded
+from longrun.documents.html_text import html_text, is_html
+from longrun.documents.pdf_text import is_pdf, pdf_text
 from longrun.errors import InputError, shortened
 from longrun.paths import user_path
 from longrun.units import format_bytes
@@ -26,12 +28,14 @@ class Document:
         text: its content without trailing white space.
         sha256: hex digest of the file's bytes, by which it is known again.
         headed: the model sees the name, in a line above the text.
+        notices: sentences that a person should be shown: what of the file was not read.
     """
 
     name: str
     text: str
     sha256: str
     headed: bool = False
+    notices: tuple[str, ...] = ()
 
     @property
     def header(self) -> str:
@@ -45,16 +49,23 @@ class Document:
 
 
 def document_of(raw: bytes, name: str, headed: bool = False) -> Document:
-    """The document that these bytes of a file are.
+    """The document that these bytes of a file are: PDF, HTML, or plain text.
 
     Raises:
-        NoTextError: see `decoded`; the message calls it `name`.
+        NoTextError: see `pdf_text`, `html_text` and `decoded`; the message calls it `name`.
     """
-    return Document(name, decoded(raw, name), hashlib.sha256(raw).hexdigest(), headed)
+    notices: tuple[str, ...] = ()
+    if is_pdf(raw, name):
+        text, notices = pdf_text(raw, name)
+    elif is_html(raw, name):
+        text = html_text(raw, name)
+    else:
+        text = decoded(raw, name)
+    return Document(name, text, hashlib.sha256(raw).hexdigest(), headed, notices)
 
 
 def read_document(path: str | Path, name: str | None = None, headed: bool = False) -> Document:
-    """Read a text file.
+    """Read a text, HTML or PDF file.
 
     Args:
         name: of the document; default: the path as it is given.

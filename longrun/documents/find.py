@@ -23,7 +23,7 @@ class Documents:
 
     Attributes:
         texts: the documents; headed where they are several, or come from a folder or a pattern.
-        notices: sentences that a person should be shown: what was left out of a folder or a pattern.
+        notices: sentences that a person should be shown: what was left out of a folder, a pattern or a file.
     """
 
     texts: tuple[Document, ...] = ()
@@ -52,7 +52,8 @@ def read_documents(paths: Sequence[str | Path], stdin: Callable[[], bytes] | Non
         raise too_large("what is named", sum(sizes))
     headed = len(sources) > 1 or any(source.several for source in sources)
     texts = [text for source in sources for text in source.read(headed, stdin)]
-    return Documents(tuple(texts), tuple(filter(None, (source.notice() for source in sources))))
+    left_out = filter(None, (source.notice() for source in sources))
+    return Documents(tuple(texts), (*left_out, *(notice for text in texts for notice in text.notices)))
 
 
 @dataclass
