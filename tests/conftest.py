@@ -15,6 +15,7 @@ import pytest
 if TYPE_CHECKING:
     from long_training import Training
     from planted_chat import Done
+    from server_case import Served
 
     from longrun.lab.planted import PlantedModel
 
@@ -48,6 +49,23 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> PlantedModel:
     from longrun.lab.planted import make_planted_model
 
     return make_planted_model(tmp_path_factory.mktemp("planted") / "model")
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model of characters with a chat template; its folder is only read."""
+    from server_case import save_chat_model
+
+    return save_chat_model(tmp_path_factory.mktemp("chat") / "model")
+
+
+@pytest.fixture(scope="module")
+def served(chat_model: Path) -> Iterator[Served]:
+    """A server over that model."""
+    from server_case import serve
+
+    with serve(chat_model) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -194,7 +194,17 @@ ROOMS = (
         "server",
         ("longrun.server", "longrun.server.*"),
         ("runtime", "session", "engine", "documents", "text", "model", "plan", "formats"),
-        ("rich", "transformers", "pydantic", "fastapi", "starlette", "anyio", "sse_starlette", "uvicorn"),
+        (
+            "rich",
+            "transformers",
+            "pydantic",
+            "fastapi",
+            "starlette",
+            "anyio",
+            "sse_starlette",
+            "uvicorn",
+            "prometheus_client",
+        ),
     ),
     Room(
         "patterns command",

@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 import openai
-from tiny_models import save_tiny, save_tokenizer
+import torch
+from tiny_models import save_tokenizer, tiny_model
 from transformers import AutoTokenizer
 
 import longrun
@@ -31,8 +32,11 @@ LIMITS = Limits(max_new_tokens=20, request_seconds=100, body_bytes=10**6)
 
 
 def save_chat_model(folder: Path) -> Path:
-    """A tiny random model whose tokens are characters, with a chat template."""
-    save_tiny(folder, "llama")
+    """A tiny random model whose tokens are characters, with a chat template; greedy answers hardly ever end."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[1:3] = 0  # both end an answer
+    model.save_pretrained(folder)
     save_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
@@ -86,11 +90,14 @@ class Served:
 
 
 @contextmanager
-def serve(folder: Path, limits: Limits = LIMITS, most_waiting: int = 64, **settings: Any) -> Iterator[Served]:
+def serve(
+    folder: Path, limits: Limits = LIMITS, most_waiting: int = 64, key: str | None = None, origins: Sequence[str] = (),
+    **settings: Any,
+) -> Iterator[Served]:  # fmt: skip
     """Serve the model until the block ends."""
     given = {"kv_format": "fp32", "device": "cpu", "ctx": CONTEXT, "compiled_kernels": False, **settings}
     runtime = longrun.load(folder, "cpu", **given)
-    serving = Serving(runtime, NAME, limits, most_waiting)
+    serving = Serving(runtime, NAME, limits, most_waiting, key, origins)
     bound = listening_socket("127.0.0.1", 0)
     host, port = bound.getsockname()
     thread = threading.Thread(target=serving.run, args=(bound,))

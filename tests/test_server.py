@@ -6,29 +6,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from server_case import NAME, Served, save_chat_model, serve, user
+from server_case import NAME, Served, user
 
 from longrun.errors import InputError
 from longrun.server.serving import listening_socket
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_chat_model(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[Served]:
-    with serve(folder) as running:
-        yield running
 
 
 TALK = [
@@ -71,6 +59,11 @@ def test_sampling_and_stop_strings_are_those_of_the_python_api(served: Served) -
         served.client().chat.completions.create(**ask, temperature=1.5).choices[0].message.content for _ in "ab"
     }
     assert len(unseeded) == 2  # coming back to a mark does not bring its random state back
+
+    wild = {"temperature": 100.0, "seed": 1}  # ends where the end-of-sequence token is drawn
+    ended = served.client().chat.completions.create(model=NAME, messages=user("draw"), max_tokens=900, **wild)
+    assert ended.choices[0].message.content == served.expected(ids, 900, **wild)
+    assert ended.choices[0].finish_reason == "stop" and ended.usage.completion_tokens < 900
 
     stop = drawn[5:7]
     stopped = served.client().chat.completions.create(**ask, **settings, stop=[stop, "never to be seen"])
@@ -161,8 +154,8 @@ def test_a_port_that_is_taken_is_refused_in_a_sentence() -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_command_serves_until_a_signal(folder: Path, number: signal.Signals, status: int) -> None:
-    command = [sys.executable, "-m", "longrun.server", "--model", str(folder), "--port", "0", "--ctx", "500"]
+def test_the_command_serves_until_a_signal(chat_model: Path, number: signal.Signals, status: int) -> None:
+    command = [sys.executable, "-m", "longrun.server", "--model", str(chat_model), "--port", "0", "--ctx", "500"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
         try:
@@ -176,4 +169,4 @@ def test_the_command_serves_until_a_signal(folder: Path, number: signal.Signals,
             assert run.wait(30) == status
         finally:
             run.kill()
-    assert name == folder.name
+    assert name == chat_model.name

@@ -130,3 +130,35 @@ def sample(
         return BestToken(words.cpu()).read()
     probs = probabilities(logits, params, previous)
     return int(torch.multinomial(probs.to(generator.device), 1, generator=generator))
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """How likely the model found a token where it stands, before temperature and all that follows it.
+
+    Attributes:
+        logprob: natural logarithm of its probability.
+        top: the likeliest tokens there with theirs, the likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def score_tokens(logits: Tensor, token_ids: Sequence[int], top: int) -> list[TokenScore]:
+    """Scores of tokens by the logits that predict them.
+
+    Args:
+        logits: float32 [n, vocab_size].
+        token_ids: n tokens.
+        top: how many of the likeliest tokens of each place are named.
+    """
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
+    best = logprobs.topk(min(top, logprobs.shape[1]))
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        TokenScore(token_id, score, tuple(zip(*row, strict=True)))
+        for token_id, score, row in zip(token_ids, own, rows, strict=True)
+    ]

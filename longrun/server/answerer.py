@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from longrun.engine.sampling import TokenScore, score_tokens
 from longrun.errors import ContextFullError
-from longrun.server.jobs import LENGTH, STOP, Finished, Job, Piece, Progress
+from longrun.server.jobs import LENGTH, STOP, Ask, Finished, Job, Piece, Progress, PromptScores
 from longrun.server.prefix import PrefixMarks
 from longrun.server.reading import StepSizes, read_steps
 from longrun.text.stream import AnswerText
@@ -15,6 +17,8 @@ from longrun.text.stream import AnswerText
 if TYPE_CHECKING:
     from longrun.runtime.runtime import Runtime
     from longrun.session.session import Session
+
+_SCORED_AT_ONCE = 16  # tokens of a prompt: their logits need less memory than the activations of a chunk
 
 
 class Answerer:
@@ -43,8 +47,11 @@ class Answerer:
             Cancelled, StoppedError: see `Job.check`; the session keeps what was read.
             LongrunError: see `Session.prefill` and `Session.generate`.
         """
-        cached = self._read(job)
-        self._write(job, cached)
+        cached = self._score_prompt(job) if job.ask.scores_prompt else self._read(job)
+        if job.ask.max_new_tokens:
+            self._write(job, cached)
+        else:
+            job.emit(Finished(LENGTH, len(job.ask.token_ids), cached, 0))
 
     def forget(self) -> None:
         """Begin with an empty session again, whatever happened to this one."""
@@ -87,29 +94,54 @@ class Answerer:
             read_steps(start, len(ids), places, self._sizes, read)
         return cached
 
+    def _score_prompt(self, job: Job) -> int:
+        """Read the whole prompt a few tokens at a time and emit how likely each of them was; returns 0."""
+        ids, session, began = job.ask.token_ids, self._session, time.perf_counter()
+        self._marks.forget()
+        session.prefill(ids[:1])
+        for start in range(1, len(ids), _SCORED_AT_ONCE):
+            job.check()
+            some = ids[start : start + _SCORED_AT_ONCE]
+            job.emit(PromptScores(tuple(score_tokens(session.score(some), some, job.ask.logprobs or 0))))
+            job.emit(Progress(len(ids), 0, session.seq_len, time.perf_counter() - began))
+        self._marks.take()
+        return 0
+
     def _write(self, job: Job, cached: int) -> None:
-        ask, sampling = job.ask, job.ask.sampling
-        seed = secrets.randbits(63) if ask.seed is None and sampling.temperature > 0 else ask.seed
+        ask, count, reason = job.ask, 0, LENGTH
         text = AnswerText(self._runtime.tokenizer, ask.stop)
-        tokens = self._session.generate(
-            ask.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, sampling.repetition_penalty, seed,
-            min_p=sampling.min_p,
-        )  # fmt: skip
-        count, reason = 0, LENGTH
+        scores: list[TokenScore] = []  # of tokens whose text is not sure yet
         try:
-            for token_id in tokens:
+            for token_id, score in self._tokens(ask):
                 count += 1
                 if token_id in self._runtime.eos_token_ids:
                     reason = STOP
                     break
+                scores += [] if score is None else [score]
                 if piece := text.step(token_id):
-                    job.emit(Piece(piece))
+                    job.emit(Piece(piece, tuple(scores)))
+                    scores = []
                 if text.found is not None:
-                    reason = STOP
+                    reason, scores = STOP, []
                     break
                 job.check()
         except ContextFullError:
             reason = LENGTH
-        if piece := text.flush():
-            job.emit(Piece(piece))
+        piece = text.flush()
+        if piece or scores:
+            job.emit(Piece(piece, tuple(scores)))
         job.emit(Finished(reason, len(ask.token_ids), cached, count))
+
+    def _tokens(self, ask: Ask) -> Iterator[tuple[int, TokenScore | None]]:
+        """The answer's tokens, scored where that was asked for."""
+        sampling = ask.sampling
+        seed = secrets.randbits(63) if ask.seed is None and sampling.temperature > 0 else ask.seed
+        if ask.logprobs is not None:
+            for score in self._session.generate_scored(ask.max_new_tokens, sampling, seed, top=ask.logprobs):
+                yield score.token_id, score
+            return
+        for token_id in self._session.generate(
+            ask.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, sampling.repetition_penalty, seed,
+            min_p=sampling.min_p,
+        ):  # fmt: skip
+            yield token_id, None

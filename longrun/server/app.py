@@ -3,40 +3,93 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
 
+from longrun.errors import LongrunError
 from longrun.server import requests
-from longrun.server.answers import ChatAnswer
+from longrun.server.answers import Answer, ChatAnswer, TextAnswer
+from longrun.server.guard import Guard
 from longrun.server.http import read_body, refusal, streamed_answer, unless_gone, whole_answer
+from longrun.server.jobs import Ask
 from longrun.server.openai_errors import RequestError
 from longrun.server.service import Service
 
-_CLIENT_LEFT = 499  # for logs: nobody reads it
+_CLIENT_LEFT = 499  # for the counts: nobody reads it
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 
-def make_app(service: Service) -> FastAPI:
-    """The application; its worker has been started, or will be before the first request."""
+def make_app(service: Service, key: str | None = None, origins: Sequence[str] = ()) -> ASGIApp:
+    """The application; its worker has been started, or will be before the first request.
+
+    Args:
+        key: what every client must send; None asks for none.
+        origins: web pages that may ask; none by default.
+    """
     app = FastAPI(title="longrun", openapi_url=None, docs_url=None, redoc_url=None)
-    started = int(time.time())
+    routes = Routes(service)
+    for method, path, handler in routes.all():
+        app.add_api_route(path, _guarded(service, path, handler), methods=[method])
 
     async def unknown(request: Request, error: HTTPException) -> Response:
         told = f"there is no {request.method} {request.url.path} here: see docs/server.md for what is served"
         return refusal(RequestError(told, "not_found", status=error.status_code))
 
-    async def failed(request: Request, error: Exception) -> Response:
-        return refusal(error)
-
     app.add_exception_handler(HTTPException, unknown)
-    app.add_exception_handler(Exception, failed)
+    guarded = Guard(app, key)
+    if not origins:
+        return guarded
+    return CORSMiddleware(guarded, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
 
-    @app.get("/health")
-    async def health() -> Response:
-        worker = service.worker
+
+def _guarded(service: Service, path: str, handler: Handler) -> Handler:
+    """The handler's response, or the one that says why there is none; counted."""
+
+    async def respond(request: Request) -> Response:
+        try:
+            response = await handler(request)
+        except ClientDisconnect:
+            response = Response(status_code=_CLIENT_LEFT)
+        except Exception as error:
+            if not isinstance(error, LongrunError):
+                traceback.print_exc()
+            response = refusal(error)
+        service.metrics.responded(path, response.status_code)
+        return response
+
+    return respond
+
+
+class Routes:
+    """What is served, over one service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service, self._started = service, int(time.time())
+
+    def all(self) -> list[tuple[str, str, Handler]]:
+        """(method, path, handler) of each."""
+        return [
+            ("GET", "/health", self.health),
+            ("GET", "/metrics", self.metrics),
+            ("GET", "/v1/models", self.models),
+            ("GET", "/v1/models/{name:path}", self.model),
+            ("POST", "/tokenize", self.tokenize),
+            ("POST", "/v1/chat/completions", self.chat),
+            ("POST", "/v1/completions", self.completion),
+        ]
+
+    async def health(self, request: Request) -> Response:
+        """Whether the worker lives, and how many wait."""
+        service, worker = self._service, self._service.worker
         told = {
             "status": "ok" if worker.is_alive else "failed",
             "model": service.model_name,
@@ -47,40 +100,57 @@ def make_app(service: Service) -> FastAPI:
         }
         return JSONResponse(told, 200 if worker.is_alive else 503)
 
-    @app.get("/v1/models")
-    async def models() -> Response:
-        model = {"id": service.model_name, "object": "model", "created": started, "owned_by": "longrun"}
-        return JSONResponse({"object": "list", "data": [model | {"max_model_len": service.capacity}]})
+    async def metrics(self, request: Request) -> Response:
+        """Counts for Prometheus."""
+        return Response(self._service.metrics.page(), media_type=self._service.metrics.media_type)
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        async def answer() -> Response:
-            service.check_model(name)
-            return JSONResponse({"id": name, "object": "model", "created": started, "owned_by": "longrun"})
+    async def models(self, request: Request) -> Response:
+        """The one model."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
 
-        return await _guarded(answer)
+    async def model(self, request: Request) -> Response:
+        """The one model, by its id."""
+        self._service.check_model(request.path_params["name"])
+        return JSONResponse(self._model())
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        async def answer() -> Response:
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a text or of a chat."""
+        service = self._service
+        with service.admitted():
+            body = requests.read_tokenize(await read_body(request, service.limits))
+            if body.messages is not None:
+                ids = await unless_gone(request, service.chat_ids(body.messages))
+            else:
+                ids = await unless_gone(request, service.text_ids(body.content or "", bool(body.add_special)))
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.capacity})
+
+    async def chat(self, request: Request) -> Response:
+        """An answer to messages."""
+        service = self._service
+        with service.admitted():
             body = requests.read_chat(await read_body(request, service.limits))
             ask = await unless_gone(request, service.chat_ask(body))
-            written = ChatAnswer(service.model_name, body.includes_usage)
-            events = service.start(ask)
-            if body.stream:
-                return streamed_answer(events, written, bool(body.return_progress))
-            return JSONResponse(await unless_gone(request, whole_answer(events, written)))
+        answer = ChatAnswer(service.model_name, service.spelling, body.scored is not None, body.includes_usage)
+        return await self._answered(request, body, ask, answer)
 
-        return await _guarded(answer)
+    async def completion(self, request: Request) -> Response:
+        """A text's continuation."""
+        service = self._service
+        with service.admitted():
+            body = requests.read_text(await read_body(request, service.limits))
+            ask, text = await unless_gone(request, service.text_ask(body))
+        echo = (text, ask.token_ids) if body.echo else (None, ())
+        answer = TextAnswer(service.model_name, service.spelling, body.logprobs is not None, body.includes_usage, *echo)
+        return await self._answered(request, body, ask, answer)
 
-    return app
+    async def _answered(self, request: Request, body: requests.AnswerRequest, ask: Ask, answer: Answer) -> Response:
+        events = self._service.start(ask)
+        if body.stream:
+            return streamed_answer(events, answer, bool(body.return_progress))
+        return JSONResponse(await unless_gone(request, whole_answer(events, answer)))
 
-
-async def _guarded(answer: Callable[[], Awaitable[Response]]) -> Response:
-    """The answer, or the response that says why there is none."""
-    try:
-        return await answer()
-    except ClientDisconnect:
-        return Response(status_code=_CLIENT_LEFT)
-    except Exception as error:
-        return refusal(error)
+    def _model(self) -> dict[str, Any]:
+        name, length = self._service.model_name, self._service.capacity
+        return {
+            "id": name, "object": "model", "created": self._started, "owned_by": "longrun", "max_model_len": length
+        }  # fmt: skip

@@ -7,6 +7,7 @@ says, and 143 after SIGTERM.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _TERMINATED = 143
 _LOOPBACK = "127.0.0.1"
 _DEFAULT_PORT = 8000
+_KEY_VARIABLE = "LONGRUN_API_KEY"
 _BODY_BYTES, _BODY_BYTES_PER_TOKEN = 10**6, 32
 
 
@@ -41,6 +43,7 @@ def server_command(argv: Sequence[str] | None = None) -> int:
         _import_libraries()
     from rich.console import Console
 
+    from longrun.server.guard import check_exposure, checked_key
     from longrun.server.service import Limits
     from longrun.server.serving import Serving, Terminated, listening_socket, terminate_on_sigterm
 
@@ -48,15 +51,17 @@ def server_command(argv: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         console.width = 120
     terminate_on_sigterm()
+    key = checked_key(args.api_key, "--api-key") or checked_key(os.environ.get(_KEY_VARIABLE), _KEY_VARIABLE)
     try:
-        with listening_socket(_LOOPBACK, args.port) as bound:
+        with listening_socket(args.host, args.port) as bound:
+            host, port = bound.getsockname()[:2]
+            check_exposure(host, key, args.cors)
             runtime, name = _load(args, capacity, console)
             body_bytes = args.max_body or _BODY_BYTES + _BODY_BYTES_PER_TOKEN * runtime.plan.capacity
             limits = Limits(args.max_new_tokens, args.time_limit, body_bytes)
-            serving = Serving(runtime, name, limits, args.queue)
-            host, port = bound.getsockname()[:2]
+            serving = Serving(runtime, name, limits, args.queue, key, args.cors)
             console.print(f"serving {name}: Ctrl-C ends it", highlight=False, markup=False)
-            print(f"http://{host}:{port}/v1", flush=True)
+            print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
             serving.run(bound)
     except Terminated:
         console.print("terminated", highlight=False)
@@ -127,6 +132,17 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--port", type=whole(0, 65535), default=_DEFAULT_PORT, metavar="N",
         help=f"default: {_DEFAULT_PORT}; 0 takes a free one",
+    )  # fmt: skip
+    serve.add_argument(
+        "--host", default=_LOOPBACK, metavar="ADDRESS", help=f"default: {_LOOPBACK}; any other needs a key"
+    )
+    serve.add_argument(
+        "--api-key", metavar="KEY",
+        help=f"what clients must send (default: {_KEY_VARIABLE} of the environment, which other users do not see)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--cors", action="append", default=[], metavar="ORIGIN",
+        help="web page that may ask, like http://localhost:3000; repeatable (default: none)",
     )  # fmt: skip
     serve.add_argument("--name", metavar="ID", help="id of the model (default: the name of its folder or file)")
     limits = parser.add_argument_group("limits")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import anyio
@@ -13,8 +14,9 @@ from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect
 
-from longrun.server.answers import ChatAnswer
-from longrun.server.jobs import Finished, Piece, Progress
+from longrun.engine.sampling import TokenScore
+from longrun.server.answers import Answer
+from longrun.server.jobs import Finished, Piece, Progress, PromptScores
 from longrun.server.openai_errors import RequestError, error_of
 from longrun.server.service import Events, Limits
 
@@ -83,22 +85,25 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def whole_answer(events: Events, answer: ChatAnswer) -> dict[str, Any]:
+async def whole_answer(events: Events, answer: Answer) -> dict[str, Any]:
     """The answer as one object.
 
     Raises:
         Exception: what the job failed with.
     """
     pieces: list[Piece] = []
+    prompt_scores: list[TokenScore] = []
     async for event in events:
         if isinstance(event, Piece):
             pieces.append(event)
+        elif isinstance(event, PromptScores):
+            prompt_scores += event.scores
         elif isinstance(event, Finished):
-            return answer.whole(pieces, event)
+            return answer.whole(prompt_scores, pieces, event)
     raise AssertionError("a job's events end with Finished")
 
 
-def streamed_answer(events: Events, answer: ChatAnswer, progress: bool) -> EventSourceResponse:
+def streamed_answer(events: Events, answer: Answer, progress: bool) -> EventSourceResponse:
     """The answer as server-sent events, with comments while there is nothing to say.
 
     Args:
@@ -109,27 +114,44 @@ def streamed_answer(events: Events, answer: ChatAnswer, progress: bool) -> Event
         events.cancel()
 
     return EventSourceResponse(
-        _chunks(events, answer, progress), ping=PING_SECONDS, sep="\n", client_close_handler_callable=left,
+        _as_sent(_chunks(events, answer, progress)), ping=PING_SECONDS, sep="\n", client_close_handler_callable=left,
         shutdown_event=anyio.Event(), shutdown_grace_period=_FAREWELL_SECONDS,
     )  # fmt: skip
 
 
-async def _chunks(events: Events, answer: ChatAnswer, progress: bool) -> AsyncIterator[ServerSentEvent]:
+async def _chunks(events: Events, answer: Answer, progress: bool) -> AsyncIterator[dict[str, Any]]:
+    """The stream's chunks; the first ones come at once, or when the prompt has been scored."""
+    prompt_scores: list[TokenScore] = []
+    begun = not events.ask.scores_prompt
+    if begun:
+        for chunk in answer.first([]):
+            yield chunk
+    async for event in events:
+        if isinstance(event, PromptScores):
+            prompt_scores += event.scores
+        elif isinstance(event, Progress):
+            if progress:
+                yield answer.progress(event)
+            continue
+        elif not begun:
+            begun = True
+            for chunk in answer.first(prompt_scores):
+                yield chunk
+        if isinstance(event, Piece):
+            yield answer.piece(event)
+        elif isinstance(event, Finished):
+            for chunk in answer.last(event):
+                yield chunk
+
+
+async def _as_sent(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[ServerSentEvent]:
+    """Chunks as events; the error that ends them is one, too."""
     try:
-        for chunk in answer.first():
-            yield _event(chunk)
-        async for event in events:
-            if isinstance(event, Piece):
-                yield _event(answer.piece(event))
-            elif isinstance(event, Finished):
-                for chunk in answer.last(event):
-                    yield _event(chunk)
-            elif isinstance(event, Progress) and progress:
-                yield _event(answer.progress(event))
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield _event(chunk)
     except Exception as error:
         yield _event(error_of(error)[1])
-    finally:
-        events.cancel()
     yield ServerSentEvent(data="[DONE]", sep="\n")
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from longrun.engine.sampling import SamplingParams
+from longrun.engine.sampling import SamplingParams, TokenScore
 from longrun.errors import LongrunError
 
 STOP, LENGTH = "stop", "length"
@@ -20,8 +20,10 @@ class Ask:
 
     Attributes:
         token_ids: of the prompt, at least one.
-        max_new_tokens: at most so many; with the prompt they fit into the session.
+        max_new_tokens: at most so many, also none; with the prompt they fit into the session.
         sampling, seed, stop: as in `Runtime.stream`; draws without a seed get one of their own.
+        logprobs: score every token of the answer and name so many of the likeliest in its place; None does not.
+        scores_prompt: score the prompt's tokens as well, all of which are read then.
     """
 
     token_ids: list[int]
@@ -29,6 +31,8 @@ class Ask:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    scores_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Piece:
-    """More of the answer's text."""
+    """More of the answer's text, and the scores of tokens that it came from."""
 
     text: str
+    scores: tuple[TokenScore, ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Scores of the prompt's next tokens; its first one has none."""
+
+    scores: tuple[TokenScore, ...]
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class Failed:
     error: Exception
 
 
-Event = Progress | Piece | Finished | Failed
+Event = Progress | PromptScores | Piece | Finished | Failed
 
 
 class Cancelled(Exception):

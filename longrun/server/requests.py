@@ -14,9 +14,9 @@ from longrun.errors import InputError, quoted
 from longrun.server.openai_errors import RequestError, refused_fields
 from longrun.text.stream import StopStrings
 
-MAX_STOPS = 16
+MAX_STOPS, MAX_LOGPROBS = 16, 20
 
-Kind = TypeVar("Kind", bound="_Answer")
+Kind = TypeVar("Kind", bound="AnswerRequest")
 
 # Fields of OpenAI's API and the values of them that ask for nothing; what they would ask for is not served.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -35,6 +35,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
     "suffix": ("",),
+    "audio": (),
+    "web_search_options": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
 }
 # They only say who asks, for accounts that longrun does not keep.
 _LABELS = frozenset({"user", "safety_identifier", "prompt_cache_key", "metadata"})
@@ -50,7 +55,7 @@ class StreamOptions(_Strict):
     include_usage: bool | None = None
 
 
-class _Answer(_Strict):
+class AnswerRequest(_Strict):
     """What both kinds of request have in common; None is as if a field were not there."""
 
     model: str | None = None
@@ -134,11 +139,13 @@ class Message(_Strict):
         return role, self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
 
-class ChatRequest(_Answer):
+class ChatRequest(AnswerRequest):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
     def new_tokens(self) -> int | None:
@@ -156,11 +163,71 @@ class ChatRequest(_Answer):
             )  # fmt: skip
         if self.max_tokens == 0:
             raise RequestError("max_tokens 0 is too small: it must be at least 1", "invalid_value", "max_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs need logprobs: true", "invalid_value", "top_logprobs")
+
+    @property
+    def scored(self) -> int | None:
+        """How many of the likeliest tokens are named in every place; None where nothing is scored."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TextRequest(AnswerRequest):
+    """Body of /v1/completions; a list of one prompt is that prompt."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def text_or_ids(self) -> str | list[int]:
+        """Raises RequestError: several prompts, or none."""
+        prompt = self.prompt
+        if isinstance(prompt, list) and (not prompt or not isinstance(prompt[0], int)):
+            if len(prompt) != 1:
+                raise RequestError(
+                    f"{len(prompt):,} prompts are not served in one request: send one", "unsupported_value", "prompt"
+                )
+            prompt = prompt[0]
+        if not prompt:
+            raise RequestError("the prompt is empty: send at least one character", "invalid_value", "prompt")
+        return prompt
+
+
+class TokenizeRequest(_Strict):
+    """Body of /tokenize: a text, or the messages of a chat."""
+
+    content: str | None = None
+    add_special: bool | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeRequest:
+        if (self.content is None) == (self.messages is None):
+            raise ValueError("send content, a text, or messages")
+        if self.messages is not None and self.add_special is not None:
+            raise ValueError("add_special goes with content: a chat's template says what stands around messages")
+        return self
 
 
 def read_chat(body: bytes) -> ChatRequest:
     """Raises RequestError: not JSON, a field that is not served, or a wrong value."""
     return _read(ChatRequest, body)
+
+
+def read_text(body: bytes) -> TextRequest:
+    """Raises RequestError: as `read_chat`."""
+    request = _read(TextRequest, body)
+    request.text_or_ids  # noqa: B018  its errors belong to the body
+    return request
+
+
+def read_tokenize(body: bytes) -> TokenizeRequest:
+    """Raises RequestError: as `read_chat`."""
+    try:
+        return TokenizeRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise refused_fields(error) from None
 
 
 def _read(kind: type[Kind], body: bytes) -> Kind:
@@ -196,9 +263,8 @@ def _without_neutral(fields: dict[str, Any]) -> dict[str, Any]:
         if name not in _NEUTRAL:
             left[name] = value
         elif not _is_one_of(value, _NEUTRAL[name]):
-            raise RequestError(
-                f"{name} is served as {_listed(_NEUTRAL[name])} only: leave it out", "unsupported_value", name
-            )
+            only = f" but as {_listed(_NEUTRAL[name])}" if _NEUTRAL[name] else ""
+            raise RequestError(f"{name} is not served{only}: leave it out", "unsupported_value", name)
     return left
 
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from longrun.errors import quoted
-from longrun.server.jobs import Ask, Event, Failed, Finished, Job
+from longrun.server.jobs import Ask, Event, Failed, Finished, Job, Piece
+from longrun.server.metrics import Metrics
 from longrun.server.openai_errors import RequestError
-from longrun.server.requests import ChatRequest
+from longrun.server.requests import ChatRequest, Message, TextRequest
+from longrun.server.worker import QueueFullError, Worker
 from longrun.text.chat_prompt import ChatPrompts
 from longrun.text.chat_template import has_template
+from longrun.text.spelling import TokenSpelling
 from longrun.units import format_tokens
 
 if TYPE_CHECKING:
     from longrun.runtime.runtime import Runtime
-    from longrun.server.worker import Worker
 
 Result = TypeVar("Result")
+
+_DEFAULT_COMPLETION = 16  # tokens of a completion whose request does not say how many, as OpenAI's API has it
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,10 @@ class Events:
         QueueFullError, StoppedError: it was not taken.
     """
 
-    def __init__(self, worker: Worker, ask: Ask, seconds: float) -> None:
+    def __init__(self, worker: Worker, ask: Ask, seconds: float, metrics: Metrics) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self.ask, self._metrics = ask, metrics
         self._job = Job(ask, self._emit, seconds)
         worker.submit(self._job)
 
@@ -68,16 +75,20 @@ class Events:
         Raises:
             Exception: what the job failed with.
         """
+        began, finished, silent = time.perf_counter(), None, True
         try:
-            while True:
+            while finished is None:
                 event = await self._queue.get()
                 if isinstance(event, Failed):
                     raise event.error
+                if isinstance(event, Piece) and silent:
+                    silent = False
+                    self._metrics.first_text(time.perf_counter() - began)
+                finished = event if isinstance(event, Finished) else None
                 yield event
-                if isinstance(event, Finished):
-                    return
         finally:
             self.cancel()
+            self._metrics.ended(finished)
 
 
 class Service:
@@ -92,10 +103,29 @@ class Service:
         assert runtime.tokenizer is not None
         self.worker, self.model_name, self.limits = worker, model_name, limits
         self.capacity = runtime.plan.capacity
+        self.metrics = Metrics(worker, self.capacity)
         self._runtime = runtime
+        self.spelling = TokenSpelling(runtime.tokenizer)
+        self._tokenizer = runtime.tokenizer
+        self._preparing = 0
         self._prompts = ChatPrompts(runtime.tokenizer) if has_template(runtime.tokenizer) else None
         # Tokenizing a long text takes seconds: beside the event loop, one text at a time.
         self._tokenizing = ThreadPoolExecutor(1, "longrun-tokenizer")
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A request is read and made ready within this block, which holds its body in memory.
+
+        Raises:
+            QueueFullError: as many as may wait are here already.
+        """
+        if self._preparing >= self.worker.most_waiting:
+            raise QueueFullError(f"{self._preparing:,} requests are being made ready: ask again later")
+        self._preparing += 1
+        try:
+            yield
+        finally:
+            self._preparing -= 1
 
     async def chat_ask(self, request: ChatRequest) -> Ask:
         """What a chat completion asks of the worker.
@@ -104,11 +134,49 @@ class Service:
             RequestError: another model, messages that the template refuses, or too many tokens.
         """
         self.check_model(request.model)
+        ids = await self.chat_ids(request.messages)
+        room = self._room(len(ids), request.new_tokens, "messages")
+        return Ask(ids, room, request.sampling, request.seed, request.stops, request.scored)
+
+    async def text_ask(self, request: TextRequest) -> tuple[Ask, str]:
+        """What a completion asks of the worker, and the text that it begins with.
+
+        Raises:
+            RequestError: another model, token ids that are none, or too many tokens.
+        """
+        self.check_model(request.model)
+        given = request.text_or_ids
+        if isinstance(given, str):
+            ids, text = await self.text_ids(given, True), given
+        else:
+            vocab_size = self._runtime.config.vocab_size
+            wrong = next((token_id for token_id in given if not 0 <= token_id < vocab_size), None)
+            if wrong is not None:
+                raise RequestError(
+                    f"token id {quoted(wrong)} is outside the model's vocabulary of {vocab_size:,}",
+                    "invalid_value", "prompt",
+                )  # fmt: skip
+            ids, text = given, self._tokenizer.decode(given, clean_up_tokenization_spaces=False)
+        scores_prompt = bool(request.echo) and request.logprobs is not None
+        asked = _DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens
+        room = self._room(len(ids), asked, "prompt")
+        ask = Ask(ids, room, request.sampling, request.seed, request.stops, request.logprobs, scores_prompt)
+        return ask, text
+
+    async def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a chat, up to where the answer begins.
+
+        Raises:
+            RequestError: the model has no chat template, or it refuses the messages.
+        """
         if self._prompts is None:
             raise RequestError("this model has no chat template: send a text to /v1/completions", "no_chat_template")
-        pairs = [message.pair for message in request.messages]
-        ids = await self._tokenized(lambda prompts=self._prompts: prompts.ids(pairs))
-        return Ask(ids, self._room(len(ids), request.new_tokens), request.sampling, request.seed, request.stops)
+        pairs = [message.pair for message in messages]
+        return await self._tokenized(lambda prompts=self._prompts: prompts.ids(pairs))
+
+    async def text_ids(self, text: str, begins: bool) -> list[int]:
+        """Tokens of a text; where it `begins` the sequence with what the tokenizer puts there."""
+        return await self._tokenized(lambda: self._runtime.encode(text, begins))
 
     def check_model(self, name: str | None) -> None:
         """Raises RequestError: there is no such model here."""
@@ -123,7 +191,7 @@ class Service:
         Raises:
             QueueFullError, StoppedError: it was not taken.
         """
-        return Events(self.worker, ask, self.limits.request_seconds)
+        return Events(self.worker, ask, self.limits.request_seconds, self.metrics)
 
     def close(self) -> None:
         """Tokenize no more."""
@@ -132,7 +200,7 @@ class Service:
     async def _tokenized(self, make: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, make)
 
-    def _room(self, prompt_tokens: int, asked: int | None) -> int:
+    def _room(self, prompt_tokens: int, asked: int | None, field: str) -> int:
         """Tokens that the answer may have.
 
         Raises:
@@ -145,6 +213,6 @@ class Service:
                 f"the {prompt_tokens:,} tokens of the prompt{answer} exceed the context of "
                 f"{format_tokens(self.capacity)} tokens: send a shorter text, or start the server with a larger --ctx",
                 "context_length_exceeded",
-                "messages",
+                field,
             )
         return min(left, self.limits.max_new_tokens) if asked is None else asked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -72,17 +72,21 @@ class Serving:
         runtime: a model with a tokenizer.
         model_name: the id under which it is served.
         most_waiting: requests that may wait while one is answered.
+        key, origins: see `make_app`.
 
     Raises:
         PlanError: there is no memory for the session.
     """
 
-    def __init__(self, runtime: Runtime, model_name: str, limits: Limits, most_waiting: int) -> None:
+    def __init__(
+        self, runtime: Runtime, model_name: str, limits: Limits, most_waiting: int, key: str | None = None,
+        origins: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.worker = Worker(runtime, most_waiting)
         self.service = Service(runtime, self.worker, model_name, limits)
         config = uvicorn.Config(
-            make_app(self.service), log_level="warning", access_log=False, lifespan="off", http="h11", ws="none",
-            loop="asyncio", timeout_keep_alive=30, server_header=False,
+            make_app(self.service, key, origins), log_level="warning", access_log=False, lifespan="off", http="h11",
+            ws="none", loop="asyncio", timeout_keep_alive=30, server_header=False,
         )  # fmt: skip
         self._server = _Server(config, self.worker.close)
         self.worker.start()

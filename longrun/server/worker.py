@@ -30,7 +30,7 @@ class Worker:
     """
 
     def __init__(self, runtime: Runtime, most_waiting: int) -> None:
-        self._runtime, self._most_waiting = runtime, most_waiting
+        self._runtime, self.most_waiting = runtime, most_waiting
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
@@ -62,7 +62,7 @@ class Worker:
             if self._closed:
                 raise StoppedError(_LEAVING)
             self._waiting = deque(other for other in self._waiting if not other.is_cancelled)
-            if len(self._waiting) >= self._most_waiting:
+            if len(self._waiting) >= self.most_waiting:
                 raise QueueFullError(
                     f"{len(self._waiting):,} requests wait already, which is the most that may: ask again later, or "
                     f"start the server with a larger --queue"

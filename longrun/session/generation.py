@@ -6,28 +6,42 @@ from collections.abc import Container, Iterator
 
 from torch import Tensor
 
-from longrun.engine.sampling import SamplingParams, sample, seen_tokens
+from longrun.engine.sampling import SamplingParams, TokenScore, sample, score_tokens, seen_tokens
 from longrun.interrupts import deferred_signals
 from longrun.session.sequence import TokenSequence
 
 
 def generate(
-    sequence: TokenSequence, max_new_tokens: int, params: SamplingParams, end_token_ids: Container[int]
+    sequence: TokenSequence,
+    max_new_tokens: int,
+    params: SamplingParams,
+    end_token_ids: Container[int],
+    ahead: bool = True,
 ) -> Iterator[int]:
     """Continue the sequence; see `Session.generate`.
 
     Args:
         max_new_tokens: at least 1.
         end_token_ids: the first of these is yielded last.
+        ahead: a GPU may begin with the next token before this one is used; the logits are the next one's then.
     """
     seen = None
     if params.repetition_penalty != 1:
         seen = seen_tokens(sequence.id_tensor(), sequence.engine.decoder.config.vocab_size, sequence.cache.device)
     for left in range(max_new_tokens, 0, -1):
-        token_id = _next_token(sequence, params, seen, more=left > 1)
+        token_id = _next_token(sequence, params, seen, more=ahead and left > 1)
         yield token_id
         if token_id in end_token_ids:
             return
+
+
+def generate_scored(
+    sequence: TokenSequence, max_new_tokens: int, params: SamplingParams, end_token_ids: Container[int], top: int
+) -> Iterator[TokenScore]:
+    """`generate`, with how likely each token was and the `top` likeliest ones in its place."""
+    for token_id in generate(sequence, max_new_tokens, params, end_token_ids, ahead=False):
+        assert sequence.logits is not None
+        yield score_tokens(sequence.logits[None], [token_id], top)[0]
 
 
 def _next_token(sequence: TokenSequence, params: SamplingParams, seen: Tensor | None, more: bool) -> int:
@@ -38,7 +52,7 @@ def _next_token(sequence: TokenSequence, params: SamplingParams, seen: Tensor | 
 
     Args:
         seen: bool [vocab_size] of the tokens so far, kept up to date here; None without a repetition penalty.
-        more: whether another token will be asked for.
+        more: another token will be asked for, and its step may begin before this one is used.
     """
     greedy = params.temperature == 0 and params.repetition_penalty == 1
     while True:

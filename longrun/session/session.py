@@ -12,12 +12,12 @@ from torch import Tensor
 from longrun.arguments import MAX_SEED, callback, flag, integer
 from longrun.cache.dual import DualCache
 from longrun.engine.engine import Engine
-from longrun.engine.sampling import SamplingParams
+from longrun.engine.sampling import SamplingParams, TokenScore
 from longrun.engine.token_ids import token_id_tensor
 from longrun.errors import InputError, logits_not_finite
 from longrun.interrupts import deferred_signals
 from longrun.plan.plan import Plan
-from longrun.session.generation import generate
+from longrun.session.generation import generate, generate_scored
 from longrun.session.keeper import SessionKeeper
 from longrun.session.marks import SessionMark, SessionMarks
 from longrun.session.sequence import TokenSequence
@@ -161,6 +161,22 @@ class Session:
             ContextFullError: the capacity is used up; every token yielded so far is part of the session.
         """
         params = SamplingParams(temperature, top_k, top_p, repetition_penalty, min_p)
+        count, ends = self._ready_to_generate(max_new_tokens, seed, eos)
+        return generate(self._sequence, count, params, ends)
+
+    def generate_scored(
+        self, max_new_tokens: int, params: SamplingParams, seed: int | None = None, eos: bool = True, top: int = 0
+    ) -> Iterator[TokenScore]:
+        """`generate`, with every token's log-probability and the `top` likeliest tokens in its place.
+
+        Raises:
+            As `generate`.
+        """
+        count, ends = self._ready_to_generate(max_new_tokens, seed, eos)
+        return generate_scored(self._sequence, count, params, ends, integer(top, "top", 0, self.vocab_size))
+
+    def _ready_to_generate(self, max_new_tokens: int, seed: int | None, eos: bool) -> tuple[int, frozenset[int]]:
+        """Check what `generate` is called with and begin at the seed; returns how many tokens, and what ends them."""
         max_new_tokens = integer(max_new_tokens, "max_new_tokens", 1)
         seed = None if seed is None else integer(seed, "seed", 0, MAX_SEED)
         flag(eos, "eos")
@@ -168,7 +184,7 @@ class Session:
             raise InputError("there is nothing to continue: prefill at least one token before generating")
         if seed is not None:
             self._sequence.generator.manual_seed(seed)
-        return generate(self._sequence, max_new_tokens, params, self._eos if eos else frozenset())
+        return max_new_tokens, self._eos if eos else frozenset()
 
     def mark(self) -> SessionMark:
         """Remember this point. Costs a copy of tails and rings, on the cache's own device for the first marks alive.
