@@ -197,6 +197,9 @@ def test_questions_follow_the_chat_template_and_rules_stand_in_the_system_prompt
     assert whole.endswith(f"\n\n{asked.text}<|im_end|>\n<|im_start|>assistant\n{asked.expected}")
     said = tokenizer.decode(rules.token_ids)
     assert said.startswith("<|im_start|>system\nYou answer questions in a few words.")
+    before = tokenizer.decode(rules.token_ids[: rules.opening])
+    assert before.startswith("<|im_start|>system\n") and before.endswith("<|im_end|>\n<|im_start|>user\n")
+    assert tokenizer.decode(rules.token_ids[rules.opening :]).startswith("Here are the files")
     assert [question.kind for question in rules.questions] and len(rules.questions) == NUM_RULES
     for question in rules.questions:
         assert f"Rule {question.text[-2]}: " in said and question.is_right(question.expected)

@@ -102,9 +102,28 @@ def test_bytes_are_the_plans(runtimes, folder):
     assert runtimes.get(Row("bytes", str(folder / "map"), kv_bytes="1%"), LENGTH) is None
 
 
+@pytest.mark.parametrize("size", [{"kv_share": 0.4}, {"kv_share": 0.4, "recent_size": 32}, {"kv_bytes": "60%"}, {}])
+def test_rows_pay_for_the_first_tokens_that_they_keep(runtimes, folder, size):
+    most = runtimes.get(Row("full"), LENGTH).plan.cache.kv_bytes
+    for keep in (200, "system"):
+        row = Row("kept", str(folder / "map"), keep=keep, **size)
+        runtime = runtimes.get(row, LENGTH, system_size=200)
+        assert runtime.split.sink_size == 200 and row.by_length == (keep == "system" or bool(size))
+        if "kv_share" in size:
+            assert 0.4 - 1 / 9 < split_tokens(runtime.split, LENGTH) / (9 * LENGTH) <= 0.4
+        elif size:
+            assert runtime.plan.cache.kv_bytes <= 0.6 * most
+    assert runtimes.get(REFERENCE_ROW).split.is_full
+    assert "keep" not in REFERENCE_ROW.to_dict() and row.to_dict()["keep"] == "system"
+    assert ", keep system" in row.method
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
+        ({"keep": 100}, "head_map full keeps everything: leave keep out"),
+        ({"head_map": "m", "keep": 0}, "neither system nor a number above 0"),
+        ({"head_map": "m", "keep": "much"}, "neither system nor a number above 0"),
         ({"head_map": "m", "kv_share": 0.5, "retrieval_ratio": 0.5}, "retrieval_ratio and kv_share both say"),
         ({"head_map": "m", "kv_share": 1.5}, "kv_share 1.5 must be above 0"),
         ({"kv_share": 0.5}, "head_map full keeps everything"),

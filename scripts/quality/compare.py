@@ -28,7 +28,8 @@ from longrun.lab.quality.measure_answers import measure_asked
 from longrun.lab.quality.measures import SPARE_TOKENS, Opened, ReferenceLogits, measure_retrieval, measure_text
 from longrun.lab.quality.report import write_report
 from longrun.lab.quality.results import QualityResults
-from longrun.lab.quality.settings import REFERENCE, REFERENCE_ROW, Row, read_rows, with_maps
+from longrun.lab.quality.rules import RULES_TASK
+from longrun.lab.quality.settings import REFERENCE, REFERENCE_ROW, SYSTEM, Row, read_rows, with_maps
 from longrun.lab.quality.summary import sentences
 from longrun.lab.quality.tasks import TaskDocument, held_out_text, retrieval_documents, text_documents
 from longrun.lab.quality.texts import CHAT_TEXT, CODE_TEXT, TEXT_TASKS, chat_texts, code_texts
@@ -110,7 +111,8 @@ class Comparison:
                 settings["score_tokens"], self._reference.of(group), row.name == REFERENCE, on_document, group,
             )  # fmt: skip
         elif group in ASKED:
-            asked, alone = self._asked_documents(runtime, length, group), group == "code" and row.name == REFERENCE
+            asked = self._asked_documents(runtime.tokenizer, length, group)
+            alone = group == "code" and row.name == REFERENCE
             found = measure_asked(runtime, row, self._session(runtime, row, length), asked, on_document, alone)
         else:
             documents = self._retrieval_documents(runtime, length, group)
@@ -145,7 +147,7 @@ class Comparison:
         if self._loaded is None or self._loaded[:2] != (key, where):
             self._loaded = self._opened = None
             release_memory()
-            runtime = self._runtimes.get(row, length)
+            runtime = self._runtimes.get(row, length, self._system_size(length) if row.keep == SYSTEM else 0)
             if runtime is None:
                 return None
             if runtime.tokenizer is None:
@@ -159,6 +161,11 @@ class Comparison:
         self._results.describe(row.name, describe(row, runtime, plan))
         return runtime
 
+    def _system_size(self, length: int) -> int:
+        """Tokens of the longest system prompt that rules are asked for with at this length."""
+        asked = self._asked_documents(self._runtimes.tokenizer(), length, RULES_TASK)
+        return max(document.opening for document in asked)
+
     def _retrieval_documents(self, runtime: Runtime, length: int, group: str) -> list[TaskDocument]:
         """The same for every row, so they are made once: a tokenizer takes about a second for 128K tokens."""
         settings, key = self._settings, (length, group)
@@ -171,12 +178,12 @@ class Comparison:
             )  # fmt: skip
         return self._documents[key]
 
-    def _asked_documents(self, runtime: Runtime, length: int, group: str) -> list[AskedDocument]:
+    def _asked_documents(self, tokenizer: PreTrainedTokenizerBase, length: int, group: str) -> list[AskedDocument]:
         """The same for every row, made once."""
         settings, key = self._settings, (length, group)
         if key not in self._asked:
             if self._code is None:
-                self._code = CodeDocuments(runtime.tokenizer, standard_library())
+                self._code = CodeDocuments(tokenizer, standard_library())
             write = self._code.code if group == "code" else self._code.rules
             self._asked[key] = list(write(length, settings["items"], settings["seed"]))
         return self._asked[key]

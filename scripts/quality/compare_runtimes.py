@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +18,8 @@ import longrun
 from longrun.config.model_config import ModelConfig
 from longrun.errors import HeadMapError, InputError
 from longrun.lab.quality.measures import SPARE_TOKENS
-from longrun.lab.quality.settings import Row
+from longrun.lab.quality.settings import REFERENCE_ROW, SYSTEM, Row
+from longrun.lab.quality.shares import with_sinks
 from longrun.patterns.head_map import HeadMap
 from longrun.plan.budget import Budget
 from longrun.plan.placement import DEFAULT_WEIGHT_FORMAT
@@ -27,6 +29,9 @@ from longrun.quant.weight_format import is_quantized
 from longrun.runtime import gpu_checks
 from longrun.runtime.head_map_check import other_model_notices
 from longrun.runtime.runtime import Runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _FULL = "full"
 
@@ -47,7 +52,7 @@ def comparison_budget(name: str | None, device: str | None, chunk_size: int | No
     if device == "cuda":
         gpu_checks.check_gpu()
     budget = Budget.load(name or gpu_checks.default_budget(device)).override(chunk_size=chunk_size)
-    budget = replace(budget, retrieval_ratio=None, sink_size=None, recent_size=None)
+    budget = replace(budget, retrieval_ratio=None, sink_size=None, recent_size=None, keep=None)
     return budget if name else replace(budget, weight_format=None)
 
 
@@ -94,11 +99,23 @@ class Runtimes:
                 raise HeadMapError(f"row {row.name}: kv_bytes need reach losses, which {row.head_map} does not have")
             choose_split(self._config, self._budget, head_map, row.retrieval_ratio)
 
-    def get(self, row: Row, length: int | None = None) -> Runtime | None:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's.
+
+        Raises:
+            InputError: it has none.
+        """
+        base = self._base(REFERENCE_ROW, self._weights(REFERENCE_ROW))
+        if base.tokenizer is None:
+            raise InputError(f"model folder {self._folder} has no tokenizer: questions are text, add its files")
+        return base.tokenizer
+
+    def get(self, row: Row, length: int | None = None, system_size: int = 0) -> Runtime | None:
         """A runtime with the row's head split, page format and weights.
 
         Args:
             length: the tested length, which a row that is `by_length` needs.
+            system_size: what its keep "system" means at this length, in tokens.
 
         Returns:
             None where the row's share or bytes do not even hold the windows at this length.
@@ -109,32 +126,37 @@ class Runtimes:
         config = self._config
         if row.by_length:
             assert length is not None
-            return self._at_length(row, length)
+            return self._at_length(row, length, system_size if row.keep == SYSTEM else int(row.keep or 0))
         head_map = row.make_map(config.num_layers, config.num_kv_heads)
-        weights = row.weights or self._budget.weight_format or DEFAULT_WEIGHT_FORMAT[self._device]
+        weights = self._weights(row)
         if is_quantized(weights):
             return self._load(row, head_map, row.retrieval_ratio)
         return self._base(row, weights).derive(
-            head_map, row.stored_kv, row.chunk_size, ctx=self._capacity, retrieval_ratio=row.retrieval_ratio
-        )
+            head_map, row.stored_kv, row.chunk_size, ctx=self._capacity, retrieval_ratio=row.retrieval_ratio,
+            keep=row.keep,
+        )  # fmt: skip
+
+    def _weights(self, row: Row) -> str:
+        """The format of a row's weights."""
+        return row.weights or self._budget.weight_format or DEFAULT_WEIGHT_FORMAT[self._device]
 
     def _base(self, row: Row, weights: str) -> Runtime:
         """Full attention over weights of this format, read once."""
         if weights not in self._bases:
-            self._bases[weights] = self._load(replace(row, chunk_size=None), _FULL, None)
+            self._bases[weights] = self._load(replace(row, chunk_size=None, keep=None), _FULL, None)
         return self._bases[weights]
 
-    def _at_length(self, row: Row, length: int) -> Runtime | None:
-        """The runtime of a row whose heads keep other tokens at every length."""
-        weights = row.weights or self._budget.weight_format or DEFAULT_WEIGHT_FORMAT[self._device]
+    def _at_length(self, row: Row, length: int, keep: int) -> Runtime | None:
+        """The runtime of a row whose heads keep other tokens at every length, none of them the first `keep`."""
+        weights = self._weights(row)
         if is_quantized(weights):
             raise InputError(
-                f"row {row.name}: kv_share and kv_bytes put heads into another order at every length, which {weights} "
-                f"weights do not allow: use bf16 or fp32"
+                f"row {row.name}: kv_share, kv_bytes and keep system are runtimes of their own at every length over "
+                f"weights that are read once, which {weights} weights do not allow: use bf16 or fp32"
             )
         config, base, capacity = self._config, self._base(row, weights), length + SPARE_TOKENS
         if row.kv_share is not None:
-            split = row.split_at(config.num_layers, config.num_kv_heads, length)
+            split = row.split_at(config.num_layers, config.num_kv_heads, length, keep)
             if split is None:
                 return None
             made = base.derive(split, row.stored_kv, row.chunk_size, ctx=capacity)
@@ -143,16 +165,22 @@ class Runtimes:
             adapter = None if self._adapter is None else Path(self._adapter)
             made.notices += other_model_notices(head_map, made.identity.model, made.model_dir, adapter)
             return made
+        if row.kv_bytes is None:
+            head_map = row.make_map(config.num_layers, config.num_kv_heads)
+            return base.derive(
+                head_map, row.stored_kv, row.chunk_size, ctx=capacity, retrieval_ratio=row.retrieval_ratio, keep=keep
+            )
         full = base.derive(_FULL, row.stored_kv, row.chunk_size, ctx=capacity)
-        size, losses = row.bytes_at(full.plan.cache.kv_bytes), HeadMap.load(row.head_map).reach_losses
+        size, losses = row.bytes_at(full.plan.cache.kv_bytes), with_sinks(HeadMap.load(row.head_map), keep).reach_losses
         assert losses is not None, "checked before anything is measured"
         one = reach_bytes(losses, full.plan.cache.page_format, capacity)(losses.reaches[0])
         if size < one * config.num_layers * config.num_kv_heads:
             return None
-        return base.derive(row.head_map, row.stored_kv, row.chunk_size, ctx=capacity, kv_bytes=size)
+        return base.derive(row.head_map, row.stored_kv, row.chunk_size, ctx=capacity, kv_bytes=size, keep=keep)
 
     def _load(self, row: Row, head_map: HeadMap | str, ratio: float | None) -> Runtime:
         return longrun.load(
             self._folder, self._budget.override(chunk_size=row.chunk_size), head_map, row.stored_kv, row.weights,
             self._device, ctx=self._capacity, adapter=self._adapter, yarn=self._yarn, retrieval_ratio=ratio,
+            keep=row.keep,
         )  # fmt: skip

@@ -75,11 +75,16 @@ class AskedQuestion:
 
 @dataclass(frozen=True)
 class AskedDocument:
-    """A document, read once, and its questions; names as in `tasks.TaskDocument`."""
+    """A document, read once, and its questions; names as in `tasks.TaskDocument`.
+
+    Attributes:
+        opening: tokens before the document's own text: of a task with a system prompt, that prompt.
+    """
 
     name: str
     token_ids: list[int]
     questions: tuple[AskedQuestion, ...]
+    opening: int = 0
 
 
 class CodeDocuments:
@@ -149,7 +154,8 @@ class CodeDocuments:
             whole = "".join(f"# file: {file.name}\n{file.text}\n\n" for file in files)
             text = self._filled(chat, intro, whole, filler, length - _longest(questions))
             ids = chat.opening_ids(None, False) + chat.text_ids([text], True, True, False)[0]
-            yield AskedDocument(f"rules/{number}", ids, questions)
+            before = chat.tail_ids(True) if templated else self._encoder.ids(system)
+            yield AskedDocument(f"rules/{number}", ids, questions, len(chat.opening_ids(None, False)) + len(before))
 
     def _draw(self, rng: random.Random, room: int) -> tuple[list[SourceFile], SourceFile]:
         """Different files that fill the room, and one more to fill with what is left of it. None takes more than a

@@ -22,6 +22,7 @@ from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.units import parse_bytes
 
 REFERENCE = "reference"
+SYSTEM = "system"  # a row's keep, see `Row`
 _METHODS = (TOVA, *RULE_NAMES)
 _EVICTION = re.compile(rf"({'|'.join(_METHODS)}):(\d+(?:\.\d+)?)(%?)(@document)?".replace("SEED", r"\d{1,9}"))
 
@@ -66,6 +67,8 @@ class Row:
             windows, as random and inverted maps do; streaming gives one window to all heads.
         kv_bytes: instead of a ratio, what `longrun.load` takes, which gives reaches: a size like "400MB", or like "25%"
             that share of the bytes planned for full attention in the same page format at each tested length.
+        keep: first tokens that no head drops, or "system": those of the longest system prompt of the task "rules" at
+            each tested length. Shares and bytes count them.
         chunk_size: tokens of a prefill step, None for the comparison's. It changes rounding alone, so the reference's
             settings with another one show what numbers of this size mean.
 
@@ -84,6 +87,7 @@ class Row:
     chunk_size: int | None = None
     kv_share: float | None = None
     kv_bytes: str | None = None
+    keep: int | str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -110,6 +114,11 @@ class Row:
             raise InputError(f"row {self.name}: head_map {kind} leaves nothing to choose: leave retrieval_ratio out")
         if self._has_window and kind == "full":
             raise InputError(f"row {self.name}: head_map full has no streaming heads: leave sink_size, recent_size out")
+        if self.keep is not None:
+            if kind == "full":
+                raise InputError(f"row {self.name}: head_map full keeps everything: leave keep out")
+            if self.keep != SYSTEM and (isinstance(self.keep, str) or self.keep < 1):
+                raise InputError(f"row {self.name}: keep {quoted(self.keep)} is neither system nor a number above 0")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise InputError(f"row {self.name}: chunk_size {self.chunk_size} must be at least 1")
         if self.evicts is not None:
@@ -146,7 +155,7 @@ class Row:
     @property
     def by_length(self) -> bool:
         """Its heads keep other tokens at every tested length."""
-        return self.kv_share is not None or self.kv_bytes is not None
+        return self.kv_share is not None or self.kv_bytes is not None or self.keep == SYSTEM
 
     @property
     def reaches_by_share(self) -> bool:
@@ -154,8 +163,11 @@ class Row:
         named = self.head_map.partition(":")[0] in ("streaming", "random", "inverted")
         return self.kv_share is not None and not named and self.recent_size is None
 
-    def split_at(self, num_layers: int, num_kv_heads: int, length: int) -> HeadSplit | None:
+    def split_at(self, num_layers: int, num_kv_heads: int, length: int, keep: int = 0) -> HeadSplit | None:
         """The heads that `kv_share` gives at a length; None where the share does not even hold the windows.
+
+        Args:
+            keep: first tokens that all heads keep.
 
         Raises:
             HeadMapError: as `make_map`, or a folder without reach losses.
@@ -164,6 +176,7 @@ class Row:
         head_map = self.make_map(num_layers, num_kv_heads)
         assert isinstance(head_map, HeadMap)
         head_map.check_shape(num_layers, num_kv_heads, f"row {self.name}: the head map")
+        head_map = shares.with_sinks(head_map, keep)
         if self.head_map == "streaming":
             return shares.streaming_split(num_layers, num_kv_heads, self.kv_share, length, head_map.sink_size)
         if self.reaches_by_share:
@@ -222,6 +235,8 @@ class Row:
             what = f"reaches {Path(self.head_map).name}"
         elif self.kv_share is not None and kind != "streaming":
             what += f", window {DEFAULT_RECENT_SIZE if self.recent_size is None else self.recent_size:,}"
+        if self.keep is not None:
+            what += f", keep {self.keep}"
         weights = f", {self.weights} weights" if self.weights else ""
         varied = ", varied window" if self._has_window and self.kv_share is None else ""
         return f"{what}, {self.kv}{weights}{varied}{self._chunks}"
@@ -256,8 +271,11 @@ class Row:
         return HeadMap.load(self.head_map).with_window(self.sink_size, self.recent_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields, JSON-able; of a map's folder the path as given."""
-        return asdict(self)
+        """Its fields, JSON-able; of a map's folder the path as given. Without a `keep`, as before there was one."""
+        found = asdict(self)
+        if self.keep is None:
+            del found["keep"]
+        return found
 
 
 def read_rows(path: Path) -> tuple[Row, ...]:
@@ -320,6 +338,7 @@ _TYPES = {
     "chunk_size": int,
     "kv_share": (int, float),
     "kv_bytes": str,
+    "keep": (int, str),
 }
 
 

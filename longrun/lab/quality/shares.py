@@ -8,6 +8,7 @@ format or index they stand in: what those take besides is counted apart (`measur
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from longrun.errors import HeadMapError
 from longrun.patterns.head_map import HeadMap, HeadSplit
@@ -59,6 +60,14 @@ def streaming_split(num_layers: int, num_kv_heads: int, share: float, length: in
     if recent_size < 1:
         return None
     return HeadSplit(((False,) * num_kv_heads,) * num_layers, sink_size, recent_size)
+
+
+def with_sinks(head_map: HeadMap, sink_size: int) -> HeadMap:
+    """The map, all of whose heads keep at least these first tokens; its losses, too."""
+    losses = head_map.reach_losses
+    if losses is not None:
+        losses = replace(losses, sink_size=max(losses.sink_size, sink_size))
+    return replace(head_map, sink_size=max(head_map.sink_size, sink_size), reach_losses=losses)
 
 
 def held_tokens(reach: int, sink_size: int, length: int) -> int:

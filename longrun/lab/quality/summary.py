@@ -18,7 +18,7 @@ from longrun.units import format_tokens
 
 ALL_TASKS = "all"  # the retrieval tasks together
 _SHARE = (0.0, 1.0)
-_APART = ("eviction", "sink_size", "recent_size", "kv_share", "kv_bytes")
+_APART = ("eviction", "sink_size", "recent_size", "kv_share", "kv_bytes", "keep")
 _RANDOM_SEED = re.compile(r"(?<=^random)-\d+(?=:)")  # of an eviction
 
 
