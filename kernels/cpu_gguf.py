@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longrun.kernels.cpu_library import CpuKernel
+from longrun.kernels.cpu_library import CpuKernel, built_or_none
 
 # Values and bytes of a block.
 _BLOCKS = {
@@ -37,6 +37,17 @@ class CpuGguf(CpuKernel):
             name: partial(_run, self._function(f"longrun_gguf_{name}", pointer, number, number, pointer), *block)
             for name, block in _BLOCKS.items()
         }
+
+
+def gguf_dequantizer(notices: list[str]) -> CpuGguf | None:
+    """The compiled kernel, kept in the user's cache folder, or None where there is no compiler; `notices` gets what is
+    wrong."""
+
+    def build(folder: Path | None) -> tuple[CpuGguf, list[str]]:
+        kernel = CpuGguf(folder)
+        return kernel, kernel.notices
+
+    return built_or_none(build, "numpy reads the weights, which takes longer", notices)
 
 
 def _run(function: Callable[..., Any], block_values: int, block_bytes: int, stored: Any, out: Tensor) -> None:

@@ -10,9 +10,13 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+from longrun.errors import InputError
 from longrun.kernels.kept_library import load_kept_library
+from longrun.paths import cache_dir as users_cache_dir
+
+Built = TypeVar("Built")
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-std=c++17")
 _TIMEOUT_S = 120
@@ -20,6 +24,26 @@ _TIMEOUT_S = 120
 
 class KernelUnavailable(Exception):
     """The compiled kernels cannot be built or loaded on this machine; the message says why."""
+
+
+def built_or_none(
+    build: Callable[[Path | None], tuple[Built, list[str]]], without: str, notices: list[str]
+) -> Built | None:
+    """What `build` compiles for the CPU and keeps in a folder, or None; `notices` gets what is wrong, and `without`:
+    what follows."""
+    found: list[str] = []
+    try:
+        folder = users_cache_dir() / "kernels"
+    except InputError as error:
+        folder, found = None, [f"{error}: until then the CPU kernels are compiled at every start"]
+    try:
+        kernels, kept_notices = build(folder)
+        found += kept_notices
+    except KernelUnavailable as error:
+        kernels = None
+        found.append(f"compiled CPU kernels are off ({error}): {without}")
+    notices += [notice for notice in found if notice not in notices]
+    return kernels
 
 
 def source_of(name: str) -> Path:

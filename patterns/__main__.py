@@ -99,6 +99,8 @@ def identify_command(options: argparse.Namespace) -> int:
     settings = IdentifySettings(**given, model_dir=model_dir, text_files=tuple(options.text))
     with ProgressLine(Console(stderr=True)) as progress:
         head_map = identify(settings, progress)
+    for note in head_map.notes:
+        print(f"note: {note}", file=sys.stderr)
     split = head_map.split()
     heads = head_map.num_layers * head_map.num_kv_heads
     print(f"{options.out}: {split.total_retrieval} of {heads} heads score at least 0.5")

@@ -130,7 +130,7 @@ def identify(settings: IdentifySettings, on_progress: OnProgress | None = None) 
     }
     head_map.save(out, settings.force, {IDENTIFICATION: facts})
     checkpoint.remove()
-    return head_map
+    return replace(head_map, notes=head_map.notes + result.notices)
 
 
 def load_model(settings: IdentifySettings, attn_implementation: str) -> PreTrainedModel:

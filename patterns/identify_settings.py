@@ -180,8 +180,10 @@ class MethodResult:
         scores: [num_layers][num_kv_heads], clipped to [0, 1] when the map is made.
         facts: JSON types for the `identification` of the map's config.json, such as the last losses.
         reach_losses: of method "reach".
+        notices: sentences that a person should be shown.
     """
 
     scores: Sequence[Sequence[float]]
     facts: Mapping[str, Any] = field(default_factory=dict)
     reach_losses: ReachLosses | None = None
+    notices: tuple[str, ...] = ()

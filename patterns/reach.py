@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from longrun.config.gguf_header import gguf_file
 from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
+from longrun.kernels.cpu_gguf import gguf_dequantizer
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import load_decoder
 from longrun.model.decoder import Decoder
@@ -139,9 +141,12 @@ def identify_reach(
     texts = [_drawn(tokenizer, text_ids, settings, step) for step in range(settings.steps)]
     device = torch.device(str(settings.device))
     orders = [range(config.num_kv_heads)] * config.num_layers
+    notices: list[str] = []
+    gguf_kernel = None if gguf_file(model.path) is None else gguf_dequantizer(notices)
     decoder = load_decoder(
-        model.path, config, orders, _FORMATS[settings.dtype], device, TOKEN_SLICES[device.type], adapter=adapter
-    )
+        model.path, config, orders, _FORMATS[settings.dtype], device, TOKEN_SLICES[device.type], adapter=adapter,
+        dequantize_gguf=gguf_kernel and gguf_kernel.by_type,
+    )  # fmt: skip
     rotary = model.rotary.to(device)
     total, passes = 0.0, settings.steps + config.num_layers + 1
     for step, text in enumerate(texts):
@@ -165,7 +170,7 @@ def identify_reach(
         "scores": f"rank of the loss at a reach of {reaches[0]}", "parts": PARTS, "part_size": PART_SIZE,
         "weighing_context": len(short.ids), "repeat_weight": REPEAT_WEIGHT,
     }  # fmt: skip
-    return MethodResult(scores, how, losses)
+    return MethodResult(scores, how, losses, tuple(notices))
 
 
 def mean_losses(

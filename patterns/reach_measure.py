@@ -23,6 +23,7 @@ from longrun.model.rope import RotaryTable
 from longrun.units import ALL_TOKENS
 
 _TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+_TILE_ROWS = 128  # the fewer, the shorter the stretch of keys that they see within a reach
 
 
 class ReachMeasure(WholeTextAttention):
@@ -57,7 +58,7 @@ class ReachMeasure(WholeTextAttention):
             columns = weight[:, heads.start * q.shape[2] : heads.stop * q.shape[2]].float()
             gram = columns.T @ columns
             keys, values = k[:, head].float(), v[:, head].float()
-            size = max(1, _TILE_BYTES[q.device.type] // (8 * self.group * len(keys)))
+            size = max(1, min(_TILE_ROWS, _TILE_BYTES[q.device.type] // (8 * self.group * len(keys))))
             for begin in range(0, len(self._rows), size):
                 part = slice(begin, begin + size)
                 rows = self._rows[part]
@@ -67,13 +68,23 @@ class ReachMeasure(WholeTextAttention):
         return super().run(layer_idx, q, k, v, step)
 
     def _lost(self, q: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-        """[len(reaches), n, group * head_dim]: full output minus that of each reach, for q [n, group, head_dim]."""
-        seen = torch.arange(len(keys), device=q.device)
-        scores = (q.flatten(0, 1) @ keys.T).mul_(self.softmax_scale).view(len(rows), -1, len(keys))
+        """[len(reaches), n, group * head_dim]: full output minus that of each reach, for q [n, group, head_dim].
+
+        Rows ascend, so that keys between the sinks and the first row's reach concern none of them.
+        """
+        first, stop = int(rows[0]), int(rows[-1]) + 1
+        keys, values, seen = keys[:stop], values[:stop], torch.arange(stop, device=q.device)
+        scores = (q.flatten(0, 1) @ keys.T).mul_(self.softmax_scale).view(len(rows), -1, stop)
         scores.masked_fill_((seen > rows[:, None])[:, None], float("-inf"))
         full = torch.softmax(scores, dim=-1) @ values
         lost = []
         for reach in reversed(self._finite):  # each hides more
+            begin = first - reach + 1 - (stop - len(seen))  # in what is left
+            if begin > self.sink_size:
+                scores, values, seen = (
+                    torch.cat((x.narrow(dim, 0, self.sink_size), x.narrow(dim, begin, len(seen) - begin)), dim)
+                    for x, dim in ((scores, -1), (values, 0), (seen, 0))
+                )
             hidden = (seen >= self.sink_size) & (seen <= rows[:, None] - reach)
             scores.masked_fill_(hidden[:, None], float("-inf"))
             lost.append((full - torch.softmax(scores, dim=-1) @ values).flatten(1))
@@ -108,7 +119,8 @@ def layer_costs(
     decoder: Decoder, rotary: RotaryTable, token_ids: Tensor, rows: Sequence[Tensor], reach: int, sink_size: int,
     window_attention: Callable[..., None] | None = None,
 ) -> Iterator[list[float]]:  # fmt: skip
-    """What it costs that all heads of one layer see no further than `reach`: layer by layer, a forward pass each.
+    """What it costs that all heads of one layer see no further than `reach`, layer by layer: each is cut in a forward
+    pass of its own, which begins at that layer with what full attention has made of the text until there.
 
     Args:
         token_ids, rotary: as `measure_reaches`.
@@ -123,16 +135,21 @@ def layer_costs(
     step = Step(0, len(token_ids), *rotary.cos_sin(0, len(token_ids), len(token_ids)))
     ids, every = token_ids.to(decoder.device), torch.cat(tuple(rows)).to(decoder.device)
 
-    def log_probs(cut: int | None) -> Tensor:
-        reaches = [[reach if layer == cut else ALL_TOKENS] * shape[1] for layer in range(shape[0])]
-        group = config.num_qo_heads // shape[1]
-        attention = WholeTextAttention(group, scale, sink_size, reaches, window_attention)
-        hidden = decoder.forward(ids, step, attention, all_positions=True)[every]
-        return torch.cat([torch.log_softmax(decoder.logits(part), dim=-1) for part in hidden.split(64)])
+    def attending(tokens: int) -> WholeTextAttention:
+        reaches, group = ((tokens,) * shape[1],) * shape[0], config.num_qo_heads // shape[1]
+        return WholeTextAttention(group, scale, sink_size, reaches, window_attention)
 
-    reference = log_probs(None)
+    def log_probs(hidden: Tensor) -> Iterator[Tensor]:
+        for part in decoder.finished(hidden[every]).split(64):
+            yield torch.log_softmax(decoder.logits(part), dim=-1)
+
+    full, cut = attending(ALL_TOKENS), attending(reach)
+    reference = list(log_probs(decoder.run_layers(range(shape[0]), decoder.embed(ids), step, full)))
+    before = decoder.embed(ids)
     for layer in range(shape[0]):
-        found = log_probs(layer)
-        pairs = zip(reference.split(64), found.split(64), strict=True)
+        hidden = decoder.run_layers([layer], before.clone(), step, cut)
+        hidden = decoder.run_layers(range(layer + 1, shape[0]), hidden, step, full)
+        pairs = zip(reference, log_probs(hidden), strict=True)
         kl = torch.cat([(a.exp() * (a - b)).sum(-1) for a, b in pairs]).double().cpu()
         yield [part.mean().item() for part in kl.split([len(kind) for kind in rows])]
+        before = decoder.run_layers([layer], before, step, full)

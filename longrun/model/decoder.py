@@ -162,16 +162,40 @@ class Decoder:
         Returns:
             Hidden states after the final norm, [1, hidden_size] or [T, hidden_size], compute dtype.
         """
-        config, num_tokens = self.config, token_ids.shape[0]
+        every = range(len(self._layers))
+        hidden = self.run_layers(every, self.embed(token_ids), step, attention, all_positions, on_layer)
+        return self.finished(hidden)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """The residual stream [T, hidden_size] before the first layer, compute dtype, of int64 [T]."""
+        return F.embedding(token_ids, self._embedding).to(self.compute_dtype)
+
+    def finished(self, hidden: Tensor) -> Tensor:
+        """Hidden states [n, hidden_size] after the final norm, of the residual stream after the last layer."""
+        return self._norm(hidden, self._final_norm)
+
+    @torch.inference_mode()
+    def run_layers(
+        self, layers: Sequence[int], hidden: Tensor, step: Step, attention: Attention, all_positions: bool = True,
+        on_layer: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Run some layers, in ascending order, over the residual stream [T, hidden_size], which is overwritten.
+
+        Other arguments as `forward`; the last position is enough for the model's last layer alone.
+
+        Returns:
+            The residual stream after them.
+        """
+        config, num_tokens = self.config, hidden.shape[0]
         assert num_tokens == step.num_tokens > 0
-        hidden = F.embedding(token_ids, self._embedding).to(self.compute_dtype)
         # One buffer serves all layers: a fresh large allocation a layer would be paid in page faults.
         qkv = hidden.new_empty(num_tokens, config.q_size + 2 * config.kv_size)
         cos, sin = step.cos, step.sin
         if self._kernels is None:
             cos, sin = cos[:, None], signed_sin(sin)[:, None]
         last = len(self._layers) - 1
-        for layer_idx, layer in enumerate(self._layers):
+        for layer_idx in layers:
+            layer = self._layers[layer_idx]
             if on_layer is not None:
                 on_layer(layer_idx, hidden)
             self._project(layer, hidden, qkv, cos, sin)
@@ -182,7 +206,7 @@ class Decoder:
                 hidden, attended = hidden[-1:], attended[-1:]
             self._finish(layer, hidden, attended)
             del attended
-        return self._norm(hidden, self._final_norm)
+        return hidden
 
     @torch.inference_mode()
     def forward_one(self, token_id: Tensor, decode: Callable[..., Tensor]) -> Tensor:
@@ -196,7 +220,7 @@ class Decoder:
             float32 [1, vocab_size].
         """
         assert self._kernels is not None
-        hidden = F.embedding(token_id, self._embedding).to(self.compute_dtype)
+        hidden = self.embed(token_id)
         return self.layers_of_one(hidden, self._kernels.vector_linear, decode).float()
 
     def embedding_of(self, token_id: int) -> Tensor:

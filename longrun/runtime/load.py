@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,15 +17,15 @@ from longrun.config.key_biases import read_key_biases
 from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
 from longrun.hub.find import find_model
-from longrun.kernels.cpu_gguf import CpuGguf
+from longrun.kernels.cpu_gguf import gguf_dequantizer
 from longrun.kernels.cpu_kernels import load_cpu_kernels
-from longrun.kernels.cpu_library import KernelUnavailable
+from longrun.kernels.cpu_library import built_or_none
 from longrun.machine.host_memory import resident_bytes
 from longrun.model.adapter import Adapter
 from longrun.model.checkpoint import load_decoder
 from longrun.model.fingerprint import model_fingerprint
 from longrun.model.folder import ModelFolder, check_folder
-from longrun.paths import cache_dir, user_path
+from longrun.paths import user_path
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import SYSTEM, Budget
 from longrun.plan.kernels import check_kernel_shapes
@@ -46,8 +46,6 @@ from longrun.units import parse_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Built = TypeVar("Built")
 
 
 @failed_allocations("while the model was loaded")
@@ -242,9 +240,9 @@ def load_parts(
     notices: list[str] = []
     cpu_kernels = gguf_kernel = None
     if compiled_kernels and plan.device_type == "cpu":
-        cpu_kernels = _compiled(load_cpu_kernels, "plain torch is used, which decodes slower", notices)
+        cpu_kernels = built_or_none(load_cpu_kernels, "plain torch is used, which decodes slower", notices)
     if compiled_kernels and gguf_file(checked.path) is not None:
-        gguf_kernel = _compiled(_gguf_kernel, "numpy reads the weights, which takes longer", notices)
+        gguf_kernel = gguf_dequantizer(notices)
     shared = Shared()
     gpu_kernels = shared.gpu_kernels(config.head_dim, plan.kv_format) if plan.attention.fused else None
     decoder = load_decoder(
@@ -263,28 +261,3 @@ def load_parts(
     rotary = checked.rotary if plan.device_type == "cpu" else checked.rotary.to(device)
     pinned = PinnedMemory(on_pin) if plan.device_type == "cuda" else None
     return Parts(decoder, rotary, checked.rotary, cpu_kernels, gpu_kernels, pinned), shared, notices
-
-
-def _compiled(
-    build: Callable[[Path | None], tuple[Built, list[str]]], without: str, notices: list[str]
-) -> Built | None:
-    """What `build` compiles for the CPU and keeps in a folder, or None; `notices` gets what is wrong, and `without`:
-    what follows."""
-    found: list[str] = []
-    try:
-        folder = cache_dir() / "kernels"
-    except InputError as error:
-        folder, found = None, [f"{error}: until then the CPU kernels are compiled at every start"]
-    try:
-        kernels, kept_notices = build(folder)
-        found += kept_notices
-    except KernelUnavailable as error:
-        kernels = None
-        found.append(f"compiled CPU kernels are off ({error}): {without}")
-    notices += [notice for notice in found if notice not in notices]
-    return kernels
-
-
-def _gguf_kernel(folder: Path | None) -> tuple[CpuGguf, list[str]]:
-    kernel = CpuGguf(folder)
-    return kernel, kernel.notices
