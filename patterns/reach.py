@@ -30,9 +30,9 @@ from longrun.model.folder import check_folder
 from longrun.model.rope import RotaryTable
 from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, MethodResult, OnProgress
 from longrun.patterns.reach_losses import MEASURED_SHARE, ReachLosses
-from longrun.patterns.reach_measure import layer_costs, measure_reaches
+from longrun.patterns.reach_measure import TILE_BYTES, layer_costs, measure_reaches
 from longrun.patterns.reconstruction_scores import FIRST_PROMPT, NEXT_PROMPT, rank_scores
-from longrun.specs.model_bytes import TOKEN_SLICES
+from longrun.specs.model_bytes import TOKEN_SLICES, activation_bytes
 from longrun.text.encoder import TextEncoder
 
 PARTS, PART_SIZE, QUOTE_SIZE = 8, 64, 8
@@ -115,6 +115,19 @@ def context_of(config: ModelConfig, asked: int | None, default: int) -> int:
             f"shorter --context"
         )
     return min(trained, default) if asked is None else asked
+
+
+def reading_bytes(config: ModelConfig, context: int, device_type: str, itemsize: int) -> int:
+    """What measuring holds beside the weights, at most: a text of `context` tokens read in one chunk, tiles of the
+    measure, and the distributions of the sampled tokens, which are compared with each other.
+
+    Args:
+        itemsize: bytes of an activation element.
+    """
+    layer = activation_bytes(config, context, itemsize, token_slice=TOKEN_SLICES[device_type])
+    attended = 6 * context * (config.q_size + config.kv_size) * itemsize + 3 * TILE_BYTES[device_type]
+    rows = TEXT_ROWS + PARTS * PART_SIZE
+    return layer + attended + (rows + 4 * 64) * config.vocab_size * 4
 
 
 def identify_reach(

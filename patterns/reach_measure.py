@@ -22,7 +22,7 @@ from longrun.model.decoder import Decoder
 from longrun.model.rope import RotaryTable
 from longrun.units import ALL_TOKENS
 
-_TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 _TILE_ROWS = 128  # the fewer, the shorter the stretch of keys that they see within a reach
 
 
@@ -58,7 +58,7 @@ class ReachMeasure(WholeTextAttention):
             columns = weight[:, heads.start * q.shape[2] : heads.stop * q.shape[2]].float()
             gram = columns.T @ columns
             keys, values = k[:, head].float(), v[:, head].float()
-            size = max(1, min(_TILE_ROWS, _TILE_BYTES[q.device.type] // (8 * self.group * len(keys))))
+            size = max(1, min(_TILE_ROWS, TILE_BYTES[q.device.type] // (8 * self.group * len(keys))))
             for begin in range(0, len(self._rows), size):
                 part = slice(begin, begin + size)
                 rows = self._rows[part]

@@ -24,8 +24,11 @@ from longrun.machine import host_memory
 from longrun.model.adapter import Adapter
 from longrun.paths import cache_dir
 from longrun.patterns.head_map import HeadMap
+from longrun.patterns.identify_settings import DEFAULTS
+from longrun.plan.plan import NoFitError
 from longrun.runtime import auto_head_map as auto
 from longrun.runtime.auto_head_map import AutoHeadMap, auto_head_map, kept_folder
+from longrun.units import ALL_TOKENS
 
 TOPICS = {"lambda": "The text that is read, made short: it is tokenized every time. " * 5}
 
@@ -110,6 +113,46 @@ def test_load_uses_the_kept_map_at_half_of_the_heads(cache: Path, planted: Plant
     assert f"head map auto was measured on this model and is kept in {folder}" in runtime.notices
     budget = longrun.Budget.load("cpu").override(retrieval_ratio=0.25)
     assert longrun.load(planted.path, budget, head_map="auto", **options).split.total_retrieval == 2
+
+
+def test_with_kv_bytes_reach_losses_are_measured_and_kept_apart(
+    cache: Path, planted: PlantedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(DEFAULTS["reach", "cpu"], "context", 1200)
+    options = {"kv_format": "fp32", "device": "cpu", "head_map": "auto", "chunk_size": 128}
+    with pytest.raises(InputError, match="need a stated context"):  # before anything is measured
+        longrun.load(planted.path, kv_bytes="40%", **options)
+    with pytest.raises(NoFitError) as error:
+        longrun.load(planted.path, kv_bytes="90%", ctx="90M", **options)
+    assert "--kv-bytes" in error.value.told_by({"--kv-bytes"})
+    monkeypatch.setattr(host_memory, "_machine_bytes", lambda: 10**7)
+    with pytest.raises(PlanError, match="runs the whole model with longrun's own decoder, which needs"):
+        auto_head_map(planted.path, "cpu", method="reach")
+    monkeypatch.undo()
+    monkeypatch.setenv("LONGRUN_CACHE", str(cache))
+    monkeypatch.setitem(DEFAULTS["reach", "cpu"], "context", 1200)
+    told: list[AutoHeadMap] = []
+    runtime = longrun.load(planted.path, kv_bytes="40%", ctx=4000, on_head_map=told.append, **options)
+    folder = kept_folder(planted.path, method="reach")
+    assert folder != kept_folder(planted.path) and folder.name.startswith(kept_folder(planted.path).name + "-reach-")
+    assert {one.folder for one in told} == {folder} and not told[0].kept
+    assert told[-1].done == told[-1].total == 2 + planted.shape.num_layers
+    made = HeadMap.load(folder)
+    assert made.reach_losses.measured_length == 1200
+    layer, head = planted.retrieval_head
+    assert runtime.split.all_reaches[layer][head] == ALL_TOKENS and not runtime.split.is_full
+    monkeypatch.setattr(auto, "_measure", None)  # nothing is measured again
+    again = longrun.load(planted.path, kv_bytes="40%", ctx=4000, **options)
+    assert again.split == runtime.split
+    assert longrun.load(planted.path, ctx=600, **options).split == HeadMap.load(kept_folder(planted.path)).split(0.5)
+    (folder / "reach_losses.json").unlink()
+    with pytest.raises(HeadMapError, match="its reach losses are gone"):
+        longrun.load(planted.path, kv_bytes="40%", ctx=4000, **options)
+    monkeypatch.setitem(DEFAULTS["reach", "cpu"], "context", 1300)
+    assert not kept_folder(planted.path, method="reach").exists()  # other settings, another map
+    short = copy_of(planted, tmp_path / "short", max_position_embeddings=1100)
+    with pytest.raises(InputError, match="1,200 tokens or more, and 1,100 positions"):
+        longrun.load(short, kv_bytes="40%", ctx=1000, **options)
 
 
 def test_another_model_gets_another_map(cache: Path, planted: PlantedModel, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def runtime(tmp_path_factory):
 def test_losses_are_what_the_output_projection_makes_of_the_difference(runtime, size, monkeypatch):
     decoder, length, rows, reaches = runtime.parts.decoder, 200, torch.tensor([3, 70, 150, 199]), (8, 32)
     if size is not None:
-        monkeypatch.setitem(reach_measure._TILE_BYTES, "cpu", size * 8 * length)
+        monkeypatch.setitem(reach_measure.TILE_BYTES, "cpu", size * 8 * length)
     ids = torch.randint(0, 97, (length,), generator=torch.Generator().manual_seed(3))
     losses = measure_reaches(decoder, runtime.parts.rotary, ids, rows, reaches, SINK)
     config, hidden, seen = decoder.config, {}, {}

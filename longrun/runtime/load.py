@@ -15,7 +15,6 @@ from longrun.cache.pinned_pool import PinnedMemory
 from longrun.config.gguf_header import gguf_file
 from longrun.config.key_biases import read_key_biases
 from longrun.config.model_config import ModelConfig
-from longrun.errors import InputError
 from longrun.hub.find import find_model
 from longrun.kernels.cpu_gguf import gguf_dequantizer
 from longrun.kernels.cpu_kernels import load_cpu_kernels
@@ -32,7 +31,7 @@ from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import ChosenSplit, Plan, choose_split, make_plan
 from longrun.plan.split import budget_by_hand, parse_keep
 from longrun.runtime import gpu_checks
-from longrun.runtime.auto_head_map import DEFAULT_RATIO, AutoHeadMap, auto_head_map, kept_folder
+from longrun.runtime.auto_head_map import DEFAULT_RATIO, AutoHeadMap, assumed_losses, auto_head_map, kept_folder
 from longrun.runtime.backend import Parts
 from longrun.runtime.head_map_check import other_model_notices
 from longrun.runtime.memory_checks import check_free_memory, library_notice
@@ -83,7 +82,8 @@ def load(
             shipped one that the card's memory holds.
         head_map: folder in DuoAttention's format, `HeadMap`, "full" (also None): every head keeps every token, or
             "auto": the map of this model with this adapter, measured on the first call and kept (see
-            `longrun.runtime.auto_head_map`). A notice says so where a map was made for another model.
+            `longrun.runtime.auto_head_map`), with `kv_bytes` one that has reach losses. A notice says so where a map
+            was made for another model.
         kv_format: "int4", "k5v3", "bf16" or "fp32"; default: the budget's (k5v3 where it says nothing).
         weight_format: "fp32", "bf16", "int8", "nf4" or "int4"; default: the budget's.
         device: "cpu" or "cuda"; default: cuda where there is one.
@@ -96,7 +96,7 @@ def load(
             (with "auto" a ratio of 0.5).
         kv_bytes: instead of a ratio, the bytes (or a text like "8 GB", or "25%" of full attention's) that keys and
             values may take at `ctx` tokens, from which follows how far each head reaches; needs `ctx` and a head map
-            with reach losses. Default: the budget's.
+            with reach losses, such as "auto". Default: the budget's.
         keep: first tokens of the text that no head drops, whatever its window or reach; 0 for the head map's sinks
             alone. "system" is what `system_size` says. Default: the budget's.
         chunk_size: the most tokens of one prefill step; default: the budget's.
@@ -165,23 +165,24 @@ def load(
     if limits.keep == SYSTEM and system_size is not None:
         checked = check_folder(folder, config, lora)
         limits = replace(limits, keep=system_size(checked.tokenizer))
-    if isinstance(head_map, str) and head_map == "auto":
-        if limits.kv_bytes is not None and not kept_folder(folder, lora).exists():
-            raise InputError(
-                "kv_bytes need reach losses, which head map auto does not measure: give the folder of a map that has "
-                "them, or a retrieval ratio"
-            )
-        if retrieval_ratio is None and limits.kv_bytes is None:
-            retrieval_ratio = DEFAULT_RATIO if limits.retrieval_ratio is None else limits.retrieval_ratio
-        if not kept_folder(folder, lora).exists():  # what does not fit is refused before the map is measured
-            plan_for(choose_split(config, limits, None, retrieval_ratio, assume=True))
-        checked = checked or check_folder(folder, config, lora)
-        head_map = auto_head_map(folder, device_type, on_head_map, lora)
-        if on_head_map is None:
-            auto_notices.append(f"head map auto was measured on this model and is kept in {head_map}")
     reaches = None
     if limits.kv_bytes is not None and session is not None:
         reaches = saved_reaches(user_path(session, "session"))
+    if isinstance(head_map, str) and head_map == "auto":
+        method = "reconstruction" if limits.kv_bytes is None else "reach"
+        if retrieval_ratio is None and limits.kv_bytes is None:
+            retrieval_ratio = DEFAULT_RATIO if limits.retrieval_ratio is None else limits.retrieval_ratio
+        if not kept_folder(folder, lora, method, device_type).exists():  # what does not fit is refused before measuring
+            assumed = None if limits.kv_bytes is None else assumed_losses(config, device_type)
+            plan_for(
+                choose_split(
+                    config, limits, assumed, retrieval_ratio, assume=True, capacity=capacity, session_reaches=reaches
+                )
+            )
+        checked = checked or check_folder(folder, config, lora)
+        head_map = auto_head_map(folder, device_type, on_head_map, lora, method)
+        if on_head_map is None:
+            auto_notices.append(f"head map auto was measured on this model and is kept in {head_map}")
     chosen = choose_split(config, limits, head_map, retrieval_ratio, capacity=capacity, session_reaches=reaches)
     plan = plan_for(chosen)
     if on_plan is not None:
