@@ -8,9 +8,12 @@ from torch import Tensor
 from longrun.attention.cuda_decode import CudaDecode
 from longrun.attention.fetch import PageFetcher
 from longrun.attention.interface import Step
+from longrun.attention.looked import LookedTokens
 from longrun.attention.prefill import PagedPrefill, PrefillKernels
 from longrun.attention.rotation import HeadRotation
 from longrun.cache.dual import DualCache
+from longrun.cache.pages import PagedHeads
+from longrun.cache.ring import Ring
 from longrun.kernels.dense_attention import cudnn_serves
 from longrun.kernels.gpu_kernels import GpuKernels
 from longrun.quant.page_codec import exact_dtype
@@ -52,22 +55,42 @@ class CudaAttention:
     def run(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """See `Attention.run`."""
         pages, ring = self.cache.layers[layer_idx]
+        k, v = self._as_stored(pages, q, k, v)
+        if pages is not None:
+            pages.begin_spill(step.start + step.num_tokens)
+        out = self._attend(pages, ring, q, k, v, step.start)
+        self.cache.append(layer_idx, k, v, step.start)
+        return out
+
+    def look(
+        self, pages: PagedHeads | None, ring: Ring | None, q: Tensor, k: Tensor, v: Tensor, start: int,
+        looked: LookedTokens,
+    ) -> Tensor:  # fmt: skip
+        """See `longrun.attention.look_back.Looks.look`."""
+        return self._attend(pages, ring, q, *self._as_stored(pages, q, k, v), start, looked)
+
+    def _as_stored(self, pages: PagedHeads | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v rounded as the cache keeps them, [num_kv_heads, T, head_dim]; q is rotated with them, in place."""
+        if self._rotation is not None and pages is not None:
+            self._rotation.rotate_(q, k, v, pages.num_heads)
+        k, v = (x.transpose(0, 1).to(self.exact).to(q.dtype) for x in (k, v))
+        return k, v
+
+    def _attend(
+        self, pages: PagedHeads | None, ring: Ring | None, q: Tensor, k: Tensor, v: Tensor, start: int,
+        looked: LookedTokens | None = None,
+    ) -> Tensor:  # fmt: skip
         heads = 0 if pages is None else pages.num_heads
         split = heads * self.group
-        if self._rotation is not None and pages is not None:
-            self._rotation.rotate_(q, k, v, heads)
-        k, v = (x.transpose(0, 1).to(self.exact).to(q.dtype) for x in (k, v))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if ring is not None:
             grouped = (q.shape[0], -1, self.group, q.shape[2])
             self.kernels.banded_prefill(
-                q[:, split:].view(grouped), k[heads:], v[heads:], ring.k, ring.v, step.start,
+                q[:, split:].view(grouped), k[heads:], v[heads:], ring.k, ring.v, start,
                 ring.sink_size, ring.recent_size, self.softmax_scale, out[:, split:].view(grouped),
             )  # fmt: skip
         if pages is not None:
-            pages.begin_spill(step.start + step.num_tokens)
-            self._prefill_pages.run(pages, q[:, :split], k[:heads], v[:heads], step.start, out[:, :split])
+            self._prefill_pages.run(pages, q[:, :split], k[:heads], v[:heads], start, out[:, :split], looked)
             if self._rotation is not None:
                 self._rotation.unrotate_(out, split)
-        self.cache.append(layer_idx, k, v, step.start)
         return out

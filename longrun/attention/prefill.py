@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longrun.attention.fetch import PageFetcher
+from longrun.attention.looked import LookedTokens
 from longrun.attention.past import Run, past_pieces
 from longrun.cache.page_places import HeadGroup
 from longrun.cache.pages import PagedHeads
@@ -60,20 +61,25 @@ class PagedPrefill:
         elements = spec.max_retrieval_heads * spec.scratch_tokens * spec.head_dim
         self._scratch = torch.empty(2, elements, dtype=dtype, device=device).fill_(0)
 
-    def run(self, pages: PagedHeads, q: Tensor, k: Tensor, v: Tensor, start: int, out: Tensor) -> None:
+    def run(
+        self, pages: PagedHeads, q: Tensor, k: Tensor, v: Tensor, start: int, out: Tensor,
+        looked: LookedTokens | None = None,
+    ) -> None:  # fmt: skip
         """Attend to everything up to each query's own token.
 
         Args:
             q, out: [T, num_heads * group, head_dim], any strides with contiguous channels.
             k, v: [num_heads, T, head_dim], the chunk's own, rounded as the cache rounds them.
+            looked: told how much attention the tokens before `start` get.
         """
         for group in pages.groups:
             queries = slice(group.heads.start * self._spec.group, group.heads.stop * self._spec.group)
             attend = self._attend_to_all if group.reach.is_all else self._attend_to_window
-            attend(pages, group, q[:, queries], k[group.heads], v[group.heads], start, out[:, queries])
+            attend(pages, group, q[:, queries], k[group.heads], v[group.heads], start, out[:, queries], looked)
 
     def _attend_to_all(
-        self, pages: PagedHeads, group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, start: int, out: Tensor
+        self, pages: PagedHeads, group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, start: int, out: Tensor,
+        looked: LookedTokens | None,
     ) -> None:  # fmt: skip
         dense = partial(self._kernels.dense_attention, plan_uses=self._plan_uses)
         scale, tokens = self._softmax_scale, len(q)
@@ -96,7 +102,33 @@ class PagedPrefill:
             found, found_lse = dense(q, past_k, past_v, False, scale)
             self._kernels.merge_partial_(total, lse, found.contiguous(), found_lse.contiguous())
             del found, found_lse
+        by_head = (group.num_heads, -1, rows)
         out.copy_(total.view(out.shape[1], rows, out.shape[2])[:, :tokens].permute(1, 0, 2))
+        del total
+        if looked is not None:
+            asking = q.view(*by_head, q.shape[2])[:, :, :tokens].flatten(1, 2)
+            self._look(pages, group, asking, lse.view(by_head)[:, :, :tokens].flatten(1, 2), start, looked)
+
+    def _look(
+        self, pages: PagedHeads, group: HeadGroup, q: Tensor, lse: Tensor, start: int, looked: LookedTokens
+    ) -> None:
+        """Tell what queries [num_heads, rows, head_dim] attended to before `start`."""
+        size, skipped = self._fmt.page_size, self._fmt.sink_pages
+        sinks, tail = pages.sink_tokens(start)[0].shape[1], pages.tail_tokens(start)[0].shape[1]
+        ranges = [part for parts in self._rounds(pages, group, 0, self._fmt.pooled_pages(start)) for part in parts]
+        in_pages = [range((part.start + skipped) * size, (part.stop + skipped) * size) for part in ranges]
+        left = [range(0, sinks), *in_pages, range(start - tail, start)]
+        dequantize = self._kernels.dequantize_pages
+        runs = self._past(pages, group, start)
+        for past_k, _ in past_pieces(runs, group.num_heads, self._fmt, self._scratch, dequantize):
+            places, count = [], past_k.shape[1]
+            while count:
+                place = left.pop(0)
+                places.append(place[:count])
+                if len(place) > count:
+                    left.insert(0, place[count:])
+                count -= len(places[-1])
+            looked.add(q, past_k, lse, places)
 
     def past(self, pages: PagedHeads, seq_len: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values of tokens [0, seq_len) of heads that keep them all, see `past_pieces`."""
@@ -114,17 +146,21 @@ class PagedPrefill:
 
     def _ranges(self, pages: PagedHeads, group: HeadGroup, first: int, stop: int) -> Iterator[PageView]:
         """Pages [first, stop) as the device can read them, those on the host first."""
-        if self._fetcher is None:
-            yield pages.range_view(group, first, stop)
-            return
-        per_round = self._fetcher.per_round(group.num_heads)
-        on_host, on_device = pages.places.rounds(group, first, stop, per_round)
-        yield from self._fetcher.readable(pages.range_view(group, part.start, part.stop) for part in on_host)
+        on_host, on_device = self._rounds(pages, group, first, stop)
+        if self._fetcher is not None:
+            yield from self._fetcher.readable(pages.range_view(group, part.start, part.stop) for part in on_host)
         for part in on_device:
             yield pages.range_view(group, part.start, part.stop)
 
+    def _rounds(self, pages: PagedHeads, group: HeadGroup, first: int, stop: int) -> tuple[list[range], list[range]]:
+        """Pages [first, stop) in ranges as they are read: those to be fetched, then the others."""
+        if self._fetcher is None:
+            return [], [range(first, stop)]
+        return pages.places.rounds(group, first, stop, self._fetcher.per_round(group.num_heads))
+
     def _attend_to_window(
-        self, pages: PagedHeads, group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, start: int, out: Tensor
+        self, pages: PagedHeads, group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, start: int, out: Tensor,
+        looked: LookedTokens | None,
     ) -> None:  # fmt: skip
         reach, per_kv = group.reach, self._spec.group
         sinks = min(reach.sink_size, start)
@@ -146,6 +182,10 @@ class PagedPrefill:
                 q[:, queries].view(shape), k[part], v[part], past_k, past_v, start, reach.sink_size, reach.tokens,
                 self._softmax_scale, out[:, queries].view(shape),
             )  # fmt: skip
+            if looked is not None:
+                looked.add_window(
+                    q[:, queries].view(shape), k[part], past_k, start, first, reach.sink_size, reach.tokens
+                )
 
     def _copy_tokens(
         self, pages: PagedHeads, group: HeadGroup, first: int, stop: int, seq_len: int, k: Tensor, v: Tensor

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longrun.attention.interface import Step
+from longrun.attention.looked import LookedTokens
 from longrun.attention.prefill import PagedPrefill, PrefillKernels
 from longrun.attention.rotation import HeadRotation
 from longrun.attention.window import WindowAttention
@@ -51,20 +52,33 @@ class TorchAttention:
 
     def run(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """See `Attention.run`."""
-        pages, _ = self.cache.layers[layer_idx]
-        rotation = None if pages is None else self._rotation
-        if pages is not None and rotation is not None:
-            rotation.rotate_(q, k, v, pages.num_heads)
-        k = k.transpose(0, 1).to(self.exact)
-        v = v.transpose(0, 1).to(self.exact)
+        pages, ring = self.cache.layers[layer_idx]
+        k, v = self._as_stored(pages, q, k, v)
         if step.num_tokens == 1:
             self.cache.append(layer_idx, k, v, step.start)
             out = self._decode(layer_idx, q, step.start).reshape(q.shape).to(q.dtype)
         else:
-            out = self._prefill(layer_idx, q, k.to(q.dtype), v.to(q.dtype), step.start)
+            out = self._prefill(pages, ring, q, k.to(q.dtype), v.to(q.dtype), step.start)
             self.cache.append(layer_idx, k, v, step.start)
-        if pages is not None and rotation is not None:
-            rotation.unrotate_(out, pages.num_heads * self.group)
+        return self._unrotated(pages, out)
+
+    def look(
+        self, pages: PagedHeads | None, ring: Ring | None, q: Tensor, k: Tensor, v: Tensor, start: int,
+        looked: LookedTokens,
+    ) -> Tensor:  # fmt: skip
+        """See `longrun.attention.look_back.Looks.look`."""
+        k, v = self._as_stored(pages, q, k, v)
+        return self._unrotated(pages, self._prefill(pages, ring, q, k.to(q.dtype), v.to(q.dtype), start, looked))
+
+    def _as_stored(self, pages: PagedHeads | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v as the cache keeps them, [num_kv_heads, T, head_dim]; q is rotated with them, in place."""
+        if pages is not None and self._rotation is not None:
+            self._rotation.rotate_(q, k, v, pages.num_heads)
+        return k.transpose(0, 1).to(self.exact), v.transpose(0, 1).to(self.exact)
+
+    def _unrotated(self, pages: PagedHeads | None, out: Tensor) -> Tensor:
+        if pages is not None and self._rotation is not None:
+            self._rotation.unrotate_(out, pages.num_heads * self.group)
         return out
 
     def _decode(self, layer_idx: int, q: Tensor, position: int) -> Tensor:
@@ -102,13 +116,15 @@ class TorchAttention:
         self.cache.describe(position + 1)
         return page_view.decode_attention(scaled, self.cache.view(layer_idx), exact)[0]
 
-    def _prefill(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        pages, ring = self.cache.layers[layer_idx]
+    def _prefill(
+        self, pages: PagedHeads | None, ring: Ring | None, q: Tensor, k: Tensor, v: Tensor, start: int,
+        looked: LookedTokens | None = None,
+    ) -> Tensor:  # fmt: skip
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         heads = 0 if pages is None else pages.num_heads
         split = heads * self.group
         if pages is not None:
-            self._prefill_pages.run(pages, q[:, :split], k[:heads], v[:heads], start, out[:, :split])
+            self._prefill_pages.run(pages, q[:, :split], k[:heads], v[:heads], start, out[:, :split], looked)
         if ring is not None:
             shape = (q.shape[0], -1, self.group, q.shape[2])
             self._window_attention(

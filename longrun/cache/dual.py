@@ -81,6 +81,7 @@ class DualCache:
         )
         self.fetch_buffer = torch.empty(spec.fetch_pages, fmt.payload_bytes, dtype=torch.uint8, device=device).fill_(0)
         self._exact = ExactMemory(spec, device)
+        parts = self._exact.parts()
         self._spans = Spans(spec, device) if spec.total_retrieval_heads else None
         self._marks: weakref.WeakSet[CacheMark] = weakref.WeakSet()
         self.layers: list[tuple[PagedHeads | None, Ring | None]] = []
@@ -89,11 +90,11 @@ class DualCache:
             if num_retrieval:
                 assert self._spans is not None
                 pages = PagedHeads(
-                    spec, layer_idx, self._exact.take(num_retrieval, fmt.page_size),
+                    spec, layer_idx, parts.take(num_retrieval, fmt.page_size),
                     (self.device_pool, self.host_pool), self._spans, self._marked_lengths, mover,
                 )  # fmt: skip
             if num_retrieval < spec.num_kv_heads:
-                memory = self._exact.take(spec.num_kv_heads - num_retrieval, spec.ring_slots)
+                memory = parts.take(spec.num_kv_heads - num_retrieval, spec.ring_slots)
                 ring = Ring(*memory, spec.sink_size, spec.recent_size)
             self.layers.append((pages, ring))
 
@@ -221,6 +222,20 @@ class DualCache:
         mark = CacheMark(self.seq_len, self._exact.save() if self.seq_len else None)
         self._marks.add(mark)
         return mark
+
+    def layers_at(self, mark: CacheMark) -> list[tuple[PagedHeads | None, Ring | None]]:
+        """The layers as they stood at a live mark that is not empty, to be read up to `mark.seq_len`; pages and sink
+        pages are shared, and nothing may be appended."""
+        assert mark.state is not None and mark in self._marks
+        parts, found = self._exact.parts_at(mark.state), []
+        for pages, ring in self.layers:
+            if pages is not None:
+                pages = pages.with_tail(*parts.take(pages.num_heads, self.spec.page_format.page_size))
+            if ring is not None:
+                memory = parts.take(ring.k.shape[0], ring.num_slots)
+                ring = Ring(*memory, ring.sink_size, ring.recent_size)
+            found.append((pages, ring))
+        return found
 
     def release(self, mark: CacheMark) -> None:
         """The mark is of no more use: the pages it holds back return to their pool with the next ones that do."""

@@ -30,6 +30,24 @@ class SavedState:
         self._copy = None
 
 
+class ExactParts:
+    """Tails and rings one after the other in a memory of theirs, or in a copy of it.
+
+    Args:
+        memory: of the exact dtype.
+    """
+
+    def __init__(self, memory: Tensor, head_dim: int) -> None:
+        self._memory, self._head_dim, self._taken = memory, head_dim, 0
+
+    def take(self, num_heads: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """The next keys and values: [num_heads, num_tokens, head_dim] each."""
+        shape = (2, num_heads, num_tokens, self._head_dim)
+        begin, self._taken = self._taken, self._taken + 2 * num_heads * num_tokens * self._head_dim
+        k, v = self._memory[begin : self._taken].view(shape)
+        return k, v
+
+
 class ExactMemory:
     """Tails and rings of all layers in one tensor, and `spec.marks` more of that size for copies.
 
@@ -45,18 +63,18 @@ class ExactMemory:
         # touched at once, as everything planned is, so that nothing fails later
         self._copies = [torch.zeros_like(self._memory) for _ in range(spec.marks)]
         self._owners: list[weakref.ref[SavedState] | None] = [None] * spec.marks
-        self._taken = 0
 
     @property
     def copies_bytes(self) -> int:
         return sum(copy.nbytes for copy in self._copies)
 
-    def take(self, num_heads: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Memory for keys and for values: [num_heads, num_tokens, head_dim] each, zeros."""
-        shape = (2, num_heads, num_tokens, self._head_dim)
-        begin, self._taken = self._taken, self._taken + 2 * num_heads * num_tokens * self._head_dim
-        k, v = self._memory[begin : self._taken].view(shape)
-        return k, v
+    def parts(self) -> ExactParts:
+        """The memory itself, zeros at first, to be divided."""
+        return ExactParts(self._memory, self._head_dim)
+
+    def parts_at(self, state: SavedState) -> ExactParts:
+        """What `save` copied, to be divided as the memory itself; on its device."""
+        return ExactParts(state.copy.to(self._memory.device), self._head_dim)
 
     def save(self) -> SavedState:
         """A copy of everything: on the device, or in host memory where all planned copies are in use."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -75,6 +76,12 @@ class PagedHeads:
             "tails": self.tail_k.nbytes + self.tail_v.nbytes,
             "page tables": self.places.nbytes,
         }
+
+    def with_tail(self, tail_k: Tensor, tail_v: Tensor) -> PagedHeads:
+        """The same pages with another tail, to be read."""
+        other = copy(self)
+        other.tail_k, other.tail_v = tail_k, tail_v
+        return other
 
     def append(self, k: Tensor, v: Tensor, start: int) -> None:
         """Append tokens [start, start + T): k, v [num_heads, T, head_dim]; full pages are quantized and stored."""

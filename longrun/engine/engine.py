@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from longrun.allocation import failed_allocations
 from longrun.attention.interface import Attention, Step
-from longrun.cache.dual import DualCache
+from longrun.attention.look_back import LookBack, Looks
+from longrun.attention.looked import LookedTokens
+from longrun.cache.dual import CacheMark, DualCache
 from longrun.errors import SessionError, logits_not_finite
 from longrun.interrupts import deferred_signals
 from longrun.model.decoder import Decoder
@@ -99,6 +101,36 @@ class Engine:
         self.check_whole()
         with deferred_signals():
             return self._step(1, partial(self._forward_one, token_id, self.cache.seq_len + 1, ahead))[0]
+
+    @failed_allocations("while an answer was looked through")
+    @torch.inference_mode()
+    def look_back(self, mark: CacheMark, token_ids: Tensor, tile_bytes: int) -> Tensor:
+        """What tokens that follow a mark attend to before it; the sequence stays as it is, wherever this ends.
+
+        Args:
+            mark: a live one, of at least one token.
+            token_ids: int64 [n] in host memory, at most chunk_size of them.
+            tile_bytes: see `LookedTokens`.
+
+        Returns:
+            float32 [mark.seq_len] in host memory: each token's sum of squared attention weights, over these tokens and
+            all retrieval heads.
+
+        Raises:
+            SessionError: as `run`.
+            PlanError: memory ran out.
+        """
+        self.check_whole()
+        assert 0 < len(token_ids) <= self.chunk_size
+        if self.decode_step is not None:
+            self.decode_step.invalidate()
+        backend = cast(Looks, self.attention)
+        start, device = mark.seq_len, self.decoder.device
+        looked = LookedTokens(start, self.decoder.config.head_dim**-0.5, tile_bytes, device)
+        step = Step(start, len(token_ids), *self.rotary.cos_sin(start, len(token_ids), start + len(token_ids)))
+        attention = LookBack(backend, self.cache.layers_at(mark), looked)
+        self.decoder.forward(token_ids.to(device), step, attention)
+        return looked.sums.cpu()
 
     def check_whole(self) -> None:
         """Raises SessionError where a step failed half way, until the cache is brought back to an earlier state."""

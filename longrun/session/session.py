@@ -19,7 +19,9 @@ from longrun.interrupts import deferred_signals
 from longrun.plan.plan import Plan
 from longrun.session.generation import generate, generate_scored
 from longrun.session.keeper import SessionKeeper
+from longrun.session.look_back import looked_at
 from longrun.session.marks import SessionMark, SessionMarks
+from longrun.session.passages import Passage
 from longrun.session.sequence import TokenSequence
 
 if TYPE_CHECKING:
@@ -217,6 +219,33 @@ class Session:
         with deferred_signals():
             self._keeper.rewound(self.cache.spec, mark.cache.seq_len)
             self._marks.rewind(mark)
+
+    def looked_at(
+        self, mark: SessionMark, stop: int | None = None, before: int | None = None, most: int = 5
+    ) -> list[Passage]:
+        """The passages of the text before `mark` that the tokens after it attended to most.
+
+        The tokens after the mark are read once more, without appending anything: the session stays as it is. What the
+        retrieval heads see counts, so that a head of finite reach tells only of its newest tokens, and one that
+        streams of none. Of a very long answer the first tokens are read, as many as the planned memory has room for,
+        a little less than chunk_size.
+
+        Args:
+            mark: where the answer begins.
+            stop: where it ends, a number of tokens of the session; default: the session's end.
+            before: tokens from this position on are not shown, such as those of the question; default: the mark.
+            most: at most so many passages.
+
+        Returns:
+            Passages, the most looked at first: none where nothing stands before the mark beside the first page. The
+            first tokens (a page, or the sinks where they are more) never count.
+
+        Raises:
+            InputError: `mark` is of another session or ended; nothing follows it; another number is out of range.
+            SessionError: an earlier step broke off.
+            PlanError: the planned chunks are too short for it.
+        """
+        return looked_at(self._sequence, self._marks, self.plan, mark, stop, before, most)
 
     def attach(self, path: str | Path) -> None:
         """Own the folder `path` and keep it up to date from now on: prefill saves into it after every chunk.
