@@ -193,7 +193,7 @@ ROOMS = (
     Room(
         "server",
         ("longrun.server", "longrun.server.*"),
-        ("runtime", "session", "engine", "documents", "text", "model", "plan", "formats"),
+        ("runtime", "session", "engine", "documents", "text", "model", "plan", "specs"),
         (
             "rich",
             "transformers",

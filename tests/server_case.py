@@ -95,7 +95,7 @@ def serve(
     **settings: Any,
 ) -> Iterator[Served]:  # fmt: skip
     """Serve the model until the block ends."""
-    given = {"kv_format": "fp32", "device": "cpu", "ctx": CONTEXT, "compiled_kernels": False, **settings}
+    given = {"kv_format": "fp32", "device": "cpu", "ctx": CONTEXT, "compiled_kernels": False, "marks": 16, **settings}
     runtime = longrun.load(folder, "cpu", **given)
     serving = Serving(runtime, NAME, limits, most_waiting, key, origins)
     bound = listening_socket("127.0.0.1", 0)

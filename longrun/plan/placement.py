@@ -15,7 +15,7 @@ from longrun.patterns.head_map import HeadSplit
 from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
 from longrun.quant.weight_format import is_quantized
 from longrun.specs.attention_spec import DEFAULT_SCRATCH_TOKENS, AttentionSpec
-from longrun.specs.cache_spec import CacheSpec
+from longrun.specs.cache_spec import MARKS, CacheSpec
 from longrun.specs.device_allocator import rounding_bytes
 from longrun.specs.model_bytes import (
     TOKEN_SLICES,
@@ -76,6 +76,7 @@ class PlanSettings:
         device_share: the most of a retrieval head's pages that may stand in the device pool, 0 to 1. Below 1 pages
             go to the host pool although the device has room, which is how the host path is exercised.
         gpu_kernels: on cuda, INT4 pages are served by the GPU kernels; False plans for plain torch.
+        marks: points of a session to come back to that have memory of their own.
         bf16_product_copy: on the CPU, bytes an element that a bf16 product holds besides its result, see
             `longrun.machine.processor`.
     """
@@ -93,6 +94,7 @@ class PlanSettings:
     device_share: float = 1.0
     gpu_kernels: bool = True
     bf16_product_copy: int = 0
+    marks: int = MARKS
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -263,7 +265,8 @@ def _items_beside_the_cache(settings: PlanSettings, attention: AttentionSpec, ca
         "activations", "device", layers + attention.activation_bytes(), f"{attention.chunk_size:,}-token chunk"
     )
     yield PlanItem("small tensors", "device", _SMALL_TENSOR_BYTES[settings.device_type])
-    yield PlanItem("logits", "device", settings.config.vocab_size * _LOGITS_BYTES_PER_TOKEN_ID, "and sampling")
+    logits = _LOGITS_BYTES_PER_TOKEN_ID + 4 * max(0, settings.marks - MARKS)  # a mark keeps those of its last token
+    yield PlanItem("logits", "device", settings.config.vocab_size * logits, "and sampling")
     yield PlanItem("runtime base", "device", settings.base_bytes, base_note)
     yield PlanItem("reserved", "device", settings.reserved_bytes, "taken already")
 
@@ -301,6 +304,7 @@ def _cache_spec(
         device_pages_per_head=on_device,
         fetch_pages=fetch_pages,
         reaches=reaches,
+        marks=settings.marks,
     )
 
 

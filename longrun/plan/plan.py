@@ -23,7 +23,7 @@ from longrun.plan.reaches import allocated_split
 from longrun.plan.search import Suggestion, largest_capacity, shortfall, suggest
 from longrun.plan.split import ChosenSplit, choose_split
 from longrun.specs.attention_spec import AttentionSpec
-from longrun.specs.cache_spec import CacheSpec
+from longrun.specs.cache_spec import MARKS, MOST_MARKS, CacheSpec
 from longrun.specs.model_bytes import ModelWork, model_work
 from longrun.units import ALL_TOKENS, format_bytes, parse_tokens
 
@@ -177,6 +177,7 @@ def make_plan(
     device_share: float = 1.0,
     gpu_kernels: bool = True,
     key_biases: KeyBiases | None = None,
+    marks: int = MARKS,
 ) -> Plan:
     """Plan a run of `capacity` tokens within `budget`.
 
@@ -190,6 +191,7 @@ def make_plan(
         reserved_bytes: device memory that is taken already.
         device_share, gpu_kernels: see `PlanSettings`.
         key_biases: of the model's file, or None where they are not known; large ones get a warning.
+        marks: points of a session to come back to (`Session.mark`) that get memory of their own.
 
     Raises:
         NoFitError: the budget does not hold it; with the shortfall and what would fit.
@@ -215,6 +217,7 @@ def make_plan(
         device_share=device_share,
         gpu_kernels=gpu_kernels,
         bf16_product_copy=bf16_product_copy_bytes(),
+        marks=integer(marks, "marks", 1, MOST_MARKS),
     )
     max_capacity = largest_capacity(settings)
     warnings = []

@@ -40,6 +40,7 @@ from longrun.runtime.setup import Setup
 from longrun.runtime.shared import Shared
 from longrun.session.manifest import SessionIdentity
 from longrun.session.store import SavedSession, is_session, saved_keep, saved_reaches
+from longrun.specs.cache_spec import MARKS
 from longrun.specs.model_bytes import TOKEN_SLICES
 from longrun.units import parse_tokens
 
@@ -65,6 +66,7 @@ def load(
     chunk_size: int | None = None,
     device_share: float = 1.0,
     compiled_kernels: bool = True,
+    marks: int = MARKS,
     session: str | Path | None = None,
     download: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
@@ -104,6 +106,8 @@ def load(
             rest goes to the host pool although the device has room.
         compiled_kernels: use the compiled kernels of the CPU or the GPU; False runs plain torch.
         download: fetch a model of the Hugging Face hub that is not in the local cache.
+        marks: points of a session to come back to (`Session.mark`) that get memory of their own; with `kv_bytes`
+            always 2, as each of them holds pages back.
         session: folder of a session that will be loaded: where it is damaged, or was saved with another model, head
             split or format, it is refused before the first weight is read. A folder without a session is no error.
             With `kv_bytes` its reaches are kept, whatever the bytes and `ctx`; and always its `keep`.
@@ -150,6 +154,8 @@ def load(
     limits = budget_by_hand(limits, retrieval_ratio, kv_bytes)
     limits = limits.override(keep=None if keep is None else parse_keep(keep))
     limits, session_notices = _with_keep_of(session, limits)
+    if limits.kv_bytes is not None:
+        marks = MARKS
     if device_type == "cuda":
         gpu_checks.check_budget(limits)
         if compiled_kernels:
@@ -158,7 +164,7 @@ def load(
     def plan_for(chosen: ChosenSplit) -> Plan:
         return make_plan(
             config, limits, capacity, split=chosen, device_type=device_type, device_share=device_share,
-            gpu_kernels=compiled_kernels, key_biases=key_biases,
+            gpu_kernels=compiled_kernels, key_biases=key_biases, marks=marks,
         )  # fmt: skip
 
     checked, auto_notices = None, []
@@ -205,7 +211,7 @@ def load(
             checked, limits, chosen, plan, identity, parts, shared, device_share, compiled_kernels,
             model_notices=(*checked.notices, *model_notices),
             split_notices=(*(chosen.notes if given else ()), *session_notices, *auto_notices, *origin),
-            key_biases=key_biases,
+            key_biases=key_biases, marks=marks,
         )
     )  # fmt: skip
 

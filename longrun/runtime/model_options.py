@@ -13,6 +13,7 @@ from longrun.hub.find import MODEL_HELP, add_download_option, add_yarn_option
 from longrun.plan.split import KEEP_HELP, KV_BYTES_HELP, parse_keep
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.specs.cache_spec import MARKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +64,7 @@ def load_model(
     choice: ModelChoice,
     capacity: int | None,
     *,
+    marks: int = MARKS,
     session: Path | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     on_pin: Callable[[int, int], None] | None = None,
@@ -76,7 +78,7 @@ def load_model(
         args: the parsed options.
         choice: what --model and --adapter mean.
         capacity: tokens of --ctx, or None.
-        session, on_plan, on_pin, on_head_map, on_tokenizer, system_size: see `longrun.load`.
+        marks, session, on_plan, on_pin, on_head_map, on_tokenizer, system_size: see `longrun.load`.
 
     Raises:
         LongrunError: as `longrun.load`.
@@ -100,6 +102,7 @@ def load_model(
         kv_bytes=args.kv_bytes,
         keep=None if args.keep is None else parse_keep(args.keep, "--keep"),
         chunk_size=args.chunk_size,
+        marks=marks,
         session=session,
         on_plan=on_plan,
         on_pin=on_pin,

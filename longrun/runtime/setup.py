@@ -11,6 +11,7 @@ from longrun.plan.plan import ChosenSplit, Plan, make_plan
 from longrun.runtime.backend import Parts
 from longrun.runtime.shared import Shared
 from longrun.session.manifest import SessionIdentity
+from longrun.specs.cache_spec import MARKS
 
 _UNFUSED = "the GPU kernels are for int4 and k5v3 pages; this run uses plain torch there, which is slower"
 
@@ -24,7 +25,7 @@ class Setup:
         plan: for the context that was asked for.
         identity: what a saved session must have been made with.
         shared: what is shared with other runtimes over the same weights.
-        device_share, compiled_kernels: see `longrun.load`.
+        device_share, compiled_kernels, marks: see `longrun.load`.
         model_notices, split_notices: sentences for a person, of the model in memory and of its head split.
         key_biases: of the model's files; None where it has none.
     """
@@ -41,6 +42,7 @@ class Setup:
     model_notices: tuple[str, ...] = ()
     split_notices: tuple[str, ...] = ()
     key_biases: KeyBiases | None = None
+    marks: int = MARKS
 
     @property
     def notices(self) -> list[str]:
@@ -63,5 +65,5 @@ class Setup:
         return make_plan(
             self.model.config, budget, capacity, split=self.chosen, device_type=self.plan.device_type,
             reserved_bytes=on_device + more_bytes, device_share=self.device_share, gpu_kernels=self.compiled_kernels,
-            key_biases=self.key_biases,
+            key_biases=self.key_biases, marks=self.marks,
         )  # fmt: skip

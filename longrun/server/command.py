@@ -16,6 +16,7 @@ from longrun.cli import EXIT_STATUS, PLAN_OPTIONS, Parser, run
 from longrun.errors import InputError, LongrunError
 from longrun.interrupts import leaving_at_once
 from longrun.runtime.model_options import add_model_options, load_model
+from longrun.specs.cache_spec import MOST_MARKS
 from longrun.units import format_bytes, parse_tokens
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 _TERMINATED = 143
 _LOOPBACK = "127.0.0.1"
-_DEFAULT_PORT = 8000
+_DEFAULT_PORT, _MARKS = 8000, 16
 _KEY_VARIABLE = "LONGRUN_API_KEY"
 _BODY_BYTES, _BODY_BYTES_PER_TOKEN = 10**6, 32
 
@@ -107,7 +108,7 @@ def _load(args: argparse.Namespace, capacity: int | None, console: Console) -> t
     choice = choose_model(args.model, args.adapter, args.download)
     if choice.notice is not None:
         note(choice.notice)
-    runtime = load_model(args, choice, capacity, on_plan=on_plan, system_size=_no_system_prompt)
+    runtime = load_model(args, choice, capacity, marks=args.marks, on_plan=on_plan, system_size=_no_system_prompt)
     if runtime.tokenizer is None:
         raise InputError(f"{choice.model_dir} has no tokenizer: a server needs one, add the model's tokenizer files")
     for notice in runtime.notices:
@@ -146,6 +147,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     serve.add_argument("--name", metavar="ID", help="id of the model (default: the name of its folder or file)")
     limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--marks", type=whole(1, MOST_MARKS), default=_MARKS, metavar="N",
+        help=f"points from which a request can continue an earlier one (default: {_MARKS}, or 2 with --kv-bytes)",
+    )  # fmt: skip
     limits.add_argument("--queue", type=COUNT, default=64, metavar="N", help="requests that may wait (default: 64)")
     limits.add_argument(
         "--max-new-tokens", type=COUNT, default=4096, metavar="N",

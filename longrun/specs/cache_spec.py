@@ -14,7 +14,8 @@ from longrun.specs.reach import ALL_TOKENS, Reach
 
 _SLOT_BYTES = 4  # page tables, page lists and free lists hold int32
 MAX_SLOTS = 2**31 - 1
-MARKS = 2  # live marks that a session plans memory for
+MARKS = 2  # live marks that a session plans memory for, where nobody asks for more
+MOST_MARKS = 1024
 SPANS = 5  # int32 of every head: begin and count of its pages on the host, on the device, and the count of both
 
 
