@@ -2,6 +2,7 @@
 
 What is compared are words, for how they are set out is a matter of taste:
 
+    questions  Python's json, line by line, for files whose first line is JSON; any line of another file is a question
     text    Python's own decoding by the byte order mark
     html    the text that lxml's parser finds, without what a browser does not show
     pdf     a regular expression over the file, whose page contents are not compressed. Fewer words, but no others, are
@@ -12,11 +13,14 @@ What is compared are words, for how they are set out is a matter of taste:
 from __future__ import annotations
 
 import codecs
+import json
 import random
 import re
 from pathlib import Path
 
+from longrun.chat.questions import read_questions
 from longrun.documents.find import read_documents
+from scripts.fuzz_mutations import damage_json
 
 _HTML = """<!DOCTYPE html><html><head><meta charset="utf-8"><title>The lighthouse</title><style>p { color: red }</style>
 <script>var hidden = "<p>not text</p>";</script></head><body><h1>Letters &amp; numbers</h1><p>The keeper wrote <b>27</b>
@@ -33,11 +37,13 @@ Words = tuple[list[str], bool]
 
 
 def make_documents(base: Path) -> None:
-    """Folders `text`, `html` and `pdf` with a file or two each."""
-    for name in ("text", "html", "pdf"):
+    """Folders `text`, `html`, `pdf` and `questions` with a file or two each."""
+    for name in ("text", "html", "pdf", "questions"):
         (base / name).mkdir()
     (base / "text" / "a.txt").write_text("The keeper wrote 27 letters, naïvely.\n", encoding="utf-8")
     (base / "text" / "b.txt").write_text("To the harbour: 灯台 🙂\n", encoding="utf-16")
+    questions = [{"question": "Who wrote?", "id": "a"}, {"question": "How many letters?", "id": 2}, "Where to?"]
+    (base / "questions" / "q.jsonl").write_text("".join(json.dumps(item) + "\n" for item in questions))
     (base / "html" / "page.html").write_text(_HTML, encoding="utf-8")
     (base / "pdf" / "two.pdf").write_bytes(make_pdf(_PAGES))
 
@@ -73,6 +79,34 @@ def make_pdf(pages: tuple[tuple[str, ...], ...]) -> bytes:
 def use_text(folder: Path) -> Words:
     """The words that longrun reads, and whether it told of anything that it did not."""
     return _read(folder / "a.txt", folder / "b.txt")
+
+
+def use_questions(folder: Path) -> list[tuple[str, str | int | None]]:
+    """What `--ask` would answer."""
+    return [(question.text, question.id) for question in read_questions(folder / "q.jsonl")]
+
+
+def expected_questions(folder: Path) -> list[tuple[str, str | int | None]]:
+    """By Python's json."""
+    lines = [line.strip() for line in _decoded((folder / "q.jsonl").read_bytes()).split("\n") if line.strip()]
+    try:
+        is_json = lines[0].startswith("{") or isinstance(json.loads(lines[0]), str)
+    except ValueError:
+        is_json = False
+    items = [_unique_object(line) if is_json else {"question": line} for line in lines]
+    assert all(item.keys() <= {"question", "id"} for item in items)
+    assert all(isinstance(item["question"], str) and item["question"].strip() for item in items)
+    assert all(type(item.get("id")) in (str, int, type(None)) for item in items)
+    return [(item["question"].strip(), item.get("id")) for item in items]
+
+
+def _unique_object(line: str) -> dict:
+    def pairs(found: list) -> dict:
+        assert len(dict(found)) == len(found)
+        return dict(found)
+
+    item = json.loads(line, object_pairs_hook=pairs)
+    return item if isinstance(item, dict) else {"question": item}
 
 
 def use_html(folder: Path) -> Words:
@@ -149,6 +183,15 @@ def same_words(ours: Words, right: Words) -> bool:
 def same_or_told(ours: Words, right: Words) -> bool:
     """The same words; or only some, where a notice says that something was not read, or the content is damaged."""
     return same_words(ours, right) or ((ours[1] or right[1]) and set(ours[0]) <= set(right[0]))
+
+
+def damage_questions(rng: random.Random, content: bytes) -> tuple[bytes, str]:
+    """`damage_json` of one line."""
+    lines = content.decode().splitlines()
+    at = rng.randrange(2)
+    damaged, what = damage_json(rng, lines[at].encode())
+    lines[at] = damaged.decode()
+    return "\n".join(lines).encode(), f"line {at + 1}: {what}"
 
 
 def damage_html(rng: random.Random, content: bytes) -> tuple[bytes, str]:

@@ -11,7 +11,7 @@ result without longrun's readers; where it raises, the files mean nothing, and l
     generation   the ids that Python's json finds in generation_config.json, which the end tokens must include
     head map     Python's csv and float on every cell, clipped; a window and losses of reaches as json reads them
     budget       Python's tomllib and a regular expression for sizes
-    text, html, pdf  see `fuzz_documents`
+    text, html, pdf, questions  see `fuzz_documents`
     adapter      transformers' model with W + alpha / r * B @ A set in float64 from the safetensors library
     session      everything in the folder is under a checksum: what loads must continue exactly like the undamaged one,
                  even where the manifest's own checksum was put right after it was changed
@@ -45,14 +45,17 @@ from longrun.plan.plan import choose_split, make_plan
 from scripts.fuzz_documents import (
     damage_html,
     damage_pdf,
+    damage_questions,
     expected_html,
     expected_pdf,
+    expected_questions,
     expected_text,
     make_documents,
     same_or_told,
     same_words,
     use_html,
     use_pdf,
+    use_questions,
     use_text,
 )
 from scripts.fuzz_gguf import damage_gguf, make_gguf, model_by_package
@@ -117,6 +120,7 @@ class Bench:
             Kind("adapter", "adapter", ("adapter_config.json", "adapter_model.safetensors"), self._run_with_adapter,
                  self._merged, _close),
             Kind("text", "text", ("*.txt",), use_text, expected_text, same_words),
+            Kind("questions", "questions", ("*.jsonl",), use_questions, expected_questions, _same),
             Kind("html", "html", ("*.html",), use_html, expected_html, same_words),
             Kind("pdf", "pdf", ("*.pdf",), use_pdf, expected_pdf, same_or_told),
             Kind("session", "session", (*("manifest.json",) * 3, "pages-*", "state-*"), self._go_on, self._undamaged,
@@ -141,8 +145,10 @@ class Bench:
         elif file.suffix == ".safetensors":
             content, what = damage_header(rng, content)
         else:
-            of_suffix = {".tsv": damage_table, ".toml": damage_toml, ".jinja": damage_template, ".html": damage_html,
-                         ".pdf": damage_pdf}  # fmt: skip
+            of_suffix = {
+                ".tsv": damage_table, ".toml": damage_toml, ".jinja": damage_template, ".html": damage_html,
+                ".pdf": damage_pdf, ".jsonl": damage_questions,
+            }  # fmt: skip
             content, what = of_suffix[file.suffix](rng, content)
         if rng.random() < 0.02:
             file.unlink()

@@ -14,18 +14,19 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from longrun.arguments import COUNT, SEED, SHARE, check_text, real, whole
+from longrun.chat.options import read_options
 from longrun.chat.piped import stdin_bytes
-from longrun.cli import EXIT_STATUS, INTERRUPTED, PLAN_OPTIONS, Parser, StdoutLost, run
+from longrun.chat.questions import Question, read_questions, stdin_questions
+from longrun.cli import BAD_INPUT, INTERRUPTED, PLAN_OPTIONS, StdoutLost, run
 from longrun.documents.document import Document
 from longrun.documents.find import STDIN, Documents, read_documents
 from longrun.errors import InputError
 from longrun.interrupts import leaving_at_once
 from longrun.paths import user_path
-from longrun.runtime.model_options import add_model_options, load_model
+from longrun.runtime.model_options import load_model
 from longrun.units import format_bytes, parse_tokens
 
 if TYPE_CHECKING:
@@ -44,15 +45,8 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
     Raises:
         LongrunError: bad arguments, files or folders, or a plan that does not fit.
     """
-    args = _parser().parse_args(argv)
-    interactive = args.interactive or (args.prompt is None and sys.stdin.isatty())
-    if args.interactive and not sys.stdin.isatty():
-        raise InputError("--interactive needs a terminal: leave it out for one answer to --prompt")
-    if args.json and (args.prompt is None or interactive):
-        raise InputError("--json needs --prompt without --interactive: it prints one answer and one JSON object")
-    if args.prompt is not None and not check_text(args.prompt, "--prompt").strip():
-        raise InputError("--prompt is empty: give a question")
-    check_text(args.system or "", "--system")
+    args = read_options(argv)
+    questions = None if args.ask in (None, STDIN) else read_questions(args.ask)
     documents = _read_documents(args)
     capacity = None if args.ctx is None else parse_tokens(args.ctx, "--ctx")
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -78,9 +72,11 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
     runner: ChatRunner | None = None
     try:
         runner = _make_runner(args, capacity, console)
-        if args.prompt is not None and not interactive:
+        if args.ask is not None:
+            return _answer_all(runner, documents.texts, questions or stdin_questions(), args.json)
+        if args.prompt is not None and not args.interactive:
             return _answer_once(runner, documents.texts, args.prompt.strip(), args.json)
-        return _chat(runner, documents.texts, args.prompt, interactive)
+        return _chat(runner, documents.texts, args.prompt, args.interactive)
     except Terminated:
         if runner is not None:
             runner.save_if_kept()
@@ -93,12 +89,9 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
 
 
 def _read_documents(args: argparse.Namespace) -> Documents:
-    """What --file names, and what is piped in beside --prompt: stdin then holds no messages."""
-    if STDIN in args.file and args.prompt is None:
-        raise InputError(f"--file {STDIN} reads stdin, which without --prompt holds the messages: give --prompt TEXT")
-    if STDIN in args.file and sys.stdin.isatty():
-        raise InputError(f"--file {STDIN} reads stdin, which is a terminal: pipe a text in, or name a file")
-    if args.prompt is None or STDIN in args.file or sys.stdin.isatty():
+    """What --file names, and what is piped in beside --prompt or --ask FILE: stdin then holds no messages."""
+    takes_no_messages = args.prompt is not None or args.ask not in (None, STDIN)
+    if not takes_no_messages or STDIN in args.file or sys.stdin.isatty():
         return read_documents(args.file, stdin_bytes)
     raw = stdin_bytes()
     return read_documents([*args.file, STDIN], lambda: raw) if raw.strip() else read_documents(args.file)
@@ -185,10 +178,7 @@ def _answer_once(runner: ChatRunner, documents: Sequence[Document], prompt: str,
     try:
         runner.read(documents, prompt)
     except KeyboardInterrupt:
-        unread = runner.conversation.unread
-        runner.save_if_kept()
-        runner.tell(f"reading stopped with {unread:,} tokens unread" + _how_to_go_on(runner))
-        return INTERRUPTED
+        return _reading_stopped(runner)
     emit = _emit_to_stderr if as_json else _emit
     report = runner.answer(emit, keep_unfinished=False)
     emit("\n")
@@ -203,6 +193,30 @@ def _answer_once(runner: ChatRunner, documents: Sequence[Document], prompt: str,
     if as_json:
         _emit(json.dumps(report.to_dict()) + "\n")
     return INTERRUPTED if stop_reason == answer.INTERRUPTED else 0
+
+
+def _answer_all(
+    runner: ChatRunner, documents: Sequence[Document], questions: Iterable[Question | InputError], as_json: bool
+) -> int:
+    from longrun.chat.ask import Asker
+
+    asker = Asker(runner, _emit, _emit_to_stderr, as_json)
+    try:
+        whole = asker.run(documents, questions)
+    except KeyboardInterrupt:
+        return _reading_stopped(runner)
+    if not whole:
+        return INTERRUPTED
+    if not asker.answered + asker.errors:
+        raise InputError("stdin holds no question: pipe in one a line, as text or as JSON")
+    return BAD_INPUT if asker.errors else 0
+
+
+def _reading_stopped(runner: ChatRunner) -> int:
+    unread = runner.conversation.unread
+    runner.save_if_kept()
+    runner.tell(f"reading stopped with {unread:,} tokens unread" + _how_to_go_on(runner) if unread else "stopped")
+    return INTERRUPTED
 
 
 def _how_to_go_on(runner: ChatRunner) -> str:
@@ -254,66 +268,6 @@ def _emit(text: str) -> None:
 def _emit_to_stderr(text: str) -> None:
     sys.stderr.write(text)
     sys.stderr.flush()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m longrun.chat",
-        description="Talk with a model about long texts. With --prompt: one answer on stdout, everything else on "
-        "stderr. Without it: an interactive chat on a terminal; otherwise every line of stdin is a message or a "
-        "command, and the exit status is 2 if one of them failed.",
-        epilog=f"{EXIT_STATUS} After SIGTERM it is 143.",
-    )
-    add_model_options(parser)
-    talk = parser.add_argument_group("what to talk about")
-    talk.add_argument(
-        "--file",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="F",
-        help="text to read first: files, folders, patterns like 'src/**/*.py', or - for stdin; repeatable",
-    )
-    talk.add_argument("--prompt", metavar="TEXT", help="answer this one question and leave")
-    talk.add_argument("--interactive", action="store_true", help="stay in the chat after --prompt (on a terminal)")
-    talk.add_argument("--system", metavar="TEXT", help="system prompt (default: the chat template's own)")
-    talk.add_argument(
-        "--session", metavar="DIR", help="keep the session in this folder, and resume the one that is in it"
-    )
-    answer = parser.add_argument_group("answers")
-    answer.add_argument("--max-new-tokens", type=COUNT, default=512, metavar="N", help="default: 512")
-    answer.add_argument("--temperature", type=real(0), default=0.0, metavar="T", help="default: 0, the likeliest token")
-    answer.add_argument("--top-k", type=whole(), default=0, metavar="K", help="default: 0, all tokens")
-    answer.add_argument("--top-p", type=real(0, 1, above=True), default=1.0, metavar="P", help="default: 1, all tokens")
-    answer.add_argument(
-        "--min-p",
-        type=SHARE,
-        default=0.0,
-        metavar="P",
-        help="leave out tokens less than P times as probable as the likeliest one (default: 0, none)",
-    )
-    penalty = real(0, above=True)
-    answer.add_argument("--repetition-penalty", type=penalty, default=1.0, metavar="X", help="default: 1, none")
-    answer.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="STR",
-        help="end before this text or control token; repeatable",
-    )
-    answer.add_argument(
-        "--seed",
-        type=SEED,
-        metavar="N",
-        help="of random draws (default: new for every answer, and printed)",
-    )
-    answer.add_argument(
-        "--json",
-        action="store_true",
-        help="stdout gets one line of JSON alone: answer, counts, what was resumed, plan; the text streams to stderr "
-        "(with --prompt)",
-    )
-    return parser
 
 
 def main() -> None:

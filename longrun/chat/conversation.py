@@ -6,6 +6,7 @@ Everything is appended: the history is never tokenized or read again. What the c
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from longrun.interrupts import deferred_signals
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from longrun.session.marks import SessionMark
     from longrun.session.session import Session
 
 _KEY = "chat"
@@ -33,6 +35,14 @@ class AnswerCut:
 
     start: int
     seed: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class ConversationMark:
+    """A point of a conversation to come back to with `Conversation.rewind`."""
+
+    session: SessionMark
+    state: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -181,6 +191,18 @@ class Conversation:
         """
         self._state["turn"] = None
         self._state["cut"] = None if cut is None else [cut.start, cut.seed]
+
+    def mark(self) -> ConversationMark:
+        """Remember this point, as `Session.mark` does."""
+        return ConversationMark(self.session.mark(), copy.deepcopy(self._state))
+
+    def rewind(self, mark: ConversationMark) -> None:
+        """Back to `mark`, as if nothing had been read or said since."""
+        with deferred_signals():
+            self.session.rewind(mark.session)
+            self._state.clear()
+            self._state.update(copy.deepcopy(mark.state))
+            self._rest = []
 
     @property
     def cut_answer(self) -> AnswerCut | None:

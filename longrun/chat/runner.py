@@ -195,6 +195,13 @@ class ChatRunner:
         if self._folder is not None and self._conversation is not None and self.session.num_tokens:
             self.session.save(self._folder)
 
+    def keep_as_it_is(self) -> None:
+        """From now on the folder that is kept up to date, if there is one, stays as it is now."""
+        self.save_if_kept()
+        if self._folder is not None:
+            self.session.detach()
+            self._folder = None
+
     def save(self, folder: Path) -> None:
         """Save a copy into `folder`; the folder that is kept up to date stays so."""
         if not self.session.num_tokens:

@@ -71,9 +71,19 @@ def read_document(path: str | Path, name: str | None = None, headed: bool = Fals
         name: of the document; default: the path as it is given.
 
     Raises:
+        InputError, NoTextError: see `read_file`.
+        NoTextError: empty, binary (a NUL byte), in another encoding than UTF-8 and UTF-16, or PDF or HTML that cannot
+            be read; the message names the file, and the byte offset where there is one.
+    """
+    return document_of(read_file(path), str(path) if name is None else name, headed)
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a file that somebody named.
+
+    Raises:
         InputError: missing, a folder or a device, larger than `MAX_BYTES`.
-        NoTextError: unreadable, empty, binary (a NUL byte) or in another encoding than UTF-8 and UTF-16; the message
-            names the file, and the byte offset where there is one.
+        NoTextError: unreadable.
     """
     file = user_path(path, "file")
     try:
@@ -82,13 +92,12 @@ def read_document(path: str | Path, name: str | None = None, headed: bool = Fals
         if file.is_block_device() or file.is_char_device():
             raise InputError(f"{path} is a device: name a text file")
         with file.open("rb") as stream:
-            raw = read_bytes(stream, f"file {path}")
+            return read_bytes(stream, f"file {path}")
     except FileNotFoundError:
         raise InputError(f"there is no file {path}: check the path") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise NoTextError(f"file {path} cannot be read ({reason}): check its permissions", "unreadable") from error
-    return document_of(raw, str(path) if name is None else name, headed)
 
 
 def read_bytes(stream: BinaryIO, what: str) -> bytes:
