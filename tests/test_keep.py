@@ -13,14 +13,16 @@ from tiny_models import save_tiny, save_tokenizer
 
 import longrun
 from longrun.chat.format import ChatFormat, system_size
-from longrun.errors import ConfigError, InputError, SessionError
-from longrun.patterns.head_map import HeadMap
+from longrun.errors import ConfigError, HeadMapError, InputError, SessionError
+from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import Budget
 from longrun.plan.command import plan_command
 from longrun.plan.plan import NoFitError, choose_split, make_plan
-from longrun.plan.reaches import allocated_split
+from longrun.plan.reaches import allocated_split, window_of
 from longrun.plan.split import parse_keep
 from longrun.quant.kv_format import PageFormat
+from longrun.specs.cache_spec import head_bytes, ring_bytes
+from longrun.specs.reach import Reach
 from longrun.units import ALL_TOKENS
 
 KEEP = 700
@@ -90,6 +92,28 @@ def test_kv_bytes_pay_for_the_tokens_kept():
     plain, kept = (allocated_split(LOSSES, fmt, 40_000, 5 * 10**6, RING, sinks) for sinks in (None, 10_000))
     assert (plain.sink_size, kept.sink_size) == (SINK, 10_000)
     assert LOSSES.lost(kept.all_reaches) > LOSSES.lost(plain.all_reaches) > 0
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("keep", [SINK, 5000, 20_000])
+@pytest.mark.parametrize("kv_format", ["int4", "fp32"])
+def test_no_allocation_takes_more_than_its_bytes(kv_format, keep, share):
+    """Also where a ring, whose tokens are exact, takes more than pages of a longer reach."""
+    fmt, capacity = PageFormat(kv_format, 64, 64), 60_000
+    full = 9 * head_bytes(Reach(ALL_TOKENS, SINK, fmt), capacity)
+    try:
+        split = allocated_split(LOSSES, fmt, capacity, int(share * full), sink_size=keep)
+    except HeadMapError:
+        assert keep > SINK  # not even the first tokens
+        return
+    rings = ring_bytes(fmt, keep + split.recent_size)
+    taken = sum(
+        rings if reach == split.recent_size else head_bytes(Reach(reach, keep, fmt), capacity)
+        for row in split.all_reaches
+        for reach in row
+    )
+    assert taken <= share * full
+    assert HeadSplit.of_reaches(split.all_reaches, keep, window_of(split.all_reaches, LOSSES)) == split
 
 
 def test_sessions_bring_their_own(model, tmp_path):

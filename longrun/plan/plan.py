@@ -79,6 +79,7 @@ class Plan:
         device_budget, host_budget: what the budget allows.
         split_hash: hash of the head split; split_note: where the split comes from.
         warnings: sentences a person must see before the run; notes: sentences that may help.
+        kv_bytes_given: bytes of keys and values from which reaches were allocated; None where something else decided.
     """
 
     capacity: int
@@ -98,6 +99,7 @@ class Plan:
     budget_source: str
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    kv_bytes_given: int | None = None
 
     @property
     def kv_format(self) -> str:
@@ -159,6 +161,7 @@ class Plan:
             "total_bytes": self.total_bytes,
             "cache_bytes": self.cache_bytes,
             "kv_bytes": cache.kv_bytes,
+            "kv_bytes_given": self.kv_bytes_given,
             "bytes_per_token": cache.bytes_per_token,
             "budget": {"source": self.budget_source, "device": self.device_budget, "host": self.host_budget},
             "warnings": list(self.warnings),
@@ -258,6 +261,7 @@ def make_plan(
         budget_source=budget.source,
         warnings=tuple(warnings),
         notes=chosen.notes,
+        kv_bytes_given=chosen.kv_bytes,
     )
 
 

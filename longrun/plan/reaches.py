@@ -37,12 +37,11 @@ def allocated_split(
     for recent_size in losses.reaches if window is None else (window,):
         some = losses.at_least(recent_size)
         try:
-            reaches = allocate(some, reach_bytes(some, page_format, capacity), kv_bytes)
+            reaches = _within(some, reach_bytes(some, page_format, capacity), kv_bytes)
         except HeadMapError:
             if not found:
                 raise
             break
-        reaches = _with_a_ring(reaches, some)
         found.append((some.lost(reaches), HeadSplit.of_reaches(reaches, losses.sink_size, recent_size)))
     return min(found, key=lambda one: one[0])[1]
 
@@ -63,6 +62,21 @@ def reach_bytes(losses: ReachLosses, page_format: PageFormat, capacity: int) -> 
         return head_bytes(Reach(reach, sink_size, page_format), capacity)
 
     return size
+
+
+def _within(losses: ReachLosses, size: Callable[[int], int], kv_bytes: int) -> tuple[tuple[int, ...], ...]:
+    """`allocate`, and with a ring. Behind many sinks a ring takes more than quantized pages of a longer reach: so much
+    is then left for one.
+
+    Raises:
+        HeadMapError: as `allocate`.
+    """
+    ring = size(losses.reaches[0])
+    for left in (kv_bytes, kv_bytes - max(0, ring - min(map(size, (*losses.reaches, ALL_TOKENS))))):
+        reaches = _with_a_ring(allocate(losses, size, left), losses)
+        if sum(size(reach) for row in reaches for reach in row) <= kv_bytes:
+            return reaches
+    raise AssertionError("a ring takes more than what was left for it")
 
 
 def _with_a_ring(reaches: Sequence[Sequence[int]], losses: ReachLosses) -> tuple[tuple[int, ...], ...]:

@@ -44,7 +44,7 @@ def print_plan(plan: Plan, console: Console, speeds: Speeds | None = None) -> No
         most = "no head keeps all tokens, so the cache does not grow with the context"
     else:
         tokens = format_tokens(plan.max_capacity)
-        kept = "reaches" if plan.cache.reaches else "settings"
+        kept = "reaches" if plan.cache.reaches or plan.kv_bytes_given else "settings"
         most = f"largest context with this budget and these {kept}: [bold]{tokens} tokens[/bold]"
     console.print(most, highlight=False, soft_wrap=True)
     times = predict(plan, speeds)
@@ -114,6 +114,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, int, str]]:
 def _pages(plan: Plan) -> str:
     cache = plan.cache
     text = f"{cache.bytes_per_token:,.0f} bytes per token of context; cache {format_bytes(plan.cache_bytes)}"
+    if plan.kv_bytes_given is not None:
+        text += f"; keys and values {format_bytes(cache.kv_bytes)} of {format_bytes(plan.kv_bytes_given)} given"
     if cache.host_pages:
         share = cache.device_pages_per_head / cache.pages_per_head
         text += f"; {cache.device_pages:,} pages on the device ({share:.0%}), {cache.host_pages:,} on the host"
