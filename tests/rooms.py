@@ -188,7 +188,7 @@ ROOMS = (
         "chat",
         ("longrun.chat", "longrun.chat.*"),
         ("runtime", "session", "engine", "documents", "text", "model", "plan", "measuring", "hub", "formats"),
-        ("rich", "transformers"),
+        ("rich", "prompt_toolkit", "transformers"),
     ),
     Room(
         "server",

@@ -8,7 +8,6 @@ SIGTERM; with --session the state is saved first.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import signal
@@ -248,16 +247,12 @@ def _chat(runner: ChatRunner, documents: Sequence[Document], prompt: str | None,
 def _line_reader(interactive: bool) -> Callable[[], str | None]:
     if not interactive:
         return lambda: sys.stdin.readline() or None
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  line editing and history for input()
+    from longrun.chat.loop import COMMANDS
+    from longrun.chat.terminal import Terminal, can_edit, typed_lines
 
-    def read_line() -> str | None:
-        try:
-            return input("> ")
-        except EOFError:
-            return None
-
-    return read_line
+    if not can_edit():
+        return typed_lines()
+    return Terminal(COMMANDS, (name for name, takes_path in COMMANDS.items() if takes_path)).read
 
 
 def _emit(text: str) -> None:

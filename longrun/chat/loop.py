@@ -28,7 +28,20 @@ HELP = """\
 /reset       start over
 /help        this list
 /exit        leave (also Ctrl-D)
+Enter sends a message; Alt-Enter, or Enter behind a backslash, begins a new line in it. A text that is pasted is one
+message, and no command. Tab completes commands and paths.
 Ctrl-C stops an answer or the reading of a text, never the chat; twice at the prompt it leaves."""
+
+
+COMMANDS = {
+    "/file": True, "/continue": False, "/save": True, "/load": True, "/stats": False, "/reset": False, "/help": False,
+    "/exit": False,
+}  # fmt: skip
+"""Names of the commands, and whether each takes a path."""
+
+
+class Pasted(str):
+    """A message that was pasted: it is no command, whatever it begins with."""
 
 
 class ChatLoop:
@@ -36,7 +49,8 @@ class ChatLoop:
 
     Args:
         runner: the conversation.
-        read_line: returns the next line, or None at the end of the input; may raise KeyboardInterrupt.
+        read_line: returns the next message (`Pasted`, or a command) or None at the end of the input; may raise
+            KeyboardInterrupt.
         out: where answers go.
         interactive: a person is there: Ctrl-C stops only what is running. Otherwise it goes through to the caller.
     """
@@ -45,14 +59,14 @@ class ChatLoop:
         self._runner, self._read_line, self._out, self._interactive = runner, read_line, out, interactive
         self._tell = runner.tell
         self.turns = self.errors = self.defects = 0
-        self._commands: dict[str, tuple[Callable[[str], None], bool]] = {
-            "/file": (self._file, True),
-            "/continue": (lambda _: self._continue(), False),
-            "/save": (lambda path: runner.save(user_path(path)), True),
-            "/load": (lambda path: runner.load(user_path(path)), True),
-            "/stats": (lambda _: self._stats(), False),
-            "/reset": (lambda _: runner.reset(), False),
-            "/help": (lambda _: self._tell(HELP), False),
+        self._actions: dict[str, Callable[[str], None]] = {
+            "/file": self._file,
+            "/continue": lambda _: self._continue(),
+            "/save": lambda path: runner.save(user_path(path)),
+            "/load": lambda path: runner.load(user_path(path)),
+            "/stats": lambda _: self._stats(),
+            "/reset": lambda _: runner.reset(),
+            "/help": lambda _: self._tell(HELP),
         }
 
     def run(self, documents: Sequence[Document] = (), question: str | None = None) -> None:
@@ -74,12 +88,13 @@ class ChatLoop:
             interrupts = 0
             if line is None:
                 return
+            is_command = line.strip().startswith("/") and not isinstance(line, Pasted)
             line = line.strip()
-            if line.split(maxsplit=1)[:1] == ["/exit"]:
+            if is_command and line.split(maxsplit=1)[:1] == ["/exit"]:
                 return
             if line:
                 self.turns += 1
-                self._guard(lambda line=line: self._take(line))
+                self._guard(lambda line=line, is_command=is_command: self._take(line, is_command))
 
     def _guard(self, action: Callable[[], None]) -> None:
         try:
@@ -102,22 +117,23 @@ class ChatLoop:
                 raise
             self._tell("\nstopped")
 
-    def _take(self, line: str) -> None:
+    def _take(self, line: str, is_command: bool) -> None:
         check_text(line, "the message")
-        if not line.startswith("/"):
+        if not is_command:
+            if line.startswith("/"):
+                self._tell("note: what is pasted is a message, never a command")
             self._ask(self._read([], line))
             return
         name, _, argument = line.partition(" ")
         argument = argument.strip()
-        if name not in self._commands:
-            near = difflib.get_close_matches(name, [*self._commands, "/exit"], n=1, cutoff=0.0)[0]
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
             raise InputError(f"there is no command {shortened(name)}: did you mean {near}? /help lists all")
-        command, wants_argument = self._commands[name]
-        if wants_argument and not argument:
+        if COMMANDS[name] and not argument:
             raise InputError(f"{name} needs a path after it")
-        if argument and not wants_argument:
+        if argument and not COMMANDS[name]:
             raise InputError(f"{name} takes nothing after it, but {quoted(argument)} was given")
-        command(argument)
+        self._actions[name](argument)
 
     def _file(self, path: str) -> None:
         found = read_documents([path])
