@@ -45,7 +45,7 @@ from longrun.runtime.runtime import Runtime
 from longrun.text.encoder import TextEncoder
 from longrun.units import ALL_TOKENS, parse_tokens
 
-_SINKS = 64
+SINKS = 64
 
 
 def make_text(encoder: TextEncoder, remainder: int, length: int) -> SampledText:
@@ -74,7 +74,7 @@ class Model:
     @torch.inference_mode()
     def log_probs(self, text: SampledText, reaches: list[list[int]] | None) -> Tensor:
         """float32 [rows, vocab_size] of the text's rows."""
-        attention = WholeTextAttention(self.group, self.scale, _SINKS, reaches, self.window)
+        attention = WholeTextAttention(self.group, self.scale, SINKS, reaches, self.window)
         step = Step(0, len(text.ids), *self.rotary.cos_sin(0, len(text.ids), len(text.ids)))
         hidden = self.decoder.forward(text.ids.to(self.decoder.device), step, attention, all_positions=True)
         rows = hidden[text.rows.to(hidden.device)]
@@ -129,16 +129,16 @@ def single_heads(
 
 def held(reaches: list[list[int]], length: int) -> float:
     """Share of full attention's tokens that are held."""
-    tokens = [min(length, _SINKS + reach) for row in reaches for reach in row]
+    tokens = [min(length, SINKS + reach) for row in reaches for reach in row]
     return sum(tokens) / len(tokens) / length
 
 
 def by_losses(losses: Tensor, reaches: Sequence[int], length: int, budget: float) -> list[list[int]] | None:
     """Reaches of least loss within `budget` of full attention's tokens; None where the shortest do not fit."""
     rows = tuple(tuple(tuple(head) for head in row) for row in losses.tolist())
-    measured = ReachLosses(_SINKS, length, tuple(reaches), rows)
+    measured = ReachLosses(SINKS, max(length, 4 * reaches[-1]), tuple(reaches), rows)
     try:
-        found = allocate(measured, lambda reach: min(length, _SINKS + reach), budget * length * losses[..., 0].numel())
+        found = allocate(measured, lambda reach: min(length, SINKS + reach), budget * length * losses[..., 0].numel())
     except HeadMapError:
         return None
     return [list(row) for row in found]
@@ -147,7 +147,7 @@ def by_losses(losses: Tensor, reaches: Sequence[int], length: int, budget: float
 def fixed(ranking: Tensor, window: int, length: int, budget: float) -> list[list[int]] | None:
     """The heads of the highest rank see everything, all others the window; None where that does not fit."""
     layers, heads = ranking.shape
-    least = min(length, _SINKS + window)
+    least = min(length, SINKS + window)
     count = int((budget * length - least) * layers * heads / (length - least))
     if count < 0 or least == length:
         return None
@@ -177,10 +177,10 @@ def main() -> int:
     finite = finite_reaches(args.shortest, length)
     measured, tested = (make_text(encoder, remainder, length) for remainder in (0, 1))
     began = time.perf_counter()
-    plain = mean_losses(model.decoder, model.rotary, measured, finite, _SINKS)
+    plain = mean_losses(model.decoder, model.rotary, measured, finite, SINKS)
     seconds = time.perf_counter() - began
     began, short = time.perf_counter(), make_text(encoder, 0, min(length, parse_tokens(args.weighing, "--weighing")))
-    weights = list(layer_weights(model.decoder, model.rotary, short, finite[0], _SINKS, model.window))
+    weights = list(layer_weights(model.decoder, model.rotary, short, finite[0], SINKS, model.window))
     weighing_seconds = time.perf_counter() - began
     losses = plain * torch.stack(weights)[:, None, None]
     print(f"measured {length:,} tokens in {seconds:.1f} s, weighed layers in {weighing_seconds:.1f} s", flush=True)
