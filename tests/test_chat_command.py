@@ -9,6 +9,7 @@ import subprocess
 import pytest
 from planted_chat import ENVIRONMENT, NEEDLES, ask, command, spaced
 
+from longrun.chat.options import template_option
 from longrun.units import format_bytes
 
 
@@ -52,6 +53,8 @@ def test_json_is_all_of_stdout_and_the_answer_streams_to_stderr(planted, text_fi
         (["--prompt", "caf\udce9"], "--prompt is not UTF-8 (byte 0xe9 after 3 characters)"),
         (["--seed", "-1"], "--seed: value -1 is too small"),
         (["--interactive"], "--interactive needs a terminal"),
+        (["--template-option", "thinking"], "'thinking' is no option: write NAME=VALUE"),
+        (["--sampling", "makers"], "--sampling: invalid choice: 'makers'"),
         (["--model", "/nowhere"], "/nowhere"),
     ],
 )
@@ -62,6 +65,12 @@ def test_bad_arguments_are_one_sentence_and_status_2(chat, tmp_path, arguments, 
     assert done.status == 2 and done.out == ""
     assert done.err.startswith("error: ") and message in done.err and done.err.count("\n") == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["something"]
+
+
+def test_values_of_template_options_are_json_or_text():
+    given = ["a=false", "b=False", "c=3", "d=", "e=low", 'f="x"', "g=[1]", "h=a=b"]
+    values = [False, False, 3, "", "low", "x", [1], "a=b"]
+    assert [template_option(text) for text in given] == list(zip("abcdefgh", values, strict=True))
 
 
 def test_json_needs_a_prompt(chat):

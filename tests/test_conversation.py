@@ -88,6 +88,30 @@ def test_system_prompt_is_the_templates_business():
         ChatFormat(byte_tokenizer("{{ messages[-1]['content'] }}"), "Be brief.")
 
 
+THINKING = CHATML + "{% if add_generation_prompt and enable_thinking is false %}{{ '<think></think>\n' }}{% endif %}"
+
+
+def test_options_of_the_template_reach_it_and_stay_with_the_session():
+    tokenizer = byte_tokenizer(THINKING)
+    turns = [{"role": "user", "content": "a"}]
+    for options in ({"enable_thinking": False}, {"enable_thinking": True}, None):
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **(options or {}))
+        session = ListSession()
+        conversation = Conversation(session, tokenizer, (), options=options)
+        reading = conversation.prepare([], "a")
+        assert reading.token_ids == ids_of(tokenizer, rendered)
+        answered(session, conversation, reading, [])
+        later = Conversation(session, tokenizer, ()).prepare([], "b").token_ids
+        assert tokenizer.decode(later).endswith("<think></think>\n") == (options == {"enable_thinking": False})
+    with pytest.raises(InputError, match=r"began with the template options \{\}: give the same --temp"):
+        Conversation(session, tokenizer, (), options={"enable_thinking": False})
+    for name in ("thinking", "messages", "add_generation_prompt", "bos_token", "enable"):
+        with pytest.raises(InputError, match=f"the model's chat template has no option '{name}'"):
+            ChatFormat(tokenizer, options={name: 1})
+    with pytest.raises(InputError, match="no chat template and takes no options of one"):
+        ChatFormat(byte_tokenizer(None), options={"enable_thinking": False})
+
+
 def test_a_template_that_repeats_a_message_is_refused():
     with pytest.raises(CheckpointError, match="2 times instead of once"):
         ChatFormat(byte_tokenizer("{% for m in messages %}{{ m['content'] + m['content'] }}{% endfor %}"))
@@ -290,7 +314,8 @@ def test_documents(tmp_path: Path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("system", 7), ("first", None), ("first", ["a"]), ("first", [1, 2]), ("documents", {}), ("documents", [7]),
+        ("system", 7), ("options", 7), ("first", None), ("first", ["a"]), ("first", [1, 2]), ("documents", {}),
+        ("documents", [7]),
         ("documents", [{"name": "a"}]), ("documents", [{"name": "a", "sha256": "b", "stop": -1}]), ("turn", {}),
         ("turn", {"start": 0, "stop": "9", "asks": True}), ("turn", {"start": 0, "stop": 10.0, "asks": True}),
         ("cut", 7), ("cut", ["a", 1]),

@@ -22,20 +22,23 @@ from longrun.chat.questions import Question, read_questions, stdin_questions
 from longrun.cli import BAD_INPUT, INTERRUPTED, PLAN_OPTIONS, StdoutLost, run
 from longrun.documents.document import Document
 from longrun.documents.find import STDIN, Documents, read_documents
-from longrun.errors import InputError
+from longrun.errors import InputError, short_path
 from longrun.interrupts import leaving_at_once
 from longrun.paths import user_path
 from longrun.runtime.model_options import load_model
 from longrun.units import format_bytes, parse_tokens
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
-    from longrun.chat.answer import AnswerOptions
     from longrun.chat.runner import ChatRunner
+    from longrun.engine.sampling import SamplingParams
     from longrun.plan.plan import Plan
 
 _TERMINATED = 143
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def chat_command(argv: Sequence[str] | None = None) -> int:
@@ -109,6 +112,7 @@ def _import_libraries() -> None:
 
 def _make_runner(args: argparse.Namespace, capacity: int | None, console: Console) -> ChatRunner:
     """Print the plan, load the model, then the session; say what else a person should know."""
+    from longrun.chat.answer import AnswerOptions
     from longrun.chat.format import system_size
     from longrun.chat.progress import HeadMapProgress, PinProgress
     from longrun.chat.runner import ChatRunner, check_model
@@ -116,6 +120,7 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
     from longrun.model.choice import choose_model
     from longrun.plan.report import print_plan
     from longrun.session.store import SessionStore
+    from longrun.text.stream import StopStrings
 
     def on_plan(plan: Plan) -> None:
         speeds = first_speeds(plan.device_type, lambda text: console.print(text, highlight=False, markup=False))
@@ -126,7 +131,9 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
         size = next(item.bytes for item in plan.items if item.name == "weights")
         console.print(f"loading {format_bytes(size)} of weights", highlight=False)
 
-    options = _answer_options(args)
+    StopStrings(args.stop)
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    template_options = dict(args.template_option)
     folder = None if args.session is None else user_path(args.session, "--session")
     claimed = None
     if folder is not None:  # a folder that is no session, or another's, is refused before minutes of loading
@@ -136,6 +143,8 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
     choice = choose_model(args.model, args.adapter, args.download)
     if choice.notice is not None:
         console.print(f"note: {choice.notice}", highlight=False, markup=False, soft_wrap=True)
+    sampling = _sampling(args.sampling, given, choice.model_dir, console)
+    options = AnswerOptions(args.max_new_tokens, sampling, tuple(args.stop), args.seed)
     runtime = load_model(
         args,
         choice,
@@ -144,13 +153,13 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
         on_plan=before_loading,
         on_pin=PinProgress(console),
         on_head_map=HeadMapProgress(console),
-        on_tokenizer=lambda tokenizer: check_model(tokenizer, choice.model_dir, args.system),
-        system_size=lambda tokenizer: system_size(tokenizer, args.system),
+        on_tokenizer=lambda tokenizer: check_model(tokenizer, choice.model_dir, args.system, template_options),
+        system_size=lambda tokenizer: system_size(tokenizer, args.system, template_options),
     )
     promised = runtime.plan
     if claimed is not None:
         claimed.release()  # to the session
-    runner = ChatRunner(runtime, options, console, args.system, folder, capacity)
+    runner = ChatRunner(runtime, options, console, args.system, folder, capacity, template_options)
     runner.load_seconds = time.perf_counter() - started
     plan = runner.session.plan
     if plan != promised:  # the session was saved with another capacity
@@ -161,14 +170,25 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
     return runner
 
 
-def _answer_options(args: argparse.Namespace) -> AnswerOptions:
-    from longrun.chat.answer import AnswerOptions
+def _sampling(base: str, given: dict[str, Any], model_dir: Path, console: Console) -> SamplingParams:
+    """The options that were given, over what the model's own files say where `base` is "model"."""
     from longrun.engine.sampling import SamplingParams
-    from longrun.text.stream import StopStrings
+    from longrun.model.sampling_defaults import read_sampling_defaults
 
-    StopStrings(args.stop)
-    sampling = SamplingParams(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.min_p)
-    return AnswerOptions(args.max_new_tokens, sampling, tuple(args.stop), args.seed)
+    sampling = SamplingParams(**given)
+    if base != "model":
+        return sampling
+    defaults = read_sampling_defaults(model_dir)
+    try:
+        sampling = SamplingParams(**{**defaults.settings, **given})
+    except InputError as error:
+        raise InputError(f"{short_path(defaults.source)}: {error}") from None
+    over = f"; given here: {', '.join(given)}" if given else ""
+    console.print(
+        f"note: sampling as {short_path(defaults.source)} says: {defaults.told()}{over}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    return sampling
 
 
 def _answer_once(runner: ChatRunner, documents: Sequence[Document], prompt: str, as_json: bool) -> int:
@@ -186,6 +206,9 @@ def _answer_once(runner: ChatRunner, documents: Sequence[Document], prompt: str,
         runner.tell(
             f"the context is full ({runner.session.capacity:,} tokens) and ends the answer: give a larger --ctx"
         )
+    elif stop_reason == answer.MAX_NEW_TOKENS:
+        kept = ", or go on in the chat with --interactive and /continue" if runner.is_kept else ""
+        runner.tell(f"the answer was cut after {report.answer.num_tokens:,} tokens: give more --max-new-tokens{kept}")
     elif stop_reason == answer.INTERRUPTED:
         runner.tell("the answer was stopped" + _how_to_go_on(runner))
     runner.tell(report.line())

@@ -7,7 +7,7 @@ Everything is appended: the history is never tokenized or read again. What the c
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -72,9 +72,11 @@ class Conversation:
         tokenizer: of the same model.
         eos_token_ids: tokens that end an answer.
         system: system prompt of a new conversation; None leaves it to the chat template.
+        options: of the chat template, see `ChatFormat`; None or none: its defaults, or those of a saved conversation.
 
     Raises:
-        InputError: a system prompt that the template does not take, or another one than the saved conversation's.
+        InputError: a system prompt or an option that the template does not take, or another one than the saved
+            conversation's.
         SessionError: the session holds tokens, but no conversation.
     """
 
@@ -84,19 +86,21 @@ class Conversation:
         tokenizer: PreTrainedTokenizerBase,
         eos_token_ids: Collection[int],
         system: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.session, self._eos = session, eos_token_ids
         saved = session.extra.get(_KEY)
         if saved is None:
             if session.num_tokens:
                 raise SessionError("the session was not saved by the chat: it can be continued from Python only")
-            self._format = ChatFormat(tokenizer, system)
+            self._format = ChatFormat(tokenizer, system, options=options)
             first = self._format.first
             saved = {
                 "system": system,
                 "first": [first.opening, first.closing],
                 "documents": [],
                 "turn": None,
+                "options": dict(options or {}),
             }
             session.extra[_KEY] = saved
         elif not _is_conversation(saved):
@@ -109,8 +113,13 @@ class Conversation:
                 f"the saved conversation began with the system prompt {quoted(saved['system'])}: give the same "
                 f"--system or none"
             )
+        elif options and dict(options) != saved.get("options", {}):
+            raise InputError(
+                f"the saved conversation began with the template options {quoted(saved.get('options', {}))}: give the "
+                f"same --template-option or none"
+            )
         else:
-            self._format = ChatFormat(tokenizer, saved["system"], TurnText(*saved["first"]))
+            self._format = ChatFormat(tokenizer, saved["system"], TurnText(*saved["first"]), saved.get("options", {}))
         self._state: dict[str, Any] = saved
         self._rest: list[int] = []  # what an interrupted message still wants to be read
 
@@ -311,6 +320,7 @@ def _is_conversation(saved: object) -> bool:
     documents, turn, cut = saved.get("documents"), saved.get("turn", 0), saved.get("cut")
     return (
         isinstance(saved.get("system"), str | None)
+        and isinstance(saved.get("options", {}), dict)
         and _has_types(saved.get("first"), [str, str])
         and isinstance(documents, list)
         and all(_has_types(document, {"name": str, "sha256": str, "stop": int}) for document in documents)

@@ -8,9 +8,9 @@ The template is rendered once with markers in place of the messages and cut at t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longrun.errors import CheckpointError, InputError
 from longrun.text.chat_template import TemplateError, cut_at, has_template, render_chats
@@ -33,11 +33,14 @@ class TurnText:
     closing: str
 
 
-def system_size(tokenizer: PreTrainedTokenizerBase | None, system: str | None = None) -> int:
+def system_size(
+    tokenizer: PreTrainedTokenizerBase | None, system: str | None = None, options: Mapping[str, Any] | None = None
+) -> int:
     """Tokens before the first message of a chat: the system prompt, with what the template writes around it.
 
     Args:
         system: the prompt; None for the template's own.
+        options: of the template.
 
     Raises:
         InputError: the model has no tokenizer or no chat template, or as `ChatFormat`.
@@ -46,7 +49,7 @@ def system_size(tokenizer: PreTrainedTokenizerBase | None, system: str | None = 
     if tokenizer is None or not has_template(tokenizer):
         missing = "tokenizer" if tokenizer is None else "chat template"
         raise InputError(f"keep system needs a system prompt, and this model has no {missing}: give a number of tokens")
-    chat = ChatFormat(tokenizer, system)
+    chat = ChatFormat(tokenizer, system, options=options)
     return len(chat.opening_ids(None, False)) + len(chat.tail_ids(True))
 
 
@@ -60,16 +63,21 @@ class ChatFormat:
         tokenizer: transformers' tokenizer.
         system: system prompt; None leaves it to the template (many have a default one).
         first: the first turn as it was rendered when a saved session began (some templates write the date).
+        options: JSON values of names that the template asks for, such as `enable_thinking`.
 
     Raises:
-        InputError: a system prompt that the template does not take.
+        InputError: a system prompt or an option that the template does not take.
         CheckpointError: a template that cannot be rendered, not within its bounds, or does not show the messages.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, system: str | None = None, first: TurnText | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        system: str | None = None,
+        first: TurnText | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._options = tokenizer, options
         self._encoder = TextEncoder(tokenizer)
         self.has_template = has_template(tokenizer)
         self._start_ids: list[int] = []
@@ -86,6 +94,8 @@ class ChatFormat:
             return
         if system is not None:
             raise InputError("this model has no chat template and takes no system prompt: leave --system out")
+        if options:
+            raise InputError("this model has no chat template and takes no options of one: leave --template-option out")
         self._start_ids = leading_ids(tokenizer)
         self._control = re.compile(r"(?!)")
         self.first = first or TurnText("", "")
@@ -215,7 +225,7 @@ class ChatFormat:
         if system is not None:
             turns.insert(0, ("system", system))
         try:
-            first, later = render_chats(self._tokenizer, [turns[:-2], turns])
+            first, later = render_chats(self._tokenizer, [turns[:-2], turns], options=self._options)
         except TemplateError as error:
             if system is not None:
                 raise InputError(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from longrun.arguments import COUNT, SEED, SHARE, check_text, real, whole
 from longrun.cli import EXIT_STATUS, Parser
 from longrun.documents.find import STDIN
-from longrun.errors import InputError
+from longrun.errors import InputError, quoted
 from longrun.runtime.model_options import add_model_options
 
 
@@ -52,22 +54,36 @@ def _parser() -> argparse.ArgumentParser:
     talk.add_argument("--interactive", action="store_true", help="stay in the chat after --prompt (on a terminal)")
     talk.add_argument("--system", metavar="TEXT", help="system prompt (default: the chat template's own)")
     talk.add_argument(
+        "--template-option",
+        action="append",
+        default=[],
+        type=template_option,
+        metavar="NAME=VALUE",
+        help="an option of the model's chat template, like enable_thinking=false; repeatable",
+    )
+    talk.add_argument(
         "--session", metavar="DIR", help="keep the session in this folder, and resume the one that is in it"
     )
     answer = parser.add_argument_group("answers")
     answer.add_argument("--max-new-tokens", type=COUNT, default=512, metavar="N", help="default: 512")
-    answer.add_argument("--temperature", type=real(0), default=0.0, metavar="T", help="default: 0, the likeliest token")
-    answer.add_argument("--top-k", type=whole(), default=0, metavar="K", help="default: 0, all tokens")
-    answer.add_argument("--top-p", type=real(0, 1, above=True), default=1.0, metavar="P", help="default: 1, all tokens")
+    answer.add_argument(
+        "--sampling",
+        choices=("likeliest", "model"),
+        default="likeliest",
+        help="what the options below begin from: always the likeliest token (the default), or what the model's own "
+        "files say",
+    )
+    answer.add_argument("--temperature", type=real(0), metavar="T", help="default: 0, the likeliest token")
+    answer.add_argument("--top-k", type=whole(), metavar="K", help="default: 0, all tokens")
+    answer.add_argument("--top-p", type=real(0, 1, above=True), metavar="P", help="default: 1, all tokens")
     answer.add_argument(
         "--min-p",
         type=SHARE,
-        default=0.0,
         metavar="P",
         help="leave out tokens less than P times as probable as the likeliest one (default: 0, none)",
     )
     penalty = real(0, above=True)
-    answer.add_argument("--repetition-penalty", type=penalty, default=1.0, metavar="X", help="default: 1, none")
+    answer.add_argument("--repetition-penalty", type=penalty, metavar="X", help="default: 1, none")
     answer.add_argument(
         "--stop",
         action="append",
@@ -90,6 +106,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def template_option(text: str) -> tuple[str, Any]:
+    """The `type` of --template-option: a name, and its value as JSON or else as text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no option: write NAME=VALUE, like enable_thinking=false")
+    lowered = value.lower()
+    try:
+        return name, json.loads(lowered if lowered in ("true", "false", "null") else value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
 def _check(args: argparse.Namespace) -> None:
     if args.prompt is not None and args.ask is not None:
         raise InputError("--ask and --prompt exclude each other: put the question into the file, or leave one out")
@@ -103,6 +131,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.prompt is not None and not check_text(args.prompt, "--prompt").strip():
         raise InputError("--prompt is empty: give a question")
     check_text(args.system or "", "--system")
+    for name, value in args.template_option:
+        check_text(f"{name}={value}", "--template-option")
     if STDIN in args.file and args.ask == STDIN:
         raise InputError(f"--file {STDIN} and --ask {STDIN} both read stdin: put one of them into a file")
     if STDIN in args.file and args.prompt is None and args.ask is None:

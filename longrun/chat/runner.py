@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -35,17 +35,21 @@ _NAMES_SHOWN = 5
 
 
 def check_model(
-    tokenizer: PreTrainedTokenizerBase | None, model_dir: Path, system: str | None
+    tokenizer: PreTrainedTokenizerBase | None,
+    model_dir: Path,
+    system: str | None,
+    options: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, if a chat with this system prompt can begin; to be asked before weights are read.
+    """The tokenizer, if a chat with this system prompt and these options of the template can begin; to be asked before
+    weights are read.
 
     Raises:
-        InputError: there is no tokenizer, or its template does not take the system prompt.
+        InputError: there is no tokenizer, or its template does not take the system prompt or an option.
         CheckpointError: the chat template cannot be used.
     """
     if tokenizer is None:
         raise InputError(f"{short_path(model_dir)} has no tokenizer: chat needs one, add the model's tokenizer files")
-    ChatFormat(tokenizer, system)
+    ChatFormat(tokenizer, system, options=options)
     return tokenizer
 
 
@@ -71,6 +75,7 @@ class ChatRunner:
         folder: session folder that is kept up to date (after every chunk read, and after every answer); an existing
             session in it is resumed.
         capacity: tokens a session must have room for; None takes the plan's, or a saved session's own.
+        template_options: of the chat template in new conversations, such as `enable_thinking`.
 
     Raises:
         InputError: the model has no tokenizer, or the system prompt cannot be used.
@@ -85,8 +90,10 @@ class ChatRunner:
         system: str | None = None,
         folder: Path | None = None,
         capacity: int | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self._tokenizer = check_model(runtime.tokenizer, runtime.model_dir, system)
+        self._tokenizer = check_model(runtime.tokenizer, runtime.model_dir, system, template_options)
+        self._template_options = template_options
         self.runtime, self.options, self._console = runtime, options, console
         self._system, self._capacity, self._folder = system, capacity, folder
         self.load_seconds = 0.0
@@ -99,7 +106,7 @@ class ChatRunner:
                 "as a text, and may not end its answers"
             )
         if folder is not None and is_session(folder):
-            self._conversation = self._converse(runtime.load_session(folder, capacity), system)
+            self._conversation = self._converse(runtime.load_session(folder, capacity), system, template_options)
             self._saved_tokens = self.session.num_tokens
             self.tell(self._describe(folder))
         else:
@@ -256,16 +263,20 @@ class ChatRunner:
         cut = "; the last answer was cut: /continue resumes it" if self.conversation.cut_answer else ""
         return f"going on with the session in {folder}: {self.status()}{cut}"
 
-    def _converse(self, session: Session, system: str | None) -> Conversation:
+    def _converse(
+        self, session: Session, system: str | None, template_options: Mapping[str, Any] | None
+    ) -> Conversation:
         self._prefilled: tuple[int, float, int] = (0, 0.0, 0)
         self._already_read: tuple[str, ...] = ()
-        return Conversation(session, self._tokenizer, self.runtime.eos_token_ids, system)
+        return Conversation(session, self._tokenizer, self.runtime.eos_token_ids, system, template_options)
 
     def _open(self, folder: Path) -> Conversation:
-        return self._converse(self.runtime.load_session(folder), None)
+        return self._converse(self.runtime.load_session(folder), None, None)
 
     def _begin(self) -> None:
-        self._conversation = self._converse(self.runtime.new_session(self._capacity), self._system)
+        self._conversation = self._converse(
+            self.runtime.new_session(self._capacity), self._system, self._template_options
+        )
 
     def _drop(self) -> None:
         if self._conversation is not None:

@@ -4,15 +4,16 @@ their own (see `longrun.text.template_child`)."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from longrun.errors import CheckpointError, LongrunError, shortened
+from longrun.errors import CheckpointError, InputError, LongrunError, quoted, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,8 @@ CPU_SECONDS, WALL_SECONDS = 2, 60  # a template takes milliseconds; a machine un
 MEMORY_BYTES = 512 * 2**20
 MAX_CHARS = 2**20
 _KEPT_CHARS = 2**16  # of a request whose answer is kept in memory
+
+_RESERVED = ("messages", "add_generation_prompt", "tools", "documents")
 
 Chat = Sequence[tuple[str, str]]
 
@@ -35,15 +38,20 @@ def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def render_chats(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], add_generation_prompt: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Sequence[Chat],
+    add_generation_prompt: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """The chats as the tokenizer's template writes them.
 
     Args:
         chats: each a list of (role, content).
         add_generation_prompt: write what begins an answer, too.
+        options: JSON values of names that the template itself asks for, such as `enable_thinking`.
 
     Raises:
+        InputError: an option that the template does not know, or a name that is not for options.
         TemplateError: the template does not take the messages or is no template.
         CheckpointError: it ran for longer than it may, or needed more memory or wrote more text than it may.
     """
@@ -52,9 +60,15 @@ def render_chats(
     except ValueError as error:
         raise TemplateError(str(error)) from error
     names = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
+    for name in options or {}:
+        if name in _RESERVED or name in names or not re.search(rf"\b{re.escape(name)}\b", template):
+            raise InputError(
+                f"the model's chat template has no option {quoted(name)}: leave it out, or look the name up in the "
+                f"template"
+            )
     request = {
         "template": template,
-        "names": names,
+        "names": {**names, **(options or {})},
         "chats": [
             {
                 "messages": [{"role": role, "content": content} for role, content in chat],
