@@ -75,7 +75,8 @@ class Asker:
         self._runner.tell(f"[{report.line()}; ended by {report.answer.stop_reason}]")
         if self._json:
             result = report.to_dict()
-            self._line(question, {name: result[name] for name in _REPORTED})
+            looked_at = {"looked_at": self._runner.looked_at()}
+            self._line(question, {name: result[name] for name in _REPORTED} | looked_at)
         return report
 
     def _failed(self, question: Question | InputError, error: LongrunError) -> None:

@@ -213,7 +213,7 @@ def _answer_once(runner: ChatRunner, documents: Sequence[Document], prompt: str,
         runner.tell("the answer was stopped" + _how_to_go_on(runner))
     runner.tell(report.line())
     if as_json:
-        _emit(json.dumps(report.to_dict()) + "\n")
+        _emit(json.dumps(report.to_dict() | {"looked_at": runner.looked_at()}) + "\n")
     return INTERRUPTED if stop_reason == answer.INTERRUPTED else 0
 
 

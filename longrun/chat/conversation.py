@@ -129,6 +129,22 @@ class Conversation:
         return [entry["name"] for entry in self._read_documents()]
 
     @property
+    def document_places(self) -> list[tuple[str, str, int, int]]:
+        """Name, SHA-256, first and stop of each document read to its end: tokens [first, stop) end with it, and other
+        parts of the conversation may stand before it."""
+        read = sorted(self._read_documents(), key=lambda entry: entry["stop"])
+        starts = [0, *(entry["stop"] for entry in read)]
+        return [(e["name"], e["sha256"], first, e["stop"]) for e, first in zip(read, starts, strict=False)]
+
+    @property
+    def question_start(self) -> int:
+        """Position at which the question that awaits its answer begins, behind the documents of its message; the
+        session's end where there is none."""
+        turn = self._state["turn"]
+        stops = [entry["stop"] for entry in self._read_documents()]
+        return self.session.num_tokens if turn is None else max(turn["start"], *stops, 0)
+
+    @property
     def unread(self) -> int:
         """Tokens of a message whose reading was interrupted."""
         turn = self._state["turn"]

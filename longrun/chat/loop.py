@@ -24,6 +24,7 @@ HELP = """\
              that Ctrl-C or --max-new-tokens cut
 /save DIR    save the conversation with its cache
 /load DIR    resume a saved conversation
+/sources     passages of the texts that the last answer looked at
 /stats       tokens, documents, and what the last answer cost
 /reset       start over
 /help        this list
@@ -34,7 +35,7 @@ Ctrl-C stops an answer or the reading of a text, never the chat; twice at the pr
 
 
 COMMANDS = {
-    "/file": True, "/continue": False, "/save": True, "/load": True, "/stats": False, "/reset": False, "/help": False,
+    "/file": True, "/continue": False, "/save": True, "/load": True, "/sources": False, "/stats": False, "/reset": False, "/help": False,
     "/exit": False,
 }  # fmt: skip
 """Names of the commands, and whether each takes a path."""
@@ -64,6 +65,7 @@ class ChatLoop:
             "/continue": lambda _: self._continue(),
             "/save": lambda path: runner.save(user_path(path)),
             "/load": lambda path: runner.load(user_path(path)),
+            "/sources": lambda _: self._sources(),
             "/stats": lambda _: self._stats(),
             "/reset": lambda _: runner.reset(),
             "/help": lambda _: self._tell(HELP),
@@ -184,6 +186,12 @@ class ChatLoop:
         self._tell(f"[{report.line()}; ended by {report.answer.stop_reason}{more}]")
         if report.answer.stop_reason == INTERRUPTED and not self._interactive:
             raise KeyboardInterrupt
+
+    def _sources(self) -> None:
+        found = self._runner.sources.looked_at()
+        if not found:
+            raise InputError("nothing stands far enough before the question to be looked at: read a longer text first")
+        self._tell("\n".join(["looked at:", *(one.line() for one in found)]))
 
     def _stats(self) -> None:
         self._tell(self._runner.status())

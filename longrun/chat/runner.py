@@ -18,8 +18,9 @@ from longrun.chat.conversation import AnswerCut, Conversation, Reading
 from longrun.chat.format import ChatFormat
 from longrun.chat.progress import PrefillProgress
 from longrun.chat.report import TurnReport
+from longrun.chat.sources import AnswerSources
 from longrun.documents.document import Document
-from longrun.errors import InputError, PlanError, SessionError, short_path
+from longrun.errors import InputError, LongrunError, PlanError, SessionError, short_path
 from longrun.interrupts import deferred_signals
 from longrun.session.store import is_session
 from longrun.text.chat_template import has_template
@@ -125,6 +126,13 @@ class ChatRunner:
         return self.conversation.session
 
     @property
+    def sources(self) -> AnswerSources:
+        """What the last answer looked at."""
+        if self._sources is None:
+            self._sources = AnswerSources(self.conversation, self._tokenizer)
+        return self._sources
+
+    @property
     def is_kept(self) -> bool:
         """A folder is kept up to date with this conversation."""
         return self._folder is not None
@@ -141,6 +149,7 @@ class ChatRunner:
             LongrunError: see `Conversation.prepare` and `Session.prefill`.
         """
         reading = self.conversation.prepare(documents, question, strict)
+        self.sources.know(documents)
         self._already_read = (*self._already_read, *reading.already_read)
         if reading.already_read:
             self.tell(_already_read(reading.already_read))
@@ -155,6 +164,7 @@ class ChatRunner:
         self._prefilled = (0, 0.0, reading.resumed_at)
         if not reading.token_ids:
             return
+        self.sources.drop()
         try:
             with PrefillProgress(self._console, reading.resumed_at) as progress:
                 progress.start(len(reading.token_ids))
@@ -174,7 +184,8 @@ class ChatRunner:
         begun = None if cut is None else self.session.token_ids[cut.start :]
         prompt_tokens = self.session.num_tokens
         began = AnswerCut(prompt_tokens, None) if cut is None else cut
-        mark = None if keep_unfinished or self._folder is None else self.session.mark()
+        mark = self.sources.begin(None if cut is None else cut.start)
+        rewinds = self._folder is not None and cut is None
         finished = whole = False
         try:
             answer = stream_answer(
@@ -186,7 +197,7 @@ class ChatRunner:
             with deferred_signals():
                 if finished or keep_unfinished:
                     self.conversation.answered(None if whole else began)
-                elif mark is not None:
+                elif rewinds:
                     self.session.rewind(mark)
         count, seconds, resumed_at = self._prefilled
         self.last_report = TurnReport(
@@ -196,6 +207,17 @@ class ChatRunner:
         self._prefilled, self._already_read = (0, 0.0, 0), ()
         self.save_if_kept()
         return self.last_report
+
+    def looked_at(self) -> list[dict[str, Any]] | None:
+        """What the last answer looked at, as JSON types; None where it was interrupted or cannot be looked back from,
+        which is told."""
+        if self.last_report is None or self.last_report.answer.stop_reason == INTERRUPTED:
+            return None
+        try:
+            return [one.to_dict() for one in self.sources.looked_at()]
+        except LongrunError as error:
+            self.tell(f"note: what the answer looked at is not known: {error}")
+            return None
 
     def save_if_kept(self) -> None:
         """Save into the folder that is kept up to date, if there is one and the session holds anything."""
@@ -268,7 +290,9 @@ class ChatRunner:
     ) -> Conversation:
         self._prefilled: tuple[int, float, int] = (0, 0.0, 0)
         self._already_read: tuple[str, ...] = ()
-        return Conversation(session, self._tokenizer, self.runtime.eos_token_ids, system, template_options)
+        conversation = Conversation(session, self._tokenizer, self.runtime.eos_token_ids, system, template_options)
+        self._sources: AnswerSources | None = None  # of the conversation before
+        return conversation
 
     def _open(self, folder: Path) -> Conversation:
         return self._converse(self.runtime.load_session(folder), None, None)
@@ -281,7 +305,7 @@ class ChatRunner:
     def _drop(self) -> None:
         if self._conversation is not None:
             self.session.detach()
-        self._conversation = self.last_report = None
+        self._conversation = self.last_report = self._sources = None
         gc.collect()
 
     def _stop_keeping(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 _AROUND = 80  # characters shown on either side of a passage, within its lines
 _MOST_SHOWN = 400
 _LOST = "\ufffd"
+_WORD = re.compile(r"\S+")
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class Place:
 
     Attributes:
         name: of the text; None where the tokens belong to none of them.
-        lines: first and last line, from 1; None where the text is not known, or not what its tokens spell.
-        bytes: [first, stop) of the text in UTF-8; None where lines are.
+        lines: first and last line, from 1; None where the text is not known, or its tokens spell something else than it
+            beside white space.
+        bytes: [first, stop) of the text in UTF-8, without white space at its ends; None where lines are.
         shown: the part with what stands around it in its lines, in one line.
     """
 
@@ -60,17 +63,39 @@ def place_of(
         return Place(None, None, None, _shown(_decoded(tokenizer, token_ids[first:stop])))
     first, stop = max(first, held.first), min(stop, held.stop)
     ids = token_ids[held.first : held.stop]
-    whole = _decoded(tokenizer, ids)
-    at = -1 if held.text is None else whole.rfind(held.text)
+    known = "" if held.text is None else _without_space(held.text)
+    whole = _without_space(_decoded(tokenizer, ids))
+    at = whole.rfind(known) if known else -1
     begin, end, length = _offsets(tokenizer, ids, (first - held.first, stop - held.first, len(ids)))
     if at < 0 or held.text is None or length != len(whole):
         return Place(held.name, None, None, _shown(_decoded(tokenizer, token_ids[first:stop])))
     text = held.text
-    begin, end = (min(max(0, place - at), len(text)) for place in (begin, end))
-    lines = text.count("\n", 0, begin) + 1, text.count("\n", 0, max(begin, end - 1)) + 1
+    begin, end = _range_of(text, *(min(max(0, place - at), len(known)) for place in (begin, end)))
+    line = text.count("\n", 0, begin) + 1
     start = len(text[:begin].encode())
     around = text[_line_start(text, begin) : begin][-_AROUND:], text[end : _line_end(text, end)][:_AROUND]
-    return Place(held.name, lines, (start, start + len(text[begin:end].encode())), _shown(text[begin:end].join(around)))
+    return Place(
+        held.name, (line, line + text.count("\n", begin, end)),
+        (start, start + len(text[begin:end].encode())), _shown(text[begin:end].join(around)),
+    )  # fmt: skip
+
+
+def _without_space(text: str) -> str:
+    """Decoders differ in the white space they give back, and in nothing else."""
+    return "".join(text.split())
+
+
+def _range_of(text: str, begin: int, end: int) -> tuple[int, int]:
+    """Where characters [begin, end) of the text without its white space stand in it; of none, where the next stands."""
+    count, start = 0, None
+    for match in _WORD.finditer(text):
+        size = match.end() - match.start()
+        if start is None and begin < count + size:
+            start = match.start() + begin - count
+        if start is not None and end <= count + size:
+            return start, max(start, match.start() + end - count)
+        count += size
+    return (len(text), len(text)) if start is None else (start, len(text))
 
 
 def _line_start(text: str, place: int) -> int:
@@ -93,25 +118,14 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _whole_characters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: int) -> Sequence[int]:
-    """The fewest tokens before `stop` that begin and end with a character."""
-    for start in range(stop - 1, max(0, stop - 8) - 1, -1):
-        if _LOST not in _decoded(tokenizer, ids[start:stop]):
-            return ids[start:stop]
-    return ids[:0]
-
-
 def _offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], places: Sequence[int]) -> list[int]:
-    """Characters that the first tokens decode to, for each of some numbers of tokens in ascending order.
-
-    A number that would cut a character in two counts without that character's tokens.
-    """
+    """Characters but white space that the first tokens decode to, for each of some numbers of tokens in ascending
+    order. A number that would cut a character in two counts without that character's tokens."""
     found, done, count = [], 0, 0
     for place in places:
         while done < place < len(ids) and _decoded(tokenizer, ids[max(done, place - 8) : place]).endswith(_LOST):
             place -= 1
-        before = _whole_characters(tokenizer, ids, done)  # some tokenizers drop the space that a text begins with
-        count += len(_decoded(tokenizer, [*before, *ids[done:place]])) - len(_decoded(tokenizer, before))
+        count += len(_without_space(_decoded(tokenizer, ids[done:place])))
         done = place
         found.append(count)
     return found
