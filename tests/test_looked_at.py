@@ -188,7 +188,9 @@ def test_passages_join_neighbours_and_leave_out_empty_ends():
     sums[400], sums[700:710] = 3.0, 1.0
     sums[900] = 0.5  # below a twentieth
     found = passages(sums, 64, 64, 5)
-    assert [(p.first, p.stop) for p in found] == [(120, 140), (700, 710), (400, 401)]
+    assert [(p.first, p.stop) for p in found] == [(116, 140), (696, 710), (396, 401)]
     assert [round(p.share, 6) for p in found] == [round(x / 53.5, 6) for x in (40, 10, 3)]
     assert found[:2] == passages(sums, 64, 64, 2)
+    sums[64] = sums[999] = 5000.0
+    assert [(p.first, p.stop) for p in passages(sums, 64, 64, 5)] == [(64, 65), (995, 1000)]
     assert passages(torch.zeros(200), 64, 64, 5) == [] == passages(sums[:64], 64, 64, 5)

@@ -35,8 +35,8 @@ Ctrl-C stops an answer or the reading of a text, never the chat; twice at the pr
 
 
 COMMANDS = {
-    "/file": True, "/continue": False, "/save": True, "/load": True, "/sources": False, "/stats": False, "/reset": False, "/help": False,
-    "/exit": False,
+    "/file": True, "/continue": False, "/save": True, "/load": True, "/sources": False, "/stats": False,
+    "/reset": False, "/help": False, "/exit": False,
 }  # fmt: skip
 """Names of the commands, and whether each takes a path."""
 

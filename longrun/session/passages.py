@@ -9,6 +9,7 @@ from torch import Tensor
 
 _LEAST_SHARE = 0.05  # of a passage
 _EDGE = 0.02  # of a passage's own, left out at either end
+_BEFORE = 4  # tokens before what is left: those of an answer's first word were looked at before there was an answer
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Passage:
 
 
 def passages(sums: Tensor, page_size: int, first: int, most: int) -> list[Passage]:
-    """The pages with the most, neighbours joined, without the ends that hold next to nothing; the largest share first.
+    """The pages with the most, neighbours joined, without the ends that hold next to nothing; the largest share
+    first.
 
     Args:
         sums: float32 [n], what each token got.
@@ -49,14 +51,14 @@ def passages(sums: Tensor, page_size: int, first: int, most: int) -> list[Passag
     for at, page in enumerate(pages):
         if at + 1 < len(pages) and pages[at + 1] == page + 1:
             continue
-        found.append(_trimmed(sums, pages[begin] * page_size, (page + 1) * page_size, total))
+        found.append(_trimmed(sums, pages[begin] * page_size, (page + 1) * page_size, first, total))
         begin = at + 1
     return sorted(found, key=lambda passage: -passage.share)[:most]
 
 
-def _trimmed(sums: Tensor, first: int, stop: int, total: float) -> Passage:
+def _trimmed(sums: Tensor, first: int, stop: int, sinks: int, total: float) -> Passage:
     own = sums[first:stop]
     share, running = float(own.sum()), own.cumsum(dim=0)
     begin = int(torch.searchsorted(running, _EDGE * share, right=True))
     end = int(torch.searchsorted(running, (1 - _EDGE) * share)) + 1
-    return Passage(first + begin, first + min(end, len(own)), share / total)
+    return Passage(max(sinks, first + begin - _BEFORE), first + min(end, len(own)), share / total)
