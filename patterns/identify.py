@@ -30,11 +30,10 @@ from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longrun.config.model_config import ModelConfig
 from longrun.documents.document import read_document
@@ -51,6 +50,9 @@ from longrun.patterns.head_map_folder import CONFIG_FILE, IDENTIFICATION, SCORES
 from longrun.patterns.identify_checkpoint import Checkpoint
 from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, MethodResult, OnProgress
 from longrun.text.encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Checkpoint", "IdentifyProgress", "IdentifySettings", "MethodResult", "OnProgress", "identify"]
 

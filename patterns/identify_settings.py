@@ -1,4 +1,6 @@
-"""What decides a map that is measured here: settings, their defaults by method and device, and progress. No torch."""
+"""What decides a map that is measured here: settings, their defaults by method and device; progress, ranks as scores.
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,10 @@ DEFAULTS: Mapping[tuple[str, str], Mapping[str, int]] = {
 """By (method, device). `gates`: training steps on contexts drawn between min_context and context. `reconstruction`:
 texts of `context` tokens that are read and repeated, one a step; `reach`: texts that are read; min_context is not
 used."""
+
+FIRST_PROMPT = "\n\nRepeat the previous context exactly.\n\n"
+NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with: "
+"""What asks a model to repeat what it has read, in the methods without training."""
 
 SHORTEST_CONTEXT = 128
 LEARNING_RATE = 0.02
@@ -187,3 +193,15 @@ class MethodResult:
     facts: Mapping[str, Any] = field(default_factory=dict)
     reach_losses: ReachLosses | None = None
     notices: tuple[str, ...] = ()
+
+
+def rank_scores(raw: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Raw scores [num_layers][num_kv_heads] by rank: 1 for the best head down to 0, evenly spaced and all different.
+
+    Ties go to the lower (layer, head). A threshold t so keeps the 1 - t best heads, as a retrieval ratio does.
+    """
+    order = sorted((-score, layer, head) for layer, row in enumerate(raw) for head, score in enumerate(row))
+    ranked = [[0.0] * len(row) for row in raw]
+    for place, (_, layer, head) in enumerate(order):
+        ranked[layer][head] = 1.0 - place / max(1, len(order) - 1)
+    return ranked

@@ -14,10 +14,10 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from longrun.config.gguf_header import gguf_file
 from longrun.config.model_config import ModelConfig
@@ -28,12 +28,22 @@ from longrun.model.checkpoint import load_decoder
 from longrun.model.decoder import Decoder
 from longrun.model.folder import check_folder
 from longrun.model.rope import RotaryTable
-from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, MethodResult, OnProgress
+from longrun.patterns.identify_settings import (
+    FIRST_PROMPT,
+    NEXT_PROMPT,
+    IdentifyProgress,
+    IdentifySettings,
+    MethodResult,
+    OnProgress,
+    rank_scores,
+)
 from longrun.patterns.reach_losses import MEASURED_SHARE, ReachLosses
 from longrun.patterns.reach_measure import TILE_BYTES, layer_costs, measure_reaches
-from longrun.patterns.reconstruction_scores import FIRST_PROMPT, NEXT_PROMPT, rank_scores
 from longrun.specs.model_bytes import TOKEN_SLICES, activation_bytes
 from longrun.text.encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PARTS, PART_SIZE, QUOTE_SIZE = 8, 64, 8
 TEXT_ROWS = 512

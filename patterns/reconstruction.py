@@ -15,16 +15,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longrun.errors import InputError
 from longrun.patterns.identify_checkpoint import Checkpoint
-from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, MethodResult, OnProgress
-from longrun.patterns.reconstruction_attention import GPU_TILE_BYTES, TILE_BYTES
-from longrun.patterns.reconstruction_scores import (
+from longrun.patterns.identify_settings import (
     FIRST_PROMPT,
     NEXT_PROMPT,
-    Reconstruction,
-    ReconstructionSettings,
+    IdentifyProgress,
+    IdentifySettings,
+    MethodResult,
+    OnProgress,
     rank_scores,
-    repeat_parts,
 )
+from longrun.patterns.reconstruction_attention import GPU_TILE_BYTES, TILE_BYTES
+from longrun.patterns.reconstruction_scores import Reconstruction, ReconstructionSettings, repeat_parts
 from longrun.text.encoder import TextEncoder
 
 ATTN_IMPLEMENTATION = "sdpa"  # what the model is loaded with; `Reconstruction` brings its own while it runs

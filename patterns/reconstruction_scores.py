@@ -18,13 +18,11 @@ from torch import Tensor
 
 from longrun.errors import InputError
 from longrun.patterns.head_split import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE
+from longrun.patterns.identify_settings import FIRST_PROMPT, NEXT_PROMPT
 from longrun.patterns.reconstruction_attention import TILE_BYTES, ReconstructionAttention, attention_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FIRST_PROMPT = "\n\nRepeat the previous context exactly.\n\n"
-NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with: "
 
 
 @dataclass(frozen=True)
@@ -196,15 +194,3 @@ class Reconstruction:
             self.attention.length += len(piece)
             if on_pass is not None:
                 on_pass(len(piece))
-
-
-def rank_scores(raw: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Raw scores [num_layers][num_kv_heads] by rank: 1 for the best head down to 0, evenly spaced and all different.
-
-    Ties go to the lower (layer, head). A threshold t so keeps the 1 - t best heads, as a retrieval ratio does.
-    """
-    order = sorted((-score, layer, head) for layer, row in enumerate(raw) for head, score in enumerate(row))
-    ranked = [[0.0] * len(row) for row in raw]
-    for place, (_, layer, head) in enumerate(order):
-        ranked[layer][head] = 1.0 - place / max(1, len(order) - 1)
-    return ranked

@@ -18,9 +18,9 @@ from longrun.needles.needles import generate_sentences
 from longrun.patterns.head_map import HeadMap
 from longrun.patterns.identify import MethodResult, identify, load_model, read_text
 from longrun.patterns.identify_checkpoint import Checkpoint
-from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings
+from longrun.patterns.identify_settings import IdentifyProgress, IdentifySettings, rank_scores
 from longrun.patterns.reconstruction import ATTN_IMPLEMENTATION, identify_reconstruction, longest_context
-from longrun.patterns.reconstruction_scores import Reconstruction, ReconstructionSettings, rank_scores, repeat_parts
+from longrun.patterns.reconstruction_scores import Reconstruction, ReconstructionSettings, repeat_parts
 
 CONTEXT = 33
 SETTINGS = ReconstructionSettings(sink_size=3, recent_size=6, part_size=14, quote_size=3)

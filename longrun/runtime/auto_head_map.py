@@ -33,7 +33,7 @@ from longrun.paths import cache_dir
 from longrun.patterns.head_map import HeadMap
 from longrun.patterns.head_map_folder import CONFIG_FILE
 from longrun.patterns.head_split import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE
-from longrun.patterns.identify_settings import DEFAULTS, IdentifyProgress, IdentifySettings
+from longrun.patterns.identify_settings import DEFAULTS, IdentifyProgress, IdentifySettings, rank_scores
 from longrun.patterns.reach_losses import ReachLosses
 from longrun.units import format_bytes
 
@@ -226,8 +226,6 @@ def _check_memory(config: ModelConfig, context: int, device_type: str, method: s
 
 def _check_kept(folder: Path, config: ModelConfig, fingerprint: str) -> None:
     """The kept map is whole, of this model, and holds what was measured."""
-    from longrun.patterns.reconstruction_scores import rank_scores
-
     try:
         head_map = HeadMap.load(folder)
         head_map.check_shape(config.num_layers, config.num_kv_heads)
