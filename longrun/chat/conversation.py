@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from longrun.chat.format import ChatFormat, TurnText
+from longrun.chat.read_documents import ReadDocuments, ToRead
 from longrun.documents.document import Document
-from longrun.errors import InputError, SessionError, quoted
+from longrun.errors import InputError, SessionError, quoted, short_path
 from longrun.interrupts import deferred_signals
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from longrun.session.session import Session
 
 _KEY = "chat"
+_OLD_ENTRY = {"name": str, "sha256": str, "stop": int}
+_ENTRY = {**_OLD_ENTRY, "start": int, "line": int}
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Reading:
         token_ids: to be prefilled; may be empty where all was read before.
         asks: an answer is due after them.
         already_read: names of documents that the session holds and that are not read again.
+        changed: a sentence about each file that has changed since the session read it.
         resumed_at, resumed_of: tokens of an interrupted message that stand in the session, and of the whole message;
             0 and 0 where nothing was interrupted.
     """
@@ -62,6 +66,7 @@ class Reading:
     already_read: tuple[str, ...] = ()
     resumed_at: int = 0
     resumed_of: int = 0
+    changed: tuple[str, ...] = ()
 
 
 class Conversation:
@@ -88,7 +93,7 @@ class Conversation:
         system: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.session, self._eos = session, eos_token_ids
+        self.session, self._tokenizer, self._eos = session, tokenizer, eos_token_ids
         saved = session.extra.get(_KEY)
         if saved is None:
             if session.num_tokens:
@@ -145,6 +150,11 @@ class Conversation:
         return self.session.num_tokens if turn is None else max(turn["start"], *stops, 0)
 
     @property
+    def latest(self) -> dict[str, str]:
+        """Name of each document that was read to its end, and the SHA-256 of its file's latest version."""
+        return {entry["name"]: entry["sha256"] for entry in self._read_documents()}
+
+    @property
     def unread(self) -> int:
         """Tokens of a message whose reading was interrupted."""
         turn = self._state["turn"]
@@ -182,18 +192,20 @@ class Conversation:
             if self.unread and strict:
                 raise SessionError(
                     f"the session stopped at token {num_tokens:,} of {turn['stop']:,} inside a message that differs "
-                    f"from the one given now: give the same --file, --prompt and --system again, or another --session"
+                    f"from the one given now{self._cut_and_changed(documents)}: give the same --file, --prompt and "
+                    f"--system again, or another --session"
                 )
-        new, already = self._without_read(documents)
-        if not new and question is None:
+        to_read = self._to_read(documents)
+        already, changed = tuple(to_read.already), tuple(to_read.changed)
+        if not to_read.new and question is None:
             return Reading([], False, already)
         carried, complete = self._carried()
         opens = turn is None or complete
         start = num_tokens + len(carried) if opens else turn["start"]
-        ids, stops = self._message(start, opens, new, question, carried)
+        ids, places = self._message(start, opens, to_read.new, question, carried)
         self._check_room(num_tokens + len(ids))
-        self._note(start, num_tokens, ids, stops, new, question)
-        return Reading(ids, question is not None, already)
+        self._note(start, num_tokens, ids, places, to_read, question)
+        return Reading(ids, question is not None, already, changed=changed)
 
     def rest(self) -> Reading | None:
         """What an interrupted reading of this process left over, or an answer that is still due or was cut; None if
@@ -241,35 +253,39 @@ class Conversation:
         Compared from the last document of the message that was read to its end.
         """
         start, num_tokens = turn["start"], self.session.num_tokens
-        new, already = self._without_read(documents)
+        to_read = self._to_read(documents)
+        new = to_read.new
         if not new and question is None:
             return None
         base = max([start, *(entry["stop"] for entry in self._read_documents())])
         have = self.session.token_ids[base:]
         for texts in (new, [replace(document, headed=False) for document in new]):  # once no text had a header
-            ids, stops = self._message(start, base == start, texts, question, [])
+            ids, places = self._message(start, base == start, texts, question, [])
             if ids[: len(have)] == have:
                 break
         else:
             return None
         self._check_room(base + len(ids))
-        self._note(start, base, ids, stops, new, question)
-        return Reading(ids[len(have) :], question is not None, already, num_tokens - start, base + len(ids) - start)
+        self._note(start, base, ids, places, to_read, question)
+        return Reading(
+            ids[len(have) :], question is not None, tuple(to_read.already), num_tokens - start,
+            base + len(ids) - start, tuple(to_read.changed),
+        )  # fmt: skip
 
     def _message(
         self, start: int, opens: bool, new: Sequence[Document], question: str | None, carried: list[int]
-    ) -> tuple[list[int], list[int]]:
-        """Ids that open or continue the message of `start`, and for each text the index just after it."""
-        ids, stops = list(carried), []
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids that open or continue the message of `start`, and for each text its first index and the one after it."""
+        ids, places = list(carried), []
         if opens:
             ids += self._opening(start, carried)
         texts = [*(document.shown for document in new), *([] if question is None else [question])]
         for piece in self._format.text_ids(texts, start == 0, opens, question is not None):
+            places.append((len(ids), len(ids) + len(piece)))
             ids += piece
-            stops.append(len(ids))
         if question is not None:
             ids += self._format.closing_ids(start == 0)
-        return ids, stops
+        return ids, places
 
     def _opening(self, start: int, carried: Sequence[int] = ()) -> list[int]:
         if start == 0:
@@ -278,12 +294,13 @@ class Conversation:
         return self._format.opening_ids(previous, previous in self._eos)
 
     def _note(
-        self, start: int, at: int, ids: list[int], stops: list[int], new: Sequence[Document], question: str | None
+        self, start: int, at: int, ids: list[int], places: list[tuple[int, int]], to_read: ToRead, question: str | None
     ) -> None:
         """Write down that `ids`, which begin at token `at`, are about to be read."""
         documents = self._read_documents()  # one that was cut is forgotten
-        for document, stop in zip(new, stops, strict=False):
-            documents.append({"name": document.name, "sha256": document.sha256, "stop": at + stop})
+        for document, line, (first, stop) in zip(to_read.new, to_read.kept_lines, places, strict=False):
+            entry = {"name": document.name, "sha256": document.sha256, "stop": at + stop}
+            documents.append({**entry, "start": at + first, "line": line})
         with deferred_signals():
             self._state["documents"], self._state["cut"] = documents, None
             self._state["turn"] = {"start": start, "stop": at + len(ids), "asks": question is not None}
@@ -292,17 +309,19 @@ class Conversation:
     def _read_documents(self) -> list[dict[str, Any]]:
         return [entry for entry in self._state["documents"] if entry["stop"] <= self.session.num_tokens]
 
-    def _without_read(self, documents: Sequence[Document]) -> tuple[list[Document], tuple[str, ...]]:
-        """Documents that the session does not hold yet, each once, and the names of the others."""
-        known = {entry["sha256"] for entry in self._read_documents()}
-        new, already = [], []
-        for document in documents:
-            if document.sha256 in known:
-                already.append(document.name)
-            else:
-                new.append(document)
-            known.add(document.sha256)
-        return new, tuple(already)
+    def _to_read(self, documents: Sequence[Document]) -> ToRead:
+        return ReadDocuments(self._read_documents(), self._text_of, self._format.leads).sort(documents)
+
+    def _text_of(self, start: int, stop: int) -> str:
+        text = self._tokenizer.decode(self.session.token_ids[start:stop], clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def _cut_and_changed(self, documents: Sequence[Document]) -> str:
+        """A clause that names a file which changed while its reading was interrupted; empty where none did."""
+        given = {document.name: document.sha256 for document in documents}
+        names = [e["name"] for e in self._state["documents"] if given.get(e["name"], e["sha256"]) != e["sha256"]]
+        return f" ({short_path(names[0])} has changed since)" if names else ""
 
     def _carried(self) -> tuple[list[int], bool]:
         """What must be read before anything else may follow, and whether the message before is complete then.
@@ -339,7 +358,7 @@ def _is_conversation(saved: object) -> bool:
         and isinstance(saved.get("options", {}), dict)
         and _has_types(saved.get("first"), [str, str])
         and isinstance(documents, list)
-        and all(_has_types(document, {"name": str, "sha256": str, "stop": int}) for document in documents)
+        and all(_has_types(document, _ENTRY) or _has_types(document, _OLD_ENTRY) for document in documents)
         and (turn is None or _has_types(turn, {"start": int, "stop": int, "asks": bool}))
         and (cut is None or _has_types(cut, [int, int]) or _has_types(cut, [int, type(None)]))
     )

@@ -142,6 +142,11 @@ class ChatFormat:
             found.append(self._encode_text(before + text + after, continues, bool(head)))
         return found
 
+    @property
+    def leads(self) -> tuple[str, ...]:
+        """What may stand before a text in the ids that `text_ids` gives for it."""
+        return _SEPARATOR, self._head_and_tail(True)[1], self._head_and_tail(False)[1]
+
     def closing_ids(self, first_turn: bool) -> list[int]:
         """Ids after a user's text, up to where the answer starts."""
         turn = self._turn(first_turn)

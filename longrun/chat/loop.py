@@ -10,6 +10,7 @@ from typing import TextIO
 from longrun.allocation import allocation_sentence, is_failed_allocation
 from longrun.arguments import check_text
 from longrun.chat.answer import CONTEXT_FULL, INTERRUPTED, MAX_NEW_TOKENS
+from longrun.chat.changed_files import ChangedFiles
 from longrun.chat.conversation import Reading
 from longrun.chat.runner import ChatRunner
 from longrun.documents.document import Document
@@ -58,7 +59,7 @@ class ChatLoop:
 
     def __init__(self, runner: ChatRunner, read_line: Callable[[], str | None], out: TextIO, interactive: bool) -> None:
         self._runner, self._read_line, self._out, self._interactive = runner, read_line, out, interactive
-        self._tell = runner.tell
+        self._tell, self._changed = runner.tell, ChangedFiles()
         self.turns = self.errors = self.defects = 0
         self._actions: dict[str, Callable[[str], None]] = {
             "/file": self._file,
@@ -78,6 +79,7 @@ class ChatLoop:
         if self._runner.conversation.awaits_answer:
             self._tell("the last question has no answer yet: /continue answers it")
         interrupts = 0
+        self._tell_of_changes()
         while True:
             try:
                 line = self._read_line()
@@ -122,6 +124,7 @@ class ChatLoop:
     def _take(self, line: str, is_command: bool) -> None:
         check_text(line, "the message")
         if not is_command:
+            self._tell_of_changes()
             if line.startswith("/"):
                 self._tell("note: what is pasted is a message, never a command")
             self._ask(self._read([], line))
@@ -136,6 +139,10 @@ class ChatLoop:
         if argument and not COMMANDS[name]:
             raise InputError(f"{name} takes nothing after it, but {quoted(argument)} was given")
         self._actions[name](argument)
+
+    def _tell_of_changes(self) -> None:
+        for name in self._changed.look(self._runner.conversation.latest):
+            self._tell(f"note: {name} has changed since it was read: /file {name} reads what is new")
 
     def _file(self, path: str) -> None:
         found = read_documents([path])

@@ -153,6 +153,8 @@ class ChatRunner:
         self._already_read = (*self._already_read, *reading.already_read)
         if reading.already_read:
             self.tell(_already_read(reading.already_read))
+        for sentence in reading.changed:
+            self.tell(f"note: {sentence}")
         if reading.resumed_of:
             self.tell(f"resuming at token {reading.resumed_at:,} of {reading.resumed_of:,}")
         self.prefill(reading)

@@ -18,6 +18,10 @@ MAX_BYTES = 2**29
 """Of all documents of a message: far above the tokens that a machine has room for."""
 
 
+PIPED = "stdin"
+"""Name of the document that stdin holds."""
+
+
 @dataclass(frozen=True)
 class Document:
     """A text as it was read.

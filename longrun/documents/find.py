@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from longrun.documents.decoding import NoTextError
-from longrun.documents.document import MAX_BYTES, Document, document_of, read_document, too_large
+from longrun.documents.document import MAX_BYTES, PIPED, Document, document_of, read_document, too_large
 from longrun.documents.folder import files_below, files_matching, is_pattern, pattern_base
 from longrun.errors import InputError, short_path
 from longrun.paths import user_path
@@ -98,7 +98,7 @@ class _Source:
         if self.named == STDIN:
             if stdin is None:
                 raise InputError(f"{STDIN} stands for stdin, which does not hold a text here: name a file")
-            yield document_of(stdin(), "stdin", headed)
+            yield document_of(stdin(), PIPED, headed)
         if not self.several:
             yield from (read_document(file, name, headed) for file, name in self.files)
             return
