@@ -137,7 +137,7 @@ def test_a_parser_refuses_in_one_sentence():
 
 def test_every_program_leaves_through_one_door_and_reads_its_options_with_one_parser():
     programs = [*ROOT.glob("scripts/**/*.py"), *ROOT.glob("longrun/*.py"), *ROOT.glob("longrun/*/*.py")]
-    ours = ("template_child.py", "llama_cpp_child.py", "measure.py")  # never started by a person
+    ours = ("template_child.py", "pdf_child.py", "llama_cpp_child.py", "measure.py")  # never started by a person
     programs = [path for path in programs if path.name not in ours]
     started = [path for path in programs if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
     assert len(started) > 15
@@ -145,7 +145,7 @@ def test_every_program_leaves_through_one_door_and_reads_its_options_with_one_pa
         command = path.with_name("command.py")  # of a package, which its __main__ starts
         path = command if path.name == "__main__.py" and command.exists() else path
         text = path.read_text(encoding="utf-8")
-        assert re.search(r"\brun\((main|chat_command|plan_command|lambda)\b", text), (
+        assert re.search(r"\brun\((main|chat_command|plan_command|server_command|lambda)\b", text), (
             f"{path} does not leave through run"
         )
     for path in programs:  # of some only the options stand in a file of their own

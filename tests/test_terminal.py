@@ -80,7 +80,7 @@ def test_tab_completes_commands_and_paths(typed, tmp_path, monkeypatch):
     def shown(text: str) -> list[str]:
         return [found.text for found in completer.get_completions(Document(text), CompleteEvent())]
 
-    assert shown("/") == sorted(COMMANDS) and shown("/s") == ["/save", "/stats"]
+    assert shown("/") == sorted(COMMANDS) and shown("/sa") == ["/save"]
     assert shown("/stats ") == shown("x /file ") == []
     assert sorted(shown(f"/save {tmp_path}/")) == ["folder/", "notes.txt"]
     monkeypatch.setenv("HOME", str(tmp_path))
