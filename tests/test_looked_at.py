@@ -181,6 +181,18 @@ def test_what_cannot_be_looked_at(folder):
         small.looked_at(mark)
 
 
+def test_tokens_that_no_head_drops_count_beside_the_first_page(folder):
+    head_map = longrun.HeadMap.from_scores([[1.0, 0, 1], [0, 1, 0], [0, 0, 0]], sink_size=4, recent_size=24)
+    runtime = longrun.load(folder, "cpu", head_map, "fp32", device="cpu", ctx=512, chunk_size=50, keep=150)
+    session = runtime.new_session()
+    session.prefill(text(230))
+    mark = session.mark()
+    session.prefill(text(9, seed=1))
+    assert session.cache.spec.sink_size == 150
+    assert all(64 <= passage.first < 150 for passage in session.looked_at(mark, before=150))
+    assert session.looked_at(mark, before=150)
+
+
 def test_passages_join_neighbours_and_leave_out_empty_ends():
     sums = torch.zeros(1000)
     sums[3] = 100  # the first page never counts

@@ -29,8 +29,8 @@ def looked_at(
     stop = num_tokens if stop is None else integer(stop, "stop", start + 1, num_tokens)
     before = start if before is None else integer(before, "before", 0, start)
     most = integer(most, "most", 1)
-    sinks = max(spec.page_format.page_size, spec.sink_size)
-    if before <= sinks:
+    page_size = spec.page_format.page_size
+    if before <= page_size:
         return []
     room, tile_bytes = look_back_room(
         engine.decoder.config, plan.attention.compute_itemsize, plan.chunk_size, plan.device_type, start
@@ -42,4 +42,4 @@ def looked_at(
         )
     stop = min(max(stop - 1, start + 1), start + room)  # nothing was written after the last token had looked
     ids = torch.tensor(sequence.ids[start:stop], dtype=torch.int64)
-    return passages(engine.look_back(mark.cache, ids, tile_bytes)[:before], spec.page_format.page_size, sinks, most)
+    return passages(engine.look_back(mark.cache, ids, tile_bytes)[:before], page_size, page_size, most)

@@ -237,8 +237,8 @@ class Session:
             most: at most so many passages.
 
         Returns:
-            Passages, the most looked at first: none where nothing stands before the mark beside the first page. The
-            first tokens (a page, or the sinks where they are more) never count.
+            Passages, the most looked at first: none where nothing stands before the mark beside the first page, which
+            never counts.
 
         Raises:
             InputError: `mark` is of another session or ended; nothing follows it; another number is out of range.
