@@ -92,12 +92,12 @@ class Served:
 @contextmanager
 def serve(
     folder: Path, limits: Limits = LIMITS, most_waiting: int = 64, key: str | None = None, origins: Sequence[str] = (),
-    **settings: Any,
+    documents: Path | None = None, **settings: Any,
 ) -> Iterator[Served]:  # fmt: skip
     """Serve the model until the block ends."""
     given = {"kv_format": "fp32", "device": "cpu", "ctx": CONTEXT, "compiled_kernels": False, "marks": 16, **settings}
     runtime = longrun.load(folder, "cpu", **given)
-    serving = Serving(runtime, NAME, limits, most_waiting, key, origins)
+    serving = Serving(runtime, NAME, limits, most_waiting, key, origins, documents)
     bound = listening_socket("127.0.0.1", 0)
     host, port = bound.getsockname()
     thread = threading.Thread(target=serving.run, args=(bound,))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from longrun.engine.sampling import TokenScore, score_tokens
 from longrun.errors import ContextFullError
-from longrun.server.jobs import LENGTH, STOP, Ask, Finished, Job, Piece, Progress, PromptScores
+from longrun.server.jobs import LENGTH, STOP, Ask, Finished, Job, Loaded, Piece, Progress, PromptScores
 from longrun.server.prefix import PrefixMarks
-from longrun.server.reading import StepSizes, read_steps
+from longrun.server.reading import StepSizes, read_steps, reads_whole
 from longrun.text.stream import AnswerText
 
 if TYPE_CHECKING:
@@ -65,15 +65,14 @@ class Answerer:
         self._session: Session = self._runtime.new_session()
         self._marks = PrefixMarks(self._session, self._runtime.eos_token_ids)
         self._sizes = StepSizes(self._session.plan.page_size, self._session.plan.chunk_size)
-        rope = self._runtime.parts.rotary_host.params
-        # The angles of this type change with the length of what is read at once, so that nothing can be read in parts.
-        self._whole = rope.rope_type == "dynamic" and self._session.capacity > rope.max_position_embeddings
+        self._whole = reads_whole(self._runtime)
 
     def _read(self, job: Job) -> int:
         """Read what the session does not hold of the prompt; returns the number of tokens that it held."""
         ids, session, began = job.ask.token_ids, self._session, time.perf_counter()
         if self._whole:
             self._marks.forget()
+        self._load(job)
         start, places = self._marks.resume(ids)
         cached = session.seq_len
 
@@ -81,18 +80,39 @@ class Answerer:
             job.check()
             job.emit(Progress(len(ids), cached, done, time.perf_counter() - began))
 
+        def save() -> None:
+            if job.ask.saves and job.ask.kept is not None:
+                job.ask.kept.save(session)
+
         def read(first: int, stop: int) -> None:
             session.prefill(ids[first:stop])
             if stop in places:
                 self._marks.take()
+            save()
             tell(stop)
 
         tell(cached)
         if self._whole:
             session.prefill(ids, lambda done, _: tell(done))
+        elif start == len(ids):
+            save()
         else:
             read_steps(start, len(ids), places, self._sizes, read)
         return cached
+
+    def _load(self, job: Job) -> None:
+        """Put the saved session that the prompt begins with in the place of this one, where that one holds more."""
+        kept, began = job.ask.kept, time.perf_counter()
+        if kept is None:
+            return
+        with kept.lock:
+            saved = kept.open(self._runtime.identity)
+            if saved is None or self._marks.reach(job.ask.token_ids) >= saved.manifest.num_tokens:
+                return
+            self._marks.forget()
+            kept.restore(saved, self._session)
+            self._marks.take()
+        job.emit(Loaded(self._session.num_tokens, time.perf_counter() - began))
 
     def _score_prompt(self, job: Job) -> int:
         """Read the whole prompt a few tokens at a time and emit how likely each of them was; returns 0."""

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from longrun.errors import LongrunError
 from longrun.server import requests
 from longrun.server.answers import Answer, ChatAnswer, TextAnswer
+from longrun.server.document_routes import DocumentRoutes
 from longrun.server.guard import Guard
 from longrun.server.http import read_body, refusal, streamed_answer, unless_gone, whole_answer
 from longrun.server.jobs import Ask
@@ -48,7 +49,9 @@ def make_app(service: Service, key: str | None = None, origins: Sequence[str] = 
     guarded = Guard(app, key)
     if not origins:
         return guarded
-    return CORSMiddleware(guarded, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    return CORSMiddleware(
+        guarded, allow_origins=origins, allow_methods=["GET", "POST", "PUT", "DELETE"], allow_headers=["*"]
+    )
 
 
 def _guarded(service: Service, path: str, handler: Handler) -> Handler:
@@ -77,7 +80,17 @@ class Routes:
 
     def all(self) -> list[tuple[str, str, Handler]]:
         """(method, path, handler) of each."""
+        documents: list[tuple[str, str, Handler]] = []
+        if self._service.documents is not None:
+            routes = DocumentRoutes(self._service, self._service.documents)
+            documents = [
+                ("GET", "/documents", routes.list),
+                ("GET", "/documents/{name:path}", routes.status),
+                ("PUT", "/documents/{name:path}", routes.put),
+                ("DELETE", "/documents/{name:path}", routes.delete),
+            ]
         return [
+            *documents,
             ("GET", "/health", self.health),
             ("GET", "/metrics", self.metrics),
             ("GET", "/v1/models", self.models),
@@ -105,13 +118,13 @@ class Routes:
         return Response(self._service.metrics.page(), media_type=self._service.metrics.media_type)
 
     async def models(self, request: Request) -> Response:
-        """The one model."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        """The model, by itself and with each document."""
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._service.model_ids]})
 
     async def model(self, request: Request) -> Response:
-        """The one model, by its id."""
+        """One of them, by its id."""
         self._service.check_model(request.path_params["name"])
-        return JSONResponse(self._model())
+        return JSONResponse(self._model(request.path_params["name"]))
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or of a chat."""
@@ -130,7 +143,9 @@ class Routes:
         with service.admitted():
             body = requests.read_chat(await read_body(request, service.limits))
             ask = await unless_gone(request, service.chat_ask(body))
-        answer = ChatAnswer(service.model_name, service.spelling, body.scored is not None, body.includes_usage)
+        answer = ChatAnswer(
+            body.model or service.model_name, service.spelling, body.scored is not None, body.includes_usage
+        )
         return await self._answered(request, body, ask, answer)
 
     async def completion(self, request: Request) -> Response:
@@ -149,8 +164,8 @@ class Routes:
             return streamed_answer(events, answer, bool(body.return_progress))
         return JSONResponse(await unless_gone(request, whole_answer(events, answer)))
 
-    def _model(self) -> dict[str, Any]:
-        name, length = self._service.model_name, self._service.capacity
+    def _model(self, name: str) -> dict[str, Any]:
+        length = self._service.capacity
         return {
             "id": name, "object": "model", "created": self._started, "owned_by": "longrun", "max_model_len": length
         }  # fmt: skip

@@ -15,6 +15,7 @@ from longrun.arguments import COUNT, real, whole
 from longrun.cli import EXIT_STATUS, PLAN_OPTIONS, Parser, run
 from longrun.errors import InputError, LongrunError
 from longrun.interrupts import leaving_at_once
+from longrun.paths import path_option
 from longrun.runtime.model_options import add_model_options, load_model
 from longrun.specs.cache_spec import MOST_MARKS
 from longrun.units import format_bytes, parse_tokens
@@ -60,7 +61,7 @@ def server_command(argv: Sequence[str] | None = None) -> int:
             runtime, name = _load(args, capacity, console)
             body_bytes = args.max_body or _BODY_BYTES + _BODY_BYTES_PER_TOKEN * runtime.plan.capacity
             limits = Limits(args.max_new_tokens, args.time_limit, body_bytes)
-            serving = Serving(runtime, name, limits, args.queue, key, args.cors)
+            serving = Serving(runtime, name, limits, args.queue, key, args.cors, args.documents)
             console.print(f"serving {name}: Ctrl-C ends it", highlight=False, markup=False)
             print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
             serving.run(bound)
@@ -146,6 +147,10 @@ def _parser() -> argparse.ArgumentParser:
         help="web page that may ask, like http://localhost:3000; repeatable (default: none)",
     )  # fmt: skip
     serve.add_argument("--name", metavar="ID", help="id of the model (default: the name of its folder or file)")
+    serve.add_argument(
+        "--documents", type=path_option, metavar="FOLDER",
+        help="keep documents that clients put, and their sessions, in this folder (default: none are taken)",
+    )  # fmt: skip
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--marks", type=whole(1, MOST_MARKS), default=_MARKS, metavar="N",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -28,17 +28,28 @@ _FAREWELL_SECONDS = 20.0  # in which a stream may end by itself while the server
 Result = TypeVar("Result")
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body of a request with JSON.
+JSON = ("application/json",)
+
+
+def content_type(request: Request) -> str:
+    """What the body is, without parameters; empty where the request does not say."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def read_body(request: Request, limits: Limits, kinds: Sequence[str] = JSON) -> bytes:
+    """The body of a request.
+
+    Args:
+        kinds: types of content that it may have.
 
     Raises:
         RequestError: another type of content, too long, or too slow.
         ClientDisconnect: nobody is there any more.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if content_type(request) not in kinds:
+        what = "JSON" if kinds == JSON else "text, Markdown, HTML or PDF"
         raise RequestError(
-            "the body must be JSON: send the header Content-Type: application/json",
+            f"the body must be {what}: send the header Content-Type: {' or '.join(kinds)}",
             "unsupported_media_type",
             status=415,
         )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from longrun.engine.sampling import SamplingParams, TokenScore
 from longrun.errors import LongrunError
+
+if TYPE_CHECKING:
+    from longrun.server.kept import KeptSession
 
 STOP, LENGTH = "stop", "length"
 """Why an answer ended: the model's own end or a stop string; its number of tokens."""
@@ -24,6 +29,8 @@ class Ask:
         sampling, seed, stop: as in `Runtime.stream`; draws without a seed get one of their own.
         logprobs: score every token of the answer and name so many of the likeliest in its place; None does not.
         scores_prompt: score the prompt's tokens as well, all of which are read then.
+        kept: a saved session that the prompt begins with, loaded where more of it is there than in memory.
+        saves: save into `kept` what is read, after every step.
     """
 
     token_ids: list[int]
@@ -33,6 +40,8 @@ class Ask:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     scores_prompt: bool = False
+    kept: KeptSession | None = None
+    saves: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,18 @@ class Progress:
     cached: int
     processed: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A saved session of so many tokens took the place of the one in memory, within so many seconds."""
+
+    tokens: int
+    seconds: float
+
+    def report(self) -> None:
+        """A line on stderr, the server's log."""
+        print(f"loaded a document's session of {self.tokens:,} tokens in {self.seconds:.2f} s", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -88,7 +109,7 @@ class Failed:
     error: Exception
 
 
-Event = Progress | PromptScores | Piece | Finished | Failed
+Event = Progress | Loaded | PromptScores | Piece | Finished | Failed
 
 
 class Cancelled(Exception):

@@ -38,6 +38,10 @@ class Metrics:
             "longrun_first_text_seconds", "From the queue to the first text", registry=self._registry, buckets=_SECONDS
         )
 
+        self._loaded = Histogram(
+            "longrun_session_load_seconds", "To load a document's session", registry=self._registry, buckets=_SECONDS
+        )
+
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """The worker's state, asked for when a page is made."""
         for name, told, value in (
@@ -55,6 +59,10 @@ class Metrics:
     def first_text(self, seconds: float) -> None:
         """The first text of an answer came so long after its request."""
         self._first.observe(seconds)
+
+    def loaded(self, seconds: float) -> None:
+        """A document's session was loaded within so long."""
+        self._loaded.observe(seconds)
 
     def ended(self, finished: Finished | None) -> None:
         """An answer was finished, or not."""

@@ -61,6 +61,13 @@ class PrefixMarks:
             self._session.release(point.mark)
         self._points = []
 
+    def reach(self, token_ids: Sequence[int]) -> int:
+        """How many of its tokens `resume` would find in the session; changes nothing."""
+        same = self._session.common_prefix(token_ids)
+        if same == self._session.num_tokens:
+            return same
+        return max((position for position in self.positions if position <= same), default=0)
+
     def resume(self, token_ids: Sequence[int]) -> tuple[int, list[int]]:
         """Bring the session to the most of its tokens that `token_ids` begin with.
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longrun.runtime.runtime import Runtime
 
 STEP_SECONDS = 2.5
 """How long a step of reading should take at most, so that a client who leaves is noticed in time."""
 
 _FIRST_STEP = 256  # tokens, before anything is known about the machine
 _GROWTH = 4  # the most by which a step outgrows the one before it
+
+
+def reads_whole(runtime: Runtime) -> bool:
+    """Whether nothing can be read in parts: the angles of this type change with the length of what is read at once."""
+    rope = runtime.parts.rotary_host.params
+    return rope.rope_type == "dynamic" and runtime.plan.capacity > rope.max_position_embeddings
 
 
 class StepSizes:

@@ -8,10 +8,14 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from longrun.errors import quoted
-from longrun.server.jobs import Ask, Event, Failed, Finished, Job, Piece
+from longrun.server.document_files import checked_name
+from longrun.server.document_prompts import with_document
+from longrun.server.documents import Documents
+from longrun.server.jobs import Ask, Event, Failed, Finished, Job, Loaded, Piece
 from longrun.server.metrics import Metrics
 from longrun.server.openai_errors import RequestError
 from longrun.server.requests import ChatRequest, Message, TextRequest
@@ -81,6 +85,9 @@ class Events:
                 event = await self._queue.get()
                 if isinstance(event, Failed):
                     raise event.error
+                if isinstance(event, Loaded):
+                    self._metrics.loaded(event.seconds)
+                    event.report()
                 if isinstance(event, Piece) and silent:
                     silent = False
                     self._metrics.first_text(time.perf_counter() - began)
@@ -97,9 +104,18 @@ class Service:
     Args:
         runtime: a model with a tokenizer, the worker's.
         model_name: the id under which it is served.
+        documents: folder of the documents; None keeps none.
+
+    Attributes:
+        documents: those in the folder.
+
+    Raises:
+        InputError: see `Documents`.
     """
 
-    def __init__(self, runtime: Runtime, worker: Worker, model_name: str, limits: Limits) -> None:
+    def __init__(
+        self, runtime: Runtime, worker: Worker, model_name: str, limits: Limits, documents: Path | None = None
+    ) -> None:
         assert runtime.tokenizer is not None
         self.worker, self.model_name, self.limits = worker, model_name, limits
         self.capacity = runtime.plan.capacity
@@ -111,6 +127,16 @@ class Service:
         self._prompts = ChatPrompts(runtime.tokenizer) if has_template(runtime.tokenizer) else None
         # Tokenizing a long text takes seconds: beside the event loop, one text at a time.
         self._tokenizing = ThreadPoolExecutor(1, "longrun-tokenizer")
+        self.documents = None
+        if documents is not None:
+            self.documents = Documents(
+                documents, runtime, worker, self._prompts, lambda tokens: self._room(tokens, None, "document")
+            )
+
+    def begin(self) -> None:
+        """Go on reading documents; the worker has been started."""
+        if self.documents is not None:
+            self._tokenizing.submit(self.documents.start)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -133,10 +159,15 @@ class Service:
         Raises:
             RequestError: another model, messages that the template refuses, or too many tokens.
         """
-        self.check_model(request.model)
-        ids = await self.chat_ids(request.messages)
+        name = self.check_model(request.model)
+        if self.documents is None or name is None:
+            ids, kept = await self.chat_ids(request.messages), None
+        else:
+            text, kept, now = await self.aside(lambda documents=self.documents: documents.taken(name))
+            pairs = with_document(text, [message.pair for message in request.messages])
+            ids = await self._pair_ids(pairs, now)
         room = self._room(len(ids), request.new_tokens, "messages")
-        return Ask(ids, room, request.sampling, request.seed, request.stops, request.scored)
+        return Ask(ids, room, request.sampling, request.seed, request.stops, request.scored, kept=kept)
 
     async def text_ask(self, request: TextRequest) -> tuple[Ask, str]:
         """What a completion asks of the worker, and the text that it begins with.
@@ -144,7 +175,10 @@ class Service:
         Raises:
             RequestError: another model, token ids that are none, or too many tokens.
         """
-        self.check_model(request.model)
+        if self.check_model(request.model) is not None:
+            raise RequestError(
+                "a document stands in a chat: ask POST /v1/chat/completions", "unsupported_value", "model"
+            )
         given = request.text_or_ids
         if isinstance(given, str):
             ids, text = await self.text_ids(given, True), given
@@ -169,21 +203,39 @@ class Service:
         Raises:
             RequestError: the model has no chat template, or it refuses the messages.
         """
+        return await self._pair_ids([message.pair for message in messages])
+
+    async def _pair_ids(self, pairs: Sequence[tuple[str, str]], now: float | None = None) -> list[int]:
         if self._prompts is None:
             raise RequestError("this model has no chat template: send a text to /v1/completions", "no_chat_template")
-        pairs = [message.pair for message in messages]
-        return await self._tokenized(lambda prompts=self._prompts: prompts.ids(pairs))
+        return await self.aside(lambda prompts=self._prompts: prompts.ids(pairs, now))
 
     async def text_ids(self, text: str, begins: bool) -> list[int]:
         """Tokens of a text; where it `begins` the sequence with what the tokenizer puts there."""
-        return await self._tokenized(lambda: self._runtime.encode(text, begins))
+        return await self.aside(lambda: self._runtime.encode(text, begins))
 
-    def check_model(self, name: str | None) -> None:
-        """Raises RequestError: there is no such model here."""
-        if name is not None and name != self.model_name:
-            raise RequestError(
-                f"there is no model {quoted(name)} here: {self.model_name} is served", "model_not_found", "model", 404
-            )
+    @property
+    def model_ids(self) -> list[str]:
+        """The model, and the model with each of the documents that are ready."""
+        names = [] if self.documents is None else self.documents.names()
+        return [self.model_name, *(f"{self.model_name}@{name}" for name in names)]
+
+    def check_model(self, name: str | None) -> str | None:
+        """The document's name where it is the model with a document.
+
+        Raises:
+            RequestError: there is no such model here, or its document has not been read.
+        """
+        if name is None or name == self.model_name:
+            return None
+        before = f"{self.model_name}@"
+        if self.documents is not None and name.startswith(before):
+            document = checked_name(name.removeprefix(before))
+            self.documents.check_ready(document)
+            return document
+        raise RequestError(
+            f"there is no model {quoted(name)} here: {self.model_name} is served", "model_not_found", "model", 404
+        )
 
     def start(self, ask: Ask) -> Events:
         """Put the job into the queue.
@@ -194,10 +246,17 @@ class Service:
         return Events(self.worker, ask, self.limits.request_seconds, self.metrics)
 
     def close(self) -> None:
-        """Tokenize no more."""
+        """Tokenize no more; the worker has ended."""
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        if self.documents is not None:
+            self.documents.close()
 
-    async def _tokenized(self, make: Callable[[], Result]) -> Result:
+    async def aside(self, make: Callable[[], Result]) -> Result:
+        """What `make` returns, called beside the event loop, one at a time.
+
+        Raises:
+            Exception: what `make` raises.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, make)
 
     def _room(self, prompt_tokens: int, asked: int | None, field: str) -> int:

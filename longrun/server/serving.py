@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -73,23 +74,30 @@ class Serving:
         model_name: the id under which it is served.
         most_waiting: requests that may wait while one is answered.
         key, origins: see `make_app`.
+        documents: folder of the documents that are kept; None keeps none.
 
     Raises:
+        InputError: the folder cannot be used, or this model keeps no documents.
         PlanError: there is no memory for the session.
     """
 
     def __init__(
         self, runtime: Runtime, model_name: str, limits: Limits, most_waiting: int, key: str | None = None,
-        origins: Sequence[str] = (),
+        origins: Sequence[str] = (), documents: Path | None = None,
     ) -> None:  # fmt: skip
         self.worker = Worker(runtime, most_waiting)
-        self.service = Service(runtime, self.worker, model_name, limits)
+        self.service = Service(runtime, self.worker, model_name, limits, documents)
         config = uvicorn.Config(
             make_app(self.service, key, origins), log_level="warning", access_log=False, lifespan="off", http="h11",
             ws="none", loop="asyncio", timeout_keep_alive=30, server_header=False,
         )  # fmt: skip
         self._server = _Server(config, self.worker.close)
-        self.worker.start()
+        try:
+            self.worker.start()
+        except BaseException:
+            self.service.close()
+            raise
+        self.service.begin()
 
     @property
     def is_listening(self) -> bool:
@@ -101,8 +109,8 @@ class Serving:
             self._server.run(sockets=[bound])
         finally:
             self.worker.close()
-            self.service.close()
             self.worker.join(_LAST_STEP_SECONDS)
+            self.service.close()
 
     def leave(self) -> None:
         """Let `run` return, from another thread; what is being answered ends with an error."""

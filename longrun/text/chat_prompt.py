@@ -32,11 +32,12 @@ class ChatPrompts:
         self._tokenizer = tokenizer
         self._encoder = TextEncoder(tokenizer)
 
-    def ids(self, chat: Chat) -> list[int]:
+    def ids(self, chat: Chat, now: float | None = None) -> list[int]:
         """Token ids of a conversation, up to where its next message, the answer, begins.
 
         Args:
             chat: (role, content) of each message; a control token's spelling in a content is only text.
+            now: the time that the template may write, in seconds since 1970; None is the clock's.
 
         Raises:
             InputError: the template refuses the messages, or a text is none.
@@ -47,7 +48,7 @@ class ChatPrompts:
         hidden, spellings = self._hide([content for _, content in chat])
         roles = [role for role, _ in chat]
         try:
-            (text,) = render_chats(self._tokenizer, [list(zip(roles, hidden, strict=True))])
+            (text,) = render_chats(self._tokenizer, [list(zip(roles, hidden, strict=True))], now=now)
         except TemplateError as error:
             raise InputError(
                 f"the model's chat template refuses these messages ({error}): send messages as it takes them"

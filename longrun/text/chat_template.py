@@ -42,6 +42,7 @@ def render_chats(
     chats: Sequence[Chat],
     add_generation_prompt: bool = True,
     options: Mapping[str, Any] | None = None,
+    now: float | None = None,
 ) -> list[str]:
     """The chats as the tokenizer's template writes them.
 
@@ -49,6 +50,7 @@ def render_chats(
         chats: each a list of (role, content).
         add_generation_prompt: write what begins an answer, too.
         options: JSON values of names that the template itself asks for, such as `enable_thinking`.
+        now: the time that a template may write, in seconds since 1970; None is the clock's.
 
     Raises:
         InputError: an option that the template does not know, or a name that is not for options.
@@ -76,6 +78,7 @@ def render_chats(
             }
             for chat in chats
         ],
+        "now": now,
         "cpu_seconds": CPU_SECONDS,
         "memory_bytes": MEMORY_BYTES,
         "max_chars": MAX_CHARS + 4 * sum(len(content) for chat in chats for _, content in chat),

@@ -33,8 +33,9 @@ class Generation(jinja2.ext.Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """What chat templates are written for: transformers' settings, functions and filters."""
+def environment(now: float | None = None) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """What chat templates are written for: transformers' settings, functions and filters; it is `now`, seconds since
+    1970, or the clock's time."""
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
@@ -49,14 +50,16 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
     made.filters["tojson"] = to_json
     made.globals["raise_exception"] = refuse
-    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    made.globals["strftime_now"] = lambda form: (
+        datetime.now() if now is None else datetime.fromtimestamp(now)
+    ).strftime(form)
     return made
 
 
 def render_all(request: dict[str, Any]) -> dict[str, Any]:
     """{"texts": ...} of `request`'s chats, or of the first that fails {"refused": why} or {"too_much": what}."""
     try:
-        template = environment().from_string(request["template"])
+        template = environment(request["now"]).from_string(request["template"])
         texts = []
         for chat in request["chats"]:
             text, left = [], request["max_chars"]

@@ -1,0 +1,63 @@
+"""A document in a chat: its text in front of the first user message, and the tokens that every question has before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from longrun.documents.decoding import decoded
+from longrun.documents.html_text import html_text
+from longrun.documents.pdf_text import pdf_text
+from longrun.server.openai_errors import RequestError
+
+if TYPE_CHECKING:
+    from longrun.text.chat_prompt import ChatPrompts
+
+KINDS = ("text/plain", "text/markdown", "text/html", "application/pdf")
+"""What a document's body may be."""
+
+_SEPARATOR = "\n\n"
+_QUESTIONS = ("a", "\n7")
+_BACK = 8  # tokens: another question's beginning may change how the text's last characters are cut
+
+
+def text_of(raw: bytes, kind: str, name: str) -> str:
+    """The text of a body of one of `KINDS`.
+
+    Raises:
+        NoTextError: it holds none, or none that can be read.
+    """
+    if kind == "application/pdf":
+        return pdf_text(raw, name)[0]
+    return html_text(raw, name) if kind == "text/html" else decoded(raw, name)
+
+
+def with_document(text: str, chat: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The chat with the text at the beginning of its first user message, as if the client had sent it there.
+
+    What system messages before it say stands between text and message: the text's session begins without them.
+
+    Raises:
+        RequestError: no user message.
+    """
+    place = next((number for number, (role, _) in enumerate(chat) if role == "user"), None)
+    if place is None:
+        raise RequestError("a document needs a question: send a message of role user", "invalid_value", "messages")
+    system = [content for role, content in chat[:place] if role == "system"]
+    before = [(role, content) for role, content in chat[:place] if role != "system"]
+    return [*before, ("user", _SEPARATOR.join([text, *system, chat[place][1]])), *chat[place + 1 :]]
+
+
+def document_ids(prompts: ChatPrompts, text: str, now: float) -> tuple[list[int], int]:
+    """The ids with which the prompts of all questions over the text begin, but for a few that may differ, and the
+    tokens of a prompt with a question of one character.
+
+    Args:
+        now: the time that the chat template may write, in seconds since 1970.
+
+    Raises:
+        InputError: the chat template refuses the text.
+    """
+    one, other = (prompts.ids(with_document(text, [("user", question)]), now) for question in _QUESTIONS)
+    same = next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+    return one[: max(1, same - _BACK)], len(one)

@@ -1,0 +1,180 @@
+"""Documents: put, read once, kept over restarts, asked through a model of their own, deleted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from server_case import NAME, TEMPLATE, Served, serve, user, wait_for
+from transformers import AutoTokenizer
+
+from longrun.errors import InputError
+from longrun.server.document_prompts import document_ids
+from longrun.session.session import Session
+from longrun.text.chat_prompt import ChatPrompts
+
+TEXT = "It was a dark and stormy night; the rain fell in torrents. " * 20
+QUESTION = "who was it?"
+PLAIN = "text/plain; charset=utf-8"
+
+
+def put(served: Served, name: str, content: str | bytes, kind: str = PLAIN) -> httpx.Response:
+    raw = content.encode() if isinstance(content, str) else content
+    return httpx.put(f"{served.root}/documents/{name}", content=raw, headers={"Content-Type": kind}, timeout=60)
+
+
+def status(served: Served, name: str) -> dict[str, Any]:
+    return httpx.get(f"{served.root}/documents/{name}", timeout=60).json()
+
+
+def put_and_wait(served: Served, name: str, content: str | bytes, kind: str = PLAIN) -> dict[str, Any]:
+    response = put(served, name, content, kind)
+    assert response.status_code == 202, response.text
+    wait_for(lambda: status(served, name)["state"] not in ("queued", "reading"))
+    told = status(served, name)
+    assert told["state"] == "ready" and told["tokens_done"] == told["tokens"] > 0, told
+    return told
+
+
+def ask(served: Served, name: str, messages: list[dict[str, str]]) -> tuple[str, int, int]:
+    """The answer, the prompt's tokens, and those that were not read."""
+    model = f"{NAME}@{name}" if name else NAME
+    answer = served.client().chat.completions.create(model=model, messages=messages, max_tokens=8)
+    assert answer.model == model
+    usage = answer.usage
+    return answer.choices[0].message.content, usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
+
+
+def count_reading(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of every prefill from now on."""
+    read, counts = Session.prefill, []
+
+    def counted(self: Session, token_ids: Any, progress: Any = None) -> Any:
+        counts.append(len(token_ids))
+        return read(self, token_ids, progress)
+
+    monkeypatch.setattr(Session, "prefill", counted)
+    return counts
+
+
+def test_a_document_is_read_once_and_kept_over_a_restart(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = user(f"{TEXT.rstrip()}\n\n{QUESTION}")
+    with serve(chat_model, documents=tmp_path / "kept") as served:
+        told = put_and_wait(served, "book.md", TEXT, "text/markdown")
+        assert told["bytes"] == len(TEXT)
+        ids = served.prompt_ids(whole)
+        prompts = ChatPrompts(served.reference.tokenizer)
+        assert ids[: told["tokens"]] == document_ids(prompts, TEXT.rstrip(), told["created"])[0]
+        expected = served.expected(ids, 8)
+        assert {model.id for model in served.client().models.list()} == {NAME, f"{NAME}@book.md"}
+        answer, prompt_tokens, cached = ask(served, "book.md", user(QUESTION))
+        assert (answer, prompt_tokens) == (expected, len(ids)) and cached >= told["tokens"]
+        ask(served, "", user("something else " * 50))  # takes the session over
+        answer, _, cached = ask(served, "book.md", user(QUESTION))
+        assert answer == expected and cached == told["tokens"]
+        assert "longrun_session_load_seconds_count 1.0" in httpx.get(f"{served.root}/metrics").text
+        assert put(served, "book.md", TEXT).status_code == 200  # nothing to do
+        system = [{"role": "system", "content": "be brief"}, *user(QUESTION)]
+        moved = served.prompt_ids(user(f"{TEXT.rstrip()}\n\nbe brief\n\n{QUESTION}"))
+        answer, prompt_tokens, cached = ask(served, "book.md", system)
+        assert (answer, prompt_tokens) == (served.expected(moved, 8), len(moved)) and cached == told["tokens"]
+        with (
+            pytest.raises(InputError, match=r"documents folder .* is in use"),
+            serve(chat_model, documents=tmp_path / "kept"),
+        ):
+            pass
+    with serve(chat_model, documents=tmp_path / "kept") as served:
+        assert status(served, "book.md")["state"] == "ready"
+        answer, prompt_tokens, cached = ask(served, "book.md", user(QUESTION))
+        assert answer == expected and prompt_tokens - cached < 100
+        ask(served, "", user("something else " * 50))
+        counts = count_reading(monkeypatch)
+        longer = put_and_wait(served, "book.md", TEXT + "More of it came. " * 10)
+        assert sum(counts) == longer["tokens"] - told["tokens"] > 0  # only what was added
+        assert ask(served, "book.md", user(QUESTION))[2] >= longer["tokens"]
+        other = put_and_wait(served, "book.md", "<html><body><p>Quite another text.</p></body></html>", "text/html")
+        answer, prompt_tokens, _ = ask(served, "book.md", user(QUESTION))
+        ids = served.prompt_ids(user(f"Quite another text.\n\n{QUESTION}"))
+        assert (answer, prompt_tokens) == (served.expected(ids, 8), len(ids)) and other["tokens"] < len(ids)
+        assert httpx.delete(f"{served.root}/documents/book.md").json()["deleted"]
+        assert httpx.get(f"{served.root}/documents").json() == {"object": "list", "data": []}
+        assert [model.id for model in served.client().models.list()] == [NAME]
+        with pytest.raises(openai.NotFoundError):
+            ask(served, "book.md", user(QUESTION))
+    assert [entry.name for entry in (tmp_path / "kept").iterdir()] == []
+
+
+def test_reading_goes_on_where_the_server_ended(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a template that writes the time, which a document's prompts keep: that of its being put."""
+    read, steps, held = Session.prefill, [], threading.Event()
+
+    def slow(self: Session, ids: Any, progress: Any = None) -> Any:
+        steps.append(len(ids))
+        if len(steps) == 2:
+            held.set()
+            time.sleep(0.5)
+        return read(self, ids, progress)
+
+    model = tmp_path / "model"
+    shutil.copytree(chat_model, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "<s>{{ strftime_now('%f') }}</s>" + TEMPLATE
+    tokenizer.save_pretrained(model)
+    with serve(model, documents=tmp_path / "kept") as served:
+        monkeypatch.setattr(Session, "prefill", slow)
+        put(served, "book", TEXT)
+        assert held.wait(20)
+        assert status(served, "book")["state"] == "reading"
+        with pytest.raises(openai.ConflictError, match="document book is reading"):
+            ask(served, "book", user(QUESTION))
+    record = json.loads((tmp_path / "kept" / "book" / "document.json").read_text())
+    assert not record["ready"]
+    first, steps[:] = sum(steps), [0, 0]
+    with serve(model, documents=tmp_path / "kept") as served:
+        wait_for(lambda: status(served, "book")["state"] == "ready")
+        assert first + sum(steps) == status(served, "book")["tokens"] and first > 0 and sum(steps) > 0
+        monkeypatch.undo()
+        whole = [("user", f"{TEXT.rstrip()}\n\n{QUESTION}")]
+        ids = ChatPrompts(served.reference.tokenizer).ids(whole, now=status(served, "book")["created"])
+        answer, prompt_tokens, cached = ask(served, "book", user(QUESTION))
+        assert (answer, prompt_tokens) == (served.expected(ids, 8), len(ids)) and prompt_tokens - cached < 100
+
+
+def test_what_is_refused(chat_model: Path, tmp_path: Path) -> None:
+    with serve(chat_model, documents=tmp_path / "kept") as served:
+
+        def code(response: httpx.Response) -> tuple[int, str | None]:
+            return response.status_code, response.json()["error"]["code"]
+
+        for name in ("..%2Fout", "%2e%2e", ".hidden", "a%2Fb", "a%20b", "n" * 101):
+            assert code(put(served, name, TEXT)) == (400, "invalid_name")
+        assert code(put(served, "book", "word " * 1000)) == (400, "context_length_exceeded")
+        assert code(put(served, "book", TEXT, "application/json")) == (415, "unsupported_media_type")
+        assert code(put(served, "book", "x" * (10**6 + 1))) == (413, "request_too_large")
+        assert (
+            put(served, "book", b"%PDF-no", "application/pdf").json()["error"]["message"].startswith("file book is PDF")
+        )
+        assert code(httpx.get(f"{served.root}/documents/book")) == (404, "document_not_found")
+        assert code(httpx.delete(f"{served.root}/documents/book")) == (404, "document_not_found")
+        put_and_wait(served, "book", TEXT)
+        body = {"model": f"{NAME}@book", "messages": [{"role": "system", "content": "hear"}]}
+        assert code(served.post("/v1/chat/completions", body)) == (400, "invalid_value")
+        assert code(served.post("/v1/completions", {"model": f"{NAME}@book", "prompt": "x"})) == (
+            400,
+            "unsupported_value",
+        )
+        assert sorted(entry.name for entry in (tmp_path / "kept").iterdir() if entry.is_dir()) == ["book"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
+    with serve(chat_model) as served:
+        assert code(put(served, "book", TEXT)) == (404, "not_found")
