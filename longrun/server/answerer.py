@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from longrun.engine.sampling import TokenScore, score_tokens
 from longrun.errors import ContextFullError
-from longrun.server.jobs import LENGTH, STOP, Ask, Finished, Job, Loaded, Piece, Progress, PromptScores
+from longrun.server.jobs import LENGTH, STOP, Ask, Cancelled, Finished, Job, Loaded, Piece, Progress, PromptScores
 from longrun.server.prefix import PrefixMarks
 from longrun.server.reading import StepSizes, read_steps, reads_whole
 from longrun.text.stream import AnswerText
@@ -81,8 +81,8 @@ class Answerer:
             job.emit(Progress(len(ids), cached, done, time.perf_counter() - began))
 
         def save() -> None:
-            if job.ask.saves and job.ask.kept is not None:
-                job.ask.kept.save(session)
+            if job.ask.saves and job.ask.kept is not None and not job.ask.kept.save(session):
+                raise Cancelled
 
         def read(first: int, stop: int) -> None:
             session.prefill(ids[first:stop])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longrun.errors import LongrunError
-from longrun.server.jobs import Cancelled
 from longrun.session.store import SavedSession, is_session
 
 if TYPE_CHECKING:
@@ -53,15 +52,15 @@ class KeptSession:
         except LongrunError as error:
             raise LongrunError(f"document {self._name}: {error}, or delete the document and put it again") from error
 
-    def save(self, session: Session) -> None:
-        """Write what is new of the session.
+    def save(self, session: Session) -> bool:
+        """Write what is new of the session; false where the document is not wanted any more.
 
         Raises:
-            Cancelled: the document is not wanted any more.
             SessionError: see `Session.save`.
         """
         with self.lock:
             if self.retired:
-                raise Cancelled
+                return False
             session.save(self._folder)
             session.detach()
+            return True
