@@ -178,3 +178,33 @@ def test_what_is_refused(chat_model: Path, tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
     with serve(chat_model) as served:
         assert code(put(served, "book", TEXT)) == (404, "not_found")
+
+
+def test_a_deleted_document_is_not_read_on_and_one_of_other_settings_says_so(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(chat_model, documents=tmp_path / "kept") as served:
+        put_and_wait(served, "book", TEXT)
+        read, reading, go_on = Session.prefill, threading.Event(), threading.Event()
+
+        def held(self: Session, token_ids: Any, progress: Any = None) -> Any:
+            reading.set()
+            assert go_on.wait(20)
+            return read(self, token_ids, progress)
+
+        monkeypatch.setattr(Session, "prefill", held)
+        put(served, "other", TEXT[::-1])
+        assert reading.wait(20)
+        assert httpx.delete(f"{served.root}/documents/other", timeout=60).status_code == 200
+        go_on.set()
+        wait_for(lambda: served.health()["running"] == 0)
+        monkeypatch.undo()
+        assert served.health()["session_tokens"] < 1000  # of 1,200: it ended after a step
+        assert sorted(entry.name for entry in (tmp_path / "kept").iterdir() if entry.is_dir()) == ["book"]
+    with serve(chat_model, documents=tmp_path / "kept", kv_format="bf16") as served:
+        told = status(served, "book")
+        assert told["state"] == "failed" and "was saved with kv format fp32" in told["error"]
+        put_and_wait(served, "book", TEXT)
+        ask(served, "", user("something else " * 50))
+        _, prompt_tokens, cached = ask(served, "book", user(QUESTION))
+        assert prompt_tokens - cached < 100
