@@ -19,6 +19,7 @@ from longrun.errors import InputError
 from longrun.server.document_prompts import document_ids
 from longrun.session.session import Session
 from longrun.text.chat_prompt import ChatPrompts
+from scripts.fuzz_documents import make_pdf
 
 TEXT = "It was a dark and stormy night; the rain fell in torrents. " * 20
 QUESTION = "who was it?"
@@ -167,7 +168,11 @@ def test_what_is_refused(chat_model: Path, tmp_path: Path) -> None:
         )
         assert code(httpx.get(f"{served.root}/documents/book")) == (404, "document_not_found")
         assert code(httpx.delete(f"{served.root}/documents/book")) == (404, "document_not_found")
-        put_and_wait(served, "book", TEXT)
+        pdf = make_pdf((("The first line",), ()))
+        told = put_and_wait(served, "book", pdf, "application/pdf")
+        assert told["notices"] == ["1 of 2 pages of book hold no text: images are not read"]
+        ids = served.prompt_ids(user(f"The first line\n\n{QUESTION}"))
+        assert ask(served, "book", user(QUESTION))[:2] == (served.expected(ids, 8), len(ids))
         body = {"model": f"{NAME}@book", "messages": [{"role": "system", "content": "hear"}]}
         assert code(served.post("/v1/chat/completions", body)) == (400, "invalid_value")
         assert code(served.post("/v1/completions", {"model": f"{NAME}@book", "prompt": "x"})) == (

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from longrun.errors import InputError, LongrunError, quoted, short_path
@@ -51,6 +51,7 @@ class Record:
         bytes: of the body that it came in.
         tokens: of its session, once all is read.
         created: seconds since 1970; the time that its prompts write, so that its session stays their beginning.
+        notices: sentences about what of the body is not in its text.
         ready: all of it was read.
     """
 
@@ -58,6 +59,7 @@ class Record:
     bytes: int
     tokens: int
     created: int
+    notices: list[str] = field(default_factory=list)
     ready: bool = False
 
 
@@ -159,8 +161,9 @@ class DocumentFiles:
     def _record(self, name: str) -> Record:
         path, advice = self._folder / name / _RECORD, "remove the folder it stands in, and put the document again"
         data = read_object(path, InputError, advice)
-        kinds = {"sha256": str, "bytes": int, "tokens": int, "created": int, "ready": bool}
+        kinds = {"sha256": str, "bytes": int, "tokens": int, "created": int, "notices": list, "ready": bool}
         sound = data.keys() == kinds.keys() and all(type(data[key]) is kind for key, kind in kinds.items())
+        sound = sound and all(type(notice) is str for notice in data["notices"])
         if not sound or not _DIGEST.fullmatch(data["sha256"]) or min(data["bytes"], data["tokens"]) < 0:
             raise InputError(f"{short_path(path)} is no record of a document: {advice}")
         return Record(**data)

@@ -21,15 +21,15 @@ _QUESTIONS = ("a", "\n7")
 _BACK = 8  # tokens: another question's beginning may change how the text's last characters are cut
 
 
-def text_of(raw: bytes, kind: str, name: str) -> str:
-    """The text of a body of one of `KINDS`.
+def text_of(raw: bytes, kind: str, name: str) -> tuple[str, tuple[str, ...]]:
+    """The text of a body of one of `KINDS`, and sentences about what of it was not read.
 
     Raises:
         NoTextError: it holds none, or none that can be read.
     """
     if kind == "application/pdf":
-        return pdf_text(raw, name)[0]
-    return html_text(raw, name) if kind == "text/html" else decoded(raw, name)
+        return pdf_text(raw, name)
+    return (html_text if kind == "text/html" else decoded)(raw, name), ()
 
 
 def with_document(text: str, chat: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -119,7 +119,7 @@ class Documents:
             RequestError: it does not fit into the context, or cannot be stored.
             QueueFullError, StoppedError: it was stored but not queued.
         """
-        text = text_of(raw, kind, name)
+        text, notices = text_of(raw, kind, name)
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         old = self._table.get(name)
         if old is not None and old.record.sha256 == sha256 and old.state != FAILED:
@@ -128,7 +128,7 @@ class Documents:
         created = old.record.created if old is not None and grown else int(time.time())
         ids, prompt_tokens = document_ids(self._prompts, text, created)
         self._check_room(prompt_tokens)
-        document = self._document(name, Record(sha256, len(raw), len(ids), created))
+        document = self._document(name, Record(sha256, len(raw), len(ids), created, list(notices)))
         with storing(name), self._lock:
             if old is None:
                 self._files.create(name, document.record, text)
@@ -166,6 +166,7 @@ class Documents:
             "tokens": document.record.tokens,
             "tokens_done": document.done,
             "created": document.record.created,
+            "notices": document.record.notices,
             "error": document.error,
         }
 
