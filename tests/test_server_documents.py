@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +117,13 @@ def test_reading_goes_on_where_the_server_ended(
     chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a template that writes the time, which a document's prompts keep: that of its being put."""
-    read, steps, held = Session.prefill, [], threading.Event()
+    read, steps, held, go_on = Session.prefill, [], threading.Event(), threading.Event()
 
     def slow(self: Session, ids: Any, progress: Any = None) -> Any:
         steps.append(len(ids))
         if len(steps) == 2:
             held.set()
-            time.sleep(0.5)
+            assert go_on.wait(20)
         return read(self, ids, progress)
 
     model = tmp_path / "model"
@@ -139,6 +138,8 @@ def test_reading_goes_on_where_the_server_ended(
         assert status(served, "book")["state"] == "reading"
         with pytest.raises(openai.ConflictError, match="document book is reading"):
             ask(served, "book", user(QUESTION))
+        served.serving.leave()
+        go_on.set()
     record = json.loads((tmp_path / "kept" / "book" / "document.json").read_text())
     assert not record["ready"]
     first, steps[:] = sum(steps), [0, 0]
