@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -29,11 +30,10 @@ def test_writing_stops_when_the_client_leaves(served: Served, monkeypatch: pytes
     stream = served.client().completions.create(**LONG, stream=True)
     next(iter(stream))
     stream.close()
-    left = time.monotonic()
-    wait_for(lambda: served.health()["running"] == 0, 2)
-    assert time.monotonic() - left < 2 and served.health()["session_tokens"] < 1900
+    wait_for(lambda: served.health()["running"] == 0)
+    assert served.health()["session_tokens"] < 1900
     leave(served, LONG, 0.1)
-    wait_for(lambda: served.health()["running"] == 0, 2)
+    wait_for(lambda: served.health()["running"] == 0)
     assert served.health()["session_tokens"] < 1900
 
 
@@ -50,7 +50,7 @@ def test_reading_stops_when_the_client_leaves_and_goes_on_where_it_stopped(
     monkeypatch.setattr("longrun.server.reading.STEP_SECONDS", 0.001)  # steps of one page
     body = {"model": NAME, "prompt": "a long text " * 100, "max_tokens": 1}
     leave(served, body, 1.0)
-    wait_for(lambda: served.health()["running"] == 0, 2)
+    wait_for(lambda: served.health()["running"] == 0)
     read = served.health()["session_tokens"]
     assert 0 < read < 1200
     monkeypatch.setattr(Session, "prefill", prefill)
@@ -62,7 +62,7 @@ def test_reading_stops_when_the_client_leaves_and_goes_on_where_it_stopped(
 def test_those_who_leave_the_queue_are_not_answered(served: Served) -> None:
     stream = served.client().completions.create(**LONG, stream=True)
     next(iter(stream))
-    threads = [threading.Thread(target=leave, args=(served, LONG, 0.4)) for _ in range(3)]
+    threads = [threading.Thread(target=leave, args=(served, LONG, 3.0)) for _ in range(3)]
     for thread in threads:
         thread.start()
     wait_for(lambda: served.health()["waiting"] == 3)
@@ -70,23 +70,30 @@ def test_those_who_leave_the_queue_are_not_answered(served: Served) -> None:
         thread.join()
     wait_for(lambda: served.health()["waiting"] == 0)
     stream.close()
-    wait_for(lambda: served.health()["running"] == 0, 2)
+    wait_for(lambda: served.health()["running"] == 0)
 
 
-def test_a_full_queue_and_a_request_that_takes_too_long(chat_model: Path) -> None:
-    limits = Limits(LIMITS.max_new_tokens, 1.0, 3000, body_seconds=0.3)
-    with serve(chat_model, limits, most_waiting=1) as served:
+def test_a_full_queue(chat_model: Path) -> None:
+    found = []
+    with serve(chat_model, most_waiting=1) as served:
         first = served.client().completions.create(**LONG, stream=True)
         next(iter(first))
-        second = threading.Thread(target=served.post, args=("/v1/completions", LONG))
+        ask = partial(served.post, "/v1/completions", LONG | {"max_tokens": 1})
+        second = threading.Thread(target=lambda: found.append(ask().status_code))
         second.start()
         wait_for(lambda: served.health()["waiting"] == 1)
-        full = served.post("/v1/completions", LONG)
+        full = ask()
         assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
-        with pytest.raises(openai.APIError, match="longer than the 1 seconds"):
-            list(first)
+        first.close()
         second.join()
-        assert served.post("/v1/completions", LONG | {"max_tokens": 1}).status_code == 200
+        assert found == [200]
+
+
+def test_what_takes_too_long_or_is_too_large(chat_model: Path) -> None:
+    limits = Limits(LIMITS.max_new_tokens, 1.0, 3000, body_seconds=0.3)
+    with serve(chat_model, limits) as served:
+        with pytest.raises(openai.APIError, match="longer than the 1 seconds"):
+            list(served.client().completions.create(**LONG, stream=True))
         assert served.post("/v1/completions", {"prompt": "x" * 3000}).status_code == 413
 
         def slow_body():
