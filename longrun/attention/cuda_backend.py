@@ -56,8 +56,6 @@ class CudaAttention:
         """See `Attention.run`."""
         pages, ring = self.cache.layers[layer_idx]
         k, v = self._as_stored(pages, q, k, v)
-        if pages is not None:
-            pages.begin_spill(step.start + step.num_tokens)
         out = self._attend(pages, ring, q, k, v, step.start)
         self.cache.append(layer_idx, k, v, step.start)
         return out
@@ -90,6 +88,8 @@ class CudaAttention:
                 ring.sink_size, ring.recent_size, self.softmax_scale, out[:, split:].view(grouped),
             )  # fmt: skip
         if pages is not None:
+            if looked is None:  # tokens that look back are not appended
+                pages.begin_spill(start + len(q))
             self._prefill_pages.run(pages, q[:, :split], k[:heads], v[:heads], start, out[:, :split], looked)
             if self._rotation is not None:
                 self._rotation.unrotate_(out, split)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,7 @@ class Answerer:
         try:
             self._marks.forget()
         except Exception:
+            traceback.print_exc()
             del self._session, self._marks  # its memory is needed for the next one
             self._begin()
 
