@@ -53,6 +53,8 @@ MIXTURES = {
     "text + 30 questions": (1, 0, 30, 0),
     "text + 30 needles": (1, 0, 0, 30),
     "text + 3 repeats + 10 needles": (1, 3, 0, 10),
+    "questions + needles": (0, 0, 1, 1),
+    "text + 10 questions + 10 needles": (1, 0, 10, 10),
 }
 RANKED = ("text + 3 repeats (identify's)", "repeats", "questions")
 """By which the heads that keep everything are chosen where all others have one window."""
