@@ -11,7 +11,9 @@ from chat_tokenizers import CHATML, byte_tokenizer
 from longrun.lab.quality.answered import NEEDLES, answered_texts
 from longrun.lab.quality.asked import CODE_TASKS
 from longrun.lab.quality.code_source import standard_library
+from longrun.units import ALL_TOKENS
 from scripts.quality import reach_answers
+from scripts.quality.reach_cuts import RandomCuts
 
 
 @pytest.mark.parametrize("template", [None, CHATML])
@@ -56,6 +58,28 @@ def test_reaches_are_judged_by_answers(planted, tmp_path, monkeypatch):
     ]) == 0  # fmt: skip
     found = json.loads(out.read_text())
     assert found["reaches"] == [256, 1024] and found["known"]["needle"] >= 4
-    by_needles, by_nothing, windows = found["rows"]
-    assert by_needles["kept"] == by_needles["known"] == sum(found["known"].values()) > by_nothing["kept"]
+    control, by_needles, by_nothing, windows = found["rows"]
+    known = sum(found["known"].values())
+    assert control["kept"] == by_needles["kept"] == by_needles["known"] == known > by_nothing["kept"]
     assert by_nothing["held"] < by_needles["held"] <= 0.4 and windows["rule"] == "window 1024 by needles"
+
+
+def test_random_cuts_find_what_each_head_costs():
+    text = next(answered_texts(byte_tokenizer(None), standard_library()[:120], 30_000, 1, seed=0))
+    costs = torch.tensor([[0.02, 0.0], [0.001, 0.1], [0.0, 0.005]], dtype=torch.float64)
+
+    class Sum:  # a model whose answers suffer by the sum of their heads' costs
+        shape = tuple(costs.shape)
+
+        def log_probs(self, text, reaches):
+            cut = torch.zeros_like(costs) if reaches is None else torch.tensor(reaches) != ALL_TOKENS
+            right = torch.full((len(text.rows),), -0.01) - (cut * costs).sum() / len(text.answer_rows)
+            found = torch.full((len(text.rows), 256), -9.0)
+            return found.scatter(1, text.ids[text.rows + 1, None], right.float()[:, None])
+
+    longer = torch.tensor([len(rows) for _, rows in text.answers]) / len(text.answer_rows)
+    cuts = RandomCuts(Sum(), [text, text], 1024)
+    first, facts = cuts.fit(200)
+    second, _ = cuts.fit(200, first)
+    torch.testing.assert_close(second, costs * longer.mean(), rtol=0.05, atol=1e-4)
+    assert facts["unexplained"] < 0.1 * facts["spread"]

@@ -39,6 +39,7 @@ from longrun.patterns.reach import finite_reaches, layer_weights, mean_losses
 from longrun.patterns.reach_measure import layer_costs, measure_reaches
 from longrun.text.encoder import TextEncoder
 from longrun.units import parse_tokens
+from scripts.quality.reach_cuts import RandomCuts
 from scripts.quality.reach_probe import SINKS, Model, by_losses, fixed, held, make_text
 
 KINDS = ("text", "repeats", "questions", "needles")
@@ -48,15 +49,10 @@ MIXTURES = {
     "repeats": (0, 1, 0, 0),
     "questions": (0, 0, 1, 0),
     "needles": (0, 0, 0, 1),
-    "text + 30 repeats": (1, 30, 0, 0),
-    "text + 3 questions": (1, 0, 3, 0),
-    "text + 30 questions": (1, 0, 30, 0),
-    "text + 30 needles": (1, 0, 0, 30),
-    "text + 3 repeats + 10 needles": (1, 3, 0, 10),
     "questions + needles": (0, 0, 1, 1),
-    "text + 10 questions + 10 needles": (1, 0, 10, 10),
 }
-RANKED = ("text + 3 repeats (identify's)", "repeats", "questions")
+BY_CUTS = "random cuts"
+RANKED = ("repeats", "questions + needles", BY_CUTS)
 """By which the heads that keep everything are chosen where all others have one window."""
 
 
@@ -149,6 +145,44 @@ def _rows(text: AnsweredText, kind: str) -> Tensor:
     return torch.cat([rows for task, rows in text.answers if (task == NEEDLES) == (kind == "needles")])
 
 
+def costs_by_cuts(
+    model: Model, texts: Sequence[AnsweredText], window: int, trials: int
+) -> tuple[Tensor, list[dict[str, float]]]:
+    """Nats by which answers suffer from cutting each head to `window` where about half are cut, float64
+    [num_layers, num_kv_heads]; fitted by `trials` cuts at random, then by as many that cut heads of small cost more.
+    """
+    cuts = RandomCuts(model, texts, window)
+    first, facts = cuts.fit(trials)
+    second, more = cuts.fit(trials, first)
+    return second, [facts, more]
+
+
+def mixed_losses(losses: Tensor, costs: Tensor | None) -> dict[str, Tensor]:
+    """float64 [num_layers, num_kv_heads, len(reaches)] by name: mixtures, and with costs of cuts a loss that is the
+    cost at the longest reach, and at shorter ones larger as the loss of answers is."""
+    found = {name: losses @ losses.new_tensor(weights) for name, weights in MIXTURES.items()}
+    if costs is not None:
+        answers = found["questions + needles"]
+        curve = answers / answers[..., -1:].clamp(min=1e-12)
+        found[BY_CUTS] = costs.clamp(min=1e-5)[..., None] * curve.clamp(1.0, 100.0)
+    return found
+
+
+def rules_within(mixed: dict[str, Tensor], reaches: Sequence[int], windows: Sequence[int], budget: float) -> dict:
+    """What is judged, by name: see `Judge.judge`."""
+    rules: dict[str, Any] = {
+        f"reaches by {name}": lambda n, own=own: by_losses(own, reaches, n, budget) for name, own in mixed.items()
+    }
+    for window in windows:
+        known = max((place for place, reach in enumerate(reaches) if reach <= window), default=0)
+        for name in RANKED:
+            if name in mixed:
+                rules[f"window {window} by {name}"] = lambda n, r=mixed[name][..., known], w=window: fixed(
+                    r, w, n, budget
+                )
+    return rules
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print. Status 0."""
     parser = Parser(description=__doc__.split("\n")[0])
@@ -160,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--texts", type=COUNT, default=10, help="texts that are judged")
     parser.add_argument("--measured", type=COUNT, default=2, help="texts whose answers losses are measured on")
     parser.add_argument("--weighing", default="8K", help="tokens of the text that layers are weighed on")
+    parser.add_argument("--cuts", type=int, default=0, metavar="N", help="also twice N random cuts on ten texts")
+    parser.add_argument("--losses", type=path_option, help="take losses from this result, of a shorter text")
     parser.add_argument("--budgets", default="0.125,0.25,0.5")
     parser.add_argument("--windows", default="256,1024,4096")
     parser.add_argument("--json", type=path_option, help="write the result here")
@@ -169,30 +205,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.model, head_map="full", weight_format=args.weights, ctx=2048, yarn=args.yarn, chunk_size=256,
         adapter=args.adapter,
     )  # fmt: skip
-    model = Model(runtime)
+    model, tokenizer, costs, facts = Model(runtime), runtime.tokenizer, None, []
     began = time.perf_counter()
-    losses, reaches = losses_of(model, runtime.tokenizer, length, args.measured, weighing)
-    print(f"losses in {time.perf_counter() - began:.1f} s", flush=True)
-    judge = Judge(model, list(answered_texts(runtime.tokenizer, standard_library()[1::2], length, args.texts, seed=0)))
+    if args.losses:
+        known = json.loads(args.losses.read_text())
+        losses, reaches = torch.tensor(known["losses"], dtype=torch.float64), known["reaches"]
+        costs, facts = known["costs"] and torch.tensor(known["costs"], dtype=torch.float64), known["cuts"]
+    else:
+        losses, reaches = losses_of(model, tokenizer, length, args.measured, weighing)
+        print(f"losses in {time.perf_counter() - began:.1f} s", flush=True)
+        if args.cuts:
+            asked = list(answered_texts(tokenizer, standard_library()[0::2], length, 10, seed=3))
+            costs, facts = costs_by_cuts(model, asked, reaches[-1], args.cuts)
+            print(f"random cuts: {facts}, in {time.perf_counter() - began:.1f} s", flush=True)
+    judge = Judge(model, list(answered_texts(tokenizer, standard_library()[1::2], length, args.texts, seed=0)))
     print(f"full attention has right: {dict(judge.known)} of {dict(judge.asked)}", flush=True)
     result: dict[str, Any] = {
         "benchmark": "reach answers", "model": model_name(Path(args.model)), "length": length, "reaches": reaches,
-        "kinds": KINDS, "mixtures": MIXTURES, "losses": losses.tolist(), "known": judge.known, "asked": judge.asked,
-        "texts": args.texts, "device": str(model.decoder.device), "yarn": args.yarn, "code": source_facts(),
-        "rows": [],
+        "kinds": KINDS, "mixtures": MIXTURES, "losses": losses.tolist(),
+        "costs": None if costs is None else costs.tolist(), "cuts": facts, "known": judge.known,
+        "asked": judge.asked, "texts": args.texts, "device": str(model.decoder.device), "yarn": args.yarn,
+        "code": source_facts(), "rows": [],
     }  # fmt: skip
-    mixed = {name: losses @ losses.new_tensor(weights) for name, weights in MIXTURES.items()}
+    mixed = mixed_losses(losses, costs)
     windows = [parse_tokens(window, "--windows") for window in args.windows.split(",")]
+    every = {1.0: {"all but one token, by another kernel": lambda n: [[n - 1] * model.shape[1]] * model.shape[0]}}
     for budget in map(float, args.budgets.split(",")):
-        rules: dict[str, Any] = {
-            f"reaches by {name}": lambda n, own=own, b=budget: by_losses(own, reaches, n, b)
-            for name, own in mixed.items()
-        }
-        for window in windows:
-            known = max((place for place, reach in enumerate(reaches) if reach <= window), default=0)
-            for name in RANKED:
-                ranking = mixed[name][..., known]
-                rules[f"window {window} by {name}"] = lambda n, r=ranking, w=window, b=budget: fixed(r, w, n, b)
+        every[budget] = rules_within(mixed, reaches, windows, budget)
+    for budget, rules in every.items():
         for name, rule in rules.items():
             began = time.perf_counter()
             if (row := judge.judge(rule)) is None:
@@ -200,8 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             row |= {"budget": budget, "rule": name, "seconds": time.perf_counter() - began}
             result["rows"].append(row)
             print(
-                f"{budget:.3f} {name:42} held {row['held']:.3f} KL {row['kl']:.4f} kept {row['kept']} of "
-                f"{row['known']} {row['tasks']}", flush=True,
+                f"{budget:.3f} {name:38} held {row['held']:.3f} KL {row['kl']:.4f} kept {row['kept']} of "
+                f"{row['known']} {[kept for kept, _ in row['tasks'].values()]}", flush=True,
             )  # fmt: skip
         if args.json:
             args.json.write_text(json.dumps(result | {"environment": environment()}))
