@@ -12,6 +12,7 @@ many of the answers that full attention has right are kept, all questions of a t
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -35,7 +36,10 @@ from longrun.lab.quality.code_source import source_facts, standard_library
 from longrun.lab.quality.statistics import wilson
 from longrun.lab.report_env import environment
 from longrun.paths import path_option
+from longrun.patterns.head_map import HeadMap
+from longrun.patterns.identify_settings import rank_scores
 from longrun.patterns.reach import finite_reaches, layer_weights, mean_losses
+from longrun.patterns.reach_losses import ReachLosses
 from longrun.patterns.reach_measure import layer_costs, measure_reaches
 from longrun.text.encoder import TextEncoder
 from longrun.units import parse_tokens
@@ -168,6 +172,16 @@ def mixed_losses(losses: Tensor, costs: Tensor | None) -> dict[str, Tensor]:
     return found
 
 
+def save_map(folder: Path, losses: Tensor, reaches: Sequence[int], length: int) -> None:
+    """A head map of these losses, [num_layers, num_kv_heads, len(reaches)], measured on `length` tokens."""
+    rows = tuple(tuple(tuple(head) for head in row) for row in losses.tolist())
+    scores = rank_scores(losses[..., -1].tolist())
+    HeadMap(
+        tuple(tuple(row) for row in scores), SINKS, reaches[0],
+        reach_losses=ReachLosses(SINKS, length, tuple(reaches), rows),
+    ).save(folder)  # fmt: skip
+
+
 def rules_within(mixed: dict[str, Tensor], reaches: Sequence[int], windows: Sequence[int], budget: float) -> dict:
     """What is judged, by name: see `Judge.judge`."""
     rules: dict[str, Any] = {
@@ -196,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weighing", default="8K", help="tokens of the text that layers are weighed on")
     parser.add_argument("--cuts", type=int, default=0, metavar="N", help="also twice N random cuts on ten texts")
     parser.add_argument("--losses", type=path_option, help="take losses from this result, of a shorter text")
+    parser.add_argument("--maps", type=path_option, metavar="DIR", help="write head maps of all losses here")
+    parser.add_argument("--rules", default="", metavar="WORDS,WORDS", help="only rules whose names hold one of these")
     parser.add_argument("--budgets", default="0.125,0.25,0.5")
     parser.add_argument("--windows", default="256,1024,4096")
     parser.add_argument("--json", type=path_option, help="write the result here")
@@ -228,12 +244,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "code": source_facts(), "rows": [],
     }  # fmt: skip
     mixed = mixed_losses(losses, costs)
+    if args.maps:
+        for name, own in mixed.items():
+            save_map(args.maps / re.sub(r"\W+", "-", name).strip("-"), own, reaches, length)
     windows = [parse_tokens(window, "--windows") for window in args.windows.split(",")]
     every = {1.0: {"all but one token, by another kernel": lambda n: [[n - 1] * model.shape[1]] * model.shape[0]}}
     for budget in map(float, args.budgets.split(",")):
         every[budget] = rules_within(mixed, reaches, windows, budget)
     for budget, rules in every.items():
         for name, rule in rules.items():
+            if budget < 1 and not any(words in name for words in args.rules.split(",")):
+                continue
             began = time.perf_counter()
             if (row := judge.judge(rule)) is None:
                 continue
