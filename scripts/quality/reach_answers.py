@@ -49,10 +49,10 @@ from scripts.quality.reach_probe import SINKS, Model, by_losses, fixed, held, ma
 KINDS = ("text", "repeats", "questions", "needles")
 MIXTURES = {
     "text + 3 repeats (identify's)": (1, 3, 0, 0),
-    "text": (1, 0, 0, 0),
     "repeats": (0, 1, 0, 0),
-    "questions": (0, 0, 1, 0),
     "needles": (0, 0, 0, 1),
+    "text + 30 needles": (1, 0, 0, 30),
+    "text + 3 repeats + 30 needles": (1, 3, 0, 30),
     "questions + needles": (0, 0, 1, 1),
 }
 BY_CUTS = "random cuts"
