@@ -13,12 +13,14 @@ import longrun
 from longrun.attention.interface import Step
 from longrun.attention.whole_text import WholeTextAttention
 from longrun.errors import HeadMapError, InputError
+from longrun.needles.needles import KEY_DIGITS
 from longrun.patterns import reach_measure
 from longrun.patterns.head_map import HeadMap
 from longrun.patterns.identify import identify
 from longrun.patterns.identify_settings import IdentifySettings
-from longrun.patterns.reach import PART_SIZE, PARTS, finite_reaches, sampled_text
+from longrun.patterns.reach import finite_reaches
 from longrun.patterns.reach_measure import layer_costs, measure_reaches
+from longrun.patterns.reach_text import FACTS, PART_SIZE, PARTS, sampled_text
 from longrun.units import ALL_TOKENS
 
 SINK = 20
@@ -93,15 +95,22 @@ def test_a_layers_cost_is_the_kl_of_cutting_all_its_heads(runtime):
 
 
 def test_the_default_context_is_no_longer_than_the_model_reads(tmp_path):
-    save_tiny(tmp_path / "model", "llama", max_position_embeddings=1600)
+    save_tiny(tmp_path / "model", "llama", max_position_embeddings=2600)
     save_tokenizer(tmp_path / "model")
     made = identify(IdentifySettings(str(tmp_path / "model"), str(tmp_path / "map"), "reach", device="cpu"))
-    assert made.reach_losses.measured_length == 1600
+    assert made.reach_losses.measured_length == 2600
 
 
-def test_repeated_parts_stand_where_the_rows_say():
+def test_repeated_parts_and_facts_stand_where_the_rows_say():
     ids = torch.arange(1000, 6000).tolist()
     text = sampled_text(ids, lambda text: [ord(c) for c in text], 3000, random.Random(0))
+    assert sorted(text.rows.tolist()) == sorted(set(text.rows.tolist()))
+    words = "".join(chr(i) if i < 1000 else "~" for i in text.ids.tolist())
+    assert len(text.fact_rows) == FACTS * (KEY_DIGITS + 1)  # a space and the digits
+    for at in text.fact_rows.view(FACTS, -1)[:, 0].tolist():
+        name = words[:at].rsplit("The magic number of ", 1)[1].split(" is")[0]
+        answer = words[at + 1 : at + 2 + KEY_DIGITS]
+        assert answer.strip().isdigit() and words.count(f"\nThe magic number of {name} is:{answer}.\n") == 1
     assert len(text.ids) == 3000 and len(text.repeat_rows) == PARTS * PART_SIZE
     following = text.ids[text.repeat_rows + 1].view(PARTS, PART_SIZE)
     assert (following[:, 1:] == following[:, :-1] + 1).all() and following.min() >= 1000

@@ -46,14 +46,15 @@ from longrun.units import parse_tokens
 from scripts.quality.reach_cuts import RandomCuts
 from scripts.quality.reach_probe import SINKS, Model, by_losses, fixed, held, make_text
 
-KINDS = ("text", "repeats", "questions", "needles")
+KINDS = ("text", "repeats", "facts", "questions", "needles")
 MIXTURES = {
-    "text + 3 repeats (identify's)": (1, 3, 0, 0),
-    "repeats": (0, 1, 0, 0),
-    "needles": (0, 0, 0, 1),
-    "text + 30 needles": (1, 0, 0, 30),
-    "text + 3 repeats + 30 needles": (1, 3, 0, 30),
-    "questions + needles": (0, 0, 1, 1),
+    "text + 3 repeats": (1, 3, 0, 0, 0),
+    "repeats": (0, 1, 0, 0, 0),
+    "facts": (0, 0, 1, 0, 0),
+    "text + 30 facts": (1, 0, 30, 0, 0),
+    "text + 3 repeats + 30 facts": (1, 3, 30, 0, 0),
+    "text + 30 needles": (1, 0, 0, 0, 30),
+    "questions + needles": (0, 0, 0, 1, 1),
 }
 BY_CUTS = "random cuts"
 RANKED = ("repeats", "questions + needles", BY_CUTS)

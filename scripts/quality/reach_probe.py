@@ -38,9 +38,10 @@ from longrun.hub.names import model_name
 from longrun.lab.report_env import environment
 from longrun.model.decoder import Decoder
 from longrun.paths import path_option
-from longrun.patterns.reach import REPEAT_WEIGHT, SampledText, finite_reaches, layer_weights, mean_losses, sampled_text
+from longrun.patterns.reach import KIND_WEIGHTS, finite_reaches, layer_weights, mean_losses
 from longrun.patterns.reach_allocation import allocate
 from longrun.patterns.reach_losses import ReachLosses
+from longrun.patterns.reach_text import SampledText, sampled_text
 from longrun.runtime.runtime import Runtime
 from longrun.text.encoder import TextEncoder
 from longrun.units import ALL_TOKENS, parse_tokens
@@ -92,12 +93,13 @@ def compare(reference: Tensor, found: Tensor, text: SampledText) -> dict[str, fl
     ).cpu()
     best, was = found.argmax(-1).cpu(), reference.argmax(-1).cpu()
     count = len(text.text_rows)
+    repeats = slice(count, count + len(text.repeat_rows))
     targets = text.ids[text.repeat_rows + 1]
-    known = was[count:] == targets
+    known = was[repeats] == targets
     return {
-        "kl_text": kl[:count].mean().item(), "kl_repeat": kl[count:].mean().item(),
+        "kl_text": kl[:count].mean().item(), "kl_repeat": kl[repeats].mean().item(),
         "top1_text": (best == was)[:count].float().mean().item(),
-        "repeated": (best[count:] == targets)[known].float().mean().item(), "known": int(known.sum()),
+        "repeated": (best[repeats] == targets)[known].float().mean().item(), "known": int(known.sum()),
     }  # fmt: skip
 
 
@@ -206,7 +208,7 @@ def main() -> int:
         save()
     result["rows"] = []
     windows = [window for window in (parse_tokens(w, "--windows") for w in args.windows.split(",")) if window < length]
-    by_window, kinds = dict(zip(finite, losses.unbind(2), strict=True)), losses.new_tensor([1, REPEAT_WEIGHT])
+    by_window, kinds = dict(zip(finite, losses.unbind(2), strict=True)), losses.new_tensor(KIND_WEIGHTS)
     given = {
         "reach": losses @ kinds, "reach, repeats weighed once": losses.sum(-1), "reach by text": losses[..., 0],
         "reach by repeats": losses[..., 1], "reach, layers not weighed": plain @ kinds,
