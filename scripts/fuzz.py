@@ -48,7 +48,7 @@ FAILURES = ("traceback", "hang", "wrong")
 TURNS = (
     "config", "weights", "tokenizer", "session", "config", "adapter", "weights", "head map", "config", "session",
     "generation", "weights", "tokenizer", "adapter", "budget", "gguf", "gguf", "text",
-    "html", "pdf", "questions",
+    "html", "pdf", "questions", "archive",
 )  # fmt: skip
 
 

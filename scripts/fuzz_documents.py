@@ -13,12 +13,17 @@ What is compared are words, for how they are set out is a matter of taste:
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import random
 import re
-from pathlib import Path
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 from longrun.chat.questions import read_questions
+from longrun.documents.archive import read_archive
 from longrun.documents.find import read_documents
 from scripts.fuzz_mutations import damage_json
 
@@ -33,12 +38,14 @@ _PAGES = (("The keeper wrote 27 letters", "to the harbour"), ("Second page", "wi
 _CONTENT = re.compile(
     r"<< /Length \d+ >>\nstream\nBT /F1 12 Tf 72 720 Td (\([ -'*-~]*\) Tj( 0 -20 Td )?)+ ET\nendstream"
 )
+_ARCHIVED = {"code/main.py": "print(27)\n" * 40, "code/notes/ships.txt": "nine ships, naïvely\n", "a.txt": "the keeper"}
 Words = tuple[list[str], bool]
+Archived = list[tuple[str, str, list[str]]]
 
 
 def make_documents(base: Path) -> None:
-    """Folders `text`, `html`, `pdf` and `questions` with a file or two each."""
-    for name in ("text", "html", "pdf", "questions"):
+    """Folders `text`, `html`, `pdf`, `questions` and `archive` with a file or more each."""
+    for name in ("text", "html", "pdf", "questions", "archive"):
         (base / name).mkdir()
     (base / "text" / "a.txt").write_text("The keeper wrote 27 letters, naïvely.\n", encoding="utf-8")
     (base / "text" / "b.txt").write_text("To the harbour: 灯台 🙂\n", encoding="utf-16")
@@ -46,6 +53,15 @@ def make_documents(base: Path) -> None:
     (base / "questions" / "q.jsonl").write_text("".join(json.dumps(item) + "\n" for item in questions))
     (base / "html" / "page.html").write_text(_HTML, encoding="utf-8")
     (base / "pdf" / "two.pdf").write_bytes(make_pdf(_PAGES))
+    for mode, name in (("w", "code.tar"), ("w:gz", "code.tar.gz")):
+        with tarfile.open(base / "archive" / name, mode) as archive:
+            for file, text in _ARCHIVED.items():
+                entry = tarfile.TarInfo(file)
+                entry.size = len(text.encode())
+                archive.addfile(entry, io.BytesIO(text.encode()))
+    with zipfile.ZipFile(base / "archive" / "code.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for file, text in _ARCHIVED.items():
+            archive.writestr(file, text)
 
 
 def make_pdf(pages: tuple[tuple[str, ...], ...]) -> bytes:
@@ -117,6 +133,45 @@ def use_html(folder: Path) -> Words:
 def use_pdf(folder: Path) -> Words:
     """As `use_text`."""
     return _read(folder / "two.pdf")
+
+
+def use_archive(folder: Path) -> Archived:
+    """Archive, name and words of each file that longrun reads."""
+    return [
+        (file.name, text.name, _words(text.text))
+        for file in sorted(folder.iterdir())
+        for text in read_archive(file.read_bytes(), file.name, 10**6).texts
+    ]
+
+
+def expected_archive(folder: Path) -> Archived:
+    """By Python's own readers, without hidden files and those that hold no text."""
+    found = []
+    for file in sorted(folder.iterdir()):
+        entries = {str(PurePosixPath(name)): raw for name, raw in _entries(file)}
+        for name, raw in sorted(entries.items()):
+            parts = PurePosixPath(name).parts
+            assert parts
+            if name.startswith("/") or any(part.startswith(".") for part in parts):
+                continue
+            try:
+                found.append((file.name, name, _words(_decoded(raw))))
+            except (AssertionError, UnicodeDecodeError):
+                continue
+    return found
+
+
+def _entries(file: Path) -> Iterator[tuple[str, bytes]]:
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if not entry.is_dir() and entry.external_attr >> 28 in (0, 8):
+                    yield entry.filename, archive.read(entry)
+        return
+    with tarfile.open(file) as archive:
+        for entry in archive:
+            if entry.isreg() and not entry.issparse():
+                yield entry.name, archive.extractfile(entry).read()  # type: ignore[union-attr]
 
 
 def _read(*files: Path) -> Words:

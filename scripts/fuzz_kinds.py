@@ -11,7 +11,7 @@ result without longrun's readers; where it raises, the files mean nothing, and l
     generation   the ids that Python's json finds in generation_config.json, which the end tokens must include
     head map     Python's csv and float on every cell, clipped; a window and losses of reaches as json reads them
     budget       Python's tomllib and a regular expression for sizes
-    text, html, pdf, questions  see `fuzz_documents`
+    text, html, pdf, questions, archive  see `fuzz_documents`
     adapter      transformers' model with W + alpha / r * B @ A set in float64 from the safetensors library
     session      everything in the folder is under a checksum: what loads must continue exactly like the undamaged one,
                  even where the manifest's own checksum was put right after it was changed
@@ -46,6 +46,7 @@ from scripts.fuzz_documents import (
     damage_html,
     damage_pdf,
     damage_questions,
+    expected_archive,
     expected_html,
     expected_pdf,
     expected_questions,
@@ -53,6 +54,7 @@ from scripts.fuzz_documents import (
     make_documents,
     same_or_told,
     same_words,
+    use_archive,
     use_html,
     use_pdf,
     use_questions,
@@ -123,6 +125,7 @@ class Bench:
             Kind("questions", "questions", ("*.jsonl",), use_questions, expected_questions, _same),
             Kind("html", "html", ("*.html",), use_html, expected_html, same_words),
             Kind("pdf", "pdf", ("*.pdf",), use_pdf, expected_pdf, same_or_told),
+            Kind("archive", "archive", ("code.*",), use_archive, expected_archive, _same),
             Kind("session", "session", (*("manifest.json",) * 3, "pages-*", "state-*"), self._go_on, self._undamaged,
                  _same),
         )  # fmt: skip
@@ -135,7 +138,7 @@ class Bench:
         file = rng.choice(sorted(folder.glob(rng.choice(kind.files))))
         content = file.read_bytes()
         structured = rng.random() < 0.75
-        if not structured or file.name.startswith("pages") or file.suffix == ".txt":
+        if not structured or file.name.startswith("pages") or kind.name in ("text", "archive"):
             content, what = damage_bytes(rng, content)
         elif file.suffix == ".json":
             finish = _with_checksum if kind.name == "session" and rng.random() < 0.7 else dict

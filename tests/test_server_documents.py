@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from server_case import NAME, TEMPLATE, Served, serve, user, wait_for
+from server_case import LIMITS, NAME, TEMPLATE, Served, serve, user, wait_for
+from test_archives import zipped
 from transformers import AutoTokenizer
 
-from longrun.errors import InputError
+from longrun.documents.find import read_documents
+from longrun.documents.parts import file_part, joined
+from longrun.errors import InputError, LongrunError
 from longrun.server.document_prompts import document_ids
 from longrun.session.session import Session
 from longrun.text.chat_prompt import ChatPrompts
+from scripts import put_document
 from scripts.fuzz_documents import make_pdf
 
 TEXT = "It was a dark and stormy night; the rain fell in torrents. " * 20
@@ -151,6 +156,56 @@ def test_reading_goes_on_where_the_server_ended(
         ids = ChatPrompts(served.reference.tokenizer).ids(whole, now=status(served, "book")["created"])
         answer, prompt_tokens, cached = ask(served, "book", user(QUESTION))
         assert (answer, prompt_tokens) == (served.expected(ids, 8), len(ids)) and prompt_tokens - cached < 100
+
+
+def test_a_folder_of_code_is_put_as_an_archive_and_asked_like_any_text(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    files = {
+        "code/.gitignore": "*.log\n",
+        "code/a.py": "x = 1\n" * 40,
+        "code/run.log": "no",
+        "code/t/b.html": "<p>b</p>",
+    }
+    for name, text in {**files, "code/made.bin": "\0"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with serve(chat_model, documents=tmp_path / "kept") as served:
+
+        def put_folder() -> str:
+            put_document.main(["code", "--url", f"{served.root}/v1"])
+            said = capsys.readouterr()
+            assert said.out == f"{NAME}@code\n" and "left out of code: 1 binary file (code/made.bin)\n" in said.err
+            return joined(read_documents(["code"]).texts)
+
+        text = put_folder()
+        assert text == f"==> code/a.py <==\n{files['code/a.py'].rstrip()}\n\n==> code/t/b.html <==\n<p>b</p>"
+        told = status(served, "code")
+        ids = served.prompt_ids(user(f"{text}\n\n{QUESTION}"))
+        expected = served.expected(ids, 8)
+        assert ask(served, "code", user(QUESTION))[:2] == (expected, len(ids))
+        kept = (tmp_path / "kept" / "code").glob("text-*.txt")
+        part = file_part(next(kept).read_text(), text.index("<p>b"), len(text))
+        assert part is not None and (part.name, part.lines) == ("code/t/b.html", (1, 1))
+        assert sorted(entry.name for entry in (tmp_path / "kept").iterdir()) == [".documents.lock", "code"]
+    with serve(chat_model, documents=tmp_path / "kept", limits=replace(LIMITS, unpacked_bytes=20_000)) as served:
+        answer, prompt_tokens, cached = ask(served, "code", user(QUESTION))
+        assert answer == expected and prompt_tokens - cached < 100
+        (tmp_path / "code" / "z.py").write_text("y = 2\n")
+        counts = count_reading(monkeypatch)
+        text = put_folder()
+        assert 0 < sum(counts) == status(served, "code")["tokens"] - told["tokens"]  # only what was added
+        ids = served.prompt_ids(user(f"{text}\n\n{QUESTION}"))
+        assert ask(served, "code", user(QUESTION))[:2] == (served.expected(ids, 8), len(ids))
+        (tmp_path / "code" / "bomb.txt").write_text("word " * 10**5)
+        with pytest.raises(LongrunError, match=r"refused: unpacked, archive code holds more than the 20\.0 KB"):
+            put_folder()
+        told = put_and_wait(served, "zip", zipped({"a.txt": b"a", "b.bin": b"\0"}), "application/zip")
+        assert told["notices"] == ["left out of zip: 1 binary file (b.bin)"]
+        response = put(served, "code", b"PK\x03\x04 no", "application/zip")
+        assert response.status_code == 400 and "archive code cannot be read" in response.json()["error"]["message"]
+        assert status(served, "code")["state"] == "ready"
 
 
 def test_what_is_refused(chat_model: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from longrun.documents.decoding import NoTextError, decoded
-from longrun.documents.html_text import html_text, is_html
+from longrun.documents.html_text import html_source, html_text, is_html
 from longrun.documents.pdf_text import is_pdf, pdf_text
 from longrun.errors import InputError, shortened
 from longrun.paths import user_path
@@ -52,8 +52,11 @@ class Document:
         return self.header + self.text if self.headed else self.text
 
 
-def document_of(raw: bytes, name: str, headed: bool = False) -> Document:
+def document_of(raw: bytes, name: str, headed: bool = False, markup: bool = False) -> Document:
     """The document that these bytes of a file are: PDF, HTML, or plain text.
+
+    Args:
+        markup: HTML is source code here, and stays as it is written.
 
     Raises:
         NoTextError: see `pdf_text`, `html_text` and `decoded`; the message calls it `name`.
@@ -62,24 +65,25 @@ def document_of(raw: bytes, name: str, headed: bool = False) -> Document:
     if is_pdf(raw, name):
         text, notices = pdf_text(raw, name)
     elif is_html(raw, name):
-        text = html_text(raw, name)
+        text = html_source(raw, name).rstrip() if markup else html_text(raw, name)
     else:
         text = decoded(raw, name)
     return Document(name, text, hashlib.sha256(raw).hexdigest(), headed, notices)
 
 
-def read_document(path: str | Path, name: str | None = None, headed: bool = False) -> Document:
+def read_document(path: str | Path, name: str | None = None, headed: bool = False, markup: bool = False) -> Document:
     """Read a text, HTML or PDF file.
 
     Args:
         name: of the document; default: the path as it is given.
+        markup: see `document_of`.
 
     Raises:
         InputError, NoTextError: see `read_file`.
         NoTextError: empty, binary (a NUL byte), in another encoding than UTF-8 and UTF-16, or PDF or HTML that cannot
             be read; the message names the file, and the byte offset where there is one.
     """
-    return document_of(read_file(path), str(path) if name is None else name, headed)
+    return document_of(read_file(path), str(path) if name is None else name, headed, markup)
 
 
 def read_file(path: str | Path) -> bytes:

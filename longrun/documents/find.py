@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from longrun.documents.decoding import NoTextError
 from longrun.documents.document import MAX_BYTES, PIPED, Document, document_of, read_document, too_large
-from longrun.documents.folder import files_below, files_matching, is_pattern, pattern_base
+from longrun.documents.folder import files_below, files_matching, holds_code, is_pattern, pattern_base
+from longrun.documents.left_out import LeftOut
 from longrun.errors import InputError, short_path
 from longrun.paths import user_path
 
@@ -22,7 +22,7 @@ class Documents:
     """What was found and read.
 
     Attributes:
-        texts: the documents; headed where they are several, or come from a folder or a pattern.
+        texts: the documents; headed where they are several, or come from a folder, a pattern or an archive.
         notices: sentences that a person should be shown: what was left out of a folder, a pattern or a file.
     """
 
@@ -35,7 +35,8 @@ def read_documents(paths: Sequence[str | Path], stdin: Callable[[], bytes] | Non
 
     A folder stands for its files at any depth, but for hidden ones, those that .gitignore names, links that lead out
     of the folder or to another, and files without text. A pattern (`*`, `?`, `[`, and `**` for any depth) does the same
-    for the files that it matches. What is named itself is read whatever .gitignore says.
+    for the files that it matches. What is named itself is read whatever .gitignore says. HTML among files of code
+    (`longrun.documents.folder.holds_code`) keeps its markup.
 
     Args:
         stdin: gives the bytes that `-` stands for; None where stdin holds something else.
@@ -52,8 +53,18 @@ def read_documents(paths: Sequence[str | Path], stdin: Callable[[], bytes] | Non
         raise too_large("what is named", sum(sizes))
     headed = len(sources) > 1 or any(source.several for source in sources)
     texts = [text for source in sources for text in source.read(headed, stdin)]
-    left_out = filter(None, (source.notice() for source in sources))
+    left_out = filter(None, (source.left_out.notice() for source in sources))
     return Documents(tuple(texts), (*left_out, *(notice for text in texts for notice in text.notices)))
+
+
+def files_named(paths: Sequence[str | Path]) -> list[tuple[Path, str]]:
+    """The files that `read_documents` would read, each with its document's name, in the same order; those without text
+    among them.
+
+    Raises:
+        InputError: as there.
+    """
+    return [file for path in paths for file in _Source.of(path).files]
 
 
 @dataclass
@@ -63,28 +74,27 @@ class _Source:
     Attributes:
         files: the files that it stands for, each with its document's name; none for stdin.
         several: it is a folder or a pattern.
-        left_out: how many files were, by kind; `first`: the first one of each kind.
+        left_out: files that were, but for hidden and ignored ones.
     """
 
     named: str
     files: list[tuple[Path, str]]
     several: bool
-    left_out: Counter[str] = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
+    left_out: LeftOut
 
     @classmethod
     def of(cls, path: str | Path) -> _Source:
         named = str(path)
         if named == STDIN:
-            return cls(named, [], False)
+            return cls(named, [], False, LeftOut(named))
         file = user_path(path, "file")
         if file.is_dir():
             base, found = file, files_below(file)
         elif is_pattern(named) and not os.path.lexists(file):
             base, found = pattern_base(str(file)), files_matching(str(file))
         else:
-            return cls(named, [(file, named)], False)
-        source = cls(named, [], True)
+            return cls(named, [(file, named)], False, LeftOut(named))
+        source = cls(named, [], True, LeftOut(named))
         for name in found:
             source._add(base.resolve(), name)
         return source
@@ -102,28 +112,15 @@ class _Source:
         if not self.several:
             yield from (read_document(file, name, headed) for file, name in self.files)
             return
-        count = 0
+        count, code = 0, holds_code(name for _, name in self.files)
         for file, name in self.files:
             try:
-                yield read_document(file, name, headed)
+                yield read_document(file, name, headed, code)
                 count += 1
             except NoTextError as error:
-                self._leave_out(error.kind, name)
+                self.left_out.add(error.kind, name)
         if not count:
-            raise InputError(
-                f"{short_path(self.named)} stands for no text file ({self.notice() or 'nothing was left out'}): name "
-                f"another; hidden files, and those that .gitignore names, are never read from a folder or a pattern"
-            )
-
-    def notice(self) -> str | None:
-        """What was left out of it, but for hidden and ignored files."""
-        if not self.left_out:
-            return None
-        kinds = []
-        for kind, count in sorted(self.left_out.items()):
-            first = short_path(self.first[kind])
-            kinds.append(f"1 {kind} file ({first})" if count == 1 else f"{count:,} {kind} files ({first}, ...)")
-        return f"left out of {short_path(self.named)}: {', '.join(kinds)}"
+            raise no_text_in(self.named, self.left_out)
 
     def _add(self, root: Path, name: str) -> None:
         """Take the entry `name` of the folder `root`, which is absolute and without links."""
@@ -131,15 +128,19 @@ class _Source:
         shown = str(file.relative_to(here) if file.is_relative_to(here) else Path(root.name, name))
         target = file.resolve()
         if file.is_symlink() and not (target.is_relative_to(root) and target.is_file()):
-            self._leave_out("linked", shown)
+            self.left_out.add("linked", shown)
         elif not file.is_file():
-            self._leave_out("special", shown)
+            self.left_out.add("special", shown)
         else:
             self.files.append((file, shown))
 
-    def _leave_out(self, kind: str, name: str) -> None:
-        self.left_out[kind] += 1
-        self.first.setdefault(kind, name)
+
+def no_text_in(named: str, left_out: LeftOut) -> InputError:
+    """What to raise for a folder, a pattern or an archive without any text file."""
+    return InputError(
+        f"{short_path(named)} stands for no text file ({left_out.notice() or 'nothing was left out'}): name another; "
+        f"hidden files, and those that .gitignore names, are never read from a folder, a pattern or an archive"
+    )
 
 
 def _size(file: Path) -> int:

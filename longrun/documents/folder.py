@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from longrun.documents.ignore import IgnoreRules
@@ -13,12 +14,25 @@ from longrun.errors import InputError, short_path
 MAX_ENTRIES = 100_000
 """Of one folder or pattern, counted before any is left out, but for those in ignored folders: `/` by mistake, say."""
 
+CODE = (
+    ".py", ".pyi", ".ipynb", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".go", ".rs", ".java", ".kt", ".scala",
+    ".cs", ".swift", ".m", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".hs", ".ml", ".ex", ".exs", ".erl", ".clj",
+    ".dart", ".zig", ".ts", ".tsx", ".jsx", ".vue", ".svelte", ".sh", ".sql",
+)  # fmt: skip
+"""Ends of the names of program sources. Not `.js` and `.css`: pages that a browser has saved bring such files along."""
+CODE_NAMES = ("package.json", "makefile", "cmakelists.txt", "dockerfile")
+
 _WILDCARD = re.compile(r"[*?\[]")
 
 
 def is_pattern(path: str) -> bool:
     """Whether the path holds a character that stands for others (`*`, `?`, `[`)."""
     return _WILDCARD.search(path) is not None
+
+
+def holds_code(names: Iterable[str]) -> bool:
+    """Whether one of these files is a program's source, by its name: HTML beside it is source, too."""
+    return any(name.lower().endswith(CODE) or name.lower().rpartition("/")[2] in CODE_NAMES for name in names)
 
 
 def pattern_base(pattern: str) -> Path:
@@ -41,7 +55,7 @@ def files_below(folder: Path) -> list[str]:
         try:
             with os.scandir(here) as entries:
                 for entry in entries:
-                    count = _counted(count, folder)
+                    count = counted(count, folder)
                     path, inner = Path(entry.path), entry.is_dir(follow_symlinks=False)
                     if rules.leave_out(path, inner):
                         continue
@@ -66,7 +80,7 @@ def files_matching(pattern: str) -> list[str]:
     root = base.resolve()
     rules, found, count = IgnoreRules(root), set(), 0
     for match in glob.iglob(pattern, recursive=True):
-        count = _counted(count, pattern)
+        count = counted(count, pattern)
         if os.path.isdir(match) and not os.path.islink(match):
             continue
         name = os.path.relpath(match, base)
@@ -75,7 +89,12 @@ def files_matching(pattern: str) -> list[str]:
     return sorted(found)
 
 
-def _counted(count: int, named: object) -> int:
+def counted(count: int, named: object) -> int:
+    """One entry more than `count`.
+
+    Raises:
+        InputError: more than `MAX_ENTRIES`.
+    """
     if count == MAX_ENTRIES:
         raise InputError(
             f"{short_path(named)} stands for more than {MAX_ENTRIES:,} files and folders: name a smaller folder, or a "

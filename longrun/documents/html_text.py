@@ -35,7 +35,7 @@ def html_text(raw: bytes, name: str) -> str:
             "too large",
         )
     try:
-        text = _converter().convert(_html(raw, name)).strip()
+        text = _converter().convert(html_source(raw, name)).strip()
     except RecursionError:
         raise NoTextError(
             f"file {name} nests its HTML tags too deep (some hundred levels): save it as text", "too deeply nested"
@@ -47,7 +47,12 @@ def html_text(raw: bytes, name: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _html(raw: bytes, name: str) -> str:
+def html_source(raw: bytes, name: str) -> str:
+    """An HTML file as it is written, in an encoding that `html_text` takes.
+
+    Raises:
+        NoTextError: it is empty, or of another encoding.
+    """
     try:
         return decoded(raw, name)
     except NoTextError:

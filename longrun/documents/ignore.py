@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,12 +20,15 @@ class IgnoreRules:
 
     Args:
         folder: absolute, without links.
+        lines: the lines of a file with patterns, where the folder is none of the disk's; nothing above it counts then.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, lines: Callable[[Path], list[str]] | None = None) -> None:
+        self._folder = self._top = folder
+        self._spec = lru_cache(maxsize=None)(lambda level: _spec_of(level, lines or _lines_of))
+        if lines is not None:
+            return
         self._top = next((above for above in (folder, *folder.parents) if (above / ".git").exists()), folder)
-        self._spec = lru_cache(maxsize=None)(_spec_of)
         if folder != self._top and any(self._says(path, True) for path in (folder, *folder.parents)):
             self._top = folder
 
@@ -52,15 +56,17 @@ class IgnoreRules:
         return None
 
 
-def _spec_of(folder: Path) -> GitIgnoreSpec | None:
-    lines: list[str] = []
-    for file in (folder / ".git" / "info" / "exclude", folder / ".gitignore"):
-        if not file.is_file():
-            continue
-        try:
-            lines += file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        except OSError as error:
-            raise InputError(f"{short_path(file)} cannot be read ({error.strerror}): check its permissions") from None
+def _lines_of(file: Path) -> list[str]:
+    if not file.is_file():
+        return []
+    try:
+        return file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise InputError(f"{short_path(file)} cannot be read ({error.strerror}): check its permissions") from None
+
+
+def _spec_of(folder: Path, lines_of: Callable[[Path], list[str]]) -> GitIgnoreSpec | None:
+    lines = [*lines_of(folder / ".git" / "info" / "exclude"), *lines_of(folder / ".gitignore")]
     try:
         return GitIgnoreSpec.from_lines(lines) if lines else None
     except ValueError:  # git passes over a line that is no pattern

@@ -60,7 +60,7 @@ def server_command(argv: Sequence[str] | None = None) -> int:
             check_exposure(host, key, args.cors)
             runtime, name = _load(args, capacity, console)
             body_bytes = args.max_body or _BODY_BYTES + _BODY_BYTES_PER_TOKEN * runtime.plan.capacity
-            limits = Limits(args.max_new_tokens, args.time_limit, body_bytes)
+            limits = Limits(args.max_new_tokens, args.time_limit, body_bytes, unpacked_bytes=args.max_unpacked)
             serving = Serving(runtime, name, limits, args.queue, key, args.cors, args.documents)
             console.print(f"serving {name}: Ctrl-C ends it", highlight=False, markup=False)
             print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
@@ -112,10 +112,22 @@ def _load(args: argparse.Namespace, capacity: int | None, console: Console) -> t
     runtime = load_model(args, choice, capacity, marks=args.marks, on_plan=on_plan, system_size=_no_system_prompt)
     if runtime.tokenizer is None:
         raise InputError(f"{choice.model_dir} has no tokenizer: a server needs one, add the model's tokenizer files")
+    if (fewer := fewer_marks(args.marks, runtime.plan.cache.marks)) is not None:
+        note(fewer)
     for notice in runtime.notices:
         if notice not in (*runtime.plan.notes, *runtime.plan.warnings):
             note(notice)
     return runtime, args.name or choice.model_dir.resolve().name.removesuffix(".gguf")
+
+
+def fewer_marks(asked: int, planned: int) -> str | None:
+    """What it means where memory is planned for fewer marks than were asked for, as with --kv-bytes; or None."""
+    if planned >= asked:
+        return None
+    return (
+        f"with --kv-bytes there is memory for {planned} marks, not for {asked}: a request goes on where the one before "
+        f"ended, but another question over the same text reads it again, unless it is a document (--documents)"
+    )
 
 
 def _no_system_prompt(_: object) -> int:
@@ -168,6 +180,10 @@ def _parser() -> argparse.ArgumentParser:
     limits.add_argument(
         "--max-body", type=COUNT, metavar="BYTES",
         help=f"of a request (default: {_BODY_BYTES_PER_TOKEN} for every token of the context, and a million)",
+    )  # fmt: skip
+    limits.add_argument(
+        "--max-unpacked", type=COUNT, metavar="BYTES",
+        help="of the files in an archive that is put as a document (default: 4 times --max-body)",
     )  # fmt: skip
     return parser
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from longrun.documents.archive import ArchiveTooLargeError, read_archive
 from longrun.documents.decoding import decoded
 from longrun.documents.html_text import html_text
+from longrun.documents.parts import file_names, joined
 from longrun.documents.pdf_text import pdf_text
 from longrun.server.openai_errors import RequestError
 
 if TYPE_CHECKING:
     from longrun.text.chat_prompt import ChatPrompts
 
-KINDS = ("text/plain", "text/markdown", "text/html", "application/pdf")
+ARCHIVES = (
+    "application/zip", "application/x-zip-compressed", "application/x-tar", "application/gzip", "application/x-gzip",
+    "application/x-tgz", "application/x-compressed-tar",
+)  # fmt: skip
+KINDS = ("text/plain", "text/markdown", "text/html", "application/pdf", *ARCHIVES)
 """What a document's body may be."""
 
 _SEPARATOR = "\n\n"
@@ -21,15 +27,36 @@ _QUESTIONS = ("a", "\n7")
 _BACK = 8  # tokens: another question's beginning may change how the text's last characters are cut
 
 
-def text_of(raw: bytes, kind: str, name: str) -> tuple[str, tuple[str, ...]]:
-    """The text of a body of one of `KINDS`, and sentences about what of it was not read.
+def text_of(raw: bytes, kind: str, name: str, unpacked_bytes: int) -> tuple[str, tuple[str, ...]]:
+    """The text of a body of one of `KINDS`, and sentences about what of it was not read. That of an archive is its
+    files', each below its header (`longrun.documents.parts`).
+
+    Args:
+        unpacked_bytes: the most that an archive may hold.
 
     Raises:
-        NoTextError: it holds none, or none that can be read.
+        InputError: it holds none, or none that can be read.
+        RequestError: an archive holds too much.
     """
+    if kind in ARCHIVES:
+        return _archive_text(raw, name, unpacked_bytes)
     if kind == "application/pdf":
         return pdf_text(raw, name)
     return (html_text if kind == "text/html" else decoded)(raw, name), ()
+
+
+def _archive_text(raw: bytes, name: str, unpacked_bytes: int) -> tuple[str, tuple[str, ...]]:
+    try:
+        found = read_archive(raw, name, unpacked_bytes)
+    except ArchiveTooLargeError as error:
+        raise RequestError(
+            f"{error}, or start the server with a larger --max-unpacked", "request_too_large", status=413
+        ) from None
+    text, notices = joined(found.texts), found.notices
+    if len(file_names(text)) > len(found.texts):
+        notices += (f"a file of {name} holds lines that look like the header of a file: places in it may be named by "
+                    f"them",)  # fmt: skip
+    return text, notices
 
 
 def with_document(text: str, chat: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

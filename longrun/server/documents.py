@@ -56,6 +56,7 @@ class Documents:
         folder: made where there is none.
         prompts: writes the runtime's chat prompts; None where it has no chat template.
         check_room: raises RequestError for a prompt of so many tokens.
+        unpacked_bytes: the most that an archive may hold.
 
     Raises:
         InputError: the folder cannot be used, or the model cannot keep documents.
@@ -63,7 +64,7 @@ class Documents:
 
     def __init__(
         self, folder: Path, runtime: Runtime, worker: Worker, prompts: ChatPrompts | None,
-        check_room: Callable[[int], object],
+        check_room: Callable[[int], object], unpacked_bytes: int,
     ) -> None:  # fmt: skip
         if prompts is None:
             raise InputError("this model has no chat template, in which a document would stand: leave --documents out")
@@ -73,6 +74,7 @@ class Documents:
                 "--documents out, or give a --ctx within the model's own"
             )
         self._runtime, self._worker, self._prompts, self._check_room = runtime, worker, prompts, check_room
+        self._unpacked_bytes = unpacked_bytes
         self._files = DocumentFiles(folder)
         self._lock = threading.Lock()  # for files and for who stands in the table
         self._table: dict[str, _Document] = {}
@@ -115,11 +117,11 @@ class Documents:
             Its status, and whether there was anything to do: the same text again changes nothing.
 
         Raises:
-            NoTextError: see `text_of`.
-            RequestError: it does not fit into the context, or cannot be stored.
+            InputError: see `text_of`.
+            RequestError: it is too large, does not fit into the context, or cannot be stored.
             QueueFullError, StoppedError: it was stored but not queued.
         """
-        text, notices = text_of(raw, kind, name)
+        text, notices = text_of(raw, kind, name, self._unpacked_bytes)
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         old = self._table.get(name)
         if old is not None and old.record.sha256 == sha256 and old.state != FAILED:

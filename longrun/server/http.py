@@ -47,7 +47,7 @@ async def read_body(request: Request, limits: Limits, kinds: Sequence[str] = JSO
         ClientDisconnect: nobody is there any more.
     """
     if content_type(request) not in kinds:
-        what = "JSON" if kinds == JSON else "text, Markdown, HTML or PDF"
+        what = "JSON" if kinds == JSON else "text, Markdown, HTML, PDF, or a zip, tar or tar.gz archive"
         raise RequestError(
             f"the body must be {what}: send the header Content-Type: {' or '.join(kinds)}",
             "unsupported_media_type",

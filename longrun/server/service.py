@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from longrun.arguments import check_text
 from longrun.errors import quoted
 from longrun.server.document_files import checked_name
 from longrun.server.document_prompts import with_document
@@ -22,6 +23,7 @@ from longrun.server.requests import ChatRequest, Message, TextRequest
 from longrun.server.worker import QueueFullError, Worker
 from longrun.text.chat_prompt import ChatPrompts
 from longrun.text.chat_template import has_template
+from longrun.text.encoder import TextEncoder, leading_ids
 from longrun.text.spelling import TokenSpelling
 from longrun.units import format_tokens
 
@@ -41,12 +43,14 @@ class Limits:
         max_new_tokens: tokens of an answer whose request does not say how many.
         request_seconds: from the queue to the last token.
         body_bytes: of a request; body_seconds: in which it must have arrived.
+        unpacked_bytes: of the files in an archive; None is four times `body_bytes`.
     """
 
     max_new_tokens: int
     request_seconds: float
     body_bytes: int
     body_seconds: float = 60.0
+    unpacked_bytes: int | None = None
 
 
 class Events:
@@ -123,6 +127,7 @@ class Service:
         self._runtime = runtime
         self.spelling = TokenSpelling(runtime.tokenizer)
         self._tokenizer = runtime.tokenizer
+        self._encoder = TextEncoder(runtime.tokenizer)
         self._preparing = 0
         self._prompts = ChatPrompts(runtime.tokenizer) if has_template(runtime.tokenizer) else None
         # Tokenizing a long text takes seconds: beside the event loop, one text at a time.
@@ -130,8 +135,9 @@ class Service:
         self.documents = None
         if documents is not None:
             self.documents = Documents(
-                documents, runtime, worker, self._prompts, lambda tokens: self._room(tokens, None, "document")
-            )
+                documents, runtime, worker, self._prompts, lambda tokens: self._room(tokens, None, "document"),
+                limits.unpacked_bytes or 4 * limits.body_bytes,
+            )  # fmt: skip
 
     def begin(self) -> None:
         """Go on reading documents; the worker has been started."""
@@ -169,8 +175,8 @@ class Service:
         room = self._room(len(ids), request.new_tokens, "messages")
         return Ask(ids, room, request.sampling, request.seed, request.stops, request.scored, kept=kept)
 
-    async def text_ask(self, request: TextRequest) -> tuple[Ask, str]:
-        """What a completion asks of the worker, and the text that it begins with.
+    async def text_ask(self, request: TextRequest, prompt: str | list[int]) -> tuple[Ask, str]:
+        """What a completion asks of the worker for one of its prompts, and the text that it begins with.
 
         Raises:
             RequestError: another model, token ids that are none, or too many tokens.
@@ -179,23 +185,15 @@ class Service:
             raise RequestError(
                 "a document stands in a chat: ask POST /v1/chat/completions", "unsupported_value", "model"
             )
-        given = request.text_or_ids
-        if isinstance(given, str):
-            ids, text = await self.text_ids(given, True), given
+        if isinstance(prompt, str):
+            ids, text = await self.text_ids(prompt, True), prompt
         else:
-            vocab_size = self._runtime.config.vocab_size
-            wrong = next((token_id for token_id in given if not 0 <= token_id < vocab_size), None)
-            if wrong is not None:
-                raise RequestError(
-                    f"token id {quoted(wrong)} is outside the model's vocabulary of {vocab_size:,}",
-                    "invalid_value", "prompt",
-                )  # fmt: skip
-            ids, text = given, self._tokenizer.decode(given, clean_up_tokenization_spaces=False)
+            ids, text = prompt, self.decoded(prompt, "prompt")
         scores_prompt = bool(request.echo) and request.logprobs is not None
         asked = _DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens
         room = self._room(len(ids), asked, "prompt")
-        ask = Ask(ids, room, request.sampling, request.seed, request.stops, request.logprobs, scores_prompt)
-        return ask, text
+        scores = {"scores_prompt": scores_prompt, "scores_end": True}
+        return Ask(ids, room, request.sampling, request.seed, request.stops, request.logprobs, **scores), text
 
     async def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a chat, up to where the answer begins.
@@ -213,6 +211,33 @@ class Service:
     async def text_ids(self, text: str, begins: bool) -> list[int]:
         """Tokens of a text; where it `begins` the sequence with what the tokenizer puts there."""
         return await self.aside(lambda: self._runtime.encode(text, begins))
+
+    async def prompt_ids(self, prompt: str, begins: bool) -> list[int]:
+        """Tokens of a text in which the spellings of control tokens stand for these."""
+        leading = leading_ids(self._tokenizer) if begins else []
+        return leading + await self.aside(lambda: self._encoder.marked_ids(check_text(prompt, "prompt")))
+
+    def decoded(self, token_ids: list[int], field: str) -> str:
+        """The text that tokens spell, control tokens as they are written.
+
+        Raises:
+            RequestError: one that is no token's id.
+        """
+        vocab_size = self._runtime.config.vocab_size
+        wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
+        if wrong is not None:
+            raise RequestError(
+                f"token id {quoted(wrong)} is outside the model's vocabulary of {vocab_size:,}", "invalid_value", field
+            )
+        return self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+
+    @property
+    def tokenizer_info(self) -> dict[str, Any]:
+        """Which tokens begin, end and fill a text, as they are written, and the chat template; under vLLM's names."""
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        found = {name: getattr(self._tokenizer, name) for name in names}
+        return {"tokenizer_class": type(self._tokenizer).__name__, **found,
+                "chat_template": self._tokenizer.chat_template}  # fmt: skip
 
     @property
     def model_ids(self) -> list[str]:
