@@ -87,7 +87,8 @@ def test_a_stop_string_takes_its_scores_along(served: Served) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"prompt": ["a", "b"]}, {"prompt": []}, {"prompt": ""}, {"prompt": [[1], [2]]}, {"prompt": [97]},
+        {"prompt": ["a", "b"], "stream": True}, {"prompt": []}, {"prompt": ""}, {"prompt": ["a", ""]},
+        {"prompt": [97]}, {"prompt": [[1], []]}, {"prompt": [[1], [97]]},
         {"prompt": [1, "a"]}, {"logprobs": 21}, {"suffix": "end"}, {"best_of": 2}, {"max_tokens": -1},
         {"max_tokens": 1990}, {"min_p": 2},
     ],

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import httpx
 import pytest
-from server_case import NAME, TEMPLATE, Served, serve, user
+from server_case import NAME, TEMPLATE, Served, serve, user, wait_for
 from tiny_models import save_tiny, save_tokenizer
 from transformers import AutoTokenizer
 
@@ -14,17 +15,31 @@ import longrun
 from longrun.errors import InputError
 from longrun.runtime.runtime import Runtime
 from longrun.server import prefix
+from longrun.server.command import fewer_marks
 from longrun.server.prefix import PrefixMarks
 
 TEXT = "It was a dark and stormy night; the rain fell in torrents. " * 25
 QUESTIONS = ("who is it?", "where is it?", "when was it?", "who is it?")
 
 
-def ask(served: Served, messages: list[dict[str, str]], max_tokens: int = 8) -> tuple[str, int, int]:
+def ask(served: Served, messages: list[dict[str, str]], max_tokens: int = 8, model: str = NAME) -> tuple[str, int, int]:
     """The answer, the prompt's tokens, and those that were not read again."""
-    answer = served.client().chat.completions.create(model=NAME, messages=messages, max_tokens=max_tokens)
+    answer = served.client().chat.completions.create(model=model, messages=messages, max_tokens=max_tokens)
     usage = answer.usage
     return answer.choices[0].message.content, usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
+
+
+def test_with_few_marks_a_text_is_read_again_but_no_document(chat_model: Path, tmp_path: Path) -> None:
+    """As the note says that --kv-bytes brings along."""
+    assert fewer_marks(16, 16) is None and "for 2 marks, not for 16" in fewer_marks(16, 2)
+    with serve(chat_model, marks=2, documents=tmp_path) as served:
+        ask(served, user(f"{TEXT}\n\n{QUESTIONS[0]}"))
+        assert ask(served, user(f"{TEXT}\n\n{QUESTIONS[1]}"))[2] < len(TEXT) / 2
+        httpx.put(f"{served.root}/documents/text", content=TEXT, headers={"Content-Type": "text/plain"})
+        wait_for(lambda: httpx.get(f"{served.root}/documents/text").json()["state"] == "ready")
+        for question in QUESTIONS[:3]:
+            _, total, cached = ask(served, user(question), model=f"{NAME}@text")
+            assert total - cached < 100
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["one message", "two messages"])

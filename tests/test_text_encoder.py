@@ -12,6 +12,7 @@ from longrun.model.tokenizer import load_tokenizer
 from longrun.needles.needles import Haystack, build_prompt, make_needles
 from longrun.patterns.identify import read_text
 from longrun.patterns.identify_settings import IdentifySettings
+from longrun.text.encode_text import PIECE_CHARS
 from longrun.text.encoder import TextEncoder, leading_ids
 
 TEXTS = ("Hi there", " leading", "\n\nthe  start\t", "日本語 🙂 ünï", "a<b>c", "x", "", "for i in r:\n        pass\n")
@@ -54,6 +55,25 @@ def test_ordinary_text_has_the_ids_it_always_had(make):
     encoder = TextEncoder(tokenizer)
     for text in TEXTS:
         assert encoder.ids(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_a_long_text_is_cut_into_tokens_once_whatever_follows_it(monkeypatch):
+    counts, ids = [], TextEncoder._ids
+    monkeypatch.setattr(
+        TextEncoder, "_ids", lambda self, text, after: [counts.append(len(text)), *ids(self, text, after)][1:]
+    )
+    tokenizer = byte_tokenizer(CHATML)
+    encoder, text = TextEncoder(tokenizer), " ".join(f"{number} the tree 漢字" for number in range(20_000))
+    assert len(text) > 2 * PIECE_CHARS
+    for kept in (64, 1):
+        monkeypatch.setattr("longrun.text.encoder._KEPT_PIECES", kept)
+        for after_control in (False, True):
+            for question in ("one?", "\nanother?"):
+                counts.clear()
+                found = encoder.ids(text + question, after_control)
+                new = sum(counts)
+                assert found == TextEncoder(tokenizer).ids(text + question, after_control)
+                assert question == "one?" or kept == 1 or new < len(text) - PIECE_CHARS
 
 
 def test_so_has_the_demo_models(demo_model):

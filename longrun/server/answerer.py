@@ -136,10 +136,11 @@ class Answerer:
         try:
             for token_id, score in self._tokens(ask):
                 count += 1
-                if token_id in self._runtime.eos_token_ids:
+                ends = token_id in self._runtime.eos_token_ids
+                scores += [] if score is None or (ends and not ask.scores_end) else [score]
+                if ends:
                     reason = STOP
                     break
-                scores += [] if score is None else [score]
                 if piece := text.step(token_id):
                     job.emit(Piece(piece, tuple(scores)))
                     scores = []

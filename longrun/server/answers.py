@@ -93,6 +93,17 @@ class Answer(ABC):
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
 
+def joined_answers(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Whole answers to several prompts as one object: a choice each, and the sums of what was counted."""
+    whole = dict(answers[0])
+    whole["choices"] = [answer["choices"][0] | {"index": index} for index, answer in enumerate(answers)]
+    counts = [answer["usage"] for answer in answers]
+    whole["usage"] = {name: sum(count[name] for count in counts) for name in counts[0] if name.endswith("_tokens")}
+    cached = sum(count["prompt_tokens_details"]["cached_tokens"] for count in counts)
+    whole["usage"]["prompt_tokens_details"] = {"cached_tokens": cached}
+    return whole
+
+
 class ChatAnswer(Answer):
     """A chat completion."""
 

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from longrun.errors import LongrunError
 from longrun.server import requests
-from longrun.server.answers import Answer, ChatAnswer, TextAnswer
+from longrun.server.answers import Answer, ChatAnswer, TextAnswer, joined_answers
 from longrun.server.document_routes import DocumentRoutes
 from longrun.server.guard import Guard
 from longrun.server.http import read_body, refusal, streamed_answer, unless_gone, whole_answer
@@ -96,6 +96,8 @@ class Routes:
             ("GET", "/v1/models", self.models),
             ("GET", "/v1/models/{name:path}", self.model),
             ("POST", "/tokenize", self.tokenize),
+            ("POST", "/detokenize", self.detokenize),
+            ("GET", "/tokenizer_info", self.tokenizer_info),
             ("POST", "/v1/chat/completions", self.chat),
             ("POST", "/v1/completions", self.completion),
         ]
@@ -127,15 +129,29 @@ class Routes:
         return JSONResponse(self._model(request.path_params["name"]))
 
     async def tokenize(self, request: Request) -> Response:
-        """Token ids of a text or of a chat."""
+        """Token ids of a text, a prompt or a chat."""
         service = self._service
         with service.admitted():
             body = requests.read_tokenize(await read_body(request, service.limits))
             if body.messages is not None:
                 ids = await unless_gone(request, service.chat_ids(body.messages))
+            elif body.prompt is not None:
+                ids = await unless_gone(request, service.prompt_ids(body.prompt, bool(body.add_special_tokens)))
             else:
                 ids = await unless_gone(request, service.text_ids(body.content or "", bool(body.add_special)))
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.capacity})
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of token ids."""
+        service = self._service
+        with service.admitted():
+            body = requests.read_detokenize(await read_body(request, service.limits))
+            text = await unless_gone(request, service.aside(lambda: service.decoded(body.tokens, "tokens")))
+        return JSONResponse({"content": text, "prompt": text})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """What a client must know to tokenize as this server does."""
+        return JSONResponse(self._service.tokenizer_info)
 
     async def chat(self, request: Request) -> Response:
         """An answer to messages."""
@@ -149,14 +165,25 @@ class Routes:
         return await self._answered(request, body, ask, answer)
 
     async def completion(self, request: Request) -> Response:
-        """A text's continuation."""
+        """A text's continuation, or several texts', one after another."""
         service = self._service
         with service.admitted():
             body = requests.read_text(await read_body(request, service.limits))
-            ask, text = await unless_gone(request, service.text_ask(body))
-        echo = (text, ask.token_ids) if body.echo else (None, ())
-        answer = TextAnswer(service.model_name, service.spelling, body.logprobs is not None, body.includes_usage, *echo)
-        return await self._answered(request, body, ask, answer)
+            asks = [await unless_gone(request, service.text_ask(body, prompt)) for prompt in body.prompts]
+        answers = [
+            TextAnswer(
+                service.model_name, service.spelling, body.logprobs is not None, body.includes_usage,
+                *((text, ask.token_ids) if body.echo else ()),
+            )
+            for ask, text in asks
+        ]  # fmt: skip
+        if len(asks) == 1:
+            return await self._answered(request, body, asks[0][0], answers[0])
+        whole = [
+            await unless_gone(request, whole_answer(service.start(ask), answer))
+            for (ask, _), answer in zip(asks, answers, strict=True)
+        ]
+        return JSONResponse(joined_answers(whole))
 
     async def _answered(self, request: Request, body: requests.AnswerRequest, ask: Ask, answer: Answer) -> Response:
         events = self._service.start(ask)

@@ -29,6 +29,7 @@ class Ask:
         sampling, seed, stop: as in `Runtime.stream`; draws without a seed get one of their own.
         logprobs: score every token of the answer and name so many of the likeliest in its place; None does not.
         scores_prompt: score the prompt's tokens as well, all of which are read then.
+        scores_end: of the tokens that are scored, the one that ends the answer is one; it has no text.
         kept: a saved session that the prompt begins with, loaded where more of it is there than in memory.
         saves: save into `kept` what is read, after every step.
     """
@@ -40,6 +41,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     scores_prompt: bool = False
+    scores_end: bool = False
     kept: KeptSession | None = None
     saves: bool = False
 

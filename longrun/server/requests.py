@@ -17,6 +17,7 @@ from longrun.text.stream import StopStrings
 MAX_STOPS, MAX_LOGPROBS = 16, 20
 
 Kind = TypeVar("Kind", bound="AnswerRequest")
+Plain = TypeVar("Plain", bound="_Strict")
 
 # Fields of OpenAI's API and the values of them that ask for nothing; what they would ask for is not served.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -173,41 +174,61 @@ class ChatRequest(AnswerRequest):
 
 
 class TextRequest(AnswerRequest):
-    """Body of /v1/completions; a list of one prompt is that prompt."""
+    """Body of /v1/completions: one prompt or several, each a text or token ids."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
-    def text_or_ids(self) -> str | list[int]:
-        """Raises RequestError: several prompts, or none."""
+    def prompts(self) -> list[str | list[int]]:
+        """Raises RequestError: none, or one that is empty."""
         prompt = self.prompt
-        if isinstance(prompt, list) and (not prompt or not isinstance(prompt[0], int)):
-            if len(prompt) != 1:
-                raise RequestError(
-                    f"{len(prompt):,} prompts are not served in one request: send one", "unsupported_value", "prompt"
-                )
-            prompt = prompt[0]
-        if not prompt:
+        one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+        prompts: list[Any] = [prompt] if one else list(prompt)
+        if not all(prompts) or not prompts:
             raise RequestError("the prompt is empty: send at least one character", "invalid_value", "prompt")
-        return prompt
+        return prompts
+
+    def check(self) -> None:
+        """Raises RequestError: fields that do not go together."""
+        super().check()
+        if len(self.prompts) > 1 and self.stream:
+            raise RequestError(
+                f"{len(self.prompts):,} prompts are not streamed in one request: send one, or leave stream out",
+                "unsupported_value", "prompt",
+            )  # fmt: skip
 
 
 class TokenizeRequest(_Strict):
-    """Body of /tokenize: a text, or the messages of a chat."""
+    """Body of /tokenize: a text, a prompt or the messages of a chat.
+
+    Attributes:
+        content: a text, in which a control token's spelling is only text; add_special: it begins the sequence.
+        prompt, add_special_tokens: the same with control tokens where they are spelled, under vLLM's names.
+    """
 
     content: str | None = None
     add_special: bool | None = None
+    prompt: str | None = None
+    add_special_tokens: bool | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> TokenizeRequest:
-        if (self.content is None) == (self.messages is None):
-            raise ValueError("send content, a text, or messages")
-        if self.messages is not None and self.add_special is not None:
+    def _one_of_them(self) -> TokenizeRequest:
+        if sum(each is not None for each in (self.content, self.prompt, self.messages)) != 1:
+            raise ValueError("send one of content (a text), prompt (a text with control tokens in it) and messages")
+        if self.content is None and self.add_special is not None:
             raise ValueError("add_special goes with content: a chat's template says what stands around messages")
+        if self.prompt is None and self.add_special_tokens is not None:
+            raise ValueError("add_special_tokens goes with prompt: send add_special with content")
         return self
+
+
+class DetokenizeRequest(_Strict):
+    """Body of /detokenize."""
+
+    tokens: list[int]
 
 
 def read_chat(body: bytes) -> ChatRequest:
@@ -217,15 +238,22 @@ def read_chat(body: bytes) -> ChatRequest:
 
 def read_text(body: bytes) -> TextRequest:
     """Raises RequestError: as `read_chat`."""
-    request = _read(TextRequest, body)
-    request.text_or_ids  # noqa: B018  its errors belong to the body
-    return request
+    return _read(TextRequest, body)
 
 
 def read_tokenize(body: bytes) -> TokenizeRequest:
     """Raises RequestError: as `read_chat`."""
+    return _validated(TokenizeRequest, body)
+
+
+def read_detokenize(body: bytes) -> DetokenizeRequest:
+    """Raises RequestError: as `read_chat`."""
+    return _validated(DetokenizeRequest, body)
+
+
+def _validated(kind: type[Plain], body: bytes) -> Plain:
     try:
-        return TokenizeRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         raise refused_fields(error) from None
 

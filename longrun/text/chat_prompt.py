@@ -53,18 +53,10 @@ class ChatPrompts:
             raise InputError(
                 f"the model's chat template refuses these messages ({error}): send messages as it takes them"
             ) from error
-        ids: list[int] = []
-        start = 0
-        for match in self._encoder.pattern.finditer(text):
-            ids += self._text_ids(text[start : match.start()], spellings, start > 0)
-            ids.append(self._encoder.control[match.group()])
-            start = match.end()
-        return ids + self._text_ids(text[start:], spellings, start > 0)
-
-    def _text_ids(self, text: str, spellings: dict[str, str], after_control: bool) -> list[int]:
-        if spellings:
-            text = re.sub("|".join(map(re.escape, spellings)), lambda match: spellings[match.group()], text)
-        return self._encoder.ids(text, after_control) if text else []
+        if not spellings:
+            return self._encoder.marked_ids(text)
+        stands_in = re.compile("|".join(map(re.escape, spellings)))
+        return self._encoder.marked_ids(text, lambda part: stands_in.sub(lambda match: spellings[match.group()], part))
 
     def _hide(self, contents: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         """The contents with a stand-in for every control token's spelling, and what each stand-in stands for."""

@@ -8,14 +8,19 @@ only the added tokens that are marked special.
 from __future__ import annotations
 
 import re
+from array import array
+from collections.abc import Callable
+from hashlib import sha256
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from longrun.text.encode_text import encode_in_pieces
+from longrun.text.encode_text import PIECE_CHARS, encode_in_pieces
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+_KEPT_PIECES = 64  # of 2**17 characters: 8 MB of text, and about as many bytes of ids
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -47,6 +52,7 @@ class TextEncoder:
         self._backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
         self._renamed: dict[int, int] = {}
         self._anchor, self._anchored = "", None
+        self._kept: dict[tuple[bool, bytes], array[int]] = {}  # ids of long pieces, the latest ones last
         if self._backend is not None:
             self._plain = self._stripped()
             anchored, anchor = self._with_anchor("")
@@ -64,7 +70,32 @@ class TextEncoder:
         Raises:
             InputError: see `encode_in_pieces`.
         """
-        return encode_in_pieces(self._tokenizer, text, lambda piece: self._ids(piece, after_control))
+        return encode_in_pieces(self._tokenizer, text, lambda piece: self._piece_ids(piece, after_control))
+
+    def marked_ids(self, text: str, plain: Callable[[str], str] = str) -> list[int]:
+        """Ids of a text in which the spellings of control tokens stand for these, as a chat template writes one.
+
+        Args:
+            plain: what is between them becomes this before it is encoded.
+        """
+        ids: list[int] = []
+        start = 0
+        for match in self.pattern.finditer(text):
+            ids += self.ids(plain(text[start : match.start()]), start > 0)
+            ids.append(self.control[match.group()])
+            start = match.end()
+        return ids + self.ids(plain(text[start:]), start > 0)
+
+    def _piece_ids(self, piece: str, after_control: bool) -> list[int]:
+        """Ids of a piece. Those of the latest long ones are kept: many prompts begin with one long text."""
+        if len(piece) < PIECE_CHARS:
+            return self._ids(piece, after_control)
+        key = after_control, sha256(piece.encode("utf-8", "surrogatepass")).digest()
+        found = self._kept.pop(key, None)
+        self._kept[key] = found = array("i", self._ids(piece, after_control)) if found is None else found
+        if len(self._kept) > _KEPT_PIECES:
+            del self._kept[next(iter(self._kept))]
+        return found.tolist()
 
     def _ids(self, text: str, after_control: bool) -> list[int]:
         if not text:
