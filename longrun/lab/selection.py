@@ -1,0 +1,302 @@
+"""Which pages of the past a query reads: indices to choose by, and how much attention a choice catches.
+
+A query is q = a R_t q0, a key k_j = a R_j k0_j: R turns by RoPE, a is YaRN's factor (else 1). Pages keep keys that are
+*rotated* as well, by the Hadamard matrix H of `quant.rotation` after RoPE, and meet rotated queries. An index keeps of
+every group of tokens a centre c and, where lam > 0, a half-range h, channel by channel. The group's score is
+
+    softmax_scale * (q . c + lam * |q| . h)
+
+- c is the mean of k_j (after RoPE, token by token): q . c is the mean of the group's true scores, and (qH) . (cH) is
+  the same number, so a mean may be kept rotated or not. With `middle` c is (max + min) / 2 instead.
+- h is (max - min) / 2 and belongs to a basis: `plain` (k_j with q) or `rotated` (k_j H with q H, what pages carry
+  today). With the middle and lam 1 the score is the upper bound of Quest (arXiv 2406.10774).
+- `unturned` takes RoPE off first: c0 is the mean of R_j' k_j, met at every fourth position p of the group by the query
+  turned back to it, q . R_p c0; h is a radius a rotary pair, the largest |R_j' k_j - c0| of the pair, met by the
+  length of q's pair, which no turn changes.
+- A group of one token is the key itself, or a code of it: of each channel of a rotated page, 4 bits on int4's grid, or
+  1 or 2 bits at the best levels for a normal distribution (mean and deviation kept).
+
+Elements of less than 16 bits have one float16 scale a vector, after each channel is divided by its spread and the
+head's mean key, turned to every position, is taken off: both are numbers of the model (here: of the text), kept once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longrun.quant.kv_format import PageFormat
+from longrun.quant.page_codec import decode_pages, encode_pages
+from longrun.quant.rotation import key_rotation
+
+PAGE = 64
+TODAY = "min/max 64 rotated (today's)"
+LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+COARSE_SHARES = (0.06, 0.04, 0.03, 0.013)
+_PHASES = 4  # tokens from one position to the next at which an unturned centre is met
+_LEVELS = {1: (0.7979,), 2: (0.4528, 1.5104)}  # Lloyd-Max of a normal distribution, positive half
+_BORDERS = {1: (0.0,), 2: (-0.9816, 0.0, 0.9816)}
+_TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+
+
+@dataclass(frozen=True)
+class Index:
+    """What is kept of a text's keys to choose by; see the module's docstring.
+
+    Attributes:
+        group: tokens of a vector; 1: the keys themselves, of 16, 4, 2 or 1 bits.
+        lam: weight of the half-range; 0: none is kept.
+        basis: "plain", "rotated" or "unturned".
+        bits: of an element.
+        best: the best group of a page counts, instead of the log-sum-exp of all.
+        unit: tokens that are chosen together, PAGE or the group.
+    """
+
+    group: int
+    lam: float = 0.0
+    basis: str = "plain"
+    middle: bool = False
+    bits: int = 16
+    best: bool = False
+    unit: int = PAGE
+
+    def token_bytes(self, head_dim: int) -> float:
+        """Bytes a token of one KV head."""
+        if self.group == 1:
+            scales = 0 if self.bits == 16 else 2 * 2 * head_dim / PAGE
+            return head_dim * self.bits / 8 + scales
+        of_half = 0 if not self.lam else head_dim // 2 if self.basis == "unturned" else head_dim
+        scales = 0 if self.bits == 16 else 2 * (1 + bool(self.lam))
+        return ((head_dim + of_half) * self.bits / 8 + scales) / self.group
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How units are ranked.
+
+    Attributes:
+        index: None: by the attention that they get in truth, summed over a KV head's queries: nothing loses less.
+        coarse: the share of all units that the index chooses, to be ranked again by the keys themselves.
+        unit: tokens, where there is no index.
+    """
+
+    index: Index | None
+    coarse: float | None = None
+    unit: int = PAGE
+
+    @property
+    def chosen_unit(self) -> int:
+        return self.unit if self.index is None else self.index.unit
+
+
+def known_rules() -> dict[str, Rule]:
+    """By name."""
+    found = {
+        "perfect": Rule(None), "keys": Rule(Index(1)), TODAY: Rule(Index(64, 1, "rotated", middle=True)),
+        "min/max 64": Rule(Index(64, 1, middle=True)), "min/max 16 best": Rule(Index(16, 1, middle=True, best=True)),
+        "mean 64": Rule(Index(64)), "mean 32": Rule(Index(32)), "mean 16": Rule(Index(16)), "mean 8": Rule(Index(8)),
+        "mean 16 best": Rule(Index(16, best=True)), "mean 16 + 0.5 best": Rule(Index(16, 0.5, best=True)),
+        "unturned 16": Rule(Index(16, basis="unturned")), "unturned 16 + 0.25": Rule(Index(16, 0.25, "unturned")),
+        "perfect, 16-token units": Rule(None, unit=16), "keys, 16-token units": Rule(Index(1, unit=16)),
+        "mean 16, 16-token units": Rule(Index(16, unit=16)),
+        "mean 16 at 4 bits, 16-token units": Rule(Index(16, bits=4, unit=16)),
+    }  # fmt: skip
+    found |= {f"{bits}-bit keys": Rule(Index(1, bits=bits)) for bits in (4, 2, 1)}
+    for lam in LAMBDAS[1:]:
+        found[f"middle 16 + {lam}"] = Rule(Index(16, lam, middle=True))
+        found[f"mean 16 + {lam}"] = Rule(Index(16, lam))
+        found[f"mean 16 + {lam}, 16-token units"] = Rule(Index(16, lam, unit=16))
+        found |= {with_lambda(lam, bits): Rule(Index(16, lam, bits=bits)) for bits in (8, 4)}
+    coarse = {f"mean {n} at {bits} bits": Index(n, bits=bits) for n in (64, 32, 16) for bits in (8, 4)}
+    coarse |= {f"mean 64 + {lam} at 4 bits": Index(64, lam, bits=4) for lam in (0.25, 0.5)}
+    for name, index in coarse.items():
+        found[name] = Rule(index)
+        found |= {f"{100 * share:g}% by {name}, then keys": Rule(index, share) for share in COARSE_SHARES}
+    return found
+
+
+def with_lambda(lam: float, bits: int) -> str:
+    """Name of the rule by means of 16 tokens and `lam` times their half-ranges."""
+    return f"mean 16 + {lam} at {bits} bits" if lam else f"mean 16 at {bits} bits"
+
+
+class LayerKeys:
+    """One layer's keys and the indices made of them, each once.
+
+    Args:
+        keys: float32 [num_kv_heads, T, head_dim] after RoPE; T is a multiple of PAGE.
+        cos, sin: [T, head_dim] of RoPE, without YaRN's factor.
+    """
+
+    def __init__(self, keys: Tensor, cos: Tensor, sin: Tensor) -> None:
+        assert keys.shape[1] % PAGE == 0 and cos.shape == sin.shape == keys.shape[1:]
+        self.keys, self._cos, self._sin = keys, cos, sin
+        self._made: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[1]
+
+    def scores(self, index: Index, q: Tensor, softmax_scale: float) -> Tensor:
+        """float32 [num_kv_heads, R, group, T // unit], for float32 q [num_kv_heads, R, group, head_dim]."""
+        centre, half = self._vectors(index)
+        if index.group == 1 or index.basis == "rotated":
+            q = q @ key_rotation(q.shape[-1])[0].to(q)
+        of_q, heads = q.abs(), q.flatten(1, 2)
+        found = heads @ centre.mT
+        if index.lam:
+            if index.basis == "unturned":
+                of_q = q.unflatten(-1, (2, -1)).norm(dim=-2)
+            of_half = of_q.flatten(1, 2) @ half.mT
+            found += index.lam * of_half.repeat_interleave(found.shape[-1] // of_half.shape[-1], -1)
+        found = found.mul_(softmax_scale).unflatten(-1, (self.length // index.unit, -1))
+        return (found.amax(-1) if index.best else found.logsumexp(-1)).unflatten(1, q.shape[1:3])
+
+    def _vectors(self, index: Index) -> tuple[Tensor, Tensor]:
+        """Centres [num_kv_heads, n, head_dim], and half-ranges: of a channel, or of a pair."""
+        name = repr((index.group, index.basis, index.middle, index.bits))
+        if name not in self._made:
+            self._made[name] = self._codes(index.bits) if index.group == 1 else self._made_of(index)
+        return self._made[name]
+
+    def _codes(self, bits: int) -> tuple[Tensor, Tensor]:
+        pages = self._in_basis("rotated").unflatten(1, (-1, PAGE))
+        if bits == 4:
+            fmt = PageFormat("int4", PAGE, pages.shape[-1])
+            found = decode_pages(*encode_pages(pages, pages, fmt), fmt)[0]
+        elif bits == 16:
+            found = pages
+        else:
+            half = pages.new_tensor(_LEVELS[bits])
+            deviation, mean = torch.std_mean(pages, dim=2, keepdim=True, correction=0)
+            place = torch.bucketize((pages - mean) / deviation.clamp_min(1e-9), pages.new_tensor(_BORDERS[bits]))
+            found = mean + deviation * torch.cat((-half.flip(0), half))[place]
+        return found.flatten(1, 2), found
+
+    def _in_basis(self, basis: str) -> Tensor:
+        if basis == "plain":
+            return self.keys
+        if basis not in self._made:
+            if basis == "rotated":
+                found = self.keys @ key_rotation(self.keys.shape[-1])[1].to(self.keys)
+            else:
+                found = _turned(self.keys, self._cos, -self._sin)
+            self._made[basis] = found, found
+        return self._made[basis][0]
+
+    def _made_of(self, index: Index) -> tuple[Tensor, Tensor]:
+        x = self._in_basis(index.basis).unflatten(1, (-1, index.group))
+        low, high = x.aminmax(dim=2)
+        centre, half = (low + high) / 2 if index.middle else x.mean(2), (high - low) / 2
+        unturned = index.basis == "unturned"
+        if unturned:
+            half = (x - centre[:, :, None]).unflatten(-1, (2, -1)).norm(dim=-2).amax(2)
+        if index.bits < 16:
+            assert index.basis == "plain"
+            mean = self._in_basis("unturned").mean(1, keepdim=True)
+            known = _turned(mean, self._cos, self._sin).unflatten(1, (-1, index.group)).mean(2)
+            centre = known + _rounded(centre - known, index.bits, True)
+            half = _rounded(half, index.bits, False)
+        if unturned:
+            at = torch.arange(_PHASES // 2, self.length, _PHASES, device=x.device)
+            centre = _turned(centre.repeat_interleave(index.group // _PHASES, 1), self._cos[at], self._sin[at])
+        return centre, half
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[..., n or 1, head_dim] turned by RoPE's [n, head_dim]: channel i with channel i + head_dim / 2."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def _rounded(x: Tensor, bits: int, signed: bool) -> Tensor:
+    """[heads, n, head_dim] on a grid of `bits` bits a vector, channels divided by their spread over the text."""
+    spread = x.square().mean(1, keepdim=True).sqrt().clamp_min(1e-9)
+    even, last = x / spread, 2 ** (bits - signed) - 1
+    scale = (even.abs().amax(-1, keepdim=True) / last).half().float().clamp_min(2**-24)
+    return (even / scale).round_().clamp_(-last, last) * scale * spread
+
+
+class LayerQueries:
+    """Some of a layer's queries, and which units they would choose. The first page, the query's own and the newest full
+    ones before it are always read; units of the others are *candidates*.
+
+    Args:
+        q: float32 [num_kv_heads, R, group, head_dim] after RoPE; rows: int64 [R], their positions.
+        newest: full pages.
+
+    Attributes:
+        scores: float32 [num_kv_heads, R, group, T]; -inf where a key is younger than the query.
+    """
+
+    def __init__(self, q: Tensor, rows: Tensor, keys: LayerKeys, softmax_scale: float, newest: int) -> None:
+        self.rows, self._q, self._keys, self._scale, self._newest = rows, q, keys, softmax_scale, newest
+        self.scores = (q.flatten(1, 2) @ keys.keys.mT).mul_(softmax_scale).unflatten(1, q.shape[1:3])
+        first = int(rows.min())
+        future = torch.arange(first, keys.length, device=rows.device) > rows[:, None]
+        self.scores[..., first:].masked_fill_(future[:, None], float("-inf"))
+        self._ranked: dict[Index, Tensor] = {}
+
+    @classmethod
+    def pieces(
+        cls, q: Tensor, rows: Tensor, keys: LayerKeys, softmax_scale: float, newest: int
+    ) -> Iterator[LayerQueries]:
+        """As many rows at a time as keep scores small, for [R, num_qo_heads, head_dim] of any dtype."""
+        grouped = q.float().unflatten(1, (len(keys.keys), -1)).transpose(0, 1)
+        size = max(1, _TILE_BYTES[q.device.type] // (4 * q.shape[1] * keys.length))
+        for part, some in zip(grouped.split(size, 1), rows.split(size), strict=True):
+            yield cls(part, some, keys, softmax_scale, newest)
+
+    def candidates(self, unit: int) -> Tensor:
+        """bool [R, T // unit]."""
+        page = torch.arange(self._keys.length // unit, device=self.rows.device) // (PAGE // unit)
+        return (page >= 1) & (page < self.rows[:, None] // PAGE - self._newest)
+
+    def mass(self, unit: int) -> Tensor:
+        """[num_kv_heads, R, T // unit], attention to each candidate (else 0), the mean over a KV head's queries."""
+        found = self.scores.softmax(-1).mean(2).unflatten(-1, (-1, unit)).sum(-1)
+        return found.masked_fill_(~self.candidates(unit), 0)
+
+    def ranking(self, rule: Rule) -> Tensor:
+        """[num_kv_heads, R, T // unit]: the higher, the sooner chosen; -inf where nothing may be."""
+        if rule.index is None:
+            return self.mass(rule.unit).log()
+        found = self._ranking(rule.index)
+        if rule.coarse is None:
+            return found
+        kept = best(found, max(1, round(rule.coarse * found.shape[-1])))
+        return self._ranking(Index(1, unit=rule.index.unit)).masked_fill(~kept, float("-inf"))
+
+    def _ranking(self, index: Index) -> Tensor:
+        """Of each query head the log-sum-exp of a unit's groups, normalised over all candidates; of a KV head's query
+        heads the largest."""
+        if index not in self._ranked:
+            exact = Index(1, unit=index.unit)
+            if index == exact:
+                found = self.scores.unflatten(-1, (-1, index.unit)).logsumexp(-1)
+            else:
+                found = self._keys.scores(index, self._q, self._scale)
+            hidden = ~self.candidates(index.unit)
+            found = found.masked_fill_(hidden[:, None], float("-inf")).log_softmax(-1).amax(2)
+            self._ranked[index] = found.masked_fill_(hidden, float("-inf"))
+        return self._ranked[index]
+
+
+def best(values: Tensor, count: int) -> Tensor:
+    """bool as `values` [..., units], the `count` highest of the last dimension; never one of -inf."""
+    top = values.topk(min(count, values.shape[-1]), -1)
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, top.indices, top.values > float("-inf"))
+
+
+def pages_of(budget: str, pages: int) -> int:
+    """A budget in pages: of "64" so many, of "6%" that share of all."""
+    return max(1, round(float(budget[:-1]) / 100 * pages)) if budget.endswith("%") else int(budget)
+
+
+def padded(x: Tensor) -> Tensor:
+    """[..., T, head_dim] with zeros up to a multiple of PAGE tokens."""
+    return F.pad(x, (0, 0, 0, -x.shape[-2] % PAGE))

@@ -1,0 +1,206 @@
+"""Answers kept where every query reads a choice of pages: rules and budgets on a real model, by teacher forcing.
+
+    python scripts/quality/selection_answers.py --model FOLDER_OR_FILE --lengths 8K --json out.json
+
+A document of real code is read under full attention but for its last 256 tokens. These and all questions with their
+right answers (`longrun.lab.quality.answered`) are read by a rule of `longrun.lab.selection`: every query of every layer
+and KV head reads the pages chosen for it, the first page, its own and the newest full ones. `dense` questions are read
+in full, up to the last token before the answer, as a prompt is. Compared with full attention over the same rows:
+answers kept of those that it has right, KL and the share of equal likeliest tokens, of running text and of answers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor
+
+from longrun.attention.interface import Step
+from longrun.attention.whole_text import WholeTextAttention
+from longrun.cli import Parser, run
+from longrun.lab.quality.answered import AnsweredText, answered_texts
+from longrun.lab.quality.code_source import standard_library
+from longrun.lab.quality.statistics import wilson
+from longrun.lab.selection import PAGE, TODAY, LayerKeys, LayerQueries, Rule, best, known_rules, padded, pages_of
+from longrun.units import parse_tokens
+from scripts.quality.reach_probe import Model
+from scripts.quality.selection_probe import started
+
+TEXT_ROWS = 256
+RULES = (
+    "perfect", "keys", TODAY, "mean 16 at 8 bits", "mean 16 at 4 bits", "mean 16 + 0.5 at 4 bits",
+    "4% by mean 64 at 8 bits, then keys", "perfect, 16-token units", "mean 16 at 4 bits, 16-token units",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A rule, the pages that a head reads by it, and whether questions are read in full."""
+
+    rule: Rule
+    count: int
+    dense_questions: bool
+
+
+class SelectedAttention(WholeTextAttention):
+    """Full attention over a text's first rows, whose keys and values are kept; then the rows behind it, as often as
+    wanted.
+
+    Attributes:
+        choice: None: full attention.
+    """
+
+    def __init__(self, model: Model, text: AnsweredText, start: int, newest: int) -> None:
+        super().__init__(model.group, model.scale, 0)
+        device, dtype = model.decoder.device, model.decoder.compute_dtype
+        shape = (*model.shape, len(text.ids) + -len(text.ids) % PAGE, model.decoder.config.head_dim)
+        self._kept = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        tables = model.rotary.cos_sin(0, len(text.ids), len(text.ids))
+        self._cos, self._sin = (padded(table / model.rotary.scaling) for table in tables)
+        # Of a question's last token the answer's first follows.
+        written = torch.cat([rows[1:] for _, rows in text.answers])
+        self._in_full = torch.arange(len(text.ids), device=device) >= text.document_length
+        self._in_full[written.to(device)] = False
+        self._newest = newest
+        self.choice: Choice | None = None
+
+    def run(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """See `Attention.run`."""
+        rows = torch.arange(step.start, step.start + len(q), device=q.device)
+        for kept, new in zip(self._kept, (k, v), strict=True):
+            kept[layer_idx][:, rows] = new.transpose(0, 1)
+        if step.start == 0:
+            return super().run(layer_idx, q, k, v, step)
+        own, values = (kept[layer_idx].float() for kept in self._kept)
+        keys, found = LayerKeys(own, self._cos, self._sin), []
+        for part in LayerQueries.pieces(q, rows, keys, self.softmax_scale, self._newest):
+            if self.choice is not None:
+                self._hide(self.choice, part)
+            weights = part.scores.softmax(-1)
+            found.append((weights.flatten(1, 2) @ values).unflatten(1, weights.shape[1:3]))
+        return torch.cat(found, 1).transpose(0, 1).reshape(q.shape).to(q.dtype)
+
+    def _hide(self, choice: Choice, part: LayerQueries) -> None:
+        """-inf to the scores of all tokens that are not chosen."""
+        unit = choice.rule.chosen_unit
+        hidden = part.candidates(unit) & ~best(part.ranking(choice.rule), choice.count * PAGE // unit)
+        if choice.dense_questions:
+            hidden &= ~self._in_full[part.rows][:, None]
+        part.scores.unflatten(-1, (-1, unit)).masked_fill_(hidden[:, :, None, :, None], float("-inf"))
+
+
+class Read:
+    """One text, read under full attention up to its last `TEXT_ROWS` tokens before the questions."""
+
+    def __init__(self, model: Model, text: AnsweredText, newest: int) -> None:
+        end = text.document_length
+        self._model, self._start = model, end - TEXT_ROWS
+        self.text = replace(text, text_rows=torch.arange(self._start, end - 1))
+        self._ids = text.ids.to(model.decoder.device)
+        self.attention = SelectedAttention(model, text, self._start, newest)
+        self._forward(0, self._start, False)
+        self.reference = self.log_probs(None)
+        self.right = self.text.kept(self.reference.argmax(-1).cpu())
+
+    def _forward(self, start: int, stop: int, every: bool) -> Tensor:
+        step = Step(start, stop - start, *self._model.rotary.cos_sin(start, stop - start, len(self._ids)))
+        return self._model.decoder.forward(self._ids[start:stop], step, self.attention, all_positions=every)
+
+    @torch.inference_mode()
+    def log_probs(self, choice: Choice | None) -> Tensor:
+        """float32 [rows, vocab_size] of the text's rows."""
+        self.attention.choice = choice
+        hidden = self._forward(self._start, len(self._ids), True)[self.text.rows.to(self._ids.device) - self._start]
+        return torch.cat([self._model.decoder.logits(part).log_softmax(-1) for part in hidden.split(64)])
+
+
+@dataclass
+class Judged:
+    """What one choice keeps, over all texts; KL and equal likeliest tokens by row, of text and of answers."""
+
+    kept: Counter[str] = field(default_factory=Counter)
+    kl: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    same: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+
+    def add(self, read: Read, found: Tensor) -> None:
+        pairs = zip(read.reference.split(64), found.split(64), strict=True)
+        kl = torch.cat([(a.exp() * (a - b)).sum(-1) for a, b in pairs])
+        same, count = (found.argmax(-1) == read.reference.argmax(-1)).float(), len(read.text.text_rows)
+        for own, values in ((self.kl, kl), (self.same, same)):
+            own[0].extend(values[:count].tolist())
+            own[1].extend(values[count:].tolist())
+        kept = read.text.kept(found.argmax(-1).cpu())
+        tasks = zip(read.text.answers, kept, read.right, strict=True)
+        self.kept.update(task for (task, _), own, right in tasks if own and right)
+
+    def row(self, known: Counter[str]) -> dict[str, Any]:
+        """JSON-able; by task [kept, of those that full attention has right]."""
+        kept = self.kept.total(), known.total()
+        text, answers = ([sum(own[i]) / len(own[i]) for own in (self.kl, self.same)] for i in (0, 1))
+        return {
+            "kept": kept[0], "known": kept[1], "interval": wilson(*kept).to_dict() if kept[1] else None,
+            "tasks": {task: [self.kept[task], known[task]] for task in sorted(known)}, "kl_text": text[0],
+            "same_text": text[1], "kl_answers": answers[0], "same_answers": answers[1],
+        }  # fmt: skip
+
+
+def options(parser: Parser) -> None:
+    """Rules and budgets."""
+    parser.add_argument("--rules", default=";".join(RULES), help="separated by semicolons")
+    parser.add_argument("--budgets", default="26%,6%,3%,1.5%,512,256,128,64", help="pages, or shares of all")
+    parser.add_argument("--questions", default="selected,dense", help="how questions are read: either or both")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print. Status 0."""
+    args, runtime, model, result = started(__doc__, argv, 4, options)
+    rules, head_dim = known_rules(), runtime.config.head_dim
+    result |= {"benchmark": "selection answers", "text_rows": TEXT_ROWS, "lengths": []}
+    for length in (parse_tokens(one, "--lengths") for one in args.lengths.split(",")):
+        pages, began = length // PAGE, time.perf_counter()
+        counts = {budget: pages_of(budget, pages) for budget in args.budgets.split(",")}
+        choices = {
+            (questions, budget, name): Choice(rules[name], count, questions == "dense")
+            for questions in args.questions.split(",") for budget, count in counts.items()
+            for name in args.rules.split(";")
+            if count < pages and count < (rules[name].coarse or 1) * pages
+        }  # fmt: skip
+        judged, known, asked = {key: Judged() for key in choices}, Counter[str](), Counter[str]()
+        part: dict[str, Any] = {"length": length, "pages": pages}
+        result["lengths"].append(part)
+        for text in answered_texts(runtime.tokenizer, standard_library()[1::2], length, args.texts, seed=0):
+            read = Read(model, text, args.newest)
+            asked.update(task for task, _ in text.answers)
+            known.update(task for (task, _), right in zip(text.answers, read.right, strict=True) if right)
+            for key, choice in choices.items():
+                judged[key].add(read, read.log_probs(choice))
+            part |= {
+                "asked": asked, "seconds": time.perf_counter() - began, "rows": [
+                    {"questions": key[0], "budget": key[1], "rule": key[2], "pages": choice.count,
+                     "bytes": choice.rule.index and choice.rule.index.token_bytes(head_dim), **judged[key].row(known)}
+                    for key, choice in choices.items()
+                ],
+            }  # fmt: skip
+            print(f"{len(text.ids):,} tokens, {len(choices)} choices: {part['seconds']:.0f} s so far", flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(result))
+        print(f"\n{length:,} tokens: {dict(known)} right of {dict(asked)}, {part['seconds']:.0f} s")
+        for row in part["rows"]:
+            name = f"{row['questions']:8} {row['budget']:>5} {row['pages']:5} {row['rule']:36}"
+            values = " ".join(f"{key} {row[key]:.4f}" for key in ("kl_text", "same_text", "kl_answers", "same_answers"))
+            print(f"{name} kept {row['kept']:3} of {row['known']:3} {values}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,159 @@
+"""Choosing pages: indices and masses against hand-made cases, and the probes that measure them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import longrun
+from longrun.lab.quality.answered import answered_texts
+from longrun.lab.quality.code_source import standard_library
+from longrun.lab.selection import PAGE, TODAY, Index, LayerKeys, LayerQueries, Rule, best, known_rules, pages_of
+from scripts.quality import selection_answers, selection_probe
+from scripts.quality.reach_probe import Model
+from scripts.quality.selection_answers import Choice, Read
+from scripts.quality.selection_probe import lost_mass
+from scripts.quality.selection_steps import filter_layers, own_choice, pool_hits
+
+PAGES, DIM = 12, 16
+
+
+def random_queries(newest: int = 2) -> LayerQueries:
+    """3 KV heads of 2 queries each, in the last page of twelve; keys turned by RoPE at two speeds."""
+    draw = torch.Generator().manual_seed(0)
+    angles = torch.arange(PAGES * PAGE)[:, None] * torch.tensor([1.0, 0.01]).repeat_interleave(DIM // 4).repeat(2)
+    keys = torch.randn(3, PAGES * PAGE, DIM, generator=draw) + 3 * torch.randn(3, 1, DIM, generator=draw)
+    q = 2 * torch.randn(3, 5, 2, DIM, generator=draw)
+    rows = torch.arange(5) + (PAGES - 1) * PAGE
+    return LayerQueries(q, rows, LayerKeys(keys, angles.cos(), angles.sin()), 0.25, newest)
+
+
+def turned(x: torch.Tensor, keys: LayerKeys) -> torch.Tensor:
+    one, other = x.chunk(2, -1)
+    return x * keys._cos + torch.cat((-other, one), -1) * keys._sin
+
+
+def test_masses_of_a_case_by_hand():
+    """One query that scores ln 3 with one token of page 2, ln 2 with one of page 3 and 0 with all others."""
+    keys, q = torch.zeros(1, 8 * PAGE, DIM), torch.zeros(1, 1, 1, DIM)
+    q[..., 0] = 1
+    keys[0, 2 * PAGE + 5, 0], keys[0, 3 * PAGE + 63, 0] = torch.tensor([3.0, 2.0]).log()
+    turns = torch.ones(8 * PAGE, DIM), torch.zeros(8 * PAGE, DIM)
+    some = LayerQueries(q, torch.tensor([7 * PAGE + 3]), LayerKeys(keys, *turns), 1.0, 2)
+    whole = 7 * 64 + 4 + 2 + 1  # the query sees 452 tokens
+    expected = torch.tensor([0, 64, 66, 65, 64, 0, 0, 0]) / whole
+    torch.testing.assert_close(some.mass(PAGE)[0, 0], expected)
+    found = lost_mass(some.ranking(Rule(None)), some.mass(PAGE), [1, 2, 4, 100])
+    torch.testing.assert_close(found[0], torch.tensor([193, 128, 0, 0]) / whole)
+    chosen = best(some.ranking(known_rules()[TODAY]), 2)
+    assert chosen.nonzero()[:, 2].tolist() == [2, 3]
+    units = best(some.ranking(Rule(None, unit=16)), 2)
+    assert units.nonzero()[:, 2].tolist() == [2 * 4, 3 * 4 + 3]
+
+
+def test_nothing_loses_less_than_the_perfect_choice():
+    some, counts = random_queries(), [1, 2, 4, 8]
+    for unit, ideal in ((PAGE, "perfect"), (16, "perfect, 16-token units")):
+        mass = some.mass(unit)
+        least = lost_mass(some.ranking(known_rules()[ideal]), mass, counts)
+        for name, rule in known_rules().items():
+            if rule.chosen_unit == unit:
+                lost = lost_mass(some.ranking(rule), mass, counts)
+                assert (lost >= least - 1e-5).all(), name
+        assert (lost_mass(some.ranking(known_rules()["mean 16"]), some.mass(PAGE), counts)[:, 0] > least[:, 0]).any()
+
+
+def test_indices_are_what_their_formulas_say():
+    some = random_queries()
+    keys, q = some._keys, some._q
+    true = (q.flatten(1, 2) @ keys.keys.mT * 0.25).unflatten(1, (5, 2)).unflatten(-1, (-1, 16))
+    rotated = Index(16, basis="rotated", unit=16)
+    for index in (Index(16, unit=16), rotated):  # a mean gives the same, rotated or not
+        torch.testing.assert_close(keys.scores(index, q, 0.25), true.mean(-1), atol=1e-4, rtol=1e-4)
+    for basis in ("plain", "rotated"):
+        bound = keys.scores(Index(16, 1, basis, middle=True, unit=16), q, 0.25)
+        assert (bound >= true.amax(-1) - 1e-4).all()
+    plain, other = (keys.scores(Index(16, 1, basis, middle=True), q, 1) for basis in ("plain", "rotated"))
+    assert not torch.allclose(plain, other)
+    # Keys that only RoPE tells apart: unturned, all are one, and every fourth token's score is exact.
+    same = keys._in_basis("unturned")[:, :1].expand_as(keys.keys)
+    one = LayerKeys(turned(same, keys), keys._cos, keys._sin)
+    exact = (q.flatten(1, 2) @ one.keys.mT * 0.25).unflatten(1, (5, 2))[..., 2::4]
+    for lam in (0, 1):
+        found = one.scores(Index(16, lam, "unturned"), q, 0.25)
+        torch.testing.assert_close(found, exact.unflatten(-1, (-1, 16)).logsumexp(-1), atol=1e-3, rtol=1e-3)
+
+
+def test_fewer_bits_lose_more_of_an_index_and_bytes_are_counted():
+    some = random_queries()
+    whole = some._keys.scores(Index(16, 0.5), some._q, 0.25)
+    errors = [(some._keys.scores(Index(16, 0.5, bits=n), some._q, 0.25) - whole).abs().mean() for n in (8, 4)]
+    assert 0 < 5 * errors[0] < errors[1] < 0.3
+    true = some.scores.unflatten(-1, (-1, PAGE)).logsumexp(-1)[..., : PAGES - 1]
+    found = [some._keys.scores(Index(1, bits=n), some._q, 0.25)[..., : PAGES - 1] for n in (16, 4, 2, 1)]
+    codes = [(one - true).abs().mean() for one in found]
+    assert codes[0] < 1e-4 < codes[1] < codes[2] < codes[3] < 1
+    sizes = {name: rule.index.token_bytes(128) for name, rule in known_rules().items() if rule.index}
+    assert sizes[TODAY] == sizes["min/max 64"] == 8 and sizes["min/max 16 best"] == 32
+    assert sizes["mean 64"] == 4 and sizes["mean 16"] == 16 and sizes["keys"] == 256
+    assert sizes["mean 16 at 4 bits"] == (64 + 2) / 16 and sizes["mean 64 + 0.5 at 4 bits"] == (128 + 4) / 64
+    assert sizes["1-bit keys"] == 16 + 8 and sizes["unturned 16 + 0.25"] == (128 + 64) * 2 / 16
+
+
+def test_pools_and_filter_layers_by_hand():
+    chosen = torch.zeros(1, 40, 10, dtype=torch.bool)
+    chosen[0, torch.arange(40), torch.arange(40) % 3] = True  # one page a row: 0, 1, 2, 0, 1, 2, ...
+    assert pool_hits(chosen, 1) == {1: 0, 2: 0, 4: 1, 8: 1}
+    lost = torch.full((3, 2, 3, 2), 0.5)  # two heads a layer; head 1 of layer 1 serves layer 2 well
+    lost[2, :, 1, 1] = 0.1
+    for layer in range(3):
+        for head in range(2):
+            lost[layer, head, layer, head] = 0.05
+    assert own_choice(lost) == pytest.approx(0.05)
+    one, two, every = filter_layers(lost, 2 * lost)
+    assert one["layers"] == [0] and one["lost_where_fitted"] == pytest.approx((2 * 0.05 + 4 * 0.5) / 6)
+    assert two["layers"] == [0, 1] and two["lost"] == pytest.approx(2 * (4 * 0.05 + 2 * 0.1) / 6)
+    assert every["layers"] == [0, 1, 2] and every["lost"] == pytest.approx(2 * 0.05)
+    assert pages_of("64", 1000) == 64 and pages_of("1.5%", 1000) == 15 and pages_of("1.5%", 10) == 1
+
+
+def test_all_pages_are_full_attention(planted):
+    runtime = longrun.load(planted.path, head_map="full", ctx=2048, chunk_size=256)
+    model = Model(runtime)
+    text = next(iter(answered_texts(runtime.tokenizer, standard_library()[1::2], 4500, 1, seed=0)))
+    read = Read(model, text, 4)
+    one_pass = model.log_probs(read.text, None)
+    torch.testing.assert_close(read.reference, one_pass, atol=1e-3, rtol=1e-3)
+    rows, count = read.text.document_length, len(read.text.text_rows)
+    for name in ("perfect", TODAY, "mean 16 at 4 bits", "keys, 16-token units"):
+        found = read.log_probs(Choice(known_rules()[name], 1000, False))
+        torch.testing.assert_close(found, read.reference, atol=1e-4, rtol=1e-4)
+    assert rows == text.document_length and all(
+        read.right[i] for i, (task, _) in enumerate(text.answers) if task == "needle"
+    )
+    few, in_full = (read.log_probs(Choice(known_rules()[TODAY], 2, dense)) for dense in (False, True))
+    torch.testing.assert_close(few[:count], in_full[:count])  # running text comes before the questions
+    assert not torch.allclose(few[count:], in_full[count:], atol=0.1)
+    assert not torch.allclose(few, read.reference, atol=0.1)
+
+
+def test_probes_run(planted, tmp_path):
+    out = tmp_path / "out.json"
+    base = ["--model", str(planted.path), "--lengths", "4500", "--json", str(out)]
+    assert selection_answers.main([
+        *base, "--texts", "1", "--rules", "perfect;mean 16;4% by mean 64 at 8 bits, then keys", "--budgets", "8,2,1000",
+        "--questions", "selected",
+    ]) == 0  # fmt: skip
+    rows = json.loads(out.read_text())["lengths"][0]["rows"]
+    assert [(row["rule"], row["pages"]) for row in rows][:3] == [("perfect", 8), ("mean 16", 8), ("perfect", 2)]
+    assert rows[0]["kept"] == rows[0]["known"] >= 4 and rows[0]["kl_text"] < rows[-1]["kl_text"]
+    assert selection_probe.main(base) == 0
+    found = json.loads(out.read_text())["lengths"][0]
+    for table in found["mass"].values():
+        least = table["rules"]["perfect"]["lost"]
+        assert all(one["lost"][0] >= least[0] - 1e-4 for one in table["rules"].values() if len(one) == 4)
+        assert least == sorted(least[:5], reverse=True) + least[5:]
+    for step in found["steps"]:
+        assert step["repeated_by_age"]["0"] == 1 and step["filters"][-1]["lost"] >= 0
