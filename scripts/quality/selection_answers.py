@@ -167,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rules, head_dim = known_rules(), runtime.config.head_dim
     result |= {"benchmark": "selection answers", "text_rows": TEXT_ROWS, "lengths": []}
     for length in (parse_tokens(one, "--lengths") for one in args.lengths.split(",")):
-        pages, began = length // PAGE, time.perf_counter()
+        texts = list(answered_texts(runtime.tokenizer, standard_library()[1::2], length, args.texts, seed=0))
+        pages, began = len(texts[0].ids) // PAGE, time.perf_counter()
         counts = {budget: pages_of(budget, pages) for budget in args.budgets.split(",")}
         choices = {
             (questions, budget, name): Choice(rules[name], count, questions == "dense")
@@ -178,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         judged, known, asked = {key: Judged() for key in choices}, Counter[str](), Counter[str]()
         part: dict[str, Any] = {"length": length, "pages": pages}
         result["lengths"].append(part)
-        for text in answered_texts(runtime.tokenizer, standard_library()[1::2], length, args.texts, seed=0):
+        for text in texts:
             read = Read(model, text, args.newest)
             asked.update(task for task, _ in text.answers)
             known.update(task for (task, _), right in zip(text.answers, read.right, strict=True) if right)
