@@ -26,6 +26,8 @@ from scripts.server_process import planted_folder, server
 CONTEXT = 600
 SECONDS = 60.0
 _USER: dict[str, Any] = {"role": "user", "content": "Where is the red house?"}
+_CALL = {"id": "1", "type": "function", "function": {"name": "find", "arguments": '{"what": "house"}'}}
+_FORM = {"type": "json_schema", "json_schema": {"name": "place", "schema": {"type": "object", "required": ["where"]}}}
 BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/v1/chat/completions", {"messages": [_USER], "max_tokens": 3}),
     (
@@ -38,6 +40,16 @@ BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
                          {"role": "user", "content": [{"type": "text", "text": "And who"}]}],
         },
     ),
+    (
+        "/v1/chat/completions",
+        {
+            "messages": [_USER, {"role": "assistant", "tool_calls": [_CALL]},
+                         {"role": "tool", "tool_call_id": "1", "content": "It burned."}],
+            "tools": [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}],
+            "tool_choice": "auto", "max_tokens": 3, "looked_at": True,
+        },
+    ),
+    ("/v1/chat/completions", {"messages": [_USER], "max_tokens": 3, "looked_at": True, "response_format": _FORM}),
     ("/v1/completions", {"prompt": "The old man", "max_tokens": 3, "echo": True, "logprobs": 1}),
     ("/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 2, "stream": True, "stop": "x", "n": 1, "user": "me"}),
     ("/tokenize", {"content": "The old man", "add_special": True}),

@@ -104,7 +104,9 @@ ROOMS = (
         packages=("pathspec", "markdownify", "pypdf"),
         light=True,
     ),
-    Room("text", ("longrun.text", "longrun.text.*"), ("machine",), ("tokenizers", "transformers", "jinja2")),
+    Room(
+        "text", ("longrun.text", "longrun.text.*"), ("machine",), ("tokenizers", "transformers", "jinja2", "llguidance")
+    ),
     Room("attention interface", ("longrun.attention.interface",), packages=("torch",)),
     Room(
         "attention",

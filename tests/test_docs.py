@@ -103,7 +103,18 @@ def test_dependencies_are_explained_and_no_others() -> None:
 
 def test_dependencies_are_imported_somewhere() -> None:
     """What is declared is used; some serve other packages and are imported by them."""
-    needed_by_others = {"accelerate", "gguf", "httpx", "lxml", "numpy", "pytest", "pytest-xdist", "ruff", "setuptools"}
+    needed_by_others = {
+        "accelerate",
+        "gguf",
+        "httpx",
+        "jsonschema",
+        "lxml",
+        "numpy",
+        "pytest",
+        "pytest-xdist",
+        "ruff",
+        "setuptools",
+    }
     folders = ("longrun", "kernels", "quant", "patterns", "scripts")
     source = "\n".join(path.read_text(encoding="utf-8") for name in folders for path in (ROOT / name).rglob("*.py"))
     modules = {name: name.replace("-", "_") for name in declared()}

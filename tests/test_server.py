@@ -92,7 +92,8 @@ def test_models_and_health(served: Served) -> None:
 REFUSED = {
     "n": ({"n": 2}, 400, "n"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
-    "json schema": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    "json schema": ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, 400, "response_format"),
+    "a form": ({"response_format": {"type": "xml"}}, 400, "response_format"),
     "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty"),
     "unknown": ({"colour": "blue"}, 400, "colour"),
     "model": ({"model": "other"}, 404, "model"),
@@ -104,7 +105,7 @@ REFUSED = {
     "empty stop": ({"stop": [""]}, 400, None),
     "usage of no stream": ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
     "image": ({"messages": user([{"type": "image_url", "image_url": {"url": "a"}}])}, 400, "messages.0"),
-    "role": ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
+    "role": ({"messages": [{"role": "critic", "content": "x"}]}, 400, "messages.0.role"),
     "no message": ({"messages": []}, 400, "messages"),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -37,13 +37,17 @@ class LookBack:
 
     Args:
         layers: `DualCache.layers_at` of the length at which the pass begins.
+        check: called before every layer; what it raises ends the pass.
     """
 
     def __init__(
-        self, backend: Looks, layers: Sequence[tuple[PagedHeads | None, Ring | None]], looked: LookedTokens
-    ) -> None:
-        self._backend, self._layers, self._looked = backend, layers, looked
+        self, backend: Looks, layers: Sequence[tuple[PagedHeads | None, Ring | None]], looked: LookedTokens,
+        check: Callable[[], object] | None = None,
+    ) -> None:  # fmt: skip
+        self._backend, self._layers, self._looked, self._check = backend, layers, looked, check
 
     def run(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """See `Attention.run`."""
+        if self._check is not None:
+            self._check()
         return self._backend.look(*self._layers[layer_idx], q, k, v, step.start, self._looked)

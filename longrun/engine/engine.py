@@ -104,13 +104,16 @@ class Engine:
 
     @failed_allocations("while an answer was looked through")
     @torch.inference_mode()
-    def look_back(self, mark: CacheMark, token_ids: Tensor, tile_bytes: int) -> Tensor:
+    def look_back(
+        self, mark: CacheMark, token_ids: Tensor, tile_bytes: int, check: Callable[[], object] | None = None
+    ) -> Tensor:
         """What tokens that follow a mark attend to before it; the sequence stays as it is, wherever this ends.
 
         Args:
             mark: a live one, of at least one token.
             token_ids: int64 [n] in host memory, at most chunk_size of them.
             tile_bytes: see `LookedTokens`.
+            check: see `LookBack`.
 
         Returns:
             float32 [mark.seq_len] in host memory: each token's sum of squared attention weights, over these tokens and
@@ -128,7 +131,7 @@ class Engine:
         start, device = mark.seq_len, self.decoder.device
         looked = LookedTokens(start, self.decoder.config.head_dim**-0.5, tile_bytes, device)
         step = Step(start, len(token_ids), *self.rotary.cos_sin(start, len(token_ids), start + len(token_ids)))
-        attention = LookBack(backend, self.cache.layers_at(mark), looked)
+        attention = LookBack(backend, self.cache.layers_at(mark), looked, check)
         self.decoder.forward(token_ids.to(device), step, attention)
         return looked.sums.cpu()
 

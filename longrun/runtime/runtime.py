@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longrun.allocation import failed_allocations
 from longrun.arguments import check_text
@@ -20,6 +20,7 @@ from longrun.runtime.setup import Setup
 from longrun.session.session import Session
 from longrun.session.store import SavedSession
 from longrun.text.encoder import TextEncoder, leading_ids
+from longrun.text.json_answers import JsonAnswers, JsonRule, response_schema
 from longrun.text.stream import AnswerText, text_pieces
 from longrun.units import parse_tokens
 
@@ -49,6 +50,7 @@ class Runtime:
         self.split, self.parts, self.identity = setup.chosen.split, setup.parts, setup.identity
         self.notices = setup.notices
         self._setup = setup
+        self._json_answers: JsonAnswers | None = None
         self._engines: weakref.WeakKeyDictionary[Session, Engine] = weakref.WeakKeyDictionary()
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
@@ -78,6 +80,7 @@ class Runtime:
         seed: int | None = None,
         stop: Sequence[str] = (),
         min_p: float = 0.0,
+        response_format: Mapping[str, Any] | None = None,
     ) -> Iterator[str]:
         """Continue the session and yield the text as it comes: whole characters, without control tokens.
 
@@ -85,6 +88,7 @@ class Runtime:
             session: one of this runtime's.
             stop: the text ends before the first of these strings; the spelling of a control token is one as well.
             max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, min_p: see `Session.generate`.
+            response_format: see `json_rule`.
 
         Raises:
             InputError: as `Session.generate`, for an empty stop string or one that is no text, for another runtime's
@@ -93,8 +97,31 @@ class Runtime:
         """
         self.engine(session)
         text = AnswerText(self._tokenizer_for("tokens become text"), stop)
-        tokens = session.generate(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, min_p=min_p)
+        rule = self.json_rule(response_format)
+        tokens = session.generate(
+            max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, min_p=min_p, rule=rule
+        )
         return text_pieces(tokens, self.eos_token_ids, text)
+
+    def json_rule(self, response_format: Mapping[str, Any] | None) -> JsonRule | None:
+        """What makes one answer JSON, for `Session.generate`; None for any text.
+
+        Args:
+            response_format: as in OpenAI's API: {"type": "json_schema", "json_schema": {"schema": {...}}},
+                {"type": "json_object"} or {"type": "text"}.
+
+        Raises:
+            InputError: it is none of these, its schema is none or asks for what llguidance does not support, or the
+                model has no tokenizer that llguidance knows.
+            LongrunError: llguidance is not installed.
+        """
+        schema = response_schema(response_format)
+        if schema is None:
+            return None
+        if self._json_answers is None:
+            tokenizer = self._tokenizer_for("tokens become JSON")
+            self._json_answers = JsonAnswers(tokenizer, self.config.vocab_size, self.eos_token_ids)
+        return self._json_answers.rule(schema)
 
     def _tokenizer_for(self, what: str) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:

@@ -10,13 +10,27 @@ from typing import TYPE_CHECKING
 
 from longrun.engine.sampling import TokenScore, score_tokens
 from longrun.errors import ContextFullError
-from longrun.server.jobs import LENGTH, STOP, Ask, Cancelled, Finished, Job, Loaded, Piece, Progress, PromptScores
+from longrun.server.jobs import (
+    LENGTH,
+    STOP,
+    Ask,
+    Cancelled,
+    Finished,
+    Job,
+    Loaded,
+    LookedAt,
+    PassageNames,
+    Piece,
+    Progress,
+    PromptScores,
+)
 from longrun.server.prefix import PrefixMarks
 from longrun.server.reading import StepSizes, read_steps, reads_whole
 from longrun.text.stream import AnswerText
 
 if TYPE_CHECKING:
     from longrun.runtime.runtime import Runtime
+    from longrun.session.marks import SessionMark
     from longrun.session.session import Session
 
 _SCORED_AT_ONCE = 16  # tokens of a prompt: their logits need less memory than the activations of a chunk
@@ -49,10 +63,14 @@ class Answerer:
             LongrunError: see `Session.prefill` and `Session.generate`.
         """
         cached = self._score_prompt(job) if job.ask.scores_prompt else self._read(job)
-        if job.ask.max_new_tokens:
-            self._write(job, cached)
-        else:
-            job.emit(Finished(LENGTH, len(job.ask.token_ids), cached, 0))
+        finished = Finished(LENGTH, len(job.ask.token_ids), cached, 0)
+        if job.ask.sources is not None:
+            mark = self._marks.take()
+            finished = self._write(job, cached)
+            self._look_back(job, mark, job.ask.sources)
+        elif job.ask.max_new_tokens:
+            finished = self._write(job, cached)
+        job.emit(finished)
 
     def forget(self) -> None:
         """Begin with an empty session again, whatever happened to this one."""
@@ -129,7 +147,14 @@ class Answerer:
         self._marks.take()
         return 0
 
-    def _write(self, job: Job, cached: int) -> None:
+    def _look_back(self, job: Job, mark: SessionMark, sources: PassageNames) -> None:
+        """Emit what the tokens after the mark, the prompt's end, looked at."""
+        job.check()
+        passages = self._session.looked_at(mark, before=sources.before, check=job.check)
+        job.emit(LookedAt(sources.told(passages)))
+
+    def _write(self, job: Job, cached: int) -> Finished:
+        """Emit the answer's text."""
         ask, count, reason = job.ask, 0, LENGTH
         text = AnswerText(self._runtime.tokenizer, ask.stop)
         scores: list[TokenScore] = []  # of tokens whose text is not sure yet
@@ -147,24 +172,28 @@ class Answerer:
                 if text.found is not None:
                     reason, scores = STOP, []
                     break
+                if ask.rule is not None and ask.rule.is_complete:
+                    reason = STOP
                 job.check()
         except ContextFullError:
             reason = LENGTH
         piece = text.flush()
         if piece or scores:
             job.emit(Piece(piece, tuple(scores)))
-        job.emit(Finished(reason, len(ask.token_ids), cached, count))
+        return Finished(reason, len(ask.token_ids), cached, count)
 
     def _tokens(self, ask: Ask) -> Iterator[tuple[int, TokenScore | None]]:
         """The answer's tokens, scored where that was asked for."""
         sampling = ask.sampling
         seed = secrets.randbits(63) if ask.seed is None and sampling.temperature > 0 else ask.seed
         if ask.logprobs is not None:
-            for score in self._session.generate_scored(ask.max_new_tokens, sampling, seed, top=ask.logprobs):
+            for score in self._session.generate_scored(
+                ask.max_new_tokens, sampling, seed, top=ask.logprobs, rule=ask.rule
+            ):
                 yield score.token_id, score
             return
         for token_id in self._session.generate(
             ask.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p, sampling.repetition_penalty, seed,
-            min_p=sampling.min_p,
+            min_p=sampling.min_p, rule=ask.rule,
         ):  # fmt: skip
             yield token_id, None

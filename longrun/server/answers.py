@@ -6,11 +6,16 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from longrun.engine.sampling import TokenScore
-from longrun.server.jobs import Finished, Piece, Progress
+from longrun.server.jobs import STOP, Finished, Piece, Progress
 from longrun.text.spelling import TokenSpelling
+from longrun.text.tool_calls import ToolCall, ToolCallText
+
+TOOL_CALLS = "tool_calls"
+"""Why an answer ended that calls functions."""
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinite number
 
@@ -33,6 +38,9 @@ class Answer(ABC):
         spelling: spells the tokens that are scored.
         scored: tokens of the answer are scored.
         include_usage: a stream's last chunk counts tokens; then every other one has usage null.
+
+    Attributes:
+        looked_at: the passages that it looked at, told at its end; None where nobody asked.
     """
 
     prefix: str
@@ -41,6 +49,7 @@ class Answer(ABC):
 
     def __init__(self, model: str, spelling: TokenSpelling, scored: bool = False, include_usage: bool = False) -> None:
         self._model, self._spelling, self._scored, self._include_usage = model, spelling, scored, include_usage
+        self.looked_at: list[dict[str, Any]] | None = None
         self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     def whole(self, prompt_scores: Sequence[TokenScore], pieces: Sequence[Piece], finished: Finished) -> dict[str, Any]:
@@ -48,7 +57,8 @@ class Answer(ABC):
         scores = [score for piece in pieces for score in piece.scores]
         choice = self._whole_choice(prompt_scores, "".join(piece.text for piece in pieces), scores)
         choice |= {"index": 0, "finish_reason": finished.reason}
-        return self._object(self.whole_kind, [choice]) | {"usage": usage(finished)}
+        looked_at = {} if self.looked_at is None else {"looked_at": self.looked_at}
+        return self._object(self.whole_kind, [choice]) | {"usage": usage(finished)} | looked_at
 
     @abstractmethod
     def first(self, prompt_scores: Sequence[TokenScore]) -> list[dict[str, Any]]:
@@ -71,6 +81,9 @@ class Answer(ABC):
     def last(self, finished: Finished) -> list[dict[str, Any]]:
         """Chunks after the text."""
         chunks = [self._chunk(self._change("", []), finished.reason)]
+        if self.looked_at is not None:
+            no_usage = {"usage": None} if self._include_usage else {}
+            chunks.append(self._object(self.chunk_kind, []) | no_usage | {"looked_at": self.looked_at})
         if self._include_usage:
             chunks.append(self._object(self.chunk_kind, []) | {"usage": usage(finished)})
         return chunks
@@ -105,12 +118,50 @@ def joined_answers(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class ChatAnswer(Answer):
-    """A chat completion."""
+    """A chat completion.
+
+    Args:
+        tools: calls of functions in its text are told as such, in a stream at its end.
+    """
 
     prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(
+        self, model: str, spelling: TokenSpelling, scored: bool = False, include_usage: bool = False,
+        tools: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(model, spelling, scored, include_usage)
+        self._calls = ToolCallText() if tools else None
+
     def first(self, prompt_scores: Sequence[TokenScore]) -> list[dict[str, Any]]:
         return [self._chunk({"delta": {"role": "assistant", "content": ""}, "logprobs": None})]
+
+    def piece(self, piece: Piece) -> dict[str, Any]:
+        return super().piece(piece if self._calls is None else replace(piece, text=self._calls.feed(piece.text)))
+
+    def last(self, finished: Finished) -> list[dict[str, Any]]:
+        before: list[dict[str, Any]] = []
+        if self._calls is not None:
+            said, calls = self._calls.finish()
+            if said:
+                before.append(self._chunk(self._change(said, [])))
+            if calls:
+                told = [{"index": number, **call} for number, call in enumerate(map(_told, calls))]
+                before.append(self._chunk({"delta": {"tool_calls": told}, "logprobs": None}))
+                finished = replace(finished, reason=_called(finished.reason))
+        return [*before, *super().last(finished)]
+
+    def whole(self, prompt_scores: Sequence[TokenScore], pieces: Sequence[Piece], finished: Finished) -> dict[str, Any]:
+        if self._calls is None:
+            return super().whole(prompt_scores, pieces, finished)
+        before = self._calls.feed("".join(piece.text for piece in pieces))
+        said, calls = self._calls.finish()
+        reason = _called(finished.reason) if calls else finished.reason
+        told = super().whole(prompt_scores, [Piece(before + said)], replace(finished, reason=reason))
+        if calls:
+            message = told["choices"][0]["message"]
+            message |= {"content": message["content"].strip() or None, "tool_calls": [_told(call) for call in calls]}
+        return told
 
     def _whole_choice(
         self, prompt_scores: Sequence[TokenScore], text: str, scores: Sequence[TokenScore]
@@ -183,6 +234,15 @@ class TextAnswer(Answer):
             offsets.append(self._offset)
             self._offset += len(token)
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
+
+
+def _called(reason: str) -> str:
+    return TOOL_CALLS if reason == STOP else reason
+
+
+def _told(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 def _finite(logprob: float) -> float:

@@ -85,6 +85,7 @@ class Routes:
             routes = DocumentRoutes(self._service, self._service.documents)
             documents = [
                 ("GET", "/documents", routes.list),
+                ("GET", "/documents/{name:path}/text", routes.text),
                 ("GET", "/documents/{name:path}", routes.status),
                 ("PUT", "/documents/{name:path}", routes.put),
                 ("DELETE", "/documents/{name:path}", routes.delete),
@@ -160,8 +161,9 @@ class Routes:
             body = requests.read_chat(await read_body(request, service.limits))
             ask = await unless_gone(request, service.chat_ask(body))
         answer = ChatAnswer(
-            body.model or service.model_name, service.spelling, body.scored is not None, body.includes_usage
-        )
+            body.model or service.model_name, service.spelling, body.scored is not None, body.includes_usage,
+            body.callable_tools is not None,
+        )  # fmt: skip
         return await self._answered(request, body, ask, answer)
 
     async def completion(self, request: Request) -> Response:

@@ -22,7 +22,9 @@ ARCHIVES = (
 KINDS = ("text/plain", "text/markdown", "text/html", "application/pdf", *ARCHIVES)
 """What a document's body may be."""
 
-_SEPARATOR = "\n\n"
+SEPARATOR = "\n\n"
+"""Between a document, what system messages say, and the question."""
+
 _QUESTIONS = ("a", "\n7")
 _BACK = 8  # tokens: another question's beginning may change how the text's last characters are cut
 
@@ -65,14 +67,27 @@ def with_document(text: str, chat: Sequence[tuple[str, str]]) -> list[tuple[str,
     What system messages before it say stands between text and message: the text's session begins without them.
 
     Raises:
+        RequestError: see `numbers_with_document`.
+    """
+    contents = {None: text} | {number: content for number, (_, content) in enumerate(chat)}
+    return [
+        (chat[numbers[-1]][0], SEPARATOR.join(contents[number] for number in numbers))
+        for numbers in numbers_with_document(chat)
+    ]
+
+
+def numbers_with_document(chat: Sequence[tuple[str, str]]) -> list[list[int | None]]:
+    """What each message of `with_document` holds: numbers of messages of the chat, None for the document's text.
+
+    Raises:
         RequestError: no user message.
     """
     place = next((number for number, (role, _) in enumerate(chat) if role == "user"), None)
     if place is None:
         raise RequestError("a document needs a question: send a message of role user", "invalid_value", "messages")
-    system = [content for role, content in chat[:place] if role == "system"]
-    before = [(role, content) for role, content in chat[:place] if role != "system"]
-    return [*before, ("user", _SEPARATOR.join([text, *system, chat[place][1]])), *chat[place + 1 :]]
+    system = [number for number in range(place) if chat[number][0] == "system"]
+    before = [[number] for number in range(place) if chat[number][0] != "system"]
+    return [*before, [None, *system, place], *([number] for number in range(place + 1, len(chat)))]
 
 
 def document_ids(prompts: ChatPrompts, text: str, now: float) -> tuple[list[int], int]:

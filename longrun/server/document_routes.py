@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from longrun.server.document_files import checked_name
 from longrun.server.document_prompts import KINDS
@@ -25,6 +25,12 @@ class DocumentRoutes:
     async def status(self, request: Request) -> Response:
         """One of them."""
         return JSONResponse(self._documents.status(_name(request)))
+
+    async def text(self, request: Request) -> Response:
+        """The text of one, of which `looked_at` tells lines and bytes."""
+        name = _name(request)
+        text = await self._service.aside(lambda: self._documents.text(name))
+        return PlainTextResponse(text, headers={"X-Content-Type-Options": "nosniff"})
 
     async def put(self, request: Request) -> Response:
         """Take one, or other content for one; it is read later."""

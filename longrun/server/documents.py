@@ -196,6 +196,17 @@ class Documents:
         with storing(name):
             return self._files.text(name, document.record), document.kept, document.record.created
 
+    def text(self, name: str) -> str:
+        """The text as it was read, or will be.
+
+        Raises:
+            RequestError: there is none of this name, or its text cannot be read.
+            LongrunError: its text is damaged.
+        """
+        document = self._find(name)
+        with storing(name), self._lock:
+            return self._files.text(name, document.record)
+
     def _find(self, name: str) -> _Document:
         document = self._table.get(name)
         if document is None:

@@ -16,9 +16,10 @@ from starlette.requests import ClientDisconnect
 
 from longrun.engine.sampling import TokenScore
 from longrun.server.answers import Answer
-from longrun.server.jobs import Finished, Piece, Progress, PromptScores
+from longrun.server.events import Events
+from longrun.server.jobs import Finished, LookedAt, Piece, Progress, PromptScores
 from longrun.server.openai_errors import RequestError, error_of
-from longrun.server.service import Events, Limits
+from longrun.server.service import Limits
 
 PING_SECONDS = 10
 """Between two comments in a stream that has nothing to say."""
@@ -109,6 +110,8 @@ async def whole_answer(events: Events, answer: Answer) -> dict[str, Any]:
             pieces.append(event)
         elif isinstance(event, PromptScores):
             prompt_scores += event.scores
+        elif isinstance(event, LookedAt):
+            answer.looked_at = event.passages
         elif isinstance(event, Finished):
             return answer.whole(prompt_scores, pieces, event)
     raise AssertionError("a job's events end with Finished")
@@ -150,6 +153,8 @@ async def _chunks(events: Events, answer: Answer, progress: bool) -> AsyncIterat
                 yield chunk
         if isinstance(event, Piece):
             yield answer.piece(event)
+        elif isinstance(event, LookedAt):
+            answer.looked_at = event.passages
         elif isinstance(event, Finished):
             for chunk in answer.last(event):
                 yield chunk

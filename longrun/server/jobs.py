@@ -5,18 +5,34 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from longrun.engine.sampling import SamplingParams, TokenScore
 from longrun.errors import LongrunError
 
 if TYPE_CHECKING:
+    from longrun.engine.token_rule import TokenRule
     from longrun.server.kept import KeptSession
+    from longrun.session.passages import Passage
 
 STOP, LENGTH = "stop", "length"
 """Why an answer ended: the model's own end or a stop string; its number of tokens."""
+
+
+class PassageNames(Protocol):
+    """Names for passages of a prompt.
+
+    Attributes:
+        before: tokens from this position on are not shown.
+    """
+
+    before: int
+
+    def told(self, passages: Sequence[Passage]) -> list[dict[str, Any]]:
+        """What a client is told of each passage."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,8 @@ class Ask:
         scores_end: of the tokens that are scored, the one that ends the answer is one; it has no text.
         kept: a saved session that the prompt begins with, loaded where more of it is there than in memory.
         saves: save into `kept` what is read, after every step.
+        rule: which tokens the answer may have; None allows all.
+        sources: name the passages that the answer looked at by these; None does not look.
     """
 
     token_ids: list[int]
@@ -44,6 +62,8 @@ class Ask:
     scores_end: bool = False
     kept: KeptSession | None = None
     saves: bool = False
+    rule: TokenRule | None = None
+    sources: PassageNames | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +109,13 @@ class PromptScores:
 
 
 @dataclass(frozen=True)
+class LookedAt:
+    """What the answer looked at, as `PassageNames.told` says it; comes after the answer's text."""
+
+    passages: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Finished:
     """The answer's end, the last event.
 
@@ -111,7 +138,7 @@ class Failed:
     error: Exception
 
 
-Event = Progress | Loaded | PromptScores | Piece | Finished | Failed
+Event = Progress | Loaded | PromptScores | Piece | LookedAt | Finished | Failed
 
 
 class Cancelled(Exception):

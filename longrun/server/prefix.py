@@ -88,18 +88,19 @@ class PrefixMarks:
         start = session.num_tokens
         return start, self._places(token_ids, start, branch)
 
-    def take(self) -> None:
-        """Mark the session's end, in place of a mark that is needed less where there is no more room."""
+    def take(self) -> SessionMark:
+        """The mark at the session's end, in place of one that is needed less where there is no more room."""
         position = self._session.num_tokens
         for point in self._points:
             if point.position == position:
                 point.used = self._request
-                return
+                return point.mark
         while len(self._points) >= self._room:
             point = self._least()
             self._points.remove(point)
             self._session.release(point.mark)
         self._points.append(_Point(self._session.mark(), position % GRID == 0, self._request))
+        return self._points[-1].mark
 
     def _places(self, token_ids: Sequence[int], start: int, branch: int | None) -> list[int]:
         """Where to take marks in [start, len(token_ids)], ascending: of the grid, and the most useful others."""

@@ -10,14 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from longrun.arguments import check_text
 from longrun.engine.sampling import SamplingParams
-from longrun.errors import InputError, quoted
+from longrun.errors import InputError
+from longrun.server.messages import Message, Strict, Tool
 from longrun.server.openai_errors import RequestError, refused_fields
 from longrun.text.stream import StopStrings
 
 MAX_STOPS, MAX_LOGPROBS = 16, 20
 
 Kind = TypeVar("Kind", bound="AnswerRequest")
-Plain = TypeVar("Plain", bound="_Strict")
+Plain = TypeVar("Plain", bound="Strict")
 
 # Fields of OpenAI's API and the values of them that ask for nothing; what they would ask for is not served.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -27,7 +28,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "logit_bias": ({},),
     "store": (False,),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -46,23 +46,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _LABELS = frozenset({"user", "safety_identifier", "prompt_cache_key", "metadata"})
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Attributes: include_usage: a last chunk counts the tokens."""
 
     include_usage: bool | None = None
 
 
-class AnswerRequest(_Strict):
+class AnswerRequest(Strict):
     """What both kinds of request have in common; None is as if a field were not there."""
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_progress: bool | None = None
+    looked_at: bool | None = None
+    response_format: dict[str, Any] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -107,39 +105,6 @@ class AnswerRequest(_Strict):
             raise RequestError("return_progress needs stream: true", "invalid_value", "return_progress")
 
 
-class TextPart(_Strict):
-    """One of several texts of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Strict):
-    """A message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_text(cls, value: Any) -> Any:
-        """Clients send an answer back with fields that are null; a part that is no text gets a sentence of its own."""
-        if not isinstance(value, dict):
-            return value
-        content = value.get("content")
-        for part in content if isinstance(content, list) else ():
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind != "text":
-                raise ValueError(f"a part of type {quoted(kind)} is not served: send text")
-        return {name: each for name, each in value.items() if each is not None}
-
-    @property
-    def pair(self) -> tuple[str, str]:
-        """(role, content) as chat templates know them: several texts stand on lines of their own."""
-        role = "system" if self.role == "developer" else self.role
-        return role, self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-
-
 class ChatRequest(AnswerRequest):
     """Body of /v1/chat/completions."""
 
@@ -147,6 +112,16 @@ class ChatRequest(AnswerRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def callable_tools(self) -> list[dict[str, Any]] | None:
+        """The functions that the model is told of; None without any."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
 
     @property
     def new_tokens(self) -> int | None:
@@ -166,6 +141,14 @@ class ChatRequest(AnswerRequest):
             raise RequestError("max_tokens 0 is too small: it must be at least 1", "invalid_value", "max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs need logprobs: true", "invalid_value", "top_logprobs")
+        if self.callable_tools is not None:
+            wrong = {
+                "logprobs": self.logprobs,
+                "response_format": (self.response_format or {}).get("type", "text") != "text",
+                "parallel_tool_calls": self.parallel_tool_calls is False,
+            }
+            for name in (name for name, given in wrong.items() if given):
+                raise RequestError(f"{name} is not served with tools: leave one out", "unsupported_value", name)
 
     @property
     def scored(self) -> int | None:
@@ -198,9 +181,13 @@ class TextRequest(AnswerRequest):
                 f"{len(self.prompts):,} prompts are not streamed in one request: send one, or leave stream out",
                 "unsupported_value", "prompt",
             )  # fmt: skip
+        if self.looked_at and (len(self.prompts) > 1 or self.max_tokens == 0):
+            raise RequestError(
+                "looked_at needs a single prompt and max_tokens of at least 1", "invalid_value", "looked_at"
+            )
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """Body of /tokenize: a text, a prompt or the messages of a chat.
 
     Attributes:
@@ -225,7 +212,7 @@ class TokenizeRequest(_Strict):
         return self
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """Body of /detokenize."""
 
     tokens: list[int]
@@ -261,7 +248,7 @@ def _validated(kind: type[Plain], body: bytes) -> Plain:
 def _read(kind: type[Kind], body: bytes) -> Kind:
     try:
         fields = _Fields.model_validate_json(body).model_extra or {}
-        request = kind.model_validate(_without_neutral(fields), strict=True)
+        request = kind.model_validate(_without_neutral(fields, kind), strict=True)
     except ValidationError as error:
         raise refused_fields(error) from None
     try:
@@ -278,8 +265,8 @@ class _Fields(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-def _without_neutral(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields but those that ask for nothing.
+def _without_neutral(fields: dict[str, Any], kind: type[AnswerRequest]) -> dict[str, Any]:
+    """The fields but those that ask for nothing and are none of this kind's.
 
     Raises:
         RequestError: one that asks for something which is not served.
@@ -288,7 +275,7 @@ def _without_neutral(fields: dict[str, Any]) -> dict[str, Any]:
     for name, value in fields.items():
         if value is None or name in _LABELS:
             continue
-        if name not in _NEUTRAL:
+        if name not in _NEUTRAL or name in kind.model_fields:
             left[name] = value
         elif not _is_one_of(value, _NEUTRAL[name]):
             only = f" but as {_listed(_NEUTRAL[name])}" if _NEUTRAL[name] else ""

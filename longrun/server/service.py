@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,23 +11,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from longrun.arguments import check_text
-from longrun.errors import quoted
+from longrun.errors import InputError, PlanError, quoted
 from longrun.server.document_files import checked_name
-from longrun.server.document_prompts import with_document
+from longrun.server.document_prompts import numbers_with_document, with_document
 from longrun.server.documents import Documents
-from longrun.server.jobs import Ask, Event, Failed, Finished, Job, Loaded, Piece
+from longrun.server.events import Events
+from longrun.server.jobs import Ask
+from longrun.server.looked import PromptSources, chat_sources, text_sources
+from longrun.server.messages import Message
 from longrun.server.metrics import Metrics
 from longrun.server.openai_errors import RequestError
-from longrun.server.requests import ChatRequest, Message, TextRequest
+from longrun.server.requests import AnswerRequest, ChatRequest, TextRequest
 from longrun.server.worker import QueueFullError, Worker
-from longrun.text.chat_prompt import ChatPrompts
+from longrun.specs.look_back_spec import look_back_room
+from longrun.text.chat_prompt import ChatPrompts, PromptText
 from longrun.text.chat_template import has_template
 from longrun.text.encoder import TextEncoder, leading_ids
 from longrun.text.spelling import TokenSpelling
+from longrun.text.tool_calls import takes_tools
 from longrun.units import format_tokens
 
 if TYPE_CHECKING:
     from longrun.runtime.runtime import Runtime
+    from longrun.text.json_answers import JsonRule
 
 Result = TypeVar("Result")
 
@@ -51,55 +56,6 @@ class Limits:
     body_bytes: int
     body_seconds: float = 60.0
     unpacked_bytes: int | None = None
-
-
-class Events:
-    """The events of one job, for asyncio. Made within the event loop; the job is in the queue then.
-
-    Raises:
-        QueueFullError, StoppedError: it was not taken.
-    """
-
-    def __init__(self, worker: Worker, ask: Ask, seconds: float, metrics: Metrics) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
-        self.ask, self._metrics = ask, metrics
-        self._job = Job(ask, self._emit, seconds)
-        worker.submit(self._job)
-
-    def _emit(self, event: Event) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
-        except RuntimeError:  # the loop has ended, and so has everybody who waited
-            self.cancel()
-
-    def cancel(self) -> None:
-        """Nobody waits any more."""
-        self._job.cancel()
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        """The events up to `Finished`; where the caller leaves before, the job is cancelled.
-
-        Raises:
-            Exception: what the job failed with.
-        """
-        began, finished, silent = time.perf_counter(), None, True
-        try:
-            while finished is None:
-                event = await self._queue.get()
-                if isinstance(event, Failed):
-                    raise event.error
-                if isinstance(event, Loaded):
-                    self._metrics.loaded(event.seconds)
-                    event.report()
-                if isinstance(event, Piece) and silent:
-                    silent = False
-                    self._metrics.first_text(time.perf_counter() - began)
-                finished = event if isinstance(event, Finished) else None
-                yield event
-        finally:
-            self.cancel()
-            self._metrics.ended(finished)
 
 
 class Service:
@@ -130,6 +86,7 @@ class Service:
         self._encoder = TextEncoder(runtime.tokenizer)
         self._preparing = 0
         self._prompts = ChatPrompts(runtime.tokenizer) if has_template(runtime.tokenizer) else None
+        self._takes_tools = takes_tools(runtime.tokenizer)
         # Tokenizing a long text takes seconds: beside the event loop, one text at a time.
         self._tokenizing = ThreadPoolExecutor(1, "longrun-tokenizer")
         self.documents = None
@@ -165,15 +122,22 @@ class Service:
         Raises:
             RequestError: another model, messages that the template refuses, or too many tokens.
         """
-        name = self.check_model(request.model)
-        if self.documents is None or name is None:
-            ids, kept = await self.chat_ids(request.messages), None
-        else:
+        name, kept, now, document = self.check_model(request.model), None, None, None
+        chat = given = [message.pair for message in request.messages]
+        tools, more = request.callable_tools, [message.more for message in request.messages]
+        self._check_tools(tools, more, name)
+        if self.documents is not None and name is not None:
             text, kept, now = await self.aside(lambda documents=self.documents: documents.taken(name))
-            pairs = with_document(text, [message.pair for message in request.messages])
-            ids = await self._pair_ids(pairs, now)
+            document, chat = (name, text), with_document(text, given)
+            more = [more[held[-1] or 0] for held in numbers_with_document(given)]
+        rule = await self._rule(request)
+        ids, texts = await self._read_pairs(chat, now, tools, more)
         room = self._room(len(ids), request.new_tokens, "messages")
-        return Ask(ids, room, request.sampling, request.seed, request.stops, request.scored, kept=kept)
+        sources = await self._sources(request, ids, lambda: chat_sources(self._runtime, ids, texts, given, document))
+        return Ask(
+            ids, room, request.sampling, request.seed, request.stops, request.scored, kept=kept, rule=rule,
+            sources=sources,
+        )  # fmt: skip
 
     async def text_ask(self, request: TextRequest, prompt: str | list[int]) -> tuple[Ask, str]:
         """What a completion asks of the worker for one of its prompts, and the text that it begins with.
@@ -185,6 +149,7 @@ class Service:
             raise RequestError(
                 "a document stands in a chat: ask POST /v1/chat/completions", "unsupported_value", "model"
             )
+        rule = await self._rule(request)
         if isinstance(prompt, str):
             ids, text = await self.text_ids(prompt, True), prompt
         else:
@@ -192,8 +157,12 @@ class Service:
         scores_prompt = bool(request.echo) and request.logprobs is not None
         asked = _DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens
         room = self._room(len(ids), asked, "prompt")
-        scores = {"scores_prompt": scores_prompt, "scores_end": True}
-        return Ask(ids, room, request.sampling, request.seed, request.stops, request.logprobs, **scores), text
+        sources = await self._sources(request, ids, lambda: text_sources(self._runtime, ids, text))
+        ask = Ask(
+            ids, room, request.sampling, request.seed, request.stops, request.logprobs, scores_prompt, scores_end=True,
+            rule=rule, sources=sources,
+        )  # fmt: skip
+        return ask, text
 
     async def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a chat, up to where the answer begins.
@@ -201,12 +170,61 @@ class Service:
         Raises:
             RequestError: the model has no chat template, or it refuses the messages.
         """
-        return await self._pair_ids([message.pair for message in messages])
+        more = [message.more for message in messages]
+        self._check_tools(None, more, None)
+        return (await self._read_pairs([message.pair for message in messages], None, None, more))[0]
 
-    async def _pair_ids(self, pairs: Sequence[tuple[str, str]], now: float | None = None) -> list[int]:
+    def _check_tools(self, tools: object, more: Sequence[dict[str, Any]], document: str | None) -> None:
+        """Raises RequestError: tools, or messages of their use, that the model's chat template does not take; tools
+        with a document, whose session was read without them."""
+        wrong = "tools" if tools is not None else "messages" if any(more) else None
+        if wrong is not None and not self._takes_tools:
+            raise RequestError(
+                f"this model's chat template takes no {'tools' if tools is not None else 'calls of tools'} in a form "
+                f"that longrun reads: leave them out",
+                "unsupported_value", wrong,
+            )  # fmt: skip
+        if tools is not None and document is not None:
+            raise RequestError(
+                "tools are not served with a document: the text would have to be read again behind them",
+                "unsupported_value", "tools",
+            )  # fmt: skip
+
+    async def _read_pairs(
+        self, pairs: Sequence[tuple[str, str]], now: float | None, tools: Sequence[dict[str, Any]] | None,
+        more: Sequence[dict[str, Any]],
+    ) -> tuple[list[int], list[PromptText]]:  # fmt: skip
         if self._prompts is None:
             raise RequestError("this model has no chat template: send a text to /v1/completions", "no_chat_template")
-        return await self.aside(lambda prompts=self._prompts: prompts.ids(pairs, now))
+        return await self.aside(lambda prompts=self._prompts: prompts.read(pairs, now, tools, more))
+
+    async def _rule(self, request: AnswerRequest) -> JsonRule | None:
+        """Which tokens the answer may have.
+
+        Raises:
+            RequestError: a form that is not served.
+        """
+        try:
+            return await self.aside(lambda: self._runtime.json_rule(request.response_format))
+        except InputError as error:
+            raise RequestError(str(error), "unsupported_value", "response_format") from None
+
+    async def _sources(
+        self, request: AnswerRequest, ids: list[int], make: Callable[[], PromptSources]
+    ) -> PromptSources | None:
+        """By what the passages of a prompt are named; None where nobody asks for them.
+
+        Raises:
+            RequestError: the plan has no memory to look back over so many tokens.
+        """
+        if not request.looked_at:
+            return None
+        plan, config = self._runtime.plan, self._runtime.config
+        try:
+            look_back_room(config, plan.attention.compute_itemsize, plan.chunk_size, plan.device_type, len(ids))
+        except PlanError as error:
+            raise RequestError(str(error), "unsupported_value", "looked_at") from None
+        return await self.aside(make)
 
     async def text_ids(self, text: str, begins: bool) -> list[int]:
         """Tokens of a text; where it `begins` the sequence with what the tokenizer puts there."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from longrun.arguments import integer
-from longrun.errors import InputError, PlanError
+from longrun.errors import InputError
 from longrun.session.marks import SessionMark, SessionMarks
 from longrun.session.passages import Passage, passages
 from longrun.session.sequence import TokenSequence
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def looked_at(
     sequence: TokenSequence, marks: SessionMarks, plan: Plan, mark: SessionMark, stop: int | None, before: int | None,
-    most: int,
+    most: int, check: Callable[[], object] | None,
 ) -> list[Passage]:  # fmt: skip
     """See `Session.looked_at`."""
     marks.check(mark)
@@ -35,11 +36,6 @@ def looked_at(
     room, tile_bytes = look_back_room(
         engine.decoder.config, plan.attention.compute_itemsize, plan.chunk_size, plan.device_type, start
     )
-    if room < 1:
-        raise PlanError(
-            f"chunks of {plan.chunk_size:,} tokens leave no memory for looking back over {start:,} tokens: load the "
-            f"model with a larger chunk_size"
-        )
     stop = min(max(stop - 1, start + 1), start + room)  # nothing was written after the last token had looked
     ids = torch.tensor(sequence.ids[start:stop], dtype=torch.int64)
-    return passages(engine.look_back(mark.cache, ids, tile_bytes)[:before], page_size, page_size, most)
+    return passages(engine.look_back(mark.cache, ids, tile_bytes, check)[:before], page_size, page_size, most)

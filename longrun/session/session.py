@@ -14,6 +14,7 @@ from longrun.cache.dual import DualCache
 from longrun.engine.engine import Engine
 from longrun.engine.sampling import SamplingParams, TokenScore
 from longrun.engine.token_ids import token_id_tensor
+from longrun.engine.token_rule import TokenRule
 from longrun.errors import InputError, logits_not_finite
 from longrun.interrupts import deferred_signals
 from longrun.plan.plan import Plan
@@ -146,6 +147,7 @@ class Session:
         seed: int | None = None,
         eos: bool = True,
         min_p: float = 0.0,
+        rule: TokenRule | None = None,
     ) -> Iterator[int]:
         """Continue the sequence token by token.
 
@@ -157,6 +159,8 @@ class Session:
             max_new_tokens: at most so many.
             temperature, top_k, top_p, repetition_penalty, min_p: see `SamplingParams`.
             eos: stop after an end-of-sequence token of the generation config (it is yielded last).
+            rule: which tokens may come, such as those of JSON (`Runtime.json_rule`); good for one answer, which ends
+                where nothing may follow. A GPU then does not begin with a token before the last one is known.
 
         Raises:
             InputError: impossible parameters, or a session without any token (at the call, not at the first token).
@@ -164,18 +168,20 @@ class Session:
         """
         params = SamplingParams(temperature, top_k, top_p, repetition_penalty, min_p)
         count, ends = self._ready_to_generate(max_new_tokens, seed, eos)
-        return generate(self._sequence, count, params, ends)
+        return generate(self._sequence, count, params, ends, rule=rule)
 
     def generate_scored(
-        self, max_new_tokens: int, params: SamplingParams, seed: int | None = None, eos: bool = True, top: int = 0
-    ) -> Iterator[TokenScore]:
-        """`generate`, with every token's log-probability and the `top` likeliest tokens in its place.
+        self, max_new_tokens: int, params: SamplingParams, seed: int | None = None, eos: bool = True, top: int = 0,
+        rule: TokenRule | None = None,
+    ) -> Iterator[TokenScore]:  # fmt: skip
+        """`generate`, with every token's log-probability and the `top` likeliest tokens in its place: the model's own,
+        whatever a rule allows.
 
         Raises:
             As `generate`.
         """
         count, ends = self._ready_to_generate(max_new_tokens, seed, eos)
-        return generate_scored(self._sequence, count, params, ends, integer(top, "top", 0, self.vocab_size))
+        return generate_scored(self._sequence, count, params, ends, integer(top, "top", 0, self.vocab_size), rule)
 
     def _ready_to_generate(self, max_new_tokens: int, seed: int | None, eos: bool) -> tuple[int, frozenset[int]]:
         """Check what `generate` is called with and begin at the seed; returns how many tokens, and what ends them."""
@@ -221,8 +227,9 @@ class Session:
             self._marks.rewind(mark)
 
     def looked_at(
-        self, mark: SessionMark, stop: int | None = None, before: int | None = None, most: int = 5
-    ) -> list[Passage]:
+        self, mark: SessionMark, stop: int | None = None, before: int | None = None, most: int = 5,
+        check: Callable[[], object] | None = None,
+    ) -> list[Passage]:  # fmt: skip
         """The passages of the text before `mark` that the tokens after it attended to most.
 
         The tokens after the mark are read once more, without appending anything: the session stays as it is. What the
@@ -235,6 +242,7 @@ class Session:
             stop: where it ends, a number of tokens of the session; default: the session's end.
             before: tokens from this position on are not shown, such as those of the question; default: the mark.
             most: at most so many passages.
+            check: called before every layer; what it raises ends this and goes through.
 
         Returns:
             Passages, the most looked at first: none where nothing stands before the mark beside the first page, which
@@ -245,7 +253,8 @@ class Session:
             SessionError: an earlier step broke off.
             PlanError: the planned chunks are too short for it.
         """
-        return looked_at(self._sequence, self._marks, self.plan, mark, stop, before, most)
+        callback(check, "check")
+        return looked_at(self._sequence, self._marks, self.plan, mark, stop, before, most, check)
 
     def attach(self, path: str | Path) -> None:
         """Own the folder `path` and keep it up to date from now on: prefill saves into it after every chunk.

@@ -43,6 +43,8 @@ def render_chats(
     add_generation_prompt: bool = True,
     options: Mapping[str, Any] | None = None,
     now: float | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    more: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[str]:
     """The chats as the tokenizer's template writes them.
 
@@ -51,6 +53,8 @@ def render_chats(
         add_generation_prompt: write what begins an answer, too.
         options: JSON values of names that the template itself asks for, such as `enable_thinking`.
         now: the time that a template may write, in seconds since 1970; None is the clock's.
+        tools: JSON of functions that the model may call.
+        more: other fields of each message; with it there is a single chat.
 
     Raises:
         InputError: an option that the template does not know, or a name that is not for options.
@@ -58,7 +62,7 @@ def render_chats(
         CheckpointError: it ran for longer than it may, or needed more memory or wrote more text than it may.
     """
     try:
-        template = tokenizer.get_chat_template()
+        template = tokenizer.get_chat_template(tools=tools)
     except ValueError as error:
         raise TemplateError(str(error)) from error
     names = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
@@ -68,12 +72,16 @@ def render_chats(
                 f"the model's chat template has no option {quoted(name)}: leave it out, or look the name up in the "
                 f"template"
             )
+    others = 0 if tools is None and more is None else len(json.dumps([tools, more]))
     request = {
         "template": template,
-        "names": {**names, **(options or {})},
+        "names": {**names, **(options or {}), **({"tools": tools} if tools else {})},
         "chats": [
             {
-                "messages": [{"role": role, "content": content} for role, content in chat],
+                "messages": [
+                    {"role": role, "content": content, **fields}
+                    for (role, content), fields in zip(chat, more or [{}] * len(chat), strict=True)
+                ],
                 "add_generation_prompt": add_generation_prompt,
             }
             for chat in chats
@@ -81,7 +89,7 @@ def render_chats(
         "now": now,
         "cpu_seconds": CPU_SECONDS,
         "memory_bytes": MEMORY_BYTES,
-        "max_chars": MAX_CHARS + 4 * sum(len(content) for chat in chats for _, content in chat),
+        "max_chars": MAX_CHARS + 4 * (sum(len(content) for chat in chats for _, content in chat) + others),
     }
     answer = json.loads(_in_child(json.dumps(request)))
     if "texts" in answer:

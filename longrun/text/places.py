@@ -60,24 +60,49 @@ def place_of(
     """
     held = max(sources, key=lambda source: min(stop, source.stop) - max(first, source.first), default=None)
     if held is None or min(stop, held.stop) <= max(first, held.first):
-        return Place(None, None, None, _shown(_decoded(tokenizer, token_ids[first:stop])))
+        return Place(None, None, None, shown_text(tokenizer, token_ids[first:stop]))
     first, stop = max(first, held.first), min(stop, held.stop)
-    ids = token_ids[held.first : held.stop]
-    known = "" if held.text is None else _without_space(held.text)
-    whole = _without_space(_decoded(tokenizer, ids))
-    at = whole.rfind(known) if known else -1
-    begin, end, length = _offsets(tokenizer, ids, (first - held.first, stop - held.first, len(ids)))
-    if at < 0 or held.text is None or length != len(whole):
-        return Place(held.name, None, None, _shown(_decoded(tokenizer, token_ids[first:stop])))
-    text = held.text
-    begin, end = _range_of(text, *(min(max(0, place - at), len(known)) for place in (begin, end)))
+    ids, span = token_ids[held.first : held.stop], (first - held.first, stop - held.first)
+    found = None if held.text is None else char_ranges(tokenizer, ids, held.text, [span])
+    if found is None or held.text is None:
+        return Place(held.name, None, None, shown_text(tokenizer, token_ids[first:stop]))
+    return place_in(held.name, held.text, *found[0])
+
+
+def char_ranges(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str, spans: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]] | None:
+    """Where tokens [first, stop) of each span stand in a text: characters [begin, end) without white space at its ends.
+
+    Args:
+        ids: tokens that end with the text; what stands before it may be anything.
+
+    Returns:
+        None where the tokens spell something else than the text beside white space.
+    """
+    known, whole = _without_space(text), _without_space(_decoded(tokenizer, ids))
+    at, counts = whole.rfind(known) if known else -1, sorted({len(ids)}.union(*spans))
+    offsets = dict(zip(counts, _offsets(tokenizer, ids, counts), strict=True))
+    if at < 0 or offsets[len(ids)] != len(whole):
+        return None
+    within = [[min(max(0, offsets[place] - at), len(known)) for place in span] for span in spans]
+    return [_range_of(text, begin, end) for begin, end in within]
+
+
+def place_in(name: str | None, text: str, begin: int, end: int) -> Place:
+    """The place of characters [begin, end) of a text of this name."""
     line = text.count("\n", 0, begin) + 1
     start = len(text[:begin].encode())
     around = text[_line_start(text, begin) : begin][-_AROUND:], text[end : _line_end(text, end)][:_AROUND]
     return Place(
-        held.name, (line, line + text.count("\n", begin, end)),
+        name, (line, line + text.count("\n", begin, end)),
         (start, start + len(text[begin:end].encode())), _shown(text[begin:end].join(around)),
     )  # fmt: skip
+
+
+def shown_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """What the tokens spell, in one line."""
+    return _shown(_decoded(tokenizer, ids))
 
 
 def _without_space(text: str) -> str:

@@ -63,7 +63,7 @@ def render_all(request: dict[str, Any]) -> dict[str, Any]:
         texts = []
         for chat in request["chats"]:
             text, left = [], request["max_chars"]
-            for piece in template.generate(tools=None, documents=None, **request["names"], **chat):
+            for piece in template.generate({"tools": None, "documents": None, **request["names"], **chat}):
                 left -= len(piece)
                 if left < 0:
                     raise _TooMuch(f"wrote more than {request['max_chars']:,} characters")
