@@ -166,6 +166,7 @@ class PagedPrefill:
         sinks = min(reach.sink_size, start)
         first = max(sinks, start - reach.tokens)
         held = sinks + start - first
+        unseen = int(start - first >= reach.tokens)  # has a place, and may stand in a page that was dropped
         shape = (len(q), -1, per_kv, q.shape[2])
         at_once = self._scratch.shape[1] // max(1, held * q.shape[2])
         assert at_once, f"the scratch has no room for {held} tokens of a head"
@@ -176,7 +177,9 @@ class PagedPrefill:
             size = some.num_heads * held * q.shape[2]
             past_k, past_v = self._scratch[:, :size].view(2, some.num_heads, held, q.shape[2])
             self._copy_tokens(pages, some, 0, sinks, start, past_k, past_v)
-            self._copy_tokens(pages, some, first, start, start, past_k[:, sinks:], past_v[:, sinks:])
+            past_k[:, sinks : sinks + unseen], past_v[:, sinks : sinks + unseen] = 0, 0
+            at = sinks + unseen
+            self._copy_tokens(pages, some, first + unseen, start, start, past_k[:, at:], past_v[:, at:])
             queries = slice(part.start * per_kv, part.stop * per_kv)
             self._kernels.window_attention(
                 q[:, queries].view(shape), k[part], v[part], past_k, past_v, start, reach.sink_size, reach.tokens,

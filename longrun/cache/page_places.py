@@ -162,6 +162,10 @@ class PagePlaces:
         heads, pages = zip(*parts, strict=True)
         return np.concatenate(heads), np.concatenate(pages)
 
+    def holds(self, group: HeadGroup, first: int, stop: int) -> bool:
+        """Whether every head of the group has pages [first, stop)."""
+        return bool((self._slots[group.heads, first:stop] >= 0).all())
+
     def rounds(self, group: HeadGroup, first: int, stop: int, per_round: int) -> tuple[list[range], list[range]]:
         """Pages [first, stop) of a group in ranges: those with pages of any head on the host, of at most `per_round`
         pages, and those all on the device."""

@@ -140,7 +140,8 @@ class PagedHeads:
         return self._view(self.places.lists.rows, spans[place[0]], spans[place[1]], first)
 
     def range_view(self, group: HeadGroup, first: int, stop: int) -> PageView:
-        """Pages [first, stop) of a group's heads in their order, wherever they stand."""
+        """Pages [first, stop) of a group's heads in their order, wherever they stand; all of them are held."""
+        assert self.places.holds(group, first, stop), f"pages {first} to {stop} are read and not held"
         numbers = self._spans.numbers.expand(group.num_heads, -1)
         zeros, count = self._spans.zeros[: group.num_heads], self._spans.all_pages[: group.num_heads]
         return self._view(numbers, zeros, count, zeros, group.heads).part(first, stop - first)

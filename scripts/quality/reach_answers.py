@@ -57,7 +57,7 @@ MIXTURES = {
     "questions + needles": (0, 0, 0, 1, 1),
 }
 BY_CUTS = "random cuts"
-RANKED = ("repeats", "questions + needles", BY_CUTS)
+RANKED = ("questions + needles", BY_CUTS)
 """By which the heads that keep everything are chosen where all others have one window."""
 
 
