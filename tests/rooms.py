@@ -196,7 +196,7 @@ ROOMS = (
     Room(
         "server",
         ("longrun.server", "longrun.server.*"),
-        ("runtime", "session", "engine", "documents", "text", "model", "plan", "specs"),
+        ("runtime", "session", "engine", "documents", "text", "model", "plan", "specs", "head maps"),
         (
             "rich",
             "transformers",

@@ -110,6 +110,7 @@ def test_dependencies_are_imported_somewhere() -> None:
         "jsonschema",
         "lxml",
         "numpy",
+        "playwright",
         "pytest",
         "pytest-xdist",
         "ruff",

@@ -66,6 +66,15 @@ def library_notice(plan: Plan, before: int) -> list[str]:
     ]
 
 
+def bytes_in_use(device_type: str) -> tuple[int, int]:
+    """Bytes in use now on the device and in host memory: of a GPU by all programs, as its driver counts; of main memory
+    by this process, files that it has mapped included. On the CPU main memory is the device, and the host has 0."""
+    if device_type == "cpu":
+        return resident_bytes(), 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free, resident_bytes()
+
+
 def _check_gpu_memory(plan: Plan, already: int) -> None:
     free, total = torch.cuda.mem_get_info()
     # What torch keeps without using it serves this process.

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import anyio
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -22,6 +23,7 @@ from longrun.server.guard import Guard
 from longrun.server.http import read_body, refusal, streamed_answer, unless_gone, whole_answer
 from longrun.server.jobs import Ask
 from longrun.server.openai_errors import RequestError
+from longrun.server.page_files import PAGE_FILES, page_file
 from longrun.server.service import Service
 
 _CLIENT_LEFT = 499  # for the counts: nobody reads it
@@ -91,7 +93,9 @@ class Routes:
                 ("DELETE", "/documents/{name:path}", routes.delete),
             ]
         return [
+            *(("GET", path, page_file(file)) for path, file in PAGE_FILES.items()),
             *documents,
+            ("GET", "/status", self.status),
             ("GET", "/health", self.health),
             ("GET", "/metrics", self.metrics),
             ("GET", "/v1/models", self.models),
@@ -115,6 +119,11 @@ class Routes:
             "session_tokens": worker.num_tokens,
         }
         return JSONResponse(told, 200 if worker.is_alive else 503)
+
+    async def status(self, request: Request) -> Response:
+        """Memory, heads and speed."""
+        service = self._service
+        return JSONResponse(await anyio.to_thread.run_sync(service.status.told, service.documents))
 
     async def metrics(self, request: Request) -> Response:
         """Counts for Prometheus."""

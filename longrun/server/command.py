@@ -62,8 +62,10 @@ def server_command(argv: Sequence[str] | None = None) -> int:
             body_bytes = args.max_body or _BODY_BYTES + _BODY_BYTES_PER_TOKEN * runtime.plan.capacity
             limits = Limits(args.max_new_tokens, args.time_limit, body_bytes, unpacked_bytes=args.max_unpacked)
             serving = Serving(runtime, name, limits, args.queue, key, args.cors, args.documents)
-            console.print(f"serving {name}: Ctrl-C ends it", highlight=False, markup=False)
-            print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+            root = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            told = f"serving {name}: in a browser at {root}/, for programs at {root}/v1; Ctrl-C ends it"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
+            print(f"{root}/v1", flush=True)
             serving.run(bound)
     except Terminated:
         console.print("terminated", highlight=False)

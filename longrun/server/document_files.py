@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -87,6 +87,15 @@ class DocumentFiles:
     def session(self, name: str) -> Path:
         """The folder of the document's session, there or not."""
         return self._folder / name / _SESSION
+
+    def disk(self) -> tuple[int, int]:
+        """Bytes of all files in the folder, and bytes free on its disk; files may come and go meanwhile."""
+        used = 0
+        for folder, _, names in os.walk(self._folder):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    used += os.lstat(os.path.join(folder, name)).st_size
+        return used, shutil.disk_usage(self._folder).free
 
     def found(self) -> dict[str, Record]:
         """Every document that is there, tidied; what is no document is passed over.

@@ -176,6 +176,11 @@ class Documents:
         """The status of each, by name."""
         return [self.status(name) for name in sorted(self._table)]
 
+    def disk(self) -> dict[str, int]:
+        """Bytes of all files in the folder, and bytes free on its disk."""
+        used, free = self._files.disk()
+        return {"bytes": used, "free": free}
+
     def check_ready(self, name: str) -> None:
         """Raises RequestError: there is none of this name, or it has not been read."""
         state = self._find(name).state

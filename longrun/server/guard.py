@@ -13,8 +13,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from longrun.errors import InputError, quoted
 from longrun.server.http import refusal
 from longrun.server.openai_errors import RequestError
+from longrun.server.page_files import PAGE_FILES
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", *PAGE_FILES})
 """Served without a key."""
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})

@@ -22,6 +22,7 @@ from longrun.server.messages import Message
 from longrun.server.metrics import Metrics
 from longrun.server.openai_errors import RequestError
 from longrun.server.requests import AnswerRequest, ChatRequest, TextRequest
+from longrun.server.status import Status
 from longrun.server.worker import QueueFullError, Worker
 from longrun.specs.look_back_spec import look_back_room
 from longrun.text.chat_prompt import ChatPrompts, PromptText
@@ -68,6 +69,7 @@ class Service:
 
     Attributes:
         documents: those in the folder.
+        status: what /status tells.
 
     Raises:
         InputError: see `Documents`.
@@ -80,6 +82,7 @@ class Service:
         self.worker, self.model_name, self.limits = worker, model_name, limits
         self.capacity = runtime.plan.capacity
         self.metrics = Metrics(worker, self.capacity)
+        self.status = Status(runtime, worker, model_name)
         self._runtime = runtime
         self.spelling = TokenSpelling(runtime.tokenizer)
         self._tokenizer = runtime.tokenizer

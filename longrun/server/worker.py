@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from longrun.errors import LongrunError
 from longrun.server.jobs import Cancelled, Failed, Job, StoppedError
+from longrun.server.pace import Pace
 
 if TYPE_CHECKING:
     from longrun.runtime.runtime import Runtime
@@ -27,10 +28,14 @@ class Worker:
     Args:
         runtime: a model with a tokenizer; from `start` on only this worker's thread runs it.
         most_waiting: jobs that may wait.
+
+    Attributes:
+        pace: how fast it read and wrote last.
     """
 
     def __init__(self, runtime: Runtime, most_waiting: int) -> None:
         self._runtime, self.most_waiting = runtime, most_waiting
+        self.pace = Pace()
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
@@ -135,6 +140,7 @@ class Worker:
     def _serve(self, job: Job) -> None:
         """Answer one job; whatever happens to it, the next one finds a whole session."""
         assert self._answerer is not None
+        job.emit = self.pace.watched(job.emit)
         try:
             job.check()
             self._answerer.answer(job)
