@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from longrun.patterns.head_split import HeadSplit
     from longrun.runtime.runtime import Runtime
     from longrun.server.documents import Documents
+    from longrun.server.service import Limits
     from longrun.server.worker import Worker
 
 ALL, STREAMING = "all", "streaming"
@@ -27,10 +28,11 @@ class Status:
     Args:
         runtime: the worker's.
         model_name: the id under which it is served.
+        limits: of requests.
     """
 
-    def __init__(self, runtime: Runtime, worker: Worker, model_name: str) -> None:
-        self._runtime, self._worker, self._model_name = runtime, worker, model_name
+    def __init__(self, runtime: Runtime, worker: Worker, model_name: str, limits: Limits) -> None:
+        self._runtime, self._worker, self._model_name, self._limits = runtime, worker, model_name, limits
 
     def told(self, documents: Documents | None) -> dict[str, Any]:
         """JSON types; sizes are bytes. It asks the system and reads a folder, so call it beside the event loop."""
@@ -49,6 +51,7 @@ class Status:
             },
             "context": {"tokens": tokens, "capacity": plan.capacity},
             "queue": {"running": worker.num_running, "waiting": worker.num_waiting, "most": worker.most_waiting},
+            "limits": asdict(self._limits),
             "last": {"reading": _rate(worker.pace.reading), "writing": _rate(worker.pace.writing)},
             "memory": {
                 "items": [asdict(item) for item in plan.items],

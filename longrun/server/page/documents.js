@@ -9,6 +9,7 @@ const STATES = { queued: "waiting", reading: "reading", ready: "✓ ready", fail
 
 const shown = new Map(); // name -> { item, past: [[seconds, tokens done]] }
 let changed = () => {};
+let mostBytes = Infinity; // of one document
 
 /** `onAsk(name)` when a person wants to ask about one, `onChange()` when the list is out of date. */
 export function begin(onAsk, onChange) {
@@ -32,8 +33,9 @@ export function begin(onAsk, onChange) {
   });
 }
 
-/** Fetch and show the list; true while any of them is being read. */
-export async function refresh() {
+/** Fetch and show the list; true while any of them is being read. No document may have more than `most` bytes. */
+export async function refresh(most) {
+  mostBytes = most;
   const { data } = await callJson("/documents");
   for (const [name, { item }] of shown) {
     if (data.some((each) => each.name === name)) continue;
@@ -49,6 +51,10 @@ async function add(files) {
   for (const file of files) {
     const name = file.name.replace(/[^A-Za-z0-9._-]+/g, "-").replace(/^\.+/, "").slice(-100) || "document";
     if (shown.has(name) && !(await sure(`There is a document ${name} already. Put this file in its place?`, "Replace"))) continue;
+    if (file.size > mostBytes) {
+      say(find("document-problem"), `${file.name} has ${bytes(file.size)}, more than the ${bytes(mostBytes)} that this server takes.`);
+      continue;
+    }
     const kind = KINDS[name.split(".").pop().toLowerCase()] ?? "text/plain";
     say(find("sending"), `Sending ${file.name}`);
     await tried(() => call(`/documents/${name}`, { method: "PUT", headers: { "Content-Type": kind }, body: file }), `${file.name}: `);

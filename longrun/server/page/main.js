@@ -30,7 +30,7 @@ async function look() {
     find("with-documents").hidden = !status.documents;
     find("no-documents").hidden = Boolean(status.documents);
     busy = status.queue.running > 0;
-    if (status.documents) busy = (await documents.refresh()) || busy;
+    if (status.documents) busy = (await documents.refresh(status.limits.body_bytes)) || busy;
     models = (await callJson("/v1/models")).data.map(({ id }) => id);
     chat.offer(models);
   } catch (error) {
@@ -42,9 +42,11 @@ async function look() {
 
 chat.begin();
 passages.begin();
-documents.begin((name) => {
+documents.begin(async (name) => {
+  const served = () => models.find((id) => id.endsWith(`@${name}`));
+  if (!served()) await look();
   view("chat");
-  chat.choose(models.find((id) => id.endsWith(`@${name}`)));
+  if (served()) chat.choose(served());
 }, look);
 for (const button of document.querySelectorAll("nav button")) {
   button.addEventListener("click", () => view(button.dataset.view));
