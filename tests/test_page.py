@@ -31,7 +31,7 @@ DROPPED = """() => {
 }"""
 FOCUS = """() => {
   const each = document.activeElement, style = getComputedStyle(each);
-  return [each.id || each.className, style.outlineStyle, style.transitionDuration];
+  return each === document.body ? null : [each.id || each.className, style.outlineStyle, style.transitionDuration];
 }"""
 ONE_OF_EACH = """() => {
   for (const [tag, className] of [["p", "problem"], ["p", "label"], ["mark", ""]]) {
@@ -122,7 +122,7 @@ def test_an_answer_streams_and_is_that_of_the_python_api(
     with opened(browser, kept) as page, held_after(monkeypatch, 7) as go_on:
         ask(page, "how many?")
         body = page.locator(".turn.assistant .body")
-        page.wait_for_function("document.querySelector('.turn.assistant .body').textContent.length >= 5")
+        wait_for(lambda: len(body.text_content() or "") >= 5)
         part = body.text_content()
         assert part and expected.startswith(part) and part != expected
         assert page.locator("#log").get_attribute("aria-busy") == "true"
@@ -149,18 +149,18 @@ def test_stop_ends_the_answer_here_and_on_the_server(
         page.get_by_label("Most tokens").fill("1500")
         with held_after(monkeypatch, 10) as go_on:
             ask(page, "go on")
-            page.wait_for_function("document.querySelector('.turn.assistant .body').textContent.length >= 5")
+            wait_for(lambda: len(page.locator(".turn.assistant .body").text_content() or "") >= 5)
             page.get_by_role("button", name="Stop").click() if how == "button" else page.keyboard.press("Escape")
             part = answer_of(page)
             go_on.set()
         wait_for(lambda: kept.health()["running"] == 0)
         assert kept.health()["session_tokens"] < 1000
         assert 5 <= len(part) < 100 and "stopped" in (page.locator(".turn footer").text_content() or "")
+        page.get_by_label("Most tokens").fill("12")
         ask(page, "and now?")
         talk = [*user("go on"), {"role": "assistant", "content": part}, *user("and now?")]
         page.locator(".turn.assistant footer").nth(1).wait_for()
-        expected = kept.expected(kept.prompt_ids(talk), 200)
-        assert expected.startswith(answer_of(page)[:200])
+        assert answer_of(page) == kept.expected(kept.prompt_ids(talk), 12)
 
 
 @in_browser
@@ -324,10 +324,9 @@ def test_a_narrow_screen_scrolls_in_one_direction_and_all_text_can_be_read(
         page.locator("#model option").first.wait_for(state="attached")
         ask(page, f"```\n{'w' * 300}\n```\n{'v' * 300}")
         answer_of(page)
+        page.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
         for button in ("Chat", "Documents", "Memory"):
             page.get_by_role("button", name=button, exact=True).click()
-            for summary in page.locator("details:not([open]) > summary:visible").all():
-                summary.click()
             assert page.evaluate("document.documentElement.scrollWidth") <= 400
             assert page.evaluate("document.querySelector('main').scrollWidth") <= 400
         page.evaluate(ONE_OF_EACH)
@@ -346,13 +345,12 @@ def test_everything_goes_by_keyboard_with_the_focus_in_sight(kept: Served, brows
         page.keyboard.type("and")
         page.keyboard.press("Enter")
         assert answer_of(page) == kept.expected(kept.prompt_ids(user("who?\nand")), 20)
-        page.evaluate("document.activeElement.blur()")
+        page.reload()
+        page.locator("#model option").first.wait_for(state="attached")
         seen = set()
-        for _ in range(40):
-            page.keyboard.press("Tab")
-            told = page.evaluate(FOCUS)
-            if told[0] in seen:
-                break
+        page.keyboard.press("Tab")
+        while told := page.evaluate(FOCUS):
             assert told[1] != "none" and set(told[2].split(", ")) == {"0s"}, told
             seen.add(told[0])
+            page.keyboard.press("Tab")
         assert {"skip", "new-chat", "log", "model", "question", "send", "files"} <= seen

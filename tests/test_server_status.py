@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -69,18 +70,13 @@ def test_reaches_are_told_in_the_order_of_the_checkpoint() -> None:
 
 
 def test_pace_counts_what_was_read_and_the_steps_between_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.0, 3.0, 5.0, 5.5, 7.0, 7.0])
-    monkeypatch.setattr("longrun.server.pace.time.perf_counter", lambda: next(clock))
+    clock = iter([0.0, 1.0, 3.0, 5.0, 5.5, 7.0])
+    monkeypatch.setattr("longrun.server.pace.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     pace, heard = Pace(), []
     emit = pace.watched(heard.append)
-    events = [
-        Progress(500, 100, 100, 0),
-        Progress(500, 100, 300, 2),
-        Progress(500, 100, 500, 4),
-        Piece("a"),
-        Piece("b"),
-    ]
-    for event in [*events, Finished("stop", 500, 100, 5)]:
+    read = [Progress(500, 100, done, 0.0) for done in (100, 300, 500)]
+    events = [*read, Piece("a"), Piece("b"), Finished("stop", 500, 100, 5)]
+    for event in events:
         emit(event)
     assert (pace.reading, pace.writing) == (Rate(400, 4.0), Rate(4, 2.0))
     assert heard == events

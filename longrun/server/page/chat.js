@@ -12,7 +12,11 @@ const ENDS = { length: "ended at its most tokens", stopped: "stopped", broken: "
 let turns = []; // { role, content, model, end, usage, passages }: the last four of answers only
 let running = null; // AbortController of the answer that is being written
 
-export function begin() {
+let ended = () => {};
+
+/** `onEnd()` after every answer. */
+export function begin(onEnd) {
+  ended = onEnd;
   const field = find("question");
   find("ask").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -70,6 +74,7 @@ async function ask(question, model) {
     if (answer.end === "broken") say(find("problem"), error.message);
   }
   busy(null);
+  ended();
   if (mine !== turns) return; // a new chat was begun meanwhile
   if (answer.end in { stopped: 1, broken: 1 } && !answer.content) {
     turns.splice(-2); // nothing came: the question goes back to where it was written

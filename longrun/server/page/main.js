@@ -40,7 +40,7 @@ async function look() {
   if (!document.hidden) timer = setTimeout(look, busy ? BUSY : IDLE);
 }
 
-chat.begin();
+chat.begin(look);
 passages.begin();
 documents.begin(async (name) => {
   const served = () => models.find((id) => id.endsWith(`@${name}`));

@@ -10,7 +10,7 @@ export function show(status) {
   find("model-line").textContent = `${model.name}: ${model.weights} weights, ${model.pages} pages, on ${model.device}`;
   find("state").textContent = queue.waiting ? `busy, ${count(queue.waiting)} waiting` : queue.running ? "busy" : "idle";
   const onGpu = model.device !== "cpu";
-  find("now").replaceChildren(
+  find("now").replaceChildren(...[
     gauge("Context", context.tokens, context.capacity, `${count(context.tokens)} of ${count(context.capacity)} tokens`),
     gauge("Cache", memory.cache.filled, memory.cache.planned, `${bytes(memory.cache.filled)} of ${bytes(memory.cache.planned)} filled`
       + (memory.cache.on_host ? `, ${bytes(memory.cache.on_host)} of it in host memory` : "")),
@@ -20,7 +20,7 @@ export function show(status) {
       `${bytes(documents.bytes)}, ${bytes(documents.free)} free`),
     line("Last reading", last.reading),
     line("Last answer", last.writing),
-  );
+  ].filter(Boolean));
   const plan = JSON.stringify([memory.items, status.heads]);
   if (plan === planned) return;
   planned = plan;
