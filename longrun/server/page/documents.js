@@ -3,7 +3,10 @@
 import { bytes, count, duration, find, make, say, sure } from "./dom.js";
 import { call, callJson } from "./server.js";
 
-const KINDS = { pdf: "application/pdf", html: "text/html", htm: "text/html", md: "text/markdown" };
+const KINDS = {
+  pdf: "application/pdf", html: "text/html", htm: "text/html", md: "text/markdown",
+  zip: "application/zip", tar: "application/x-tar", gz: "application/gzip", tgz: "application/gzip",
+};
 const WINDOW = 30; // seconds over which the speed of reading is taken
 const STATES = { queued: "waiting", reading: "reading", ready: "✓ ready", failed: "✗ failed" };
 

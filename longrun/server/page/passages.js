@@ -56,12 +56,22 @@ async function openAt(place) {
 }
 
 /** [before, the passage, after] of the text that it stands in. */
-async function textAt({ document, message, bytes }, messages) {
+async function textAt({ document, file, message, bytes }, messages) {
   if (!bytes) throw new Error("Its place in the text is not known.");
-  const raw = document === null ? new TextEncoder().encode(messages[message].content)
-    : new Uint8Array(await (await call(`/documents/${document}/text`)).arrayBuffer());
+  const whole = document === null ? messages[message].content : await (await call(`/documents/${document}/text`)).text();
+  const raw = new TextEncoder().encode(file === null ? whole : fileIn(whole, file));
   const decode = (first, stop) => new TextDecoder("utf-8", { ignoreBOM: true }).decode(raw.subarray(first, stop));
   return [decode(0, bytes[0]), decode(...bytes), decode(bytes[1], raw.length)];
+}
+
+/** One file of a text that holds several, each below a line with its name, in which lines and bytes are counted. */
+function fileIn(whole, file) {
+  const header = `==> ${file} <==\n`;
+  const at = whole.startsWith(header) ? 0 : whole.indexOf(`\n\n${header}`) + 2;
+  if (at === 1) throw new Error(`${file} is no longer in this document.`);
+  const rest = whole.slice(at + header.length);
+  const next = rest.search(/\n\n==> .+ <==\n/);
+  return next < 0 ? rest : rest.slice(0, next);
 }
 
 function only({ text, share }, why) {
