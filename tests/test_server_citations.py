@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from itertools import islice
@@ -14,9 +13,8 @@ import httpx
 import pytest
 from chat_tokenizers import CHATML, byte_tokenizer
 from planted_chat import NEEDLES, ask, spaced
-from server_case import NAME, Served, serve, user, wait_for
+from server_case import NAME, Served, copy_with_plain_template, serve, user, wait_for
 from test_server_documents import put_and_wait
-from transformers import AutoTokenizer
 
 from longrun.lab.planted import PlantedModel
 from longrun.needles.needles import generate_sentences
@@ -33,13 +31,7 @@ WORDS = {"max_tokens": 20, "stop": "."}
 
 @pytest.fixture(scope="module")
 def model(planted: PlantedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted model with a template that writes nothing but the messages, so that all stand in one text."""
-    folder = tmp_path_factory.mktemp("citing") / "model"
-    shutil.copytree(planted.path, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    tokenizer.save_pretrained(folder)
-    return folder
+    return copy_with_plain_template(planted.path, tmp_path_factory.mktemp("citing") / "model")
 
 
 @pytest.fixture(scope="module")

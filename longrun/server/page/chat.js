@@ -71,7 +71,8 @@ async function ask(question, model) {
     await write(answer, view, running.signal);
   } catch (error) {
     answer.end = error.name === "AbortError" ? "stopped" : "broken";
-    if (answer.end === "broken") say(find("problem"), error.message);
+    const advice = error.field === "looked_at" ? " Settings can turn off what an answer looked at." : "";
+    if (answer.end === "broken") say(find("problem"), error.message + advice);
   }
   busy(null);
   ended();

@@ -5,11 +5,11 @@ import { find } from "./dom.js";
 const KEY = "longrun key";
 let asking = null; // the dialog's promise while it is open
 
-/** What the server refused or broke off with; `code` is for programs. */
+/** What the server refused or broke off with; `field` is the one of the request that it refused. */
 export class ServerError extends Error {
-  constructor(message, code = null) {
+  constructor(message, field = null) {
     super(message);
-    this.code = code;
+    this.field = field;
   }
 }
 
@@ -20,7 +20,7 @@ export async function call(path, options = {}) {
     const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
     const response = await fetch(path, { ...options, headers }).catch((error) => {
       if (error.name === "AbortError") throw error;
-      throw new ServerError("The server cannot be reached. Is it still running?", "unreachable");
+      throw new ServerError("The server cannot be reached. Is it still running?");
     });
     if (response.ok) return response;
     if (response.status !== 401) throw await refusal(response);
@@ -36,14 +36,14 @@ export async function* events(response) {
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) throw new ServerError("The connection broke off before the answer was finished.", "broken_off");
+    if (done) throw new ServerError("The connection broke off before the answer was finished.");
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines.filter((each) => each.startsWith("data:"))) {
       const data = line.slice(5).trim();
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
-      if (event.error) throw new ServerError(sentence(event.error.message), event.error.code);
+      if (event.error) throw new ServerError(sentence(event.error.message), event.error.param);
       yield event;
     }
   }
@@ -51,7 +51,7 @@ export async function* events(response) {
 
 async function refusal(response) {
   const { error } = await response.json().catch(() => ({ error: { message: `the server answered ${response.status}` } }));
-  return new ServerError(sentence(error.message), error.code);
+  return new ServerError(sentence(error.message), error.param);
 }
 
 function sentence(text) {
