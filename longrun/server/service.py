@@ -82,7 +82,7 @@ class Service:
         self.worker, self.model_name, self.limits = worker, model_name, limits
         self.capacity = runtime.plan.capacity
         self.metrics = Metrics(worker, self.capacity)
-        self.status = Status(runtime, worker, model_name, limits)
+        self.status = Status(runtime, worker, model_name, limits.body_bytes)
         self._runtime = runtime
         self.spelling = TokenSpelling(runtime.tokenizer)
         self._tokenizer = runtime.tokenizer

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from longrun.patterns.head_split import HeadSplit
     from longrun.runtime.runtime import Runtime
     from longrun.server.documents import Documents
-    from longrun.server.service import Limits
     from longrun.server.worker import Worker
 
 ALL, STREAMING = "all", "streaming"
@@ -28,11 +27,11 @@ class Status:
     Args:
         runtime: the worker's.
         model_name: the id under which it is served.
-        limits: of requests.
+        body_bytes: the most that a request may have.
     """
 
-    def __init__(self, runtime: Runtime, worker: Worker, model_name: str, limits: Limits) -> None:
-        self._runtime, self._worker, self._model_name, self._limits = runtime, worker, model_name, limits
+    def __init__(self, runtime: Runtime, worker: Worker, model_name: str, body_bytes: int) -> None:
+        self._runtime, self._worker, self._model_name, self._body_bytes = runtime, worker, model_name, body_bytes
 
     def told(self, documents: Documents | None) -> dict[str, Any]:
         """JSON types; sizes are bytes. It asks the system and reads a folder, so call it beside the event loop."""
@@ -51,7 +50,7 @@ class Status:
             },
             "context": {"tokens": tokens, "capacity": plan.capacity},
             "queue": {"running": worker.num_running, "waiting": worker.num_waiting, "most": worker.most_waiting},
-            "limits": asdict(self._limits),
+            "body_bytes": self._body_bytes,
             "last": {"reading": _rate(worker.pace.reading), "writing": _rate(worker.pace.writing)},
             "memory": {
                 "items": [asdict(item) for item in plan.items],

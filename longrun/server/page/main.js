@@ -30,7 +30,7 @@ async function look() {
     find("with-documents").hidden = !status.documents;
     find("no-documents").hidden = Boolean(status.documents);
     busy = status.queue.running > 0;
-    if (status.documents) busy = (await documents.refresh(status.limits.body_bytes)) || busy;
+    if (status.documents) busy = (await documents.refresh(status.body_bytes)) || busy;
     models = (await callJson("/v1/models")).data.map(({ id }) => id);
     chat.offer(models);
   } catch (error) {
