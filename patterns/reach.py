@@ -36,7 +36,6 @@ from longrun.patterns.reach_losses import MEASURED_SHARE, ReachLosses
 from longrun.patterns.reach_measure import TILE_BYTES, layer_costs, measure_reaches
 from longrun.patterns.reach_text import FACTS, MOST_ROWS, PART_SIZE, PARTS, SampledText, sampled_text
 from longrun.specs.model_bytes import TOKEN_SLICES, activation_bytes
-from longrun.text.encoder import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +44,7 @@ KIND_WEIGHTS = 1.0, 3.0, 30.0
 """Of a nat lost in running text, where something is repeated, and in a fact's number (docs/reach.md)."""
 
 _FACTOR = 4  # from one reach to the next
-_WEIGHING_CONTEXT = {"cpu": 1536, "cuda": 8192}  # a forward pass a layer
+_WEIGHING_CONTEXT = {"cpu": 2048, "cuda": 8192}  # a forward pass a layer
 _FORMATS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -192,7 +191,4 @@ def _drawn(
     assert length is not None
     start = draw.randint(0, len(text_ids) - length)
     ids = text_ids[start : start + length].tolist()
-    begin = tokenizer.bos_token_id
-    if begin is not None and tokenizer.encode("")[:1] == [begin]:
-        ids = [begin, *ids]
-    return sampled_text(ids, TextEncoder(tokenizer).ids, length, draw)
+    return sampled_text(ids, tokenizer, length, draw)

@@ -36,12 +36,12 @@ import torch
 from safetensors.torch import load_file
 
 import longrun
-from longrun.chat.format import ChatFormat
 from longrun.config.model_config import ModelConfig
 from longrun.model.folder import check_folder
 from longrun.model.tokenizer import load_tokenizer
 from longrun.plan.budget import Budget
 from longrun.plan.plan import choose_split, make_plan
+from longrun.text.chat_format import ChatFormat
 from scripts.fuzz_documents import (
     damage_html,
     damage_pdf,

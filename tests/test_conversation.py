@@ -9,10 +9,10 @@ import pytest
 from chat_tokenizers import CHATML, END, LLAMA2, START, byte_tokenizer, ids_of, metaspace_tokenizer, one_piece
 
 from longrun.chat.conversation import Conversation
-from longrun.chat.format import ChatFormat
 from longrun.documents.document import Document, read_document
 from longrun.errors import CheckpointError, InputError, SessionError
 from longrun.model.tokenizer import load_tokenizer
+from longrun.text.chat_format import ChatFormat
 
 
 class ListSession:

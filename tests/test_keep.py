@@ -12,7 +12,6 @@ from test_kv_bytes import load as with_reaches
 from tiny_models import save_tiny, save_tokenizer
 
 import longrun
-from longrun.chat.format import ChatFormat, system_size
 from longrun.errors import ConfigError, HeadMapError, InputError, SessionError
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import Budget
@@ -23,6 +22,7 @@ from longrun.plan.split import parse_keep
 from longrun.quant.kv_format import PageFormat
 from longrun.specs.cache_spec import head_bytes, ring_bytes
 from longrun.specs.reach import Reach
+from longrun.text.chat_format import ChatFormat, system_size
 from longrun.units import ALL_TOKENS
 
 KEEP = 700

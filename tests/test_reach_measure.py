@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from chat_tokenizers import CHATML, byte_tokenizer
 from test_attention import DIM, GROUP, KV_HEADS, random_tokens, rms_ratio
 from test_reach import REACHES, by_mask
 from tiny_models import save_tiny, save_tokenizer
@@ -101,24 +102,24 @@ def test_the_default_context_is_no_longer_than_the_model_reads(tmp_path):
     assert made.reach_losses.measured_length == 2600
 
 
-def test_repeated_parts_and_facts_stand_where_the_rows_say():
-    ids = torch.arange(1000, 6000).tolist()
-    text = sampled_text(ids, lambda text: [ord(c) for c in text], 3000, random.Random(0))
-    assert sorted(text.rows.tolist()) == sorted(set(text.rows.tolist()))
-    words = "".join(chr(i) if i < 1000 else "~" for i in text.ids.tolist())
-    assert len(text.fact_rows) == FACTS * (KEY_DIGITS + 1)  # a space and the digits
-    for at in text.fact_rows.view(FACTS, -1)[:, 0].tolist():
-        name = words[:at].rsplit("The magic number of ", 1)[1].split(" is")[0]
-        answer = words[at + 1 : at + 2 + KEY_DIGITS]
-        assert answer.strip().isdigit() and words.count(f"\nThe magic number of {name} is:{answer}.\n") == 1
-    assert len(text.ids) == 3000 and len(text.repeat_rows) == PARTS * PART_SIZE
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_repeated_parts_and_facts_stand_where_the_rows_say(template):
+    ids, tokenizer = torch.arange(1000, 6000).tolist(), byte_tokenizer(template)
+    text = sampled_text(ids, tokenizer, 4000, random.Random(0))
+    assert len(text.ids) == 4000 and len(set(text.rows.tolist())) == len(text.rows)
     following = text.ids[text.repeat_rows + 1].view(PARTS, PART_SIZE)
     assert (following[:, 1:] == following[:, :-1] + 1).all() and following.min() >= 1000
     assert (following[:, 0].diff() > 0).all()
     assert text.text_rows.tolist() == sorted(set(text.text_rows.tolist()))
     assert (text.ids[text.text_rows + 1] == text.ids[text.text_rows] + 1).all()
+    words = tokenizer.decode([i if i < 1000 else 126 for i in text.ids.tolist()])
+    answers = tokenizer.decode(text.ids[text.fact_rows + 1]).split()
+    assert len(answers) == FACTS
+    for number in answers:
+        name = words.split(f" is: {number}.\n")[0].rsplit("The magic number of ", 1)[1]
+        assert len(number) == KEY_DIGITS and words.count(f"The magic number of {name} is: {number}") == 2
     with pytest.raises(InputError, match="give at least"):
-        sampled_text(ids, lambda text: [ord(c) for c in text], 900, random.Random(0))
+        sampled_text(ids, tokenizer, 900, random.Random(0))
 
 
 def test_reaches_end_at_a_quarter_of_the_text():

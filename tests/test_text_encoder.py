@@ -7,11 +7,11 @@ from chat_tokenizers import CHATML, END, START, byte_tokenizer, metaspace_tokeni
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from longrun.chat.format import ChatFormat
 from longrun.model.tokenizer import load_tokenizer
 from longrun.needles.needles import Haystack, build_prompt, make_needles
 from longrun.patterns.identify import read_text
 from longrun.patterns.identify_settings import IdentifySettings
+from longrun.text.chat_format import ChatFormat
 from longrun.text.encode_text import PIECE_CHARS
 from longrun.text.encoder import TextEncoder, leading_ids
 

@@ -113,13 +113,13 @@ def _import_libraries() -> None:
 def _make_runner(args: argparse.Namespace, capacity: int | None, console: Console) -> ChatRunner:
     """Print the plan, load the model, then the session; say what else a person should know."""
     from longrun.chat.answer import AnswerOptions
-    from longrun.chat.format import system_size
     from longrun.chat.progress import HeadMapProgress, PinProgress
     from longrun.chat.runner import ChatRunner, check_model
     from longrun.machine.measure import first_speeds
     from longrun.model.choice import choose_model
     from longrun.plan.report import print_plan
     from longrun.session.store import SessionStore
+    from longrun.text.chat_format import system_size
     from longrun.text.stream import StopStrings
 
     def on_plan(plan: Plan) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from longrun.chat.format import ChatFormat, TurnText
 from longrun.chat.read_documents import ReadDocuments, ToRead
 from longrun.documents.document import Document
 from longrun.errors import InputError, SessionError, quoted, short_path
 from longrun.interrupts import deferred_signals
+from longrun.text.chat_format import ChatFormat, TurnText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,6 @@ from rich.markup import escape
 
 from longrun.chat.answer import INTERRUPTED, AnswerOptions, stream_answer
 from longrun.chat.conversation import AnswerCut, Conversation, Reading
-from longrun.chat.format import ChatFormat
 from longrun.chat.progress import PrefillProgress
 from longrun.chat.report import TurnReport
 from longrun.chat.sources import AnswerSources
@@ -23,6 +22,7 @@ from longrun.documents.document import Document
 from longrun.errors import InputError, LongrunError, PlanError, SessionError, short_path
 from longrun.interrupts import deferred_signals
 from longrun.session.store import is_session
+from longrun.text.chat_format import ChatFormat
 from longrun.text.chat_template import has_template
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longrun.chat.format import ChatFormat
 from longrun.documents.document import read_document
 from longrun.errors import InputError, short_path
+from longrun.text.chat_format import ChatFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

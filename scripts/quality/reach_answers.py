@@ -41,7 +41,6 @@ from longrun.patterns.identify_settings import rank_scores
 from longrun.patterns.reach import finite_reaches, layer_weights, mean_losses
 from longrun.patterns.reach_losses import ReachLosses
 from longrun.patterns.reach_measure import layer_costs, measure_reaches
-from longrun.text.encoder import TextEncoder
 from longrun.units import parse_tokens
 from scripts.quality.reach_cuts import RandomCuts
 from scripts.quality.reach_probe import SINKS, Model, by_losses, fixed, held, make_text
@@ -114,10 +113,10 @@ class Judge:
 
 def losses_of(model: Model, tokenizer: Any, length: int, measured: int, weighing: int) -> tuple[Tensor, list[int]]:
     """float64 [num_layers, num_kv_heads, len(reaches), 4], nats by kind, and the reaches."""
-    encoder, reaches = TextEncoder(tokenizer), finite_reaches(256, length)
-    text = make_text(encoder, 0, length)
+    reaches = finite_reaches(256, length)
+    text = make_text(tokenizer, 0, length)
     plain = mean_losses(model.decoder, model.rotary, text, reaches, SINKS)
-    short = make_text(encoder, 0, min(length, weighing))
+    short = make_text(tokenizer, 0, min(length, weighing))
     weights = torch.stack(list(layer_weights(model.decoder, model.rotary, short, reaches[0], SINKS, model.window)))
     found = [plain * weights[:, None, None]]
     files = standard_library()[0::2]

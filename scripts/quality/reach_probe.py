@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 import longrun
 from longrun.arguments import COUNT, whole
@@ -49,17 +50,18 @@ from longrun.units import ALL_TOKENS, parse_tokens
 SINKS = 64
 
 
-def make_text(encoder: TextEncoder, remainder: int, length: int) -> SampledText:
+def make_text(tokenizer: PreTrainedTokenizerBase, remainder: int, length: int) -> SampledText:
     """Modules of the standard library whose place in the list leaves this remainder when divided by 2."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     names = sorted(path for path in folder.glob("*.py") if path.stat().st_size > 4000)
     random.Random("reach").shuffle(names)
     ids: list[int] = []
+    encoder = TextEncoder(tokenizer)
     for path in names[remainder::2]:
         ids += encoder.ids(f"# file: {path.name}\n{path.read_text(encoding='utf-8', errors='replace')}\n")
         if len(ids) >= length:
             break
-    return sampled_text(ids, encoder.ids, length, random.Random(remainder))
+    return sampled_text(ids, tokenizer, length, random.Random(remainder))
 
 
 class Model:
@@ -175,13 +177,13 @@ def main() -> int:
     runtime = longrun.load(
         args.model, head_map="full", weight_format=args.weights, ctx=2048, yarn=args.yarn, chunk_size=256
     )
-    model, encoder = Model(runtime), TextEncoder(runtime.tokenizer)
+    model, tokenizer = Model(runtime), runtime.tokenizer
     finite = finite_reaches(args.shortest, length)
-    measured, tested = (make_text(encoder, remainder, length) for remainder in (0, 1))
+    measured, tested = (make_text(tokenizer, remainder, length) for remainder in (0, 1))
     began = time.perf_counter()
     plain = mean_losses(model.decoder, model.rotary, measured, finite, SINKS)
     seconds = time.perf_counter() - began
-    began, short = time.perf_counter(), make_text(encoder, 0, min(length, parse_tokens(args.weighing, "--weighing")))
+    began, short = time.perf_counter(), make_text(tokenizer, 0, min(length, parse_tokens(args.weighing, "--weighing")))
     weights = list(layer_weights(model.decoder, model.rotary, short, finite[0], SINKS, model.window))
     weighing_seconds = time.perf_counter() - began
     losses = plain * torch.stack(weights)[:, None, None]

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from longrun.chat.format import ChatFormat
 from longrun.errors import InputError
 from longrun.lab.quality.answers import holds_value, same_names
 from longrun.lab.quality.code_source import CONSTANT, DEFAULT, SIGNATURE, WHICH_FILE, Fact, SourceFile, facts_of
 from longrun.lab.quality.rules import RULES_TASK, ask_by, draw_rules, draw_topics, system_prompt
 from longrun.needles.words import NAMES
+from longrun.text.chat_format import ChatFormat
 from longrun.text.chat_template import has_template
 from longrun.text.encoder import TextEncoder
 

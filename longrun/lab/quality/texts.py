@@ -7,10 +7,10 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from longrun.chat.format import ChatFormat
 from longrun.errors import InputError
 from longrun.lab.quality.code_source import SourceFile
 from longrun.lab.quality.tasks import TEXT_TASK
+from longrun.text.chat_format import ChatFormat
 from longrun.text.encoder import TextEncoder, leading_ids
 
 if TYPE_CHECKING:
