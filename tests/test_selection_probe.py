@@ -11,18 +11,8 @@ import torch
 
 from longrun.config.model_config import ModelConfig
 from longrun.lab.quality.answered import AnsweredText
-from longrun.lab.selection import (
-    LAMBDAS,
-    PAGE,
-    TODAY,
-    Index,
-    LayerKeys,
-    LayerQueries,
-    Rule,
-    best,
-    known_rules,
-    pages_of,
-)
+from longrun.lab.selection import LayerKeys, LayerQueries, best
+from longrun.lab.selection_rules import LAMBDAS, PAGE, TODAY, Index, Rule, known_rules, pages_of
 from longrun.model.decoder import Decoder, DecoderLayer
 from longrun.quant.linear import QuantLinear
 from scripts.quality import selection_answers, selection_probe
@@ -105,6 +95,9 @@ def test_fewer_bits_lose_more_of_an_index_and_bytes_are_counted():
     whole = some._keys.scores(Index(16, 0.5), some._q, 0.25)
     errors = [(some._keys.scores(Index(16, 0.5, bits=n), some._q, 0.25) - whole).abs().mean() for n in (8, 4)]
     assert 0 < 5 * errors[0] < errors[1] < 0.3
+    whole = some._keys.scores(Index(16, 0.5, "unturned"), some._q, 0.25)
+    few = (some._keys.scores(Index(16, 0.5, "unturned", bits=4), some._q, 0.25) - whole).abs().mean()
+    assert 0 < few < 0.3
     true = some.scores.unflatten(-1, (-1, PAGE)).logsumexp(-1)[..., : PAGES - 1]
     found = [some._keys.scores(Index(1, bits=n), some._q, 0.25)[..., : PAGES - 1] for n in (16, 4, 2, 1)]
     codes = [(one - true).abs().mean() for one in found]
@@ -112,7 +105,7 @@ def test_fewer_bits_lose_more_of_an_index_and_bytes_are_counted():
     sizes = {name: rule.index.token_bytes(128) for name, rule in known_rules().items() if rule.index}
     assert sizes[TODAY] == sizes["min/max 64"] == 8 and sizes["min/max 16 best"] == 32
     assert sizes["mean 64"] == 4 and sizes["mean 16"] == 16 and sizes["keys"] == 256
-    assert sizes["mean 16 at 4 bits"] == (64 + 2) / 16 and sizes["mean 64 + 0.5 at 4 bits"] == (128 + 4) / 64
+    assert sizes["mean 16 at 4 bits"] == (64 + 2) / 16 and sizes["middle 64 + 0.5 at 4 bits"] == (128 + 4) / 64
     assert sizes["1-bit keys"] == 16 + 8 and sizes["unturned 16 + 0.25"] == (128 + 64) * 2 / 16
 
 
@@ -205,7 +198,7 @@ def test_a_text_is_measured():
         assert least["lost"][AT] > 0.05 and least["worst_head"][2] == least["worst_head"][3]
         whole, most = rows["rules"]["keys"]["lost"][AT], rows["rules"]["mean 64 at 4 bits"]["lost"][AT]
         assert least["lost"][AT] < whole < most
-    assert fitted_lambda([found])["lambda"] in LAMBDAS
+    assert fitted_lambda([found], "mean")["lambda"] in LAMBDAS
     steps = list(steps_of([found], 20, 2))
     assert len(steps) == 8 and all(step["filters"][-1]["lost"] >= 0 for step in steps)
     for step in steps:

@@ -23,105 +23,20 @@ head's mean key, turned to every position, is taken off: both are numbers of the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longrun.lab.selection_rules import PAGE, Index, Rule
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages
 from longrun.quant.rotation import key_rotation
 
-PAGE = 64
-TODAY = "min/max 64 rotated (today's)"
-LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-COARSE_SHARES = (0.06, 0.04, 0.03, 0.013)
 _PHASES = 4  # tokens from one position to the next at which an unturned centre is met
 _LEVELS = {1: (0.7979,), 2: (0.4528, 1.5104)}  # Lloyd-Max of a normal distribution, positive half
 _BORDERS = {1: (0.0,), 2: (-0.9816, 0.0, 0.9816)}
 _TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
-
-
-@dataclass(frozen=True)
-class Index:
-    """What is kept of a text's keys to choose by; see the module's docstring.
-
-    Attributes:
-        group: tokens of a vector; 1: the keys themselves, of 16, 4, 2 or 1 bits.
-        lam: weight of the half-range; 0: none is kept.
-        basis: "plain", "rotated" or "unturned".
-        bits: of an element.
-        best: the best group of a page counts, instead of the log-sum-exp of all.
-        unit: tokens that are chosen together, PAGE or the group.
-    """
-
-    group: int
-    lam: float = 0.0
-    basis: str = "plain"
-    middle: bool = False
-    bits: int = 16
-    best: bool = False
-    unit: int = PAGE
-
-    def token_bytes(self, head_dim: int) -> float:
-        """Bytes a token of one KV head."""
-        if self.group == 1:
-            scales = 0 if self.bits == 16 else 2 * 2 * head_dim / PAGE
-            return head_dim * self.bits / 8 + scales
-        of_half = 0 if not self.lam else head_dim // 2 if self.basis == "unturned" else head_dim
-        scales = 0 if self.bits == 16 else 2 * (1 + bool(self.lam))
-        return ((head_dim + of_half) * self.bits / 8 + scales) / self.group
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How units are ranked.
-
-    Attributes:
-        index: None: by the attention that they get in truth, summed over a KV head's queries: nothing loses less.
-        coarse: the share of all units that the index chooses, to be ranked again by the keys themselves.
-        unit: tokens, where there is no index.
-    """
-
-    index: Index | None
-    coarse: float | None = None
-    unit: int = PAGE
-
-    @property
-    def chosen_unit(self) -> int:
-        return self.unit if self.index is None else self.index.unit
-
-
-def known_rules() -> dict[str, Rule]:
-    """By name."""
-    found = {
-        "perfect": Rule(None), "keys": Rule(Index(1)), TODAY: Rule(Index(64, 1, "rotated", middle=True)),
-        "min/max 64": Rule(Index(64, 1, middle=True)), "min/max 16 best": Rule(Index(16, 1, middle=True, best=True)),
-        "mean 64": Rule(Index(64)), "mean 32": Rule(Index(32)), "mean 16": Rule(Index(16)), "mean 8": Rule(Index(8)),
-        "mean 16 best": Rule(Index(16, best=True)), "mean 16 + 0.5 best": Rule(Index(16, 0.5, best=True)),
-        "unturned 16": Rule(Index(16, basis="unturned")), "unturned 16 + 0.25": Rule(Index(16, 0.25, "unturned")),
-        "perfect, 16-token units": Rule(None, unit=16), "keys, 16-token units": Rule(Index(1, unit=16)),
-        "mean 16, 16-token units": Rule(Index(16, unit=16)),
-        "mean 16 at 4 bits, 16-token units": Rule(Index(16, bits=4, unit=16)),
-    }  # fmt: skip
-    found |= {f"{bits}-bit keys": Rule(Index(1, bits=bits)) for bits in (4, 2, 1)}
-    for lam in LAMBDAS[1:]:
-        found[f"middle 16 + {lam}"] = Rule(Index(16, lam, middle=True))
-        found[f"mean 16 + {lam}"] = Rule(Index(16, lam))
-        found[f"mean 16 + {lam}, 16-token units"] = Rule(Index(16, lam, unit=16))
-        found |= {with_lambda(lam, bits): Rule(Index(16, lam, bits=bits)) for bits in (8, 4)}
-    coarse = {f"mean {n} at {bits} bits": Index(n, bits=bits) for n in (64, 32, 16) for bits in (8, 4)}
-    coarse |= {f"mean 64 + {lam} at 4 bits": Index(64, lam, bits=4) for lam in (0.25, 0.5)}
-    for name, index in coarse.items():
-        found[name] = Rule(index)
-        found |= {f"{100 * share:g}% by {name}, then keys": Rule(index, share) for share in COARSE_SHARES}
-    return found
-
-
-def with_lambda(lam: float, bits: int) -> str:
-    """Name of the rule by means of 16 tokens and `lam` times their half-ranges."""
-    return f"mean 16 + {lam} at {bits} bits" if lam else f"mean 16 at {bits} bits"
 
 
 class LayerKeys:
@@ -196,9 +111,10 @@ class LayerKeys:
         if unturned:
             half = (x - centre[:, :, None]).unflatten(-1, (2, -1)).norm(dim=-2).amax(2)
         if index.bits < 16:
-            assert index.basis == "plain"
-            mean = self._in_basis("unturned").mean(1, keepdim=True)
-            known = _turned(mean, self._cos, self._sin).unflatten(1, (-1, index.group)).mean(2)
+            assert index.basis != "rotated"
+            known = self._in_basis("unturned").mean(1, keepdim=True)
+            if not unturned:
+                known = _turned(known, self._cos, self._sin).unflatten(1, (-1, index.group)).mean(2)
             centre = known + _rounded(centre - known, index.bits, True)
             half = _rounded(half, index.bits, False)
         if unturned:
@@ -290,11 +206,6 @@ def best(values: Tensor, count: int) -> Tensor:
     """bool as `values` [..., units], the `count` highest of the last dimension; never one of -inf."""
     top = values.topk(min(count, values.shape[-1]), -1)
     return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, top.indices, top.values > float("-inf"))
-
-
-def pages_of(budget: str, pages: int) -> int:
-    """A budget in pages: of "64" so many, of "6%" that share of all."""
-    return max(1, round(float(budget[:-1]) / 100 * pages)) if budget.endswith("%") else int(budget)
 
 
 def padded(x: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
     python scripts/quality/selection_answers.py --model FOLDER_OR_FILE --lengths 8K --json out.json
 
 A document of real code is read under full attention but for its last 256 tokens. These and all questions with their
-right answers (`longrun.lab.quality.answered`) are read by a rule of `longrun.lab.selection`: every query of every layer
-and KV head reads the pages chosen for it, the first page, its own and the newest full ones. `dense` questions are read
-in full, up to the last token before the answer, as a prompt is. Compared with full attention over the same rows:
-answers kept of those that it has right, KL and the share of equal likeliest tokens, of running text and of answers.
+right answers (`longrun.lab.quality.answered`) are read by a rule of `longrun.lab.selection_rules`: every query of
+every layer and KV head reads the pages chosen for it, the first page, its own and the newest full ones. `dense`
+questions are read in full, up to the last token before the answer, as a prompt is. Compared with full attention over
+the same rows: answers kept of those that it has right, KL and the share of equal likeliest tokens, of running text and
+of answers.
 """
 
 from __future__ import annotations
@@ -31,15 +32,17 @@ from longrun.cli import Parser, run
 from longrun.lab.quality.answered import AnsweredText, answered_texts
 from longrun.lab.quality.code_source import standard_library
 from longrun.lab.quality.statistics import wilson
-from longrun.lab.selection import PAGE, TODAY, LayerKeys, LayerQueries, Rule, best, known_rules, padded, pages_of
+from longrun.lab.selection import LayerKeys, LayerQueries, best, padded
+from longrun.lab.selection_rules import PAGE, TODAY, Rule, known_rules, pages_of
 from longrun.units import parse_tokens
 from scripts.quality.reach_probe import Model
 from scripts.quality.selection_probe import started
 
 TEXT_ROWS = 256
 RULES = (
-    "perfect", "keys", TODAY, "mean 16 at 8 bits", "mean 16 at 4 bits", "mean 16 + 0.5 at 4 bits",
-    "4% by mean 64 at 8 bits, then keys", "perfect, 16-token units", "mean 16 at 4 bits, 16-token units",
+    "perfect", "keys", TODAY, "mean 16 at 4 bits", "middle 16 + 0.5 at 4 bits", "unturned 16 + 0.25 at 4 bits",
+    "4% by middle 64 + 0.5 at 4 bits, then keys", "perfect, 16-token units",
+    "middle 16 + 0.5 at 4 bits, 16-token units",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@
 A text of real code with its questions and answers is read under full attention. For a sample of its queries, in every
 layer, the attention that falls on pages which a rule does not choose is *lost*: the share of all attention, mean over
 query heads and rows, beside what the best choice of as many pages loses. The first page, the query's own and the newest
-full pages are always read and stand apart. `longrun.lab.selection` has the indices, and what they compute.
+full pages are always read and stand apart. `longrun.lab.selection` says what the indices compute.
 
 Then, for consecutive queries (`selection_steps.py`): what is lost where the choice is some tokens old, hits of a pool
 of recently chosen pages (LRU), and what is lost where a few layers choose for all, fitted on the first text and judged
@@ -36,7 +36,8 @@ from longrun.hub.names import model_name
 from longrun.lab.quality.answered import AnsweredText, answered_texts
 from longrun.lab.quality.code_source import source_facts, standard_library
 from longrun.lab.report_env import environment
-from longrun.lab.selection import LAMBDAS, PAGE, LayerKeys, LayerQueries, known_rules, padded, pages_of, with_lambda
+from longrun.lab.selection import LayerKeys, LayerQueries, padded
+from longrun.lab.selection_rules import LAMBDAS, PAGE, fitted_name, known_rules, pages_of
 from longrun.paths import path_option
 from longrun.runtime.runtime import Runtime
 from longrun.units import parse_tokens
@@ -46,8 +47,8 @@ from scripts.quality.selection_steps import Stream, filter_layers, lost_by_sourc
 BUDGETS = ("32", "64", "128", "256", "512", "26%", "6%", "4%", "3%", "1.5%", "1.3%")
 AT = BUDGETS.index("6%")
 ROWS, STREAM = 96, 128  # queries of a kind and text; consecutive ones
-STREAM_RULES, STREAM_BUDGETS = ("keys", "mean 16 at 4 bits"), ("6%", "1.5%")
-FITTED_BITS = 4
+STREAM_RULES, STREAM_BUDGETS = ("keys", "middle 16 + 0.5 at 4 bits"), ("6%", "1.5%")
+FITTED = ("mean", "middle", "unturned")
 
 
 def lost_mass(values: Tensor, mass: Tensor, counts: Sequence[int]) -> Tensor:
@@ -142,12 +143,12 @@ def table_of(found: Sequence[Measure], head_dim: int) -> dict[str, dict[str, Any
     return table
 
 
-def fitted_lambda(found: Sequence[Measure]) -> dict[str, Any]:
+def fitted_lambda(found: Sequence[Measure], kind: str) -> dict[str, Any]:
     """The lambda that loses least at 6% on the first text, and what every lambda loses on the others."""
 
     def lost(lam: float, some: Sequence[Measure]) -> float:
-        name = with_lambda(lam, FITTED_BITS)
-        return sum(one.lost[kind, name][..., AT].mean().item() for one in some for kind in one.past) / len(some) / 2
+        name = fitted_name(kind, lam)
+        return sum(one.lost[rows, name][..., AT].mean().item() for one in some for rows in one.past) / len(some) / 2
 
     chosen = min(LAMBDAS, key=lambda lam: lost(lam, found[:1]))
     return {"lambda": chosen, "lost_on_the_others": {lam: lost(lam, found[1:] or found) for lam in LAMBDAS}}
@@ -214,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = [measure(model, text, args.newest) for text in texts]
         part = {
             "length": length, "pages": pages, "counts": [pages_of(budget, pages) for budget in BUDGETS],
-            "mass": table_of(found, runtime.config.head_dim), "fitted": fitted_lambda(found),
+            "mass": table_of(found, runtime.config.head_dim),
+            "fitted": {kind: fitted_lambda(found, kind) for kind in FITTED},
             "steps": list(steps_of(found, pages, model.shape[0])), "seconds": time.perf_counter() - began,
         }  # fmt: skip
         result["lengths"].append(part)
