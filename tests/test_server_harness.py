@@ -16,6 +16,10 @@ import torch
 from server_case import NAME, Served, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from longrun.errors import InputError
+from longrun.server.reading import scored_at_once
+from scripts.quality import compare_harness
+
 PAIRS = [
     ("once upon a time ", "there was"),
     ("o", "nce"),
@@ -115,6 +119,33 @@ def test_texts_are_continued_one_after_another(harness: Served, reference: Refer
         assert [choice["text"] for choice in answer["choices"]] == expected
     refused = harness.post("/v1/completions", body | {"prompt": ["a", "b"], "stream": True})
     assert refused.status_code == 400 and "2 prompts are not streamed" in refused.json()["error"]["message"]
+
+
+def test_as_many_tokens_are_scored_at_once_as_have_room_in_the_plan(harness: Served) -> None:
+    plan = harness.reference.plan
+    activations = next(item.bytes for item in plan.items if item.name == "activations")
+    for vocab_size in (97, 49_152, 10**7):
+        count = scored_at_once(plan, vocab_size)
+        needed = count * (3 * 4 * vocab_size + activations / plan.chunk_size)
+        assert 1 <= count <= plan.chunk_size and (needed <= activations or count == 1)
+    assert scored_at_once(plan, 97) > 16
+
+
+def test_two_runs_are_compared_score_by_score(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, last in (("server", -3.0), ("hf", -3.5)):
+        (tmp_path / name / "model").mkdir(parents=True)
+        samples = [{"doc_id": 0, "resps": [[["-1.0", "True"]], [[last, "False"]]]}]
+        text = "".join(json.dumps(sample) + "\n" for sample in samples)
+        (tmp_path / name / "model" / "samples_my_task_2026-01-01T00-00-00.jsonl").write_text(text)
+    runs = [str(tmp_path / "server"), str(tmp_path / "hf")]
+    assert compare_harness.main(runs) == 1 and compare_harness.main([*runs, "--most", "0.5"]) == 0
+    task = {"items": 1, "scores": 2, "largest_difference": 0.5, "greedy_differs": 0}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
+        "largest_difference": 0.5,
+        "tasks": {"my_task": task},
+    }
+    with pytest.raises(InputError, match="holds no samples"):
+        compare_harness.main([str(tmp_path / "server"), str(tmp_path / "none")])
 
 
 def test_its_remote_tokenizer_is_the_models(harness: Served, reference: Reference) -> None:

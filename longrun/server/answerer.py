@@ -25,15 +25,13 @@ from longrun.server.jobs import (
     PromptScores,
 )
 from longrun.server.prefix import PrefixMarks
-from longrun.server.reading import StepSizes, read_steps, reads_whole
+from longrun.server.reading import StepSizes, read_steps, reads_whole, scored_at_once
 from longrun.text.stream import AnswerText
 
 if TYPE_CHECKING:
     from longrun.runtime.runtime import Runtime
     from longrun.session.marks import SessionMark
     from longrun.session.session import Session
-
-_SCORED_AT_ONCE = 16  # tokens of a prompt: their logits need less memory than the activations of a chunk
 
 
 class Answerer:
@@ -139,9 +137,10 @@ class Answerer:
         ids, session, began = job.ask.token_ids, self._session, time.perf_counter()
         self._marks.forget()
         session.prefill(ids[:1])
-        for start in range(1, len(ids), _SCORED_AT_ONCE):
+        step = scored_at_once(session.plan, self._runtime.config.vocab_size)
+        for start in range(1, len(ids), step):
             job.check()
-            some = ids[start : start + _SCORED_AT_ONCE]
+            some = ids[start : start + step]
             job.emit(PromptScores(tuple(score_tokens(session.score(some), some, job.ask.logprobs or 0))))
             job.emit(Progress(len(ids), 0, session.seq_len, time.perf_counter() - began))
         self._marks.take()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from longrun.plan.plan import Plan
     from longrun.runtime.runtime import Runtime
 
 STEP_SECONDS = 2.5
@@ -20,6 +21,13 @@ def reads_whole(runtime: Runtime) -> bool:
     """Whether nothing can be read in parts: the angles of this type change with the length of what is read at once."""
     rope = runtime.parts.rotary_host.params
     return rope.rope_type == "dynamic" and runtime.plan.capacity > rope.max_position_embeddings
+
+
+def scored_at_once(plan: Plan, vocab_size: int) -> int:
+    """How many of a prompt's tokens are scored in one step: as many as have room, with three copies of their logits in
+    float32, in the memory that is planned for the activations of a chunk; at least one."""
+    activations = next(item.bytes for item in plan.items if item.name == "activations")
+    return max(1, min(plan.chunk_size, activations // (12 * vocab_size + activations // plan.chunk_size)))
 
 
 class StepSizes:

@@ -46,6 +46,14 @@ def scores_of(folder: Path) -> Scores:
     return found
 
 
+def made_by(folder: Path) -> dict[str, Any]:
+    """Which program made the run."""
+    (file,) = folder.rglob("results_*.json")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return {"lm_eval": found["lm_eval_version"], "transformers": found["transformers_version"],
+            "model": found["config"]["model"], "batch_size": found["config"]["batch_size"]}  # fmt: skip
+
+
 def compared(ours: Scores, theirs: Scores) -> dict[str, Any]:
     """How far they are apart, all in all and by task.
 
@@ -82,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     result = compared(scores_of(args.server), scores_of(args.transformers))
     if args.json is not None:
-        whole = result | {"environment": environment()}
+        runs = {"server": made_by(args.server), "transformers": made_by(args.transformers)}
+        whole = result | {"runs": runs, "environment": environment()}
         args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({"largest_difference": result["largest_difference"], "tasks": result["tasks"]}))
     return 0 if result["largest_difference"] <= args.most else 1
