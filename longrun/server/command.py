@@ -65,6 +65,7 @@ def server_command(argv: Sequence[str] | None = None) -> int:
             root = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             told = f"serving {name}: in a browser at {root}/, for programs at {root}/v1; Ctrl-C ends it"
             console.print(told, highlight=False, markup=False, soft_wrap=True)
+            bound.listen()  # who reads the address may ask at once
             print(f"{root}/v1", flush=True)
             serving.run(bound)
     except Terminated:
