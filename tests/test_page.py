@@ -21,7 +21,7 @@ from longrun.patterns.head_map import HeadMap
 from longrun.session.session import Session
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
     from longrun.lab.planted import PlantedModel
 
@@ -88,6 +88,13 @@ def opened(browser: Browser, served: Served, expected: str | None = None, **sett
         page.goto(served.root)
         yield page
         assert [each for each in wrong if expected is None or expected not in each] == []
+
+
+def many_heads(route: Route) -> None:
+    """The state as it is, but of a model with 16 KV heads in a layer."""
+    told = route.fetch().json()
+    told["heads"]["reaches"] = [["all", "streaming", 4096, 131072] * 4] * 3
+    route.fulfill(json=told)
 
 
 def ask(page: Page, question: str) -> None:
@@ -342,7 +349,7 @@ def test_memory_and_heads_are_shown_in_words(chat_model: Path, browser: Browser)
         page.get_by_text("How far each head looks back").click()
         rows = page.locator("#head-map tr")
         assert [row.split() for row in rows.all_inner_texts()] == [
-            ["layer", "head", "0", "head", "1", "head", "2"], ["0", "all", "stream", "stream"],
+            ["layer", "h0", "h1", "h2"], ["0", "all", "stream", "stream"],
             ["1", "all", "all", "stream"], ["2", "stream", "stream", "stream"],
         ]  # fmt: skip
         assert "3 of 9 KV heads keep all tokens" in (page.locator("#heads-line").text_content() or "")
@@ -357,6 +364,8 @@ def test_a_narrow_screen_scrolls_in_one_direction_and_all_text_can_be_read(
     kept: Served, browser: Browser, scheme: str
 ) -> None:
     with opened(browser, kept, viewport={"width": 400, "height": 800}, color_scheme=scheme) as page:
+        page.route("**/status", many_heads)
+        page.reload()
         page.locator("#model option").first.wait_for(state="attached")
         ask(page, f"```\n{'w' * 300}\n```\n{'v' * 300}")
         answer_of(page)

@@ -121,7 +121,7 @@ function draw() {
   const shown = turns.map((turn, number) => {
     const body = make("div", { className: "body" });
     if (turn.role === "assistant") show((last = body), turn.content);
-    else body.append(make("div", { className: "text long", tabIndex: turn.content.length > 600 ? 0 : -1 }, turn.content));
+    else body.append(make("div", { className: "text long", ...(turn.content.length > 600 && { tabIndex: 0 }) }, turn.content));
     const who = turn.role === "user" ? "You" : turn.model;
     return make("article", { className: `turn ${turn.role}`, ariaLabel: who }, make("h3", {}, who), body, foot(turn, number));
   });

@@ -81,7 +81,7 @@ function drawHeads({ summary, note, sink_size, recent_size, reaches }, capacity)
     return make("div", { className: "head-cell" }, shown, bar([tokens, reach === "all" ? "used" : "planned"], capacity));
   };
   find("head-map").replaceChildren(
-    row("head", "layer", ...reaches[0].map((_, head) => `head ${head}`)),
+    row("head", "layer", ...reaches[0].map((_, head) => `h${head}`)),
     ...reaches.map((each, layer) => row("body", String(layer), ...each.map(cell))),
   );
 }

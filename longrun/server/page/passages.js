@@ -44,7 +44,7 @@ async function openAt(place) {
   const reader = find("reader");
   const body = find("reader-text");
   find("reader-title").textContent = [nameOf(passage), linesOf(passage)].filter(Boolean).join(", ");
-  find("reader-place").textContent = `Passage ${number + 1} of ${passages.length}, ${percent(passage.share)} of the looks`;
+  find("reader-place").textContent = `Passage ${number + 1} of ${passages.length}, ${percent(passage.share)} of what it looked at`;
   find("reader-before").disabled = number === 0;
   find("reader-after").disabled = number === passages.length - 1;
   body.replaceChildren(make("p", { className: "quiet" }, "Loading the text"));
