@@ -174,6 +174,37 @@ def test_sampling_and_penalties_take_nothing_from_the_device(folder, monkeypatch
     assert launches.count == 39 and session._engine.decode_step._ahead_at is None
 
 
+class EvenTokens:
+    """A rule of so many tokens, all of even numbers."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.left
+
+    def allowed(self) -> bytes:
+        return bytes([0b01010101] * 13)
+
+    def take(self, token_id: int) -> None:
+        self.left -= 1
+
+
+def test_a_rule_takes_nothing_from_the_device(folder, monkeypatch):
+    session, other = make_session(folder), make_session(folder)
+    launches = Launches(session._engine, monkeypatch)
+    tokens = list(session.generate(20, eos=False, rule=EvenTokens(12)))
+    assert len(tokens) == 12 and launches.count == 11 and session._engine.decode_step._ahead_at is None
+    odd = 0
+    for token in tokens:
+        assert token == 2 * int(other.logits[::2].argmax())
+        odd += int(other.logits.argmax()) % 2
+        other.prefill([token])
+    assert odd > 2
+    assert list(session.generate(5, eos=False)) == list(other.generate(5, eos=False))
+
+
 def test_the_context_ends_where_it_ended(folder):
     session = make_session(folder)
     session.prefill(ids()[START:695].tolist())
