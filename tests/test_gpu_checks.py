@@ -25,7 +25,7 @@ from longrun.machine import host_memory
 from longrun.plan.budget import Budget
 from longrun.plan.plan import make_plan
 from longrun.runtime import gpu_checks
-from longrun.runtime.memory_checks import check_free_memory
+from longrun.runtime.memory_checks import bytes_in_use, check_free_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 GB = 10**9
@@ -110,6 +110,14 @@ def refusal(kind, call, *args, **options):
     text = str(raised.value)
     assert "\n" not in text and not text.endswith(".") and ": " in text
     return text
+
+
+def test_what_is_in_use_is_the_driver_s_count_and_this_process(card):
+    card.free = 60 * GB
+    device, host = bytes_in_use("cuda")
+    own, none = bytes_in_use("cpu")
+    assert (device, none) == (25 * GB, 0)
+    assert host == pytest.approx(own, rel=0.1) and 10**7 < own < 10**11
 
 
 def test_a_gpu_that_can_everything_passes(card, folder, reached):
