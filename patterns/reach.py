@@ -1,15 +1,18 @@
 """The method "reach" of `identify`: how far each head needs to look, from one forward pass a text and no training.
 
-Queries are sampled of running text, of parts of it that are repeated, and of facts that are asked for (`reach_text`). A
-head's loss is measured at its output (`reach_measure`), and brought to nats by what the losses of its layer cost
-together; the kinds of queries are added with `KIND_WEIGHTS`. So a loss says about how much KL a reach adds. The model's
-own decoder is used, so that any model that longrun runs can be measured.
+A text is a stretch of the given one and, after it, requests to repeat parts of it, with the parts as they should be
+repeated. Queries are sampled in the second half of the stretch and in all parts: the former ask for what running text
+needs, the latter for what a fact from far back needs. A head's loss is measured at its output (`reach_measure`), and
+brought to nats by what the losses of its layer cost together; both kinds of queries are added, repeats three times.
+So a loss says about how much KL a reach adds. The model's own decoder is used, so that any model that longrun runs can
+be measured.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,6 +29,8 @@ from longrun.model.decoder import Decoder
 from longrun.model.folder import check_folder
 from longrun.model.rope import RotaryTable
 from longrun.patterns.identify_settings import (
+    FIRST_PROMPT,
+    NEXT_PROMPT,
     IdentifyProgress,
     IdentifySettings,
     MethodResult,
@@ -34,18 +39,60 @@ from longrun.patterns.identify_settings import (
 )
 from longrun.patterns.reach_losses import MEASURED_SHARE, ReachLosses
 from longrun.patterns.reach_measure import TILE_BYTES, layer_costs, measure_reaches
-from longrun.patterns.reach_text import FACTS, MOST_ROWS, PART_SIZE, PARTS, SampledText, sampled_text
 from longrun.specs.model_bytes import TOKEN_SLICES, activation_bytes
+from longrun.text.encoder import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KIND_WEIGHTS = 1.0, 3.0, 30.0
-"""Of a nat lost in running text, where something is repeated, and in a fact's number (docs/reach.md)."""
+PARTS, PART_SIZE, QUOTE_SIZE = 8, 64, 8
+TEXT_ROWS = 512
+REPEAT_WEIGHT = 3.0
+"""Of a nat lost where something is repeated, against one in running text (docs/reach.md)."""
 
 _FACTOR = 4  # from one reach to the next
-_WEIGHING_CONTEXT = {"cpu": 2048, "cuda": 8192}  # a forward pass a layer
+_WEIGHING_CONTEXT = {"cpu": 1536, "cuda": 8192}  # a forward pass a layer
 _FORMATS = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class SampledText:
+    """int64 token ids [T], and positions whose next tokens are sampled: in the stretch, and where parts of it are
+    repeated; both ascending."""
+
+    ids: Tensor
+    text_rows: Tensor
+    repeat_rows: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.cat((self.text_rows, self.repeat_rows))
+
+
+def sampled_text(
+    token_ids: Sequence[int], encode: Callable[[str], list[int]], length: int, draw: random.Random
+) -> SampledText:
+    """The first tokens of `token_ids`, and parts of them repeated: `length` tokens in all.
+
+    Raises:
+        InputError: no room for a stretch between the parts.
+    """
+    first, following = encode(FIRST_PROMPT), encode(NEXT_PROMPT)
+    stretch = length - len(first) - PARTS * (len(following) + QUOTE_SIZE + PART_SIZE)
+    if stretch < 4 * (PART_SIZE + QUOTE_SIZE):
+        raise InputError(
+            f"a context of {length:,} tokens leaves {max(0, stretch):,} beside {PARTS} repeated parts of {PART_SIZE}: "
+            f"give at least {length - stretch + 4 * (PART_SIZE + QUOTE_SIZE):,}"
+        )
+    ids, repeat_rows = [*token_ids[:stretch], *first], []
+    for part in range(PARTS):
+        start = (2 * part + 1) * (stretch - PART_SIZE - QUOTE_SIZE) // (2 * PARTS)
+        ids += [*following, *token_ids[start : start + QUOTE_SIZE]]
+        repeat_rows += range(len(ids) - 1, len(ids) - 1 + PART_SIZE)
+        ids += token_ids[start + QUOTE_SIZE : start + QUOTE_SIZE + PART_SIZE]
+    second_half = range(stretch // 2, stretch - 1)
+    text_rows = sorted(draw.sample(second_half, min(TEXT_ROWS, len(second_half))))
+    return SampledText(torch.tensor(ids), torch.tensor(text_rows), torch.tensor(repeat_rows))
 
 
 def finite_reaches(shortest: int, length: int) -> tuple[int, ...]:
@@ -89,7 +136,8 @@ def reading_bytes(config: ModelConfig, context: int, device_type: str, itemsize:
     """
     layer = activation_bytes(config, context, itemsize, token_slice=TOKEN_SLICES[device_type])
     attended = 6 * context * (config.q_size + config.kv_size) * itemsize + 3 * TILE_BYTES[device_type]
-    return layer + attended + (MOST_ROWS + 4 * 64) * config.vocab_size * 4
+    rows = TEXT_ROWS + PARTS * PART_SIZE
+    return layer + attended + (rows + 4 * 64) * config.vocab_size * 4
 
 
 def identify_reach(
@@ -134,7 +182,7 @@ def identify_reach(
         weights.append(weight)
         on_progress(IdentifyProgress(settings.steps + 1 + len(weights), passes, tokens=len(short.ids)))
     nats = (total / settings.steps * torch.stack(weights)[:, None, None]) @ torch.tensor(
-        KIND_WEIGHTS, dtype=torch.float64
+        [1, REPEAT_WEIGHT], dtype=torch.float64
     )
     mean = [[[float(f"{x:.4g}") for x in head] for head in row] for row in nats.tolist()]
     losses = ReachLosses(
@@ -143,7 +191,7 @@ def identify_reach(
     scores = rank_scores([[head[0] for head in row] for row in mean])
     how = {
         "scores": f"rank of the loss at a reach of {reaches[0]}", "parts": PARTS, "part_size": PART_SIZE,
-        "facts": FACTS, "weighing_context": len(short.ids), "kind_weights": KIND_WEIGHTS,
+        "weighing_context": len(short.ids), "repeat_weight": REPEAT_WEIGHT,
     }  # fmt: skip
     return MethodResult(scores, how, losses, tuple(notices))
 
@@ -151,9 +199,9 @@ def identify_reach(
 def mean_losses(
     decoder: Decoder, rotary: RotaryTable, text: SampledText, reaches: Sequence[int], sink_size: int
 ) -> Tensor:  # fmt: skip
-    """float64 [num_layers, num_kv_heads, len(reaches), 3]: means over the queries of each of the text's kinds."""
+    """float64 [num_layers, num_kv_heads, len(reaches), 2]: means over the queries of the stretch, and of the parts."""
     each = measure_reaches(decoder, rotary, text.ids, text.rows, reaches, sink_size).double()
-    kinds = each.split([len(rows) for rows in text.kinds], dim=-1)
+    kinds = each.split([len(text.text_rows), len(text.repeat_rows)], dim=-1)
     return torch.stack([kind.mean(-1) for kind in kinds], dim=-1)
 
 
@@ -161,13 +209,14 @@ def layer_weights(
     decoder: Decoder, rotary: RotaryTable, text: SampledText, reach: int, sink_size: int,
     window_attention: Callable[..., None] | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """For each layer, float64 [3]: nats a unit of loss, for the queries of each of the text's kinds.
+    """For each layer, float64 [2]: nats a unit of loss, for the queries of the stretch, and of the parts.
 
     Args:
         window_attention: see `WholeTextAttention`.
     """
     losses = mean_losses(decoder, rotary, text, (reach,), sink_size).sum((1, 2))
-    costs = layer_costs(decoder, rotary, text.ids, text.kinds, reach, sink_size, window_attention)
+    kinds = (text.text_rows, text.repeat_rows)
+    costs = layer_costs(decoder, rotary, text.ids, kinds, reach, sink_size, window_attention)
     for of_layer, cost in zip(losses, costs, strict=True):
         yield torch.where(of_layer > 0, torch.tensor(cost, dtype=torch.float64) / of_layer, 0.0)
 
@@ -191,4 +240,7 @@ def _drawn(
     assert length is not None
     start = draw.randint(0, len(text_ids) - length)
     ids = text_ids[start : start + length].tolist()
-    return sampled_text(ids, tokenizer, length, draw)
+    begin = tokenizer.bos_token_id
+    if begin is not None and tokenizer.encode("")[:1] == [begin]:
+        ids = [begin, *ids]
+    return sampled_text(ids, TextEncoder(tokenizer).ids, length, draw)

@@ -51,7 +51,8 @@ def server(*options: str) -> Iterator[ServedModel]:
         InputError: it does not start, or does not end with status 143 on SIGTERM.
     """
     command = [sys.executable, "-m", "longrun.server", "--port", "0", *options]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
     try:
         assert process.stdout is not None

@@ -145,7 +145,6 @@ ROOMS = (
             "longrun.patterns.reconstruction_*",
             "longrun.patterns.reach",
             "longrun.patterns.reach_measure",
-            "longrun.patterns.reach_text",
         ),
         (
             "attention",

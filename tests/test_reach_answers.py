@@ -49,7 +49,7 @@ def test_an_answer_is_kept_where_all_its_tokens_are_likeliest():
 
 
 def test_reaches_are_judged_by_answers(planted, tmp_path, monkeypatch):
-    monkeypatch.setattr(reach_answers, "MIXTURES", {"needles": (0, 0, 0, 0, 1), "none": (0, 0, 0, 0, 0)})
+    monkeypatch.setattr(reach_answers, "MIXTURES", {"needles": (0, 0, 0, 1), "none": (0, 0, 0, 0)})
     monkeypatch.setattr(reach_answers, "RANKED", ("needles",))
     out = tmp_path / "out.json"
     assert reach_answers.main([

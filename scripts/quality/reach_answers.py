@@ -41,19 +41,17 @@ from longrun.patterns.identify_settings import rank_scores
 from longrun.patterns.reach import finite_reaches, layer_weights, mean_losses
 from longrun.patterns.reach_losses import ReachLosses
 from longrun.patterns.reach_measure import layer_costs, measure_reaches
+from longrun.text.encoder import TextEncoder
 from longrun.units import parse_tokens
 from scripts.quality.reach_cuts import RandomCuts
 from scripts.quality.reach_probe import SINKS, Model, by_losses, fixed, held, make_text
 
-KINDS = ("text", "repeats", "facts", "questions", "needles")
+KINDS = ("text", "repeats", "questions", "needles")
 MIXTURES = {
-    "text + 3 repeats": (1, 3, 0, 0, 0),
-    "repeats": (0, 1, 0, 0, 0),
-    "facts": (0, 0, 1, 0, 0),
-    "text + 30 facts": (1, 0, 30, 0, 0),
-    "text + 3 repeats + 30 facts": (1, 3, 30, 0, 0),
-    "text + 30 needles": (1, 0, 0, 0, 30),
-    "questions + needles": (0, 0, 0, 1, 1),
+    "text + 3 repeats (identify's)": (1, 3, 0, 0),
+    "repeats": (0, 1, 0, 0),
+    "text + 30 needles": (1, 0, 0, 30),
+    "questions + needles": (0, 0, 1, 1),
 }
 BY_CUTS = "random cuts"
 RANKED = ("questions + needles", BY_CUTS)
@@ -113,10 +111,10 @@ class Judge:
 
 def losses_of(model: Model, tokenizer: Any, length: int, measured: int, weighing: int) -> tuple[Tensor, list[int]]:
     """float64 [num_layers, num_kv_heads, len(reaches), 4], nats by kind, and the reaches."""
-    reaches = finite_reaches(256, length)
-    text = make_text(tokenizer, 0, length)
+    encoder, reaches = TextEncoder(tokenizer), finite_reaches(256, length)
+    text = make_text(encoder, 0, length)
     plain = mean_losses(model.decoder, model.rotary, text, reaches, SINKS)
-    short = make_text(tokenizer, 0, min(length, weighing))
+    short = make_text(encoder, 0, min(length, weighing))
     weights = torch.stack(list(layer_weights(model.decoder, model.rotary, short, reaches[0], SINKS, model.window)))
     found = [plain * weights[:, None, None]]
     files = standard_library()[0::2]
@@ -208,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--texts", type=COUNT, default=10, help="texts that are judged")
     parser.add_argument("--measured", type=COUNT, default=2, help="texts whose answers losses are measured on")
     parser.add_argument("--weighing", default="8K", help="tokens of the text that layers are weighed on")
-    parser.add_argument("--cuts", type=int, default=0, metavar="N", help="also twice N random cuts on ten texts")
+    parser.add_argument("--cuts", type=COUNT, default=0, metavar="N", help="also twice N random cuts on ten texts")
     parser.add_argument("--losses", type=path_option, help="take losses from this result, of a shorter text")
     parser.add_argument("--maps", type=path_option, metavar="DIR", help="write head maps of all losses here")
     parser.add_argument("--rules", default="", metavar="WORDS,WORDS", help="only rules whose names hold one of these")

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 import longrun
 from longrun.arguments import COUNT, whole
@@ -39,10 +38,9 @@ from longrun.hub.names import model_name
 from longrun.lab.report_env import environment
 from longrun.model.decoder import Decoder
 from longrun.paths import path_option
-from longrun.patterns.reach import KIND_WEIGHTS, finite_reaches, layer_weights, mean_losses
+from longrun.patterns.reach import REPEAT_WEIGHT, SampledText, finite_reaches, layer_weights, mean_losses, sampled_text
 from longrun.patterns.reach_allocation import allocate
 from longrun.patterns.reach_losses import ReachLosses
-from longrun.patterns.reach_text import SampledText, sampled_text
 from longrun.runtime.runtime import Runtime
 from longrun.text.encoder import TextEncoder
 from longrun.units import ALL_TOKENS, parse_tokens
@@ -50,18 +48,17 @@ from longrun.units import ALL_TOKENS, parse_tokens
 SINKS = 64
 
 
-def make_text(tokenizer: PreTrainedTokenizerBase, remainder: int, length: int) -> SampledText:
+def make_text(encoder: TextEncoder, remainder: int, length: int) -> SampledText:
     """Modules of the standard library whose place in the list leaves this remainder when divided by 2."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     names = sorted(path for path in folder.glob("*.py") if path.stat().st_size > 4000)
     random.Random("reach").shuffle(names)
     ids: list[int] = []
-    encoder = TextEncoder(tokenizer)
     for path in names[remainder::2]:
         ids += encoder.ids(f"# file: {path.name}\n{path.read_text(encoding='utf-8', errors='replace')}\n")
         if len(ids) >= length:
             break
-    return sampled_text(ids, tokenizer, length, random.Random(remainder))
+    return sampled_text(ids, encoder.ids, length, random.Random(remainder))
 
 
 class Model:
@@ -95,13 +92,12 @@ def compare(reference: Tensor, found: Tensor, text: SampledText) -> dict[str, fl
     ).cpu()
     best, was = found.argmax(-1).cpu(), reference.argmax(-1).cpu()
     count = len(text.text_rows)
-    repeats = slice(count, count + len(text.repeat_rows))
     targets = text.ids[text.repeat_rows + 1]
-    known = was[repeats] == targets
+    known = was[count:] == targets
     return {
-        "kl_text": kl[:count].mean().item(), "kl_repeat": kl[repeats].mean().item(),
+        "kl_text": kl[:count].mean().item(), "kl_repeat": kl[count:].mean().item(),
         "top1_text": (best == was)[:count].float().mean().item(),
-        "repeated": (best[repeats] == targets)[known].float().mean().item(), "known": int(known.sum()),
+        "repeated": (best[count:] == targets)[known].float().mean().item(), "known": int(known.sum()),
     }  # fmt: skip
 
 
@@ -177,13 +173,13 @@ def main() -> int:
     runtime = longrun.load(
         args.model, head_map="full", weight_format=args.weights, ctx=2048, yarn=args.yarn, chunk_size=256
     )
-    model, tokenizer = Model(runtime), runtime.tokenizer
+    model, encoder = Model(runtime), TextEncoder(runtime.tokenizer)
     finite = finite_reaches(args.shortest, length)
-    measured, tested = (make_text(tokenizer, remainder, length) for remainder in (0, 1))
+    measured, tested = (make_text(encoder, remainder, length) for remainder in (0, 1))
     began = time.perf_counter()
     plain = mean_losses(model.decoder, model.rotary, measured, finite, SINKS)
     seconds = time.perf_counter() - began
-    began, short = time.perf_counter(), make_text(tokenizer, 0, min(length, parse_tokens(args.weighing, "--weighing")))
+    began, short = time.perf_counter(), make_text(encoder, 0, min(length, parse_tokens(args.weighing, "--weighing")))
     weights = list(layer_weights(model.decoder, model.rotary, short, finite[0], SINKS, model.window))
     weighing_seconds = time.perf_counter() - began
     losses = plain * torch.stack(weights)[:, None, None]
@@ -210,7 +206,7 @@ def main() -> int:
         save()
     result["rows"] = []
     windows = [window for window in (parse_tokens(w, "--windows") for w in args.windows.split(",")) if window < length]
-    by_window, kinds = dict(zip(finite, losses.unbind(2), strict=True)), losses.new_tensor(KIND_WEIGHTS)
+    by_window, kinds = dict(zip(finite, losses.unbind(2), strict=True)), losses.new_tensor([1, REPEAT_WEIGHT])
     given = {
         "reach": losses @ kinds, "reach, repeats weighed once": losses.sum(-1), "reach by text": losses[..., 0],
         "reach by repeats": losses[..., 1], "reach, layers not weighed": plain @ kinds,

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from longrun.lab.quality.asked import CodeDocuments
 from longrun.lab.quality.code_source import SourceFile
-from longrun.needles.asked import AskedText
-from longrun.needles.needles import make_needles
+from longrun.needles.needles import Needle, make_needles
+from longrun.text.chat_format import ChatFormat
+from longrun.text.chat_template import has_template
+from longrun.text.encoder import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +79,7 @@ def answered_texts(
     documents = CodeDocuments(tokenizer, files)
     for number, document in enumerate(documents.code(max(room, length // 2), count, seed)):
         rng = random.Random(f"answered/{seed}/{length}/{number}")
-        writer = AskedText(tokenizer)
+        writer = _Writer(tokenizer)
         needles = make_needles(num_needles, f"{seed}/{number}")
         ids = writer.hidden(document.token_ids, needles, rng)
         asked = [(q.task, q.text, "", q.expected) for q in document.questions]
@@ -93,3 +95,41 @@ def answered_texts(
             ids += answer_ids
         drawn = rng.sample(range(begin // 2, begin - 1), min(num_text_rows, begin - 1 - begin // 2))
         yield AnsweredText(torch.tensor(ids), torch.tensor(sorted(drawn)), tuple(answers), begin)
+
+
+class _Writer:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self._encoder, self._chat = tokenizer, TextEncoder(tokenizer), ChatFormat(tokenizer)
+
+    def hidden(self, ids: Sequence[int], needles: Sequence[Needle], rng: random.Random) -> list[int]:
+        """The document's ids with every needle behind a line's end (anywhere, where the tokenizer knows none), spread
+        over it."""
+        inside = range(len(ids) * 3 // 100, len(ids) * 97 // 100)
+        ends = [at for at in inside if self._tokenizer.decode([ids[at]]).endswith("\n")] or inside
+        found, before = [], 0
+        for place, needle in zip(sorted(rng.sample(ends, len(needles))), needles, strict=True):
+            found += [*ids[before : place + 1], *self._encoder.ids(f"# {needle.sentence}\n", after_control=True)]
+            before = place + 1
+        return [*found, *ids[before:]]
+
+    def asked(
+        self, words: str, prefix: str, answer: str, before: Sequence[int], first: bool
+    ) -> tuple[list[int], list[int]]:
+        """Ids from `before` on, up to where the answer begins, and the answer's.
+
+        Args:
+            prefix: how the answer's sentence begins, given away; may be empty.
+            first: the question goes on with the document's message; others have a message of their own.
+        """
+        chat, encoder = self._chat, self._encoder
+        ids = [] if first else chat.opening_ids(before[-1], False)
+        if has_template(self._tokenizer):
+            asked = chat.text_ids([words], first, not first, True)[0]
+            ids = [*ids, *asked, *chat.closing_ids(first)]
+            if not prefix:
+                return ids, encoder.ids(answer, after_control=True)
+            begun, whole = (encoder.ids(text, after_control=True) for text in (prefix, f"{prefix} {answer}"))
+            return [*ids, *begun], whole[len(begun) :]
+        begun = f"Question: {words}\nAnswer:" if not prefix else f"{words}\n{prefix}"
+        told, whole = (chat.text_ids([text], first, not first, False)[0] for text in (begun, f"{begun} {answer}"))
+        return [*ids, *told], whole[len(told) :]
