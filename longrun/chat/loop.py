@@ -11,8 +11,8 @@ from longrun.allocation import allocation_sentence, is_failed_allocation
 from longrun.arguments import check_text
 from longrun.chat.answer import CONTEXT_FULL, INTERRUPTED, MAX_NEW_TOKENS
 from longrun.chat.changed_files import ChangedFiles
-from longrun.chat.conversation import Reading
 from longrun.chat.runner import ChatRunner
+from longrun.chat.turns import Reading
 from longrun.documents.document import Document
 from longrun.documents.find import read_documents
 from longrun.errors import InputError, LongrunError, quoted, shortened

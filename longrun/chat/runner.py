@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from longrun.chat.answer import INTERRUPTED, AnswerOptions, stream_answer
-from longrun.chat.conversation import AnswerCut, Conversation, Reading
+from longrun.chat.conversation import Conversation
 from longrun.chat.progress import PrefillProgress
 from longrun.chat.report import TurnReport
 from longrun.chat.sources import AnswerSources
+from longrun.chat.turns import AnswerCut, Reading
 from longrun.documents.document import Document
 from longrun.errors import InputError, LongrunError, PlanError, SessionError, short_path
 from longrun.interrupts import deferred_signals
