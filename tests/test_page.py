@@ -177,6 +177,34 @@ def test_stop_ends_the_answer_here_and_on_the_server(
 
 
 @in_browser
+def test_reading_shows_how_far_and_can_be_stopped(
+    kept: Served, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, steps, go_on = Session.prefill, [], threading.Event()
+
+    def held(self: Session, token_ids: Any, progress: Any = None) -> Any:
+        steps.append(len(token_ids))
+        assert len(steps) == 1 or go_on.wait(20)
+        return read(self, token_ids, progress)
+
+    question = "how far was it? " * 60
+    total = len(kept.prompt_ids(user(question.strip())))
+    with opened(browser, kept) as page:
+        monkeypatch.setattr(Session, "prefill", held)
+        ask(page, question)
+        wait_for(lambda: len(steps) == 2)
+        bar = page.locator("#progress-bar")
+        wait_for(lambda: steps[0] <= bar.evaluate("(bar) => bar.value") < bar.evaluate("(bar) => bar.max") == total)
+        assert f"of {total:,} tokens" in (page.locator("#progress-text").text_content() or "")
+        page.get_by_role("button", name="Stop").click()
+        page.locator(".turn").first.wait_for(state="detached")
+        go_on.set()
+        assert page.get_by_label("Question", exact=True).input_value() == question.strip()
+        wait_for(lambda: kept.health()["running"] == 0)
+        assert kept.health()["session_tokens"] < total
+
+
+@in_browser
 def test_errors_are_told_in_words_and_the_question_is_not_lost(kept: Served, browser: Browser) -> None:
     with opened(browser, kept, expected="400 (Bad Request)") as page:
         question = "long " * 500

@@ -18,8 +18,10 @@ export function show(status) {
     memory.host.planned || onGpu ? place("Host memory", memory.host) : null,
     documents && gauge("Documents on disk", documents.bytes, documents.bytes + documents.free,
       `${bytes(documents.bytes)}, ${bytes(documents.free)} free`),
-    line("Last reading", last.reading),
-    line("Last answer", last.writing),
+    line("Last reading", paceOf(last.reading)),
+    line("Last answer", paceOf(last.writing)),
+    line("Model", model.shape),
+    line("Formats", `${model.weights} weights, ${model.pages} pages of ${model.page_size} tokens`),
   ].filter(Boolean));
   const plan = JSON.stringify([memory.items, status.heads]);
   if (plan === planned) return;
@@ -46,10 +48,9 @@ function bar(...sizes) {
   return make("div", { className: "track", ariaHidden: "true" }, ...parts);
 }
 
-function line(title, rate) {
-  const words = rate ? `${count(rate.tokens)} tokens in ${duration(rate.seconds)}: ${speed(rate.tokens_per_s)}` : "none yet";
-  return make("div", { className: "gauge" }, make("span", {}, title), make("span", {}, words));
-}
+const line = (title, words) => make("div", { className: "gauge" }, make("span", {}, title), make("span", {}, words));
+
+const paceOf = (rate) => (rate ? `${count(rate.tokens)} tokens in ${duration(rate.seconds)}: ${speed(rate.tokens_per_s)}` : "none yet");
 
 const speed = (rate) => `${rate < 10 ? rate.toFixed(1) : count(Math.round(rate))} tokens/s`;
 
