@@ -29,6 +29,32 @@ def test_completions_are_those_of_the_python_api(served: Served) -> None:
     assert drawn.choices[0].text == served.expected(ids, 9, temperature=2, seed=3, min_p=0.2, top_k=9)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"max_completion_tokens": 3, "stream": False}),  # LangChain
+        ("chat/completions", {"max_completion_tokens": 3, "n": 1, "frequency_penalty": 0.0, "presence_penalty": 0.0,
+                              "logprobs": True, "top_logprobs": 2, "seed": 1, "stop": ["~"], "temperature": 0.7}),
+        ("completions", {"max_tokens": 3, "n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": None,
+                         "seed": None, "temperature": 0.7, "top_p": 1}),
+        ("chat/completions", {"max_tokens": 3, "stream": False, "temperature": 0.1}),  # LlamaIndex
+        ("chat/completions", {"stream": True, "tools": [], "stream_options": {"include_usage": True}}),  # Continue
+        ("chat/completions", {"stream": True, "stream_options": {"include_usage": True}, "top_k": 40,  # Open WebUI
+                              "temperature": 0.7, "top_p": 0.9, "min_p": 0.05, "seed": 1, "stop": ["~"],
+                              "max_tokens": 3}),
+    ],
+)  # fmt: skip
+def test_what_clients_send_by_themselves_is_served(served: Served, path: str, body: dict) -> None:
+    """As recorded between them and a server; docs/clients.md names their versions."""
+    asks = {"prompt": ["one", "two"]} if path == "completions" else {"messages": user("hello")}
+    answer = served.post(f"/v1/{path}", {"model": NAME, **asks, **body})
+    assert answer.status_code == 200, answer.text
+    if body.get("stream"):
+        assert answer.text.endswith("data: [DONE]\n\n") and '"total_tokens"' in answer.text
+    else:
+        assert len(answer.json()["choices"]) == len(asks.get("prompt", [0]))
+
+
 def logprobs_of(served: Served, ids: list[int]) -> torch.Tensor:
     """[len(ids) - 1, vocab]: what predicts each token but the first, from one pass without a server."""
     session = served.reference.new_session()
