@@ -15,6 +15,7 @@ import pytest
 if TYPE_CHECKING:
     from long_training import Training
     from planted_chat import Done
+    from playwright.sync_api import Browser
     from server_case import Served
 
     from longrun.lab.planted import PlantedModel
@@ -65,6 +66,27 @@ def served(chat_model: Path) -> Iterator[Served]:
     from server_case import serve
 
     with serve(chat_model) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def kept(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server that keeps documents."""
+    from server_case import serve
+
+    with serve(chat_model, documents=tmp_path_factory.mktemp("kept")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium, for tests of the server's page. Of one module: while it runs, its thread runs an event loop."""
+    from page_case import CHROMIUM
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright, playwright.chromium.launch(
+        executable_path=CHROMIUM, args=["--no-sandbox"]
+    ) as running:  # fmt: skip
         yield running
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,13 +15,6 @@ from longrun.server.pace import Pace, Rate
 from longrun.server.page_files import PAGE_FILES
 from longrun.server.status import told_reaches
 from longrun.units import ALL_TOKENS
-
-
-@pytest.fixture(scope="module")
-def kept(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server that keeps documents."""
-    with serve(chat_model, documents=tmp_path_factory.mktemp("kept")) as running:
-        yield running
 
 
 def test_the_page_is_served_with_its_own_files_alone(kept: Served) -> None:
