@@ -139,6 +139,12 @@ def test_errors_are_told_in_words_and_the_question_is_not_lost(kept: Served, bro
         problem.get_by_text("exceed the context of 2K tokens").wait_for()
         assert page.get_by_label("Question", exact=True).input_value() == question.strip()
         assert page.locator(".turn").count() == 0
+        page.evaluate("() => { Storage.prototype.setItem = () => { throw new DOMException('full') } }")
+        ask(page, "who?")
+        problem.get_by_text("too long to be kept").wait_for()
+        assert page.locator(".turn").count() == 2
+        page.reload()
+        assert page.locator(".turn").count() == 0
 
 
 @in_browser

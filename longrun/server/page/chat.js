@@ -177,6 +177,7 @@ function keep() {
   try {
     sessionStorage.setItem(STORE, JSON.stringify(turns));
   } catch {
+    sessionStorage.removeItem(STORE); // rather nothing than an older one
     say(find("problem"), "This conversation is too long to be kept: it will be gone when the page is loaded again.");
   }
 }
