@@ -40,9 +40,9 @@ from scripts.quality.selection_probe import started
 
 TEXT_ROWS = 256
 RULES = (
-    "perfect", "keys", TODAY, "mean 16 at 4 bits", "middle 16 + 0.5 at 4 bits", "unturned 16 + 0.25 at 4 bits",
-    "4% by middle 64 + 0.5 at 4 bits, then keys", "perfect, 16-token units",
-    "middle 16 + 0.5 at 4 bits, 16-token units",
+    "perfect", "keys", TODAY, "mean 16 at 4 bits", "mean 16 + 0.25 at 4 bits", "unturned 16 + 0.25 at 4 bits",
+    "4% by unturned 64 + 0.25 at 4 bits, then keys", "perfect, 16-token units",
+    "unturned 16 + 0.25 at 4 bits, 16-token units",
 )  # fmt: skip
 
 
@@ -182,14 +182,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         judged, known, asked = {key: Judged() for key in choices}, Counter[str](), Counter[str]()
         part: dict[str, Any] = {"length": length, "pages": pages}
         result["lengths"].append(part)
-        for text in texts:
+        for number, text in enumerate(texts, 1):
             read = Read(model, text, args.newest)
             asked.update(task for task, _ in text.answers)
             known.update(task for (task, _), right in zip(text.answers, read.right, strict=True) if right)
             for key, choice in choices.items():
                 judged[key].add(read, read.log_probs(choice))
             part |= {
-                "asked": asked, "seconds": time.perf_counter() - began, "rows": [
+                "texts_read": number, "asked": asked, "seconds": time.perf_counter() - began, "rows": [
                     {"questions": key[0], "budget": key[1], "rule": key[2], "pages": choice.count,
                      "bytes": choice.rule.index and choice.rule.index.token_bytes(head_dim), **judged[key].row(known)}
                     for key, choice in choices.items()
