@@ -51,6 +51,17 @@ def test_full_bf16_cache_costs_131072_bytes_a_token():
     assert make_plan(LLAMA, budget, 1000).cache.bytes_per_token == 131_072
 
 
+def test_a_servers_plan_counts_what_only_a_server_holds():
+    budget = Budget(device_bytes=10**12)
+    plans = {
+        device: [items(make_plan(LLAMA, budget, 1000, device_type=device, serves=serves)) for serves in (False, True)]
+        for device in ("cpu", "cuda")
+    }
+    plain, served = plans["cpu"]
+    assert served == plain | {"server": 25_000_000 + 1350 * 128256} and "server" not in plain
+    assert plans["cuda"][0] == plans["cuda"][1]
+
+
 def test_the_device_is_filled_before_the_host_is_used():
     budget = Budget.load("rtx4090-24g")
     plan = make_plan(LLAMA, budget, CTX, split=assumed(LLAMA, budget, 0.5))

@@ -38,6 +38,10 @@ DEFAULT_WEIGHT_FORMAT = {"cpu": "fp32", "cuda": "bf16"}
 RUNTIME_BASE_BYTES = {"cpu": 300 * 10**6, "cuda": 850 * 10**6}
 _COMPILER_BYTES, _BITSANDBYTES_BYTES = 160 * 10**6, 100 * 10**6
 
+# What a server holds besides, measured likewise: its libraries (22 MB), and from the first answer of a given form on
+# llguidance's tables (197 MB at most for 151,936 tokens, 66 for 49,152).
+_SERVER_BYTES, _SERVER_BYTES_PER_TOKEN_ID = 25 * 10**6, 1350
+
 # The most that the GPU kernels' buffer for host pages may take: two halves, so that one fills while the other is read.
 FETCH_BYTES = 2 * 256 * 2**20
 
@@ -77,6 +81,7 @@ class PlanSettings:
             go to the host pool although the device has room, which is how the host path is exercised.
         gpu_kernels: on cuda, INT4 pages are served by the GPU kernels; False plans for plain torch.
         marks: points of a session to come back to that have memory of their own.
+        serves: for `longrun.server`, whose own libraries then have a line (on the CPU: other memory is not planned).
         bf16_product_copy: on the CPU, bytes an element that a bf16 product holds besides its result, see
             `longrun.machine.processor`.
     """
@@ -95,6 +100,7 @@ class PlanSettings:
     gpu_kernels: bool = True
     bf16_product_copy: int = 0
     marks: int = MARKS
+    serves: bool = False
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -130,6 +136,12 @@ class PlanSettings:
             base += _COMPILER_BYTES
         return base + (_BITSANDBYTES_BYTES if bitsandbytes else 0)
 
+    @property
+    def server_bytes(self) -> int:
+        if not self.serves or self.device_type != "cpu":
+            return 0
+        return _SERVER_BYTES + _SERVER_BYTES_PER_TOKEN_ID * self.config.vocab_size
+
     @cached_property
     def loading_bytes(self) -> int:
         """Device memory at the worst moment of loading: all weights, the pieces that are on their way, and for
@@ -141,7 +153,14 @@ class PlanSettings:
         if is_quantized(self.weight_format):
             widest = max(2 * config.intermediate_size, config.q_size + 2 * config.kv_size)
             passing += widest * config.hidden_size * self.itemsize
-        return self.weight_bytes + self.weight_rounding + self.base_bytes + self.reserved_bytes + passing
+        return (
+            self.weight_bytes
+            + self.weight_rounding
+            + self.base_bytes
+            + self.server_bytes
+            + self.reserved_bytes
+            + passing
+        )
 
 
 @dataclass(frozen=True)
@@ -268,6 +287,7 @@ def _items_beside_the_cache(settings: PlanSettings, attention: AttentionSpec, ca
     logits = _LOGITS_BYTES_PER_TOKEN_ID + 4 * max(0, settings.marks - MARKS)  # a mark keeps those of its last token
     yield PlanItem("logits", "device", settings.config.vocab_size * logits, "and sampling")
     yield PlanItem("runtime base", "device", settings.base_bytes, base_note)
+    yield PlanItem("server", "device", settings.server_bytes, "libraries, JSON answers")
     yield PlanItem("reserved", "device", settings.reserved_bytes, "taken already")
 
 

@@ -181,6 +181,7 @@ def make_plan(
     gpu_kernels: bool = True,
     key_biases: KeyBiases | None = None,
     marks: int = MARKS,
+    serves: bool = False,
 ) -> Plan:
     """Plan a run of `capacity` tokens within `budget`.
 
@@ -195,6 +196,7 @@ def make_plan(
         device_share, gpu_kernels: see `PlanSettings`.
         key_biases: of the model's file, or None where they are not known; large ones get a warning.
         marks: points of a session to come back to (`Session.mark`) that get memory of their own.
+        serves: see `PlanSettings`.
 
     Raises:
         NoFitError: the budget does not hold it; with the shortfall and what would fit.
@@ -221,6 +223,7 @@ def make_plan(
         gpu_kernels=gpu_kernels,
         bf16_product_copy=bf16_product_copy_bytes(),
         marks=integer(marks, "marks", 1, MOST_MARKS),
+        serves=serves,
     )
     max_capacity = largest_capacity(settings)
     warnings = []

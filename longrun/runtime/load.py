@@ -67,6 +67,7 @@ def load(
     device_share: float = 1.0,
     compiled_kernels: bool = True,
     marks: int = MARKS,
+    serves: bool = False,
     session: str | Path | None = None,
     download: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
@@ -108,6 +109,7 @@ def load(
         download: fetch a model of the Hugging Face hub that is not in the local cache.
         marks: points of a session to come back to (`Session.mark`) that get memory of their own; with `kv_bytes`
             always 2, as each of them holds pages back.
+        serves: for `longrun.server`: the plan counts what a server holds besides.
         session: folder of a session that will be loaded: where it is damaged, or was saved with another model, head
             split or format, it is refused before the first weight is read. A folder without a session is no error.
             With `kv_bytes` its reaches are kept, whatever the bytes and `ctx`; and always its `keep`.
@@ -164,7 +166,7 @@ def load(
     def plan_for(chosen: ChosenSplit) -> Plan:
         return make_plan(
             config, limits, capacity, split=chosen, device_type=device_type, device_share=device_share,
-            gpu_kernels=compiled_kernels, key_biases=key_biases, marks=marks,
+            gpu_kernels=compiled_kernels, key_biases=key_biases, marks=marks, serves=serves,
         )  # fmt: skip
 
     checked, auto_notices = None, []
@@ -211,7 +213,7 @@ def load(
             checked, limits, chosen, plan, identity, parts, shared, device_share, compiled_kernels,
             model_notices=(*checked.notices, *model_notices),
             split_notices=(*(chosen.notes if given else ()), *session_notices, *auto_notices, *origin),
-            key_biases=key_biases, marks=marks,
+            key_biases=key_biases, marks=marks, serves=serves,
         )
     )  # fmt: skip
 

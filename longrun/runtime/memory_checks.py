@@ -56,7 +56,7 @@ def library_notice(plan: Plan, before: int) -> list[str]:
         before: `resident_bytes` when loading began; what exceeds the plan's base there is the caller's own.
     """
     sizes = {item.name: item.bytes for item in plan.items}
-    base = sizes["runtime base"]
+    base = sizes["runtime base"] + sizes.get("server", 0)
     found = resident_bytes() - sizes["weights"] - max(0, before - base)
     if plan.device_type != "cpu" or found <= base + _NOTICED_BYTES:
         return []

@@ -65,6 +65,7 @@ def load_model(
     capacity: int | None,
     *,
     marks: int = MARKS,
+    serves: bool = False,
     session: Path | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     on_pin: Callable[[int, int], None] | None = None,
@@ -78,7 +79,7 @@ def load_model(
         args: the parsed options.
         choice: what --model and --adapter mean.
         capacity: tokens of --ctx, or None.
-        marks, session, on_plan, on_pin, on_head_map, on_tokenizer, system_size: see `longrun.load`.
+        marks, serves, session, on_plan, on_pin, on_head_map, on_tokenizer, system_size: see `longrun.load`.
 
     Raises:
         LongrunError: as `longrun.load`.
@@ -103,6 +104,7 @@ def load_model(
         keep=None if args.keep is None else parse_keep(args.keep, "--keep"),
         chunk_size=args.chunk_size,
         marks=marks,
+        serves=serves,
         session=session,
         on_plan=on_plan,
         on_pin=on_pin,

@@ -25,7 +25,7 @@ class Setup:
         plan: for the context that was asked for.
         identity: what a saved session must have been made with.
         shared: what is shared with other runtimes over the same weights.
-        device_share, compiled_kernels, marks: see `longrun.load`.
+        device_share, compiled_kernels, marks, serves: see `longrun.load`.
         model_notices, split_notices: sentences for a person, of the model in memory and of its head split.
         key_biases: of the model's files; None where it has none.
     """
@@ -43,6 +43,7 @@ class Setup:
     split_notices: tuple[str, ...] = ()
     key_biases: KeyBiases | None = None
     marks: int = MARKS
+    serves: bool = False
 
     @property
     def notices(self) -> list[str]:
@@ -65,5 +66,5 @@ class Setup:
         return make_plan(
             self.model.config, budget, capacity, split=self.chosen, device_type=self.plan.device_type,
             reserved_bytes=on_device + more_bytes, device_share=self.device_share, gpu_kernels=self.compiled_kernels,
-            key_biases=self.key_biases, marks=self.marks,
+            key_biases=self.key_biases, marks=self.marks, serves=self.serves,
         )  # fmt: skip

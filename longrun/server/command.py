@@ -112,7 +112,9 @@ def _load(args: argparse.Namespace, capacity: int | None, console: Console) -> t
     choice = choose_model(args.model, args.adapter, args.download)
     if choice.notice is not None:
         note(choice.notice)
-    runtime = load_model(args, choice, capacity, marks=args.marks, on_plan=on_plan, system_size=_no_system_prompt)
+    runtime = load_model(
+        args, choice, capacity, marks=args.marks, serves=True, on_plan=on_plan, system_size=_no_system_prompt
+    )
     if runtime.tokenizer is None:
         raise InputError(f"{choice.model_dir} has no tokenizer: a server needs one, add the model's tokenizer files")
     if (fewer := fewer_marks(args.marks, runtime.plan.cache.marks)) is not None:
