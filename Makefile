@@ -1,7 +1,8 @@
 # make demo: a question about a long text, answered by a real model.  make test: the test suite.
-# make serve: the same model for OpenAI's clients.  make ask: the demo's question, asked through one of them.
+# make serve: the same model for OpenAI's clients and in a browser; documents are kept in .documents.
+# make ask: the demo's question, asked through one of them.
 # Tests run in two processes of one thread each. PYTHON picks the interpreter of the virtual environment (3.11 or newer),
-# ARGS goes to pytest.
+# ARGS goes to the server, or to pytest.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
 
 serve: $(VENV)/.installed-serve
-	$(BIN)/python -m longrun.server $(ARGS)
+	$(BIN)/python -m longrun.server --documents .documents $(ARGS)
 
 ask: $(VENV)/.installed-serve
 	$(BIN)/python scripts/ask.py --file "$$($(BIN)/python scripts/demo.py --write)" 'What is a lambda expression?'
