@@ -52,7 +52,10 @@ BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/v1/chat/completions", {"messages": [_USER], "max_tokens": 3, "looked_at": True, "response_format": _FORM}),
     ("/v1/completions", {"prompt": "The old man", "max_tokens": 3, "echo": True, "logprobs": 1}),
     ("/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 2, "stream": True, "stop": "x", "n": 1, "user": "me"}),
+    ("/v1/completions", {"prompt": [[5, 6], [7]], "max_tokens": 1, "echo": True, "logprobs": 1, "seed": 1}),
     ("/tokenize", {"content": "The old man", "add_special": True}),
+    ("/tokenize", {"prompt": "The old man</s>", "add_special_tokens": True}),
+    ("/detokenize", {"tokens": [5, 6, 7]}),
     ("/tokenize", {"messages": [_USER]}),
 )  # fmt: skip
 
@@ -82,7 +85,8 @@ def damage(rng: random.Random, content: bytes) -> tuple[bytes, str]:
     """One fault of a body: mostly another value somewhere in it, as long as it is JSON."""
     if rng.random() < 0.75:
         try:
-            if json.loads(content):
+            data = json.loads(content)
+            if data and isinstance(data, dict | list):
                 return damage_json(rng, content)
         except (ValueError, RecursionError):
             pass  # damaged before
