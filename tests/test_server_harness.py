@@ -117,8 +117,12 @@ def test_texts_are_continued_one_after_another(harness: Served, reference: Refer
         answer = harness.post("/v1/completions", body | {"prompt": prompts}).json()
         expected = [harness.expected(reference.ids(context), 9) for context, _ in PAIRS]
         assert [choice["text"] for choice in answer["choices"]] == expected
-    refused = harness.post("/v1/completions", body | {"prompt": ["a", "b"], "stream": True})
-    assert refused.status_code == 400 and "2 prompts are not streamed" in refused.json()["error"]["message"]
+    for change, why in (
+        ({"prompt": ["a", "b"], "stream": True}, "2 prompts are not streamed"),
+        ({"prompt": ["a"] * 1001}, "1,001 prompts are more than the 1,000 of one request"),
+    ):
+        refused = harness.post("/v1/completions", body | change)
+        assert refused.status_code == 400 and why in refused.json()["error"]["message"]
 
 
 def test_as_many_tokens_are_scored_at_once_as_have_room_in_the_plan(harness: Served) -> None:

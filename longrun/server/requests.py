@@ -15,7 +15,7 @@ from longrun.server.messages import Message, Strict, Tool
 from longrun.server.openai_errors import RequestError, refused_fields
 from longrun.text.stream import StopStrings
 
-MAX_STOPS, MAX_LOGPROBS = 16, 20
+MAX_STOPS, MAX_LOGPROBS, MAX_PROMPTS = 16, 20, 1000
 
 Kind = TypeVar("Kind", bound="AnswerRequest")
 Plain = TypeVar("Plain", bound="Strict")
@@ -176,6 +176,11 @@ class TextRequest(AnswerRequest):
     def check(self) -> None:
         """Raises RequestError: fields that do not go together."""
         super().check()
+        if len(self.prompts) > MAX_PROMPTS:
+            raise RequestError(
+                f"{len(self.prompts):,} prompts are more than the {MAX_PROMPTS:,} of one request: send fewer",
+                "invalid_value", "prompt",
+            )  # fmt: skip
         if len(self.prompts) > 1 and self.stream:
             raise RequestError(
                 f"{len(self.prompts):,} prompts are not streamed in one request: send one, or leave stream out",
