@@ -80,6 +80,7 @@ def known_rules() -> dict[str, Rule]:
         "mean 32 at 4 bits": Index(32, bits=4), "middle 64 + 0.5 at 4 bits": Index(64, 0.5, middle=True, bits=4),
         "unturned 64 + 0.25 at 4 bits": Index(64, 0.25, "unturned", bits=4),
         "middle 16 + 0.5 at 4 bits": indices["middle 16 + 0.5 at 4 bits"],
+        "unturned 16 + 0.25 at 4 bits, 16-token units": Index(16, 0.25, "unturned", bits=4, unit=16),
     }  # fmt: skip
     found = {"perfect": Rule(None), "perfect, 16-token units": Rule(None, unit=16)}
     found |= {name: Rule(index) for name, index in (indices | coarse).items()}
