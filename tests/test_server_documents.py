@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,39 @@ def test_reading_goes_on_where_the_server_ended(
         ids = ChatPrompts(served.reference.tokenizer).ids(whole, now=status(served, "book")["created"])
         answer, prompt_tokens, cached = ask(served, "book", user(QUESTION))
         assert (answer, prompt_tokens) == (served.expected(ids, 8), len(ids)) and prompt_tokens - cached < 100
+
+
+def test_reading_gives_way_to_who_waits_and_reads_nothing_twice(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longrun.server.answerer.TURN_SECONDS", 0.0)
+    read, steps, reading, go_on = Session.prefill, [], threading.Event(), threading.Event()
+
+    def held(self: Session, token_ids: Any, progress: Any = None) -> Any:
+        steps.append(len(token_ids))
+        if len(steps) == 1:
+            reading.set()
+            assert go_on.wait(20)
+        return read(self, token_ids, progress)
+
+    with serve(chat_model, documents=tmp_path / "kept") as served:
+        other = served.prompt_ids(user("hello"))
+        expected = served.expected(other, 8)
+        monkeypatch.setattr(Session, "prefill", held)
+        put(served, "book", TEXT)
+        assert reading.wait(20)
+        with ThreadPoolExecutor(2) as asking:
+            answers = [asking.submit(ask, served, "", user("hello")) for _ in range(2)]
+            wait_for(lambda: served.health()["waiting"] == 2)
+            go_on.set()
+            assert [answer.result()[0] for answer in answers] == [expected, expected]
+        wait_for(lambda: status(served, "book")["state"] == "ready")
+        tokens = status(served, "book")["tokens"]
+        assert steps[0] < tokens and steps[1] == len(other), "after one step the first who waits is answered"
+        assert steps[0] + sum(steps[2:]) == tokens, "the second one had its prompt in the session"
+        monkeypatch.undo()
+        ids = served.prompt_ids(user(f"{TEXT.rstrip()}\n\n{QUESTION}"))
+        assert ask(served, "book", user(QUESTION))[:2] == (served.expected(ids, 8), len(ids))
 
 
 def test_a_folder_of_code_is_put_as_an_archive_and_asked_like_any_text(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from longrun.engine.sampling import TokenScore, score_tokens
@@ -16,6 +16,7 @@ from longrun.server.jobs import (
     Ask,
     Cancelled,
     Finished,
+    GaveWay,
     Job,
     Loaded,
     LookedAt,
@@ -33,19 +34,25 @@ if TYPE_CHECKING:
     from longrun.session.marks import SessionMark
     from longrun.session.session import Session
 
+TURN_SECONDS = 10.0
+"""How long a document is read at least before others that wait have their turn."""
+
+_TURN_LOADS = 10  # a turn is at least so many times as long as loading what was read took
+
 
 class Answerer:
     """Answers jobs. What an answer is does not depend on the jobs before it, but for rounding.
 
     Args:
         runtime: a model with a tokenizer.
+        others_wait: whether somebody waits for an answer, to whom the reading of a document gives way.
 
     Raises:
         PlanError: there is no memory for the session.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, others_wait: Callable[[], bool]) -> None:
+        self._runtime, self._others_wait = runtime, others_wait
         self._begin()
 
     @property
@@ -58,6 +65,7 @@ class Answerer:
 
         Raises:
             Cancelled, StoppedError: see `Job.check`; the session keeps what was read.
+            GaveWay: a job that saves has read for its turn, and somebody waits.
             LongrunError: see `Session.prefill` and `Session.generate`.
         """
         cached = self._score_prompt(job) if job.ask.scores_prompt else self._read(job)
@@ -90,9 +98,9 @@ class Answerer:
         ids, session, began = job.ask.token_ids, self._session, time.perf_counter()
         if self._whole:
             self._marks.forget()
-        self._load(job)
+        turn = max(TURN_SECONDS, _TURN_LOADS * self._load(job))
         start, places = self._marks.resume(ids)
-        cached = session.seq_len
+        cached, reads = session.seq_len, time.perf_counter()
 
         def tell(done: int) -> None:
             job.check()
@@ -108,6 +116,8 @@ class Answerer:
                 self._marks.take()
             save()
             tell(stop)
+            if job.ask.saves and stop < len(ids) and time.perf_counter() - reads > turn and self._others_wait():
+                raise GaveWay
 
         tell(cached)
         if self._whole:
@@ -118,19 +128,22 @@ class Answerer:
             read_steps(start, len(ids), places, self._sizes, read)
         return cached
 
-    def _load(self, job: Job) -> None:
-        """Put the saved session that the prompt begins with in the place of this one, where that one holds more."""
+    def _load(self, job: Job) -> float:
+        """Put the saved session that the prompt begins with in the place of this one, where that one holds more;
+        returns the seconds that it took, 0 where nothing was loaded."""
         kept, began = job.ask.kept, time.perf_counter()
         if kept is None:
-            return
+            return 0.0
         with kept.lock:
             saved = kept.open(self._runtime.identity)
             if saved is None or self._marks.reach(job.ask.token_ids) >= saved.manifest.num_tokens:
-                return
+                return 0.0
             self._marks.forget()
             kept.restore(saved, self._session)
             self._marks.take()
-        job.emit(Loaded(self._session.num_tokens, time.perf_counter() - began))
+        seconds = time.perf_counter() - began
+        job.emit(Loaded(self._session.num_tokens, seconds))
+        return seconds
 
     def _score_prompt(self, job: Job) -> int:
         """Read the whole prompt a few tokens at a time and emit how likely each of them was; returns 0."""

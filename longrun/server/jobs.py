@@ -145,6 +145,10 @@ class Cancelled(Exception):
     """Nobody waits for this answer any more."""
 
 
+class GaveWay(Exception):
+    """Others wait: what was read of a document is saved, and its job goes on when its turn comes again."""
+
+
 class StoppedError(LongrunError):
     """The server is leaving, or a request took longer than it may."""
 

@@ -8,7 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from longrun.errors import LongrunError
-from longrun.server.jobs import Cancelled, Failed, Job, StoppedError
+from longrun.server.jobs import Cancelled, Failed, GaveWay, Job, StoppedError
 from longrun.server.pace import Pace
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Worker:
         from longrun.server.answerer import Answerer
 
         try:
-            self._answerer = Answerer(self._runtime)
+            self._answerer = Answerer(self._runtime, self._others_wait)
         except BaseException as error:
             self._failed = error
             return
@@ -137,15 +137,23 @@ class Worker:
                 self._running.stop(_LEAVING)
             return self._running
 
+    def _others_wait(self) -> bool:
+        with self._changed:
+            return any(not job.ask.saves and not job.is_cancelled for job in self._waiting)
+
     def _serve(self, job: Job) -> None:
         """Answer one job; whatever happens to it, the next one finds a whole session."""
         assert self._answerer is not None
-        job.emit = self.pace.watched(job.emit)
+        emit, job.emit = job.emit, self.pace.watched(job.emit)
         try:
             job.check()
             self._answerer.answer(job)
         except Cancelled:
             pass
+        except GaveWay:
+            job.emit = emit
+            with self._changed:
+                self._waiting.append(job)
         except StoppedError as error:
             job.emit(Failed(error))
         except Exception as error:
