@@ -198,6 +198,8 @@ def damaged() -> list[tuple[bytes, str]]:
         encrypted[encrypted.index(signature) + place] |= 1
     empty = bytearray(packed)  # as it says of itself
     struct.pack_into("<I", empty, empty.index(b"PK\x01\x02") + 24, 0)
+    renamed = bytearray(packed)  # to a hidden file, in the directory alone
+    renamed[renamed.rindex(b"a.txt")] = ord(".")
     packed[40] ^= 0xFF
     broken = bytearray(plain)
     broken[512 * 2 + 100] ^= 0xFF
@@ -208,7 +210,8 @@ def damaged() -> list[tuple[bytes, str]]:
         (b"", "cannot be read"), (b"just text", "cannot be read"), (b"PK\x03\x04 no", "cannot be read"),
         (whole[: len(whole) // 2], "cannot be read"), (plain[:3000], "cannot be read"), (bytes(broken), "no header"),
         (whole[:-8] + bytes(8), "CRC check failed"), (bytes(packed), "cannot be read"),
-        (bytes(empty), "Bad CRC-32"), (bytes(encrypted), "is encrypted: pack it without a password"),
+        (bytes(renamed), "File name in directory"), (bytes(empty), "Bad CRC-32"),
+        (bytes(encrypted), "is encrypted: pack it without a password"),
         (zipped({"a": b"a"}, zipfile.ZIP_BZIP2), r"is packed by bzip2: pack it by deflate"),
         (bytes(negative) + bytes(1024), "it ends too soon"),
         (zipped({}), r"code stands for no text file \(nothing was left out\)"),

@@ -118,6 +118,7 @@ def _of_zip(raw: bytes, named: str, most_bytes: int) -> Iterator[_Member]:
             raise InputError(f"archive {short_path(named)} is packed by {method}: pack it by deflate, or as tar.gz")
         mode = entry.external_attr >> 28
         if not entry.filename.endswith("/") and mode != _FOLDER:
+            archive.open(entry).close()  # raises where its name is not the one that stands before its content
             yield entry.filename, _ZIP_KINDS.get(mode, "special"), lambda entry=entry: content(entry)
 
 
