@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         reading = [
             seconds_to_notice(
                 served, {"prompt": f"{number} {text} {text}", "max_tokens": 1},
-                lambda health, tokens=tokens: health["running"] == 1 and tokens < health["session_tokens"] < 2 * tokens,
+                lambda health, tokens=tokens: health["running"] == 1 and tokens < health["session_tokens"] < 12_000,
             )
             for number, tokens in ((1, 500), (2, 6000))
         ]  # fmt: skip
