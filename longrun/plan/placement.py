@@ -153,14 +153,8 @@ class PlanSettings:
         if is_quantized(self.weight_format):
             widest = max(2 * config.intermediate_size, config.q_size + 2 * config.kv_size)
             passing += widest * config.hidden_size * self.itemsize
-        return (
-            self.weight_bytes
-            + self.weight_rounding
-            + self.base_bytes
-            + self.server_bytes
-            + self.reserved_bytes
-            + passing
-        )
+        libraries = self.base_bytes + self.server_bytes
+        return self.weight_bytes + self.weight_rounding + libraries + self.reserved_bytes + passing
 
 
 @dataclass(frozen=True)
