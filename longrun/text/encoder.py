@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable
 from hashlib import sha256
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -72,19 +71,15 @@ class TextEncoder:
         """
         return encode_in_pieces(self._tokenizer, text, lambda piece: self._piece_ids(piece, after_control))
 
-    def marked_ids(self, text: str, plain: Callable[[str], str] = str) -> list[int]:
-        """Ids of a text in which the spellings of control tokens stand for these, as a chat template writes one.
-
-        Args:
-            plain: what is between them becomes this before it is encoded.
-        """
+    def marked_ids(self, text: str) -> list[int]:
+        """Ids of a text in which the spellings of control tokens stand for these, as a chat template writes one."""
         ids: list[int] = []
         start = 0
         for match in self.pattern.finditer(text):
-            ids += self.ids(plain(text[start : match.start()]), start > 0)
+            ids += self.ids(text[start : match.start()], start > 0)
             ids.append(self.control[match.group()])
             start = match.end()
-        return ids + self.ids(plain(text[start:]), start > 0)
+        return ids + self.ids(text[start:], start > 0)
 
     def _piece_ids(self, piece: str, after_control: bool) -> list[int]:
         """Ids of a piece. Those of the latest long ones are kept: many prompts begin with one long text."""
