@@ -74,6 +74,21 @@ def rotation_scales(head_dim: int) -> tuple[float, float]:
     return 2.0 ** -(power // 2), 2.0 ** -((power + 1) // 2)
 
 
+def hadamard_product(x: Tensor) -> Tensor:
+    """Rows times the matrix of `rotation_of` without its signs and scales (which is symmetric), by sums and
+    differences of pairs: a row's result does not depend on the rows beside it.
+
+    Args:
+        x: float32 [..., head_dim], on any device.
+    """
+    block, half = _block(x.shape[-1]), 1
+    while half < block:
+        low, high = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        x = torch.stack((low + high, low - high), dim=-2).flatten(-3)
+        half *= 2
+    return x
+
+
 def _block(head_dim: int) -> int:
     """The largest power of two that divides head_dim."""
     return head_dim & -head_dim
