@@ -309,6 +309,8 @@ _FIELDS = {
     "kv.recent_size": "recent_size",
     "kv.page_size": "page_size",
     "prefill.chunk_size": "chunk_size",
+    "decode.pages_per_head": "pages_per_head",
+    "decode.selector": "selector",
 }
 
 

@@ -19,6 +19,9 @@ recent_size = 1
 page_size = 128
 [prefill]
 chunk_size = 4096
+[decode]
+pages_per_head = 128
+selector = "top"
 """
 
 
@@ -33,6 +36,8 @@ def test_every_key_is_read():
         recent_size=1,
         page_size=128,
         chunk_size=4096,
+        pages_per_head=128,
+        selector="top",
         source="mine",
     )
 
@@ -92,8 +97,11 @@ def test_unreadable_files(tmp_path):
         ("[memory]\ndevice_bytes = 1", ["[memory] device_bytes is", "did you mean gpu?"]),
         ("[memory]\ngpu_bytes = 1", ["[memory] gpu_bytes is", "did you mean gpu?"]),
         ("wieghts = 'int4'", ["outside every section", "(nearest: [weights], which has format)"]),
-        ("prefil = 64", ["[memory], [weights], [kv], [prefill] (nearest: [prefill], which has chunk_size)"]),
-        ("zzz = 3", ["zzz = 3 stands outside every section", "[memory], [weights], [kv], [prefill] (nearest: ["]),
+        ("prefil = 64", ["[memory], [weights], [kv], [prefill], [decode] (nearest: [prefill], which has chunk_size)"]),
+        (
+            "zzz = 3",
+            ["zzz = 3 stands outside every section", "[memory], [weights], [kv], [prefill], [decode] (nearest: ["],
+        ),
         ("[memory]\nformat = 'int4'", ["[memory] format is", "format under [weights] or format under [kv]?"]),
         ("[weights]\nkv_format = 'int4'", ["[weights] kv_format is", "did you mean format under [kv]?"]),
         ("[weights]\npage_size = 64", ["[weights] page_size is", "did you mean page_size under [kv]?"]),
@@ -116,6 +124,20 @@ def test_unreadable_files(tmp_path):
         ("[memory]\ngpu = '80 GB'\n[kv]\nsink_size = -1", ["[kv] sink_size = -1", "at least 0"]),
         ("[memory]\ngpu = '80 GB'\n[kv]\nrecent_size = 0", ["[kv] recent_size = 0", "at least 1"]),
         ("[memory]\ngpu = '80 GB'\n[kv]\nrecent_size = 2.0", ["[kv] recent_size = 2.0", "whole number"]),
+        ("[memory]\ngpu = '80 GB'\n[decode]\npages_per_head = 4", ["[decode] pages_per_head = 4", "at least 5"]),
+        (
+            "[memory]\ngpu = '80 GB'\n[decode]\npages_per_head = '128'",
+            ['[decode] pages_per_head = "128"', 'number of pages: write one, or "off"'],
+        ),
+        (
+            "[memory]\ngpu = '80 GB'\n[decode]\npages_per_head = 64.5",
+            ["[decode] pages_per_head = 64.5", "whole number"],
+        ),
+        (
+            "[memory]\ngpu = '80 GB'\n[decode]\nselector = 'best'",
+            ['[decode] selector = "best"', "not a known selector: use one of top"],
+        ),
+        ("[memory]\ngpu = '80 GB'\n[decode]\nselect = 64", ["[decode] select is", "did you mean selector?"]),
         ("[memory]\ngpu = '80 GB'\n[kv]\npage_size = 48", ["[kv] page_size = 48", "16, 32, 64, 128, 256", "nearest"]),
         ("[memory]\ngpu = '80 GB'\n[kv]\npage_size = '64'", ["[kv] page_size", '"64"']),
         ("[memory]\ngpu = '80 GB'\n[prefill]\nchunk_size = 0", ["[prefill] chunk_size = 0", "at least 1"]),

@@ -5,6 +5,7 @@
     [kv]      format = "k5v3", retrieval_ratio = 0.5, sink_size = 128, recent_size = 256, page_size = 64;
               kv_bytes = "8 GB" or "25%" instead of retrieval_ratio; keep = 700 or "system"
     [prefill] chunk_size = 32768
+    [decode]  pages_per_head = 128 or "off", selector = "top"
 
 Everything but `[memory] gpu` may be left out; `Budget` says what it is then. `gpu` has no second name: on a CPU, too,
 it is the memory of the compute device (`Budget.device_bytes`).
@@ -26,6 +27,7 @@ from longrun.files.user_files import parse_toml, read_text
 from longrun.paths import user_path
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, PAGE_SIZES, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.specs.selection_spec import DEFAULT_NEWEST, DEFAULT_SELECTOR, SELECTORS
 from longrun.units import parse_bytes
 
 _SECTIONS: dict[str, dict[str, str]] = {
@@ -41,9 +43,14 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "page_size": "page_size",
     },
     "prefill": {"chunk_size": "chunk_size"},
+    "decode": {"pages_per_head": "pages_per_head", "selector": "selector"},
 }
 SYSTEM = "system"
 """What `keep` may say instead of a number: as many tokens as the system prompt has."""
+OFF = "off"
+"""What `pages_per_head` may say instead of a number: a decode step reads all pages."""
+LEAST_PAGES = DEFAULT_NEWEST + 1
+"""Of `pages_per_head`: the newest ones are always read, so that fewer would leave no choice."""
 
 _FIELD_PLACES = {field: (section, key) for section, keys in _SECTIONS.items() for key, field in keys.items()}
 
@@ -67,6 +74,8 @@ class Budget:
             many as stand before a chat's first message. Default None: the sinks alone.
         page_size: tokens of a page, one of `PAGE_SIZES`. Default 64.
         chunk_size: the most tokens of one prefill step. Default 1024.
+        pages_per_head: the most pages of a retrieval head that a decode step reads, or "off". Default None: all.
+        selector: which pages these are, one of `SELECTORS`. Default "top".
         source: file or name that error messages and the plan show.
 
     Raises:
@@ -84,6 +93,8 @@ class Budget:
     keep: int | str | None = None
     page_size: int = 64
     chunk_size: int = 1024
+    pages_per_head: int | str | None = None
+    selector: str = DEFAULT_SELECTOR
     source: str = "budget"
 
     def __post_init__(self) -> None:
@@ -111,6 +122,11 @@ class Budget:
                 self._fail("keep", 'is no number of tokens: write one, or "system"')
             self._check_whole("keep", 0)
         self._check_whole("chunk_size", 1)
+        if self.pages_per_head not in (None, OFF):
+            if isinstance(self.pages_per_head, str):
+                self._fail("pages_per_head", 'is no number of pages: write one, or "off"')
+            self._check_whole("pages_per_head", LEAST_PAGES)
+        self._check_name("selector", SELECTORS, "selector")
         self._check_whole("page_size", 1)
         if self.page_size not in PAGE_SIZES:
             sizes = ", ".join(map(str, PAGE_SIZES))
@@ -187,11 +203,11 @@ class Budget:
         except InputError:
             self._fail(field, f"must be a whole number of at least {least} and at most {MAX_INTEGER:,}")
 
-    def _check_name(self, field: str, names: tuple[str, ...]) -> None:
+    def _check_name(self, field: str, names: tuple[str, ...], kind: str = "format") -> None:
         value = getattr(self, field)
         if not isinstance(value, str) or value not in names:
             near = _hint(value, names) if isinstance(value, str) else ""
-            self._fail(field, f"is not a known format: use one of {', '.join(names)}{near}")
+            self._fail(field, f"is not a known {kind}: use one of {', '.join(names)}{near}")
 
 
 def shipped_budgets() -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from longrun.plan.budget import Budget, shipped_budgets
 from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import NoFitError, make_plan
 from longrun.plan.report import print_plan
+from longrun.plan.selection import SELECT_HELP, parse_select
 from longrun.plan.shapes import SHAPES, config_of
 from longrun.plan.split import KEEP_HELP, KV_BYTES_HELP, budget_by_hand, choose_split, parse_keep
 from longrun.plan.times import predict
@@ -41,7 +42,10 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
         kv_format=options.kv, weight_format=options.weights, chunk_size=options.chunk_size
     )
     budget = budget_by_hand(budget, options.retrieval_ratio, options.kv_bytes)
-    budget = budget.override(keep=None if options.keep is None else parse_keep(options.keep, "--keep"))
+    budget = budget.override(
+        keep=None if options.keep is None else parse_keep(options.keep, "--keep"),
+        pages_per_head=None if options.select is None else parse_select(options.select, "--select"),
+    )
     capacity = None if options.ctx is None else parse_tokens(options.ctx, "--ctx")
     device_type = options.device or ("cpu" if options.budget == "cpu" else "cuda")
     if device_type == "cuda":
@@ -103,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
     parser.add_argument("--keep", metavar="N", help=f"{KEEP_HELP} (default: the budget's, else the head map's sinks)")
+    parser.add_argument("--select", metavar="N|off", help=f"{SELECT_HELP} (default: the budget's, else off)")
     parser.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's)")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
     parser.add_argument(

@@ -24,6 +24,7 @@ from longrun.specs.model_bytes import (
     model_weight_bytes,
     model_weight_tensors,
 )
+from longrun.specs.selection_spec import Selection
 from longrun.units import ALL_TOKENS
 
 DEFAULT_WEIGHT_FORMAT = {"cpu": "fp32", "cuda": "bf16"}
@@ -82,6 +83,7 @@ class PlanSettings:
         gpu_kernels: on cuda, INT4 pages are served by the GPU kernels; False plans for plain torch.
         marks: points of a session to come back to that have memory of their own.
         serves: for `longrun.server`, whose own libraries then have a line (on the CPU: other memory is not planned).
+        selection: what a decode step reads of the pages; None is all.
         bf16_product_copy: on the CPU, bytes an element that a bf16 product holds besides its result, see
             `longrun.machine.processor`.
     """
@@ -101,6 +103,7 @@ class PlanSettings:
     bf16_product_copy: int = 0
     marks: int = MARKS
     serves: bool = False
+    selection: Selection | None = None
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -261,6 +264,8 @@ def _attention_spec(settings: PlanSettings, capacity: int) -> AttentionSpec:
         num_layers=config.num_layers,
         reaches=tuple(sorted(finite)),
         streams=min(split.num_retrieval) < config.num_kv_heads,
+        selection=settings.selection,
+        listed_pages=PageFormat(settings.kv_format, page_size, config.head_dim).pooled_pages(capacity),
     )
 
 

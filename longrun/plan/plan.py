@@ -21,6 +21,7 @@ from longrun.plan.key_biases import key_bias_warnings
 from longrun.plan.placement import DEFAULT_WEIGHT_FORMAT, Placement, PlanItem, PlanSettings, place
 from longrun.plan.reaches import allocated_split
 from longrun.plan.search import Suggestion, largest_capacity, shortfall, suggest
+from longrun.plan.selection import selection_of
 from longrun.plan.split import ChosenSplit, choose_split
 from longrun.specs.attention_spec import AttentionSpec
 from longrun.specs.cache_spec import MARKS, MOST_MARKS, CacheSpec
@@ -201,7 +202,8 @@ def make_plan(
     Raises:
         NoFitError: the budget does not hold it; with the shortfall and what would fit.
         PlanError: a capacity that the model's own sliding window or the page tables do not allow.
-        InputError: the split keeps more first tokens than the capacity.
+        InputError: the split keeps more first tokens than the capacity, or the budget selects pages where that is not
+            served (`longrun.plan.selection`).
     """
     capacity = None if capacity is None else parse_tokens(capacity, "capacity")
     choice(device_type, "device_type", ("cpu", "cuda"))
@@ -224,6 +226,7 @@ def make_plan(
         bf16_product_copy=bf16_product_copy_bytes(),
         marks=integer(marks, "marks", 1, MOST_MARKS),
         serves=serves,
+        selection=selection_of(budget, config, chosen.split),
     )
     max_capacity = largest_capacity(settings)
     warnings = []

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longrun.specs.selection_spec import Selection
+
 DEFAULT_SCRATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 # Partial results of split-KV decode: no GPU runs more programs at once, and one needs a row a query head of its group.
@@ -34,6 +36,8 @@ class AttentionSpec:
         reaches: the different finite reaches of retrieval heads, in tokens. The scratch holds a head's sinks and
             longest reach.
         streams: there are streaming heads.
+        selection: what a decode step reads of the pages; None is all.
+        listed_pages: the most pages that a head's list may name.
     """
 
     scratch_tokens: int
@@ -51,6 +55,8 @@ class AttentionSpec:
     num_layers: int = 1
     reaches: tuple[int, ...] = ()
     streams: bool = False
+    selection: Selection | None = None
+    listed_pages: int = 0
 
     @property
     def group(self) -> int:
@@ -66,15 +72,34 @@ class AttentionSpec:
         """Keys and values of `scratch_tokens` tokens of the retrieval heads, allocated once."""
         return 2 * self.max_retrieval_heads * self.scratch_tokens * self.head_dim * self.compute_itemsize
 
-    def decode_bytes(self) -> int:
-        """Upper bound of what decoding with the fused backend holds: queries, outputs, split results, fetch tables."""
-        if not self.fused:
+    @property
+    def selects(self) -> bool:
+        """Whether a head may ever have more pages than a decode step reads."""
+        return self.selection is not None and self.listed_pages > self.selection.pages_per_head
+
+    @property
+    def most_read_pages(self) -> int:
+        """Pages of a head that a decode step reads at most."""
+        return self.listed_pages if self.selection is None else self.selection.pages_per_head
+
+    def selection_bytes(self) -> int:
+        """One layer's scores, the lists of the pages chosen, and where these begin and end."""
+        if self.selection is None or not self.selects:
             return 0
+        heads = self.max_retrieval_heads
+        return 4 * heads * (self.group * self.listed_pages + self.selection.pages_per_head + 2)
+
+    def decode_bytes(self) -> int:
+        """Upper bound of what decoding holds: with the fused backend queries, outputs, split results, fetch tables; and
+        what selecting pages needs."""
+        if not self.fused:
+            return self.selection_bytes()
         split_results = MAX_DECODE_PROGRAMS * self.group * (self.head_dim + 2) * 4
         rows = 4 * self.num_qo_heads * (self.head_dim + 1) * 4
         ring_splits = -(-(self.sink_size + self.recent_size) // RING_TILE)
         rings = self.num_qo_heads * (ring_splits * (self.head_dim + 2) + 1) * 4
-        return self.head_counts * split_results + rows + rings + 4 * self.fetch_table_pages
+        tables = 4 * self.fetch_table_pages
+        return self.head_counts * split_results + rows + rings + tables + self.selection_bytes()
 
     def activation_bytes(self) -> int:
         """Upper estimate of the live tensors of one chunk.

@@ -1,0 +1,56 @@
+"""Selected decode as it is asked for, and the models and page formats that it serves."""
+
+from __future__ import annotations
+
+from longrun.arguments import integer
+from longrun.config.model_config import ModelConfig
+from longrun.errors import InputError, quoted
+from longrun.patterns.head_split import HeadSplit
+from longrun.plan.budget import LEAST_PAGES, OFF, Budget
+from longrun.quant.digest_format import DIGEST_HEAD_DIMS
+from longrun.quant.kv_format import QUANTIZED_KV_FORMATS
+from longrun.specs.selection_spec import Selection
+
+SELECT_HELP = "for each token of an answer a retrieval head reads at most N pages, those that fit the query; off: all"
+SELECT_QUESTION_HELP = "read questions token by token as answers are written, by --select; without it they see all"
+
+
+def parse_select(select: int | str, what: str = "select") -> int | str:
+    """Pages of a head to read, at least `LEAST_PAGES`, or "off".
+
+    Raises:
+        InputError: neither.
+    """
+    if select == OFF:
+        return OFF
+    if isinstance(select, str):
+        if not select.isascii() or not select.isdecimal():
+            raise InputError(f"{what} {quoted(select)} is neither a number of pages nor off: write it like 128")
+        select = int(select)
+    return integer(select, what, LEAST_PAGES)
+
+
+def selection_of(budget: Budget, config: ModelConfig, split: HeadSplit) -> Selection | None:
+    """What the budget selects, for this model and its heads; None where it selects nothing.
+
+    Raises:
+        InputError: pages of exact numbers, a head_dim without a page digest, or no retrieval head.
+    """
+    if budget.pages_per_head in (None, OFF):
+        return None
+    assert isinstance(budget.pages_per_head, int)
+    asked = f"select {budget.pages_per_head:,}"
+    if budget.kv_format not in QUANTIZED_KV_FORMATS:
+        raise InputError(
+            f"{asked} needs quantized pages, and those of {budget.kv_format} are exact: use kv_format "
+            f"{' or '.join(QUANTIZED_KV_FORMATS)}, or select off"
+        )
+    if config.head_dim not in DIGEST_HEAD_DIMS:
+        served = " or ".join(map(str, DIGEST_HEAD_DIMS))
+        raise InputError(f"{asked} serves a head_dim of {served}, and the model's is {config.head_dim}: use select off")
+    if not split.total_retrieval:
+        raise InputError(
+            f"{asked} chooses among the pages of retrieval heads, and no head is one here: use select off, or another "
+            f"head map or ratio"
+        )
+    return Selection(budget.pages_per_head, budget.selector)
