@@ -1,0 +1,85 @@
+"""The best pages of each head's list by their scores: the second half of selected decode, in torch.
+
+Query heads of a group are made comparable by their own log-sum-exp over all candidates: a score becomes the logarithm
+of the page's share of that query head's attention. A page's value to the KV head is the largest of them
+(docs/selection.md). `page_select_cuda` is the GPU's kernel with this signature; this one serves any device and does not
+wait for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longrun.kernels.page_view import PageView
+
+NORM_STEP = 1 / 64  # the log-sum-exp is rounded to it, so that the order of a sum decides no choice
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many pages of its list a head reads: the `pages` of highest value, at least 1."""
+
+    pages: int
+
+    def __post_init__(self) -> None:
+        assert self.pages >= 1, self.pages
+
+
+def check_choose_shapes(
+    scores: Tensor, view: PageView, budget: Budget, newest: int, pages_out: Tensor, counts_out: Tensor
+) -> None:
+    """Assert what `choose_pages` asks of its arguments."""
+    heads = view.num_heads
+    assert scores.dtype == torch.float32 and scores.shape[0] == heads and scores.is_contiguous()
+    assert 0 <= newest <= budget.pages <= pages_out.shape[1], (newest, budget, pages_out.shape)
+    assert pages_out.dtype == torch.int32 and pages_out.shape[0] == heads and pages_out.stride(1) == 1
+    assert counts_out.dtype == torch.int32 and counts_out.shape == (heads,) and counts_out.is_contiguous()
+
+
+def choose_pages(
+    scores: Tensor, view: PageView, *, budget: Budget, newest: int, pages_out: Tensor, counts_out: Tensor
+) -> None:
+    """Write the pages that each head reads, in the order of its list, and their number.
+
+    A list no longer than the budget is copied whole. Of equal values the lower entry wins.
+
+    Args:
+        scores: float32 [num_heads, group, max_entries], contiguous: see `score_pages`; of entries beyond a head's list
+            nothing is read.
+        view: the candidates that were scored.
+        newest: entries at the end of every list that are chosen whatever their value.
+        pages_out: int32 [num_heads, max_chosen], rows of contiguous items, max_chosen at least the budget. What stands
+            beyond the chosen pages is left alone.
+        counts_out: int32 [num_heads], contiguous.
+    """
+    check_choose_shapes(scores, view, budget, newest, pages_out, counts_out)
+    entries = torch.arange(scores.shape[2], device=scores.device)
+    counts = view.num_entries()[:, None]
+    meant = entries < counts
+    values = page_values(scores, meant).where(entries < counts - newest, torch.inf).where(meant, -torch.inf)
+    chosen = meant
+    if scores.shape[2] > budget.pages:
+        last = values.topk(budget.pages, dim=1).values[:, -1:]
+        above, tied = values > last, values == last
+        room = budget.pages - above.sum(1, keepdim=True)
+        chosen = meant & ((counts <= budget.pages) | above | (tied & (tied.cumsum(1) <= room)))
+    pages = view.pages.gather(1, (view.begins[:, None] + view.skip + entries).clamp(max=view.pages.shape[1] - 1))
+    # All entries are written somewhere: those that were not chosen behind a copy of the output, which is cut off.
+    found = torch.cat((pages_out, pages), dim=1)
+    behind = pages_out.shape[1] + entries
+    pages_out.copy_(found.scatter(1, (chosen.cumsum(1) - 1).where(chosen, behind), pages)[:, : pages_out.shape[1]])
+    counts_out.copy_(chosen.sum(1))
+
+
+def page_values(scores: Tensor, meant: Tensor) -> Tensor:
+    """float32 [num_heads, max_entries]: the largest share, as a logarithm, that a page has in a query head's attention.
+
+    Args:
+        scores: float32 [num_heads, group, max_entries].
+        meant: bool [num_heads, max_entries], the entries of the lists; the others mean nothing, here and in the result.
+    """
+    totals = scores.where(meant[:, None], -torch.inf).logsumexp(dim=2, keepdim=True)
+    return (scores - (totals / NORM_STEP).round() * NORM_STEP).amax(dim=1)
