@@ -22,6 +22,8 @@ from longrun.kernels.page_copy import copy_pages, copy_pages_reference, fetch_pa
 from longrun.kernels.page_decode import Workspace
 from longrun.kernels.page_decode_cuda import CudaPageDecode
 from longrun.kernels.page_dequantize import dequantize_pages
+from longrun.kernels.page_digest import digest_pages_reference
+from longrun.kernels.page_digest_triton import digest_pages
 from longrun.kernels.page_store import reference_store_pages, store_pages
 from longrun.kernels.page_view import ExactTokens, PageView
 from longrun.kernels.ring_decode import ring_decode, ring_decode_reference
@@ -48,6 +50,7 @@ class GpuKernels:
     store_pages: Callable[..., None]
     copy_pages: Callable[..., None]
     fetch_pages: Callable[..., None]
+    digest_pages: Callable[..., None]
     dequantize_pages: Callable[..., None]
     merge_partial_: Callable[..., None]
     rope_store: Callable[..., None]
@@ -84,6 +87,7 @@ def load_gpu_kernels(head_dim: int, kv_format: str = "int4", overlap: bool = Tru
         store_pages=store_pages,
         copy_pages=copy_pages,
         fetch_pages=fetch_pages,
+        digest_pages=digest_pages,
         dequantize_pages=dequantize_pages,
         merge_partial_=merge_partial_,
         rope_store=partial(rope_store, overlap=overlap),
@@ -107,6 +111,7 @@ def reference_kernels() -> GpuKernels:
         store_pages=reference_store_pages,
         copy_pages=copy_pages_reference,
         fetch_pages=fetch_pages_reference,
+        digest_pages=digest_pages_reference,
         dequantize_pages=page_view.dequantize_pages,
         merge_partial_=merge_partial_reference,
         rope_store=rope_store_reference,

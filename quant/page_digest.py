@@ -64,7 +64,8 @@ def _pairwise_sum(x: Tensor) -> Tensor:
 
 def _quantize(x: Tensor, last: int) -> tuple[Tensor, Tensor]:
     """Codes (int8 [..., channels], at most `last`) and the scale (float16 [...]) that was rounded before them."""
-    scale = (x.abs().amax(dim=-1) / last).clamp(_SMALLEST, _LARGEST).half()
+    # times the reciprocal: what torch on a GPU makes of a division by a number
+    scale = (x.abs().amax(dim=-1) * (1 / last)).clamp(_SMALLEST, _LARGEST).half()
     codes = (x / scale[..., None].float()).round_().clamp_(-last, last)
     return codes.to(torch.int8), scale
 

@@ -171,13 +171,15 @@ class DualCache:
         return sum(self.nbytes().values())
 
     def check(self) -> None:
-        """Conservation: free + used == total in both pools, every slot named once, page counts fit the length."""
+        """Conservation: free + used == total in both pools, every slot named once, page counts fit the length, and
+        every page's digest is its own."""
         pooled = self.spec.page_format.pooled_pages(self.seq_len)
         used = {self.device_pool: [], self.host_pool: []}
         for pages, _ in self.layers:
             if pages is not None:
                 assert pages.num_pooled == pooled, (pages.num_pooled, pooled, self.seq_len)
                 pages.places.check()
+                pages.check_digest()
                 for pool, slots in used.items():
                     slots.append(pages.places.slots_in(pool))
         for pool, slots in used.items():

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from longrun.cache.pool import PagePool
+from longrun.kernels.page_digest import digest_pages_reference
+from longrun.quant.digest_format import DigestFormat
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import encode_pages
 
@@ -27,6 +29,17 @@ class PageMover(Protocol):
         Args:
             k, v: exact tokens, [num_heads, n, page_size, head_dim].
             index: float16 [num_heads, max_pages, 2, head_dim], or None for the exact formats.
+        """
+        ...
+
+    def digest(
+        self, pool: PagePool, slots: Tensor, index: Tensor, out: Tensor, fmt: PageFormat, digest_format: DigestFormat
+    ) -> None:
+        """Write the digests of the stored pages at `slots` (int32 [num_heads, n]) of `pool`.
+
+        Args:
+            index: float16 [num_heads, n, 2, head_dim], their key scales and minima.
+            out: uint8 [num_heads, n, digest_format.page_bytes].
         """
         ...
 
@@ -59,6 +72,11 @@ class TorchPageMover:
         if index is not None:
             index[:, first : first + k.shape[1]] = scales
 
+    def digest(
+        self, pool: PagePool, slots: Tensor, index: Tensor, out: Tensor, fmt: PageFormat, digest_format: DigestFormat
+    ) -> None:
+        digest_pages_reference(pool.storage, slots, index, out, fmt, digest_format, slot_offset=pool.first_slot)
+
     def copy(self, source: PagePool, source_slots: Tensor, target: PagePool, target_slots: Tensor) -> None:
         target.write(target_slots, source.read(source_slots))
 
@@ -76,12 +94,16 @@ class KernelPageMover:
     """GPU kernels: pools on the GPU, or in host memory that the GPU reaches (`longrun.cache.pinned`).
 
     Args:
-        store_pages, copy_pages: `kernels.page_store.store_pages` and `kernels.page_copy.copy_pages`, or references.
+        store_pages, copy_pages, digest_pages: those of `kernels.page_store`, `kernels.page_copy` and
+            `kernels.page_digest`, or their references.
         on_gpu: copies behind run on a stream of their own.
     """
 
-    def __init__(self, store_pages: Callable[..., None], copy_pages: Callable[..., None], on_gpu: bool) -> None:
-        self._store_pages, self._copy_pages = store_pages, copy_pages
+    def __init__(
+        self, store_pages: Callable[..., None], copy_pages: Callable[..., None], digest_pages: Callable[..., None],
+        on_gpu: bool,
+    ) -> None:  # fmt: skip
+        self._store_pages, self._copy_pages, self._digest_pages = store_pages, copy_pages, digest_pages
         self._stream = torch.cuda.Stream() if on_gpu else None
 
     def quantize(
@@ -91,6 +113,11 @@ class KernelPageMover:
         numbers = torch.arange(first, first + count, dtype=torch.int32, device=slots.device)
         k, v = k.flatten(1, 2), v.flatten(1, 2)
         self._store_pages(k, v, pool.storage, slots, index, numbers, fmt, slot_offset=pool.first_slot)
+
+    def digest(
+        self, pool: PagePool, slots: Tensor, index: Tensor, out: Tensor, fmt: PageFormat, digest_format: DigestFormat
+    ) -> None:
+        self._digest_pages(pool.storage, slots, index, out, fmt, digest_format, slot_offset=pool.first_slot)
 
     def copy(self, source: PagePool, source_slots: Tensor, target: PagePool, target_slots: Tensor) -> None:
         self._copy_pages(

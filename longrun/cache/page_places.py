@@ -166,6 +166,10 @@ class PagePlaces:
         """Whether every head of the group has pages [first, stop)."""
         return bool((self._slots[group.heads, first:stop] >= 0).all())
 
+    def held(self, group: HeadGroup) -> np.ndarray:
+        """int64 [n]: the pages that every head of the group has, ascending; with those that a mark holds back."""
+        return np.nonzero(self._slots[group.heads.start] >= 0)[0]
+
     def rounds(self, group: HeadGroup, first: int, stop: int, per_round: int) -> tuple[list[range], list[range]]:
         """Pages [first, stop) of a group in ranges: those with pages of any head on the host, of at most `per_round`
         pages, and those all on the device."""

@@ -13,8 +13,11 @@ from longrun.cache.page_places import HeadGroup, NewPages, PagePlaces
 from longrun.cache.pool import PagePool
 from longrun.cache.spans import BOTH, Spans
 from longrun.kernels.page_view import PageView
-from longrun.quant.page_codec import exact_dtype
+from longrun.quant.page_codec import decode_pages, exact_dtype
+from longrun.quant.page_digest import encode_digest
 from longrun.specs.cache_spec import CacheSpec
+
+_CHECKED_AT_ONCE = 64  # pages of a head
 
 
 class PagedHeads:
@@ -27,6 +30,8 @@ class PagedHeads:
         places: slots, table and lists of the pooled pages.
         mover: quantizes finished pages.
         index: float16 [num_heads, max_pages, 2, head_dim] (quantized only): key scales and minima, never offloaded.
+        digest: uint8 [num_heads, max_pages, spec.digest.page_bytes], by which pages are chosen, or None: of each page
+            that is held what its stored keys say (`longrun.quant.page_digest`); never offloaded and never saved.
         tail_k, tail_v, sink_k, sink_v: [num_heads, page_size, head_dim].
     """
 
@@ -47,6 +52,10 @@ class PagedHeads:
         if fmt.quantized:
             shape = (num_heads, spec.pages_per_head, 2, fmt.head_dim)
             self.index = torch.zeros(shape, dtype=torch.float16, device=device)
+        self.digest = None
+        if spec.digest is not None:
+            shape = (num_heads, spec.pages_per_head, spec.digest.page_bytes)
+            self.digest = torch.zeros(shape, dtype=torch.uint8, device=device)
         sinks = self.tail_k.shape if fmt.sink_pages else (num_heads, 0, fmt.head_dim)
         self.sink_k = torch.zeros(sinks, dtype=exact_dtype(fmt), device=device)
         self.sink_v = torch.zeros_like(self.sink_k)
@@ -72,6 +81,7 @@ class PagedHeads:
     def nbytes(self) -> dict[str, int]:
         return {
             "page index (key scales)": 0 if self.index is None else self.index.nbytes,
+            "page digests": 0 if self.digest is None else self.digest.nbytes,
             "sink pages": self.sink_k.nbytes + self.sink_v.nbytes,
             "tails": self.tail_k.nbytes + self.tail_v.nbytes,
             "page tables": self.places.nbytes,
@@ -121,6 +131,7 @@ class PagedHeads:
             part = new.heads, slice(new.begin - first, new.end - first)
             index = None if self.index is None else self.index[new.heads]
             self.mover.quantize(k[part], v[part], new.pool, new.slots, index, new.begin, self.fmt)
+            self.write_digest(new)
 
     def write(self, new: NewPages, payload: Tensor, index: Tensor | None) -> None:
         """Content of new pages: uint8 [heads, n, payload_bytes], float16 [heads, n, 2, head_dim] (quantized only)."""
@@ -128,6 +139,26 @@ class PagedHeads:
         if self.index is not None:
             assert index is not None
             self.index[new.heads, new.begin : new.end] = index
+        self.write_digest(new)
+
+    def write_digest(self, new: NewPages) -> None:
+        """Bring the digests of new pages up to date with their content, which is stored already."""
+        if self.digest is not None:
+            assert self.index is not None and self._spec.digest is not None
+            at = new.heads, slice(new.begin, new.end)
+            self.mover.digest(new.pool, new.slots, self.index[at], self.digest[at], self.fmt, self._spec.digest)
+
+    def check_digest(self) -> None:
+        """The digest of every page that is held is that of its stored keys."""
+        fmt = self._spec.digest
+        for group in self.groups if self.digest is not None else ():
+            held = self.places.held(group)
+            for at in range(0, len(held), _CHECKED_AT_ONCE):
+                pages = held[at : at + _CHECKED_AT_ONCE]
+                numbers = torch.from_numpy(pages).to(self.tail_k.device)
+                index, found = (x[group.heads][:, numbers].cpu() for x in (self.index, self.digest))
+                keys, _ = decode_pages(self.places.read(group.heads, pages), index, self.fmt)
+                assert torch.equal(found, encode_digest(keys, fmt)), "a page's digest is not that of its keys"
 
     def begin_spill(self, seq_len: int) -> None:
         """Start copying the pages that will leave for the host pool by the time `seq_len` tokens are appended."""

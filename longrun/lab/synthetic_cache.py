@@ -109,6 +109,7 @@ def _place(pages: PagedHeads, seq_len: int, payload: Tensor, index: Tensor | Non
             for head in range(len(chosen)):
                 of_head = pages.index[new.heads][head, new.begin : new.end]
                 torch.index_select(index, 0, chosen[head], out=of_head)
+        pages.write_digest(new)
 
 
 def _copy(pool: PagePool, slots: Tensor, payload: Tensor, choice: Tensor) -> None:

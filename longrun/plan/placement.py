@@ -226,6 +226,7 @@ def place(settings: PlanSettings, capacity: int) -> Placement:
 
 _NOTES = {
     "page index (key scales)": "of host pages too",
+    "page digests": "of host pages too; what pages are chosen by",
     "sink pages": "exact",
     "tails": "exact",
     "rings": "streaming heads",
@@ -276,7 +277,12 @@ def _items_beside_the_cache(settings: PlanSettings, attention: AttentionSpec, ca
         TOKEN_SLICES[settings.device_type], settings.fused, settings.product_copy,
     )  # fmt: skip
     yield PlanItem("weights", "device", settings.weight_bytes, settings.weight_format)
-    yield PlanItem("allocator rounding", "device", _rounding(settings, cache), "of weights and page index")
+    yield PlanItem(
+        "allocator rounding",
+        "device",
+        _rounding(settings, cache),
+        "of weights, page index and digests" if cache.digest else "of weights and page index",
+    )
     yield PlanItem("prefill scratch", "device", attention.scratch_bytes(), "dequantized pages")
     yield PlanItem("decode buffers", "device", attention.decode_bytes(), "and split results")
     yield PlanItem(
@@ -295,7 +301,7 @@ def _rounding(settings: PlanSettings, cache: CacheSpec) -> int:
     lose less than 2 MiB each."""
     if settings.device_type != "cuda":
         return 0
-    return settings.weight_rounding + rounding_bytes(cache.index_tensors)
+    return settings.weight_rounding + rounding_bytes(cache.page_tensors)
 
 
 def _cache_spec(
@@ -303,7 +309,7 @@ def _cache_spec(
 ) -> CacheSpec:
     """Cache with `device_share` of each retrieval head's pages on the device, and at most `most_pages` a head."""
     page_format = PageFormat(settings.kv_format, settings.page_size, settings.config.head_dim)
-    counts, reaches = settings.split.num_retrieval, settings.split.retrieval_reaches
+    counts, reaches, selection = settings.split.num_retrieval, settings.split.retrieval_reaches, settings.selection
     pages = page_format.pooled_pages(capacity) if sum(counts) else 0
     keeping = any(reach == ALL_TOKENS for row in reaches for reach in row) if reaches else True
     on_device = int(pages * device_share) if keeping else pages
@@ -324,6 +330,7 @@ def _cache_spec(
         fetch_pages=fetch_pages,
         reaches=reaches,
         marks=settings.marks,
+        digest=selection.digest_format(page_format) if selection and pages > selection.pages_per_head else None,
     )
 
 

@@ -77,7 +77,7 @@ def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
     assert kernels is not None
     if kernels.on_gpu:
         _take_blas_workspace(decoder.compute_dtype)
-    mover = KernelPageMover(kernels.store_pages, kernels.copy_pages, kernels.on_gpu)
+    mover = KernelPageMover(kernels.store_pages, kernels.copy_pages, kernels.digest_pages, kernels.on_gpu)
     host_storage = None
     if plan.cache.host_pages and parts.pinned is not None:
         payload = plan.cache.page_format.payload_bytes

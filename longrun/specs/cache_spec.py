@@ -5,10 +5,13 @@ The planner only adds these numbers, and `DualCache` allocates exactly that; a t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from longrun.errors import PlanError
+from longrun.quant.digest_format import DigestFormat
 from longrun.quant.kv_format import PageFormat
 from longrun.specs.reach import ALL_TOKENS, Reach
 
@@ -41,6 +44,7 @@ class CacheSpec:
         reaches: of every layer, each retrieval head's reach in tokens (`longrun.specs.reach`), longest first; empty
             where every retrieval head keeps every token.
         marks: live marks whose tails, rings and pages have memory of their own.
+        digest: what is kept of every page to choose pages by; None keeps nothing.
 
     Raises:
         PlanError: more pages than 32-bit slots can name.
@@ -56,11 +60,15 @@ class CacheSpec:
     fetch_pages: int = 0
     reaches: tuple[tuple[int, ...], ...] = ()
     marks: int = MARKS
+    digest: DigestFormat | None = None
 
     def __post_init__(self) -> None:
         assert self.capacity > 0
         assert all(0 <= n <= self.num_kv_heads for n in self.retrieval_heads)
         assert 0 <= self.device_pages_per_head <= self.pages_per_head
+        if self.digest is not None:
+            fmt = self.page_format
+            assert fmt.quantized and (self.digest.page_size, self.digest.head_dim) == (fmt.page_size, fmt.head_dim)
         if self.reaches:
             assert tuple(map(len, self.reaches)) == self.retrieval_heads
             assert all(list(row) == sorted(row, reverse=True) and min(row, default=1) > 0 for row in self.reaches)
@@ -129,7 +137,8 @@ class CacheSpec:
         """Bytes of keys and values on device and host, with index, sink pages, tails and rings, and with the pages of
         finite reaches that marks hold back: the sum of `head_bytes` over all heads."""
         parts = self.device_bytes() | self.host_bytes()
-        return sum(size for name, size in parts.items() if name not in ("marks", "page tables", "fetch buffer"))
+        others = "marks", "page tables", "fetch buffer", "page digests"
+        return sum(size for name, size in parts.items() if name not in others)
 
     @property
     def ring_slots(self) -> int:
@@ -139,8 +148,21 @@ class CacheSpec:
     @property
     def index_tensors(self) -> tuple[int, ...]:
         """Bytes of each layer's page index, a tensor of its own."""
-        per_head = self.pages_per_head * self.page_format.index_bytes
-        return tuple(heads * per_head for heads in self.retrieval_heads)
+        return self._of_pages(self.page_format.index_bytes)
+
+    @property
+    def digest_tensors(self) -> tuple[int, ...]:
+        """Bytes of each layer's page digests, a tensor of their own: of every page of every retrieval head, wherever
+        the page stands."""
+        return self._of_pages(0 if self.digest is None else self.digest.page_bytes)
+
+    @property
+    def page_tensors(self) -> Iterator[int]:
+        """Bytes of all these tensors in the order in which they are allocated."""
+        return chain.from_iterable(zip(self.index_tensors, self.digest_tensors, strict=True))
+
+    def _of_pages(self, size: int) -> tuple[int, ...]:
+        return tuple(heads * self.pages_per_head * size for heads in self.retrieval_heads)
 
     def device_bytes(self) -> dict[str, int]:
         """Bytes on the device, by part."""
@@ -148,6 +170,7 @@ class CacheSpec:
         return {
             "retrieval pages": self.device_pages * fmt.payload_bytes,
             "page index (key scales)": sum(self.index_tensors),
+            "page digests": sum(self.digest_tensors),
             "sink pages": heads * fmt.sink_pages * fmt.exact_page_bytes,
             "tails": heads * fmt.exact_page_bytes,
             "rings": self.total_streaming_heads * ring_bytes(fmt, self.ring_slots),
@@ -196,9 +219,10 @@ class CacheSpec:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes one more token costs once rings and reaches are full: page bytes of the heads that keep every token
-        over page_size."""
-        return self.keeping_heads * self.page_format.page_bytes / self.page_format.page_size
+        """Bytes one more token costs once rings and reaches are full: bytes of a page and its digest of the heads that
+        keep every token, over page_size."""
+        digest_bytes = 0 if self.digest is None else self.digest.page_bytes
+        return self.keeping_heads * (self.page_format.page_bytes + digest_bytes) / self.page_format.page_size
 
 
 def ring_bytes(fmt: PageFormat, slots: int) -> int:
