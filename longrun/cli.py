@@ -40,7 +40,7 @@ class StdoutLost(BaseException):
 
 
 # By which a run is made smaller; see `longrun.plan.search`.
-PLAN_OPTIONS = frozenset({"--ctx", "--retrieval-ratio", "--kv-bytes", "--weights", "--kv", "--chunk-size"})
+PLAN_OPTIONS = frozenset({"--ctx", "--retrieval-ratio", "--kv-bytes", "--weights", "--kv", "--chunk-size", "--select"})
 
 
 def run(main: Callable[[], int | None], options: Collection[str] = ()) -> NoReturn:

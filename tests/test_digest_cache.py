@@ -17,6 +17,7 @@ from longrun.lab.synthetic_cache import fill_synthetic
 from longrun.plan.budget import Budget
 from longrun.quant.digest_format import DigestFormat
 from longrun.quant.kv_format import PageFormat
+from longrun.session.manifest import Manifest
 from longrun.specs.cache_spec import CacheSpec
 from longrun.specs.reach import ALL_TOKENS
 
@@ -168,6 +169,9 @@ def test_a_session_is_saved_without_digests_and_loaded_with_or_without_them(mode
                 assert torch.equal(pages.digest[:, :made], first.digest[:, :made]) and made == 16
         again.prefill(ids[:200])
         again.cache.check()
+    saved = [Manifest.read(tmp_path / f"s{n}").identity["selection"] for n in (0, 1)]
+    assert saved == [None, {"pages_per_head": 6, "selector": "top", "lam": 0.25, "newest": 4}]
+    assert plain.identity == selecting.identity
     sizes = [sum(path.stat().st_size for path in (tmp_path / f"s{n}").glob("pages-*")) for n in (0, 1)]
     assert sizes[0] == sizes[1] > 0
 

@@ -14,6 +14,7 @@ from longrun.patterns.head_map import HeadMap
 from longrun.plan.budget import Budget
 from longrun.plan.command import plan_command
 from longrun.plan.plan import NoFitError, choose_split, make_plan
+from longrun.runtime.auto_head_map import assumed_losses
 
 
 def refused(config, budget, capacity, split, **options):
@@ -102,6 +103,7 @@ def test_every_advice_followed_to_the_letter_fits(seed, tmp_path, capsys):
     tables = {"weights": {"format": draw.choice(["fp32", "bf16", "nf4", "int4"])}}
     tables["kv"] = {"format": draw.choice(["k5v3", "bf16"]), "recent_size": draw.choice([16, 256, 32768])}
     tables["prefill"] = {"chunk_size": draw.choice([64, 1024, 32768])}
+    tables["decode"] = {"pages_per_head": draw.choice(["off", 512])}
 
     def write_budget():
         lines = ["[memory]", *(f'{key} = "{int(value)} B"' for key, value in memory.items())]
@@ -114,6 +116,8 @@ def test_every_advice_followed_to_the_letter_fits(seed, tmp_path, capsys):
 
     if device == "cuda" and shape["head_dim"] == 96:
         tables["kv"]["format"] = "bf16"  # quantized pages are not served there, and must not be advised
+    if shape["head_dim"] == 96 or tables["kv"]["format"] == "bf16":
+        tables["decode"]["pages_per_head"] = "off"  # refused in its own words
     write_budget()
     command = ["--model", str(tmp_path), "--budget", str(tmp_path / "budget.toml"), "--device", device]
     command += ["--ctx", str(draw.choice([1000, 50_000, 10**6, 10**7]))]
@@ -204,3 +208,25 @@ def test_where_no_other_setting_helps_the_memory_needed_is_named():
     assert set(found) == {"gpu"}
     assert does_fit(LLAMA, replace(budget, device_bytes=found["gpu"]), 8192, None)
     assert not does_fit(LLAMA, replace(budget, device_bytes=found["gpu"] - 10**8), 8192, None)
+
+
+@pytest.mark.parametrize("given", [{}, {"kv_bytes": "60%"}])
+def test_selection_is_named_where_a_plan_without_it_fits(given):
+    """Digests are what is too much: one byte below what selecting needs, reading all pages fits."""
+    base = Budget(device_bytes=10**12, weight_format="bf16", chunk_size=64, **given)
+    head_map = assumed_losses(LLAMA, "cuda") if given else None
+    split = choose_split(LLAMA, base, head_map, assume=True, capacity=100_000)
+    selecting = base.override(pages_per_head=256)
+    dense, selected = (make_plan(LLAMA, b, 100_000, split=split) for b in (base, selecting))
+    digests = next(item for item in selected.items if item.name == "page digests")
+    assert digests.bytes == selected.cache.total_retrieval_heads * 1561 * 784 and "page digests" not in {
+        item.name for item in dense.items
+    }
+    assert selected.to_dict()["selection"]["pages_per_head"] == 256 and dense.to_dict()["selection"] is None
+    tight = replace(selecting, device_bytes=selected.device_bytes - 1)
+    error, found = refused(LLAMA, tight, 100_000, split)
+    assert found["select"] == "off" and "decoding that reads all pages" in str(error)
+    assert "--select off" in error.told_by(PLAN_OPTIONS)
+    assert does_fit(LLAMA, replace(tight, pages_per_head="off"), 100_000, split)
+    error, found = refused(LLAMA, replace(tight, device_bytes=dense.device_bytes - 1), 100_000, split)
+    assert "select" not in found

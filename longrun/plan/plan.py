@@ -156,6 +156,7 @@ class Plan:
                 "host": cache.host_pages,
                 "fetch": cache.fetch_pages,
             },
+            "selection": None if self.attention.selection is None else asdict(self.attention.selection),
             "items": [asdict(item) for item in self.items],
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,

@@ -28,7 +28,7 @@ class Suggestion:
     """One change that makes the plan fit (for the capacity: the most that fits).
 
     Attributes:
-        setting: ctx (the capacity), retrieval_ratio, kv_bytes, weights, kv, chunk_size, host or gpu.
+        setting: ctx (the capacity), retrieval_ratio, kv_bytes, weights, kv, chunk_size, select, host or gpu.
         value: what to set it to, in tokens or bytes where it is one.
         words: the advice in words; option: the same as options of a command, empty where no option does it.
     """
@@ -101,10 +101,11 @@ def suggest(
         _more_memory(settings, capacity, "host", "host_bytes"),
         _fewer_weight_bits(settings, capacity, or_context=fewer_kv_bytes is None),
         _smaller_chunk(settings, capacity),
+        _no_selection(settings, capacity),
     ]
     if fewer_kv_bytes is None:
         found[:0] = [_smaller_capacity(settings, least), _fewer_retrieval_heads(settings, capacity, resplits)]
-        found.insert(-1, _quantized_pages(settings, capacity))
+        found.insert(-2, _quantized_pages(settings, capacity))
     else:
         found.insert(0, _fewer_kv_bytes(settings, capacity, fewer_kv_bytes, kv_bytes))
     if not any(found):
@@ -235,6 +236,13 @@ def _quantized_pages(settings: PlanSettings, capacity: int) -> Suggestion | None
     if settings.kv_format in QUANTIZED_KV_FORMATS or not fits(replace(settings, kv_format=DEFAULT_KV_FORMAT), capacity):
         return None
     return Suggestion("kv", DEFAULT_KV_FORMAT, f"KV pages as {DEFAULT_KV_FORMAT}", f"--kv {DEFAULT_KV_FORMAT}")
+
+
+def _no_selection(settings: PlanSettings, capacity: int) -> Suggestion | None:
+    """Without selection no page has a digest."""
+    if settings.selection is None or not fits(replace(settings, selection=None), capacity):
+        return None
+    return Suggestion("select", "off", "decoding that reads all pages", "--select off")
 
 
 def _smaller_chunk(settings: PlanSettings, capacity: int) -> Suggestion | None:

@@ -55,6 +55,7 @@ def derived(
             kv_format=plan.kv_format,
             reaches=None if budget.kv_bytes is None and not split.reaches else split.all_reaches,
             keep=wanted.chosen.keep,
+            selection=plan.attention.selection,
         ),
         parts=replace(setup.parts, decoder=decoder, gpu_kernels=kernels),
     )

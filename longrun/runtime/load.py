@@ -202,6 +202,7 @@ def load(
     identity = SessionIdentity(
         model_fingerprint(folder, lora), chosen.split.hash, plan.kv_format, plan.page_size, plan.weight_format,
         None if limits.kv_bytes is None else chosen.split.all_reaches, config.yarn, chosen.keep,
+        plan.attention.selection,
     )  # fmt: skip
     if session is not None and is_session(user_path(session, "session")):
         SavedSession.open(session, identity)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from longrun.errors import SessionError, quoted, shortened
+from longrun.specs.selection_spec import Selection
 
 VERSION = 2  # 1: INT4 pages held keys that were not rotated; exact pages were the same
 MANIFEST = "manifest.json"
@@ -35,6 +36,8 @@ class SessionIdentity:
         yarn: factor by which the model's window was stretched; None is none, as in older sessions, which name none.
         keep: first tokens that no head drops, where a run asked for more than the head map's sinks. Not compared: the
             hash stands for it.
+        selection: which pages a decode step read when the session was saved; None is all. Not compared: what is saved
+            is the same under any.
     """
 
     model: str
@@ -45,6 +48,7 @@ class SessionIdentity:
     reaches: tuple[tuple[int, ...], ...] | None = field(default=None, compare=False)
     yarn: float | None = None
     keep: int | None = field(default=None, compare=False)
+    selection: Selection | None = field(default=None, compare=False)
 
     _ADVICE: ClassVar[dict[str, str]] = {
         "model": "load the checkpoint it was made with",
