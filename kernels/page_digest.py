@@ -21,11 +21,12 @@ def digest_pages_reference(
     """`page_digest_triton.digest_pages` through `quant.page_codec` and `quant.page_digest`: any quantized format, and a
     pool on another device than the rest."""
     check_digest(storage, slots, index, out, fmt, digest_format)
-    for head in range(len(slots)):
-        for first in range(0, slots.shape[1], _PAGES_AT_ONCE):
-            part = head, slice(first, first + _PAGES_AT_ONCE)
-            payload = storage[(slots[part].long() - slot_offset).to(storage.device)].to(out.device)
-            out[part] = encode_digest(decode_pages(payload, index[part], fmt)[0], digest_format)
+    heads, count = slots.shape
+    at_once = max(1, _PAGES_AT_ONCE // max(1, heads))
+    for first in range(0, count, at_once):
+        part = slice(None), slice(first, first + at_once)
+        payload = storage[(slots[part].long() - slot_offset).to(storage.device)].to(out.device)
+        out[part] = encode_digest(decode_pages(payload, index[part], fmt)[0], digest_format)
 
 
 def check_digest(

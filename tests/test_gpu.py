@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import save_tiny, tiny_model
 
 import longrun
 from longrun.attention.torch_backend import TorchAttention
@@ -12,6 +12,7 @@ from longrun.engine.decode_graph import DecodeGraph
 from longrun.errors import PlanError
 from longrun.kernels.dense_attention import attention_with_lse, reference_attention_with_lse
 from longrun.patterns.head_map import HeadMap
+from longrun.plan.budget import Budget
 from longrun.quant.kv_format import QUANTIZED_KV_FORMATS
 
 pytestmark = pytest.mark.gpu
@@ -46,10 +47,8 @@ def test_attention_with_lse(dtype, tolerance, head_dim, heads, kv_heads, q_len, 
 def load(folder, device, kv="int4", weights="fp32", device_share=0.5, **changes):
     head_map = HeadMap.from_scores(SCORES, sink_size=16, recent_size=48)
     settings = {"chunk_size": 100, "ctx": 900, "retrieval_ratio": 0.5, "device_share": device_share, **changes}
-    budget = "cpu" if device == "cpu" else "rtx4090-24g"
-    return longrun.load(
-        folder, budget=budget, head_map=head_map, kv_format=kv, weight_format=weights, device=device, **settings
-    )
+    settings.setdefault("budget", "cpu" if device == "cpu" else "rtx4090-24g")
+    return longrun.load(folder, head_map=head_map, kv_format=kv, weight_format=weights, device=device, **settings)
 
 
 def rounded_as_on_the_gpu(run):
@@ -98,6 +97,36 @@ def test_runtime_on_the_gpu_agrees_with_the_cpu(tmp_path, monkeypatch, kv, famil
     assert tolerance < 5e-2
     assert rms_ratio(rows["cuda"], rows["cpu"]) < tolerance
     assert (rows["cuda"].argmax(-1) == rows["cpu"].argmax(-1)).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("device_share", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize(("kv", "head_dim"), [("int4", 64), ("k5v3", 128)])
+def test_digests_are_those_of_the_stored_pages(tmp_path, kv, head_dim, device_share):
+    """Pages from prefill and from decode, straight to the host and spilled, rewound, saved and loaded: `check` computes
+    every digest again, in torch."""
+    save_tiny(tmp_path / "model", "llama", head_dim=head_dim, max_position_embeddings=2048)
+    budget = Budget.load("rtx4090-24g").override(pages_per_head=5)
+    runtime = load(tmp_path / "model", "cuda", kv, device_share=device_share, budget=budget)
+    ids = torch.randint(0, 97, (700,), generator=torch.Generator().manual_seed(1))
+    session = runtime.new_session()
+    session.prefill(ids[:350])
+    assert session.cache_bytes == runtime.plan.cache_bytes
+    mark = session.mark()
+    for token in ids[350:500].split(1):
+        session.prefill(token)
+    session.cache.check()
+    session.prefill(ids[500:])
+    session.cache.check()
+    session.rewind(mark)
+    session.prefill(ids[400:700])
+    session.cache.check()
+    session.save(tmp_path / "s")
+    again = runtime.load_session(tmp_path / "s")
+    again.cache.check()
+    for (pages, _), (other, _) in zip(session.cache.layers, again.cache.layers, strict=True):
+        if pages is not None:
+            assert pages.num_pooled == 9 and pages.digest.any()
+            assert torch.equal(pages.digest[:, :9], other.digest[:, :9])
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "nf4", "int4"])
