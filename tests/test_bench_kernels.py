@@ -79,7 +79,7 @@ if INTERPRETED:
         """Of this seed all bytes are the reference's: the interpreter rounds twice in a fused multiply-add."""
         monkeypatch.setattr(bench_page_kernels, "HEADS", 2)
         rows = list(bench_page_kernels.measure((128,)))
-        assert [row["kernel"] for row in rows] == 2 * ["page_store", "page_dequantize"]
+        assert [row["kernel"] for row in rows] == 2 * ["page_store", "page_dequantize", "page_digest"]
 
     def test_interpreted_fused_kernels(monkeypatch):
         monkeypatch.setattr(bench_fused_kernels, "LAYERS", 2)

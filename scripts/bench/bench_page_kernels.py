@@ -1,4 +1,4 @@
-"""The page kernels, alone: storing pages and reading them back, as prefill does.
+"""The page kernels, alone: storing pages, reading them back, and making their digests, as prefill does.
 
 Every input and output byte counts once. Keys and values lie as a fused projection leaves them: [tokens, heads, 2,
 head_dim].
@@ -13,8 +13,11 @@ from typing import Any
 import torch
 
 from longrun.kernels.page_dequantize import dequantize_pages
+from longrun.kernels.page_digest import digest_pages_reference
+from longrun.kernels.page_digest_triton import digest_pages
 from longrun.kernels.page_store import reference_store_pages, store_pages
 from longrun.kernels.page_view import view_of_all
+from longrun.quant.digest_format import DigestFormat
 from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
 from longrun.units import format_tokens
 from scripts.bench.gpu_timer import gpu_times
@@ -29,8 +32,13 @@ def bytes_per_page(fmt: PageFormat, itemsize: int) -> int:
     return fmt.page_bytes + 2 * fmt.page_size * fmt.head_dim * itemsize
 
 
+def digest_bytes_per_page(fmt: PageFormat, digest_format: DigestFormat) -> int:
+    """Keys, with k5v3 the values that hold bits of them, index and digest."""
+    return fmt.keys_bytes * (2 if fmt.key_bits == 5 else 1) + fmt.index_bytes + digest_format.page_bytes
+
+
 def measure(lengths: Sequence[int] = LENGTHS) -> Iterator[dict[str, Any]]:
-    """Rows of both kernels in every format of pages, at `lengths` tokens, a multiple of 64."""
+    """Rows of the three kernels in every format of pages, at `lengths` tokens, a multiple of 64."""
     for tokens in lengths:
         for name in QUANTIZED_KV_FORMATS:
             yield from measure_format(PageFormat(name, 64, HEAD_DIM), tokens)
@@ -51,6 +59,11 @@ def measure_format(fmt: PageFormat, tokens: int) -> Iterator[dict[str, Any]]:
     calls = max(2, min(50, REPLAYED_BYTES // moved))
     stored = gpu_times(*[partial(store_pages, k, v, storage, slots, index, numbers, fmt)] * calls)
     read = gpu_times(*[partial(dequantize_pages, view, *out)] * calls)
+    digest_format = DigestFormat(64, HEAD_DIM)
+    digests = torch.full((HEADS, pages, digest_format.page_bytes), 0xFF, dtype=torch.uint8, device="cuda")
+    digesting = partial(digest_pages, storage, slots, index, digests, fmt, digest_format)
+    digest_moved = HEADS * pages * digest_bytes_per_page(fmt, digest_format)
+    digested = gpu_times(*[digesting] * max(2, min(50, REPLAYED_BYTES // digest_moved)))
     part = slice(0, 64 * min(pages, 16))
     some = slots[:, : part.stop // 64].cpu()
     expected = torch.empty(HEADS * pages, fmt.payload_bytes, dtype=torch.uint8)
@@ -59,6 +72,13 @@ def measure_format(fmt: PageFormat, tokens: int) -> Iterator[dict[str, Any]]:
     reference_store_pages(k[:, part].cpu(), v[:, part].cpu(), expected, some, expected_index, order, fmt)
     assert torch.equal(storage.cpu()[some.long()], expected[some.long()]), "the timed kernel wrote other bytes"
     assert not out.isnan().any(), "the timed kernel left outputs unwritten"
+    expected_digests = torch.empty(*some.shape, digest_format.page_bytes, dtype=torch.uint8)
+    digest_pages_reference(expected, some, expected_index, expected_digests, fmt, digest_format)
+    assert torch.equal(digests[:, : some.shape[1]].cpu(), expected_digests), "the timed kernel wrote other digests"
     shape = f"{HEADS} heads x {format_tokens(tokens)} tokens x {HEAD_DIM}, {fmt.name}"
-    for kernel, times in (("page_store", stored), ("page_dequantize", read)):
-        yield kernel_row(kernel, shape, times, num_bytes=moved)
+    for kernel, times, num_bytes in (
+        ("page_store", stored, moved),
+        ("page_dequantize", read, moved),
+        ("page_digest", digested, digest_moved),
+    ):
+        yield kernel_row(kernel, shape, times, num_bytes=num_bytes)
