@@ -8,20 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from selection_case import DIM, random_model, random_text
 
-from longrun.config.model_config import ModelConfig
-from longrun.lab.quality.answered import AnsweredText
+from longrun.lab.quality.judged import Judged
 from longrun.lab.selection import LayerKeys, LayerQueries, best
 from longrun.lab.selection_rules import LAMBDAS, PAGE, TODAY, Index, Rule, known_rules, pages_of
-from longrun.model.decoder import Decoder, DecoderLayer
-from longrun.quant.linear import QuantLinear
 from scripts.quality import selection_answers, selection_probe
-from scripts.quality.reach_probe import Model
-from scripts.quality.selection_answers import Choice, Judged, Read
+from scripts.quality.selection_answers import Choice, Read
 from scripts.quality.selection_probe import AT, BUDGETS, fitted_lambda, lost_mass, measure, steps_of, table_of
 from scripts.quality.selection_steps import filter_layers, own_choice, pool_hits
 
-PAGES, DIM = 12, 16
+PAGES = 12
 
 
 def random_queries(newest: int = 2) -> LayerQueries:
@@ -126,63 +123,26 @@ def test_pools_and_filter_layers_by_hand():
     assert pages_of("64", 1000) == 64 and pages_of("1.5%", 1000) == 15 and pages_of("1.5%", 10) == 1
 
 
-class Turns:
-    """RoPE of three speeds, with YaRN's factor on cos and sin."""
-
-    scaling = 1.25
-
-    def cos_sin(self, start: int, num_tokens: int, rope_seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        speeds = torch.tensor([1.0, 0.1, 0.01, 0.001]).repeat_interleave(2).repeat(2)
-        angles = torch.arange(start, start + num_tokens)[:, None] * speeds
-        return angles.cos() * self.scaling, angles.sin() * self.scaling
-
-
-def random_model() -> Model:
-    """Two layers, two KV heads of two query heads each, random weights that make attention peaked."""
-    draw = torch.Generator().manual_seed(0)
-
-    def linear(rows: int, columns: int) -> QuantLinear:
-        return QuantLinear(torch.randn(rows, columns, generator=draw) * 2.5 / columns**0.5, "fp32")
-
-    config = ModelConfig("LlamaForCausalLM", "llama", 2, 64, 64, 4, 2, DIM, 50, 1e-5, 9999, True, *[False] * 4, None)
-    ones, embedding = torch.ones(64), torch.randn(50, 64, generator=draw)
-    layers = [
-        DecoderLayer(ones, linear(128, 64), None, None, linear(64, 64), ones, linear(128, 64), linear(64, 64))
-        for _ in range(2)
-    ]
-    model = Model.__new__(Model)
-    model.decoder = Decoder(config, [(0, 1)] * 2, embedding, layers, ones, embedding)
-    model.rotary, model.shape, model.group, model.scale, model.window = Turns(), (2, 2), 2, DIM**-0.5, None
-    return model
-
-
-def random_text() -> AnsweredText:
-    """20 pages, the last of them with two questions and their answers."""
-    ids = torch.randint(50, (1280,), generator=torch.Generator().manual_seed(1))
-    answers = (("one", torch.arange(1230, 1235)), ("other", torch.arange(1260, 1270)))
-    return AnsweredText(ids, torch.arange(700, 900, 10), answers, 1220)
-
-
 def test_all_pages_are_full_attention():
     model, text = random_model(), random_text()
     read = Read(model, text, 4)
-    torch.testing.assert_close(read.reference, model.log_probs(read.text, None), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(read.known.log_probs, model.log_probs(read.text, None), atol=1e-4, rtol=1e-4)
     for name in ("perfect", TODAY, "mean 16 + 0.5 at 4 bits", "keys, 16-token units", "unturned 16 + 0.25"):
         found = read.log_probs(Choice(known_rules()[name], 20, False))
-        torch.testing.assert_close(found, read.reference, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found, read.known.log_probs, atol=1e-4, rtol=1e-4)
     count = len(read.text.text_rows)
     few, in_full = (read.log_probs(Choice(known_rules()[TODAY], 2, dense)) for dense in (False, True))
-    assert not torch.allclose(few, read.reference, atol=0.1)
+    assert not torch.allclose(few, read.known.log_probs, atol=0.1)
     torch.testing.assert_close(few[:count], in_full[:count])  # running text comes before the questions
     assert not torch.allclose(few[count:], in_full[count:], atol=0.1)
     judged = Judged()
-    judged.add(read, read.reference.clone())
+    judged.add(read.known, read.known.log_probs.clone())
     row = judged.row(Counter(one=2))
-    assert row["kl_text"] == 0 and row["same_answers"] == 1 and row["kept"] == sum(read.right)
+    assert row["kl_text"] == 0 and row["same_answers"] == 1 and row["kept"] == sum(read.known.right)
     alone = Choice(known_rules()["perfect"], 2, False)
     by_rule = {name: Judged() for name in ("perfect", "mean 64")}
     for name, own in by_rule.items():
-        own.add(read, read.log_probs(replace(alone, rule=known_rules()[name])))
+        own.add(read.known, read.log_probs(replace(alone, rule=known_rules()[name])))
     losses = [sum(own.kl[0]) for own in by_rule.values()]
     assert 0 < losses[0] < losses[1]
 

@@ -58,7 +58,7 @@ class LayerKeys:
 
     def scores(self, index: Index, q: Tensor, softmax_scale: float) -> Tensor:
         """float32 [num_kv_heads, R, group, T // unit], for float32 q [num_kv_heads, R, group, head_dim]."""
-        centre, half = self._vectors(index)
+        centre, half = self.vectors(index)
         if index.group == 1 or index.basis == "rotated":
             q = q @ key_rotation(q.shape[-1])[0].to(q)
         of_q, heads = q.abs(), q.flatten(1, 2)
@@ -71,7 +71,7 @@ class LayerKeys:
         found = found.mul_(softmax_scale).unflatten(-1, (self.length // index.unit, -1))
         return (found.amax(-1) if index.best else found.logsumexp(-1)).unflatten(1, q.shape[1:3])
 
-    def _vectors(self, index: Index) -> tuple[Tensor, Tensor]:
+    def vectors(self, index: Index) -> tuple[Tensor, Tensor]:
         """Centres [num_kv_heads, n, head_dim], and half-ranges: of a channel, or of a pair."""
         name = repr((index.group, index.basis, index.middle, index.bits))
         if name not in self._made:

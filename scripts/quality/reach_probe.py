@@ -29,12 +29,13 @@ from torch import Tensor
 
 import longrun
 from longrun.arguments import COUNT, whole
-from longrun.attention.interface import Step
+from longrun.attention.interface import Attention, Step
 from longrun.attention.whole_text import WholeTextAttention
 from longrun.cli import Parser, run
 from longrun.errors import HeadMapError
 from longrun.hub.find import add_yarn_option
 from longrun.hub.names import model_name
+from longrun.lab.quality.answered import AnsweredText
 from longrun.lab.report_env import environment
 from longrun.model.decoder import Decoder
 from longrun.paths import path_option
@@ -71,10 +72,13 @@ class Model:
         self.shape, self.group = (config.num_layers, config.num_kv_heads), config.num_qo_heads // config.num_kv_heads
         self.scale, self.window = config.head_dim**-0.5, None if kernels is None else kernels.window_attention
 
-    @torch.inference_mode()
     def log_probs(self, text: SampledText, reaches: list[list[int]] | None) -> Tensor:
         """float32 [rows, vocab_size] of the text's rows."""
-        attention = WholeTextAttention(self.group, self.scale, SINKS, reaches, self.window)
+        return self.predicted(text, WholeTextAttention(self.group, self.scale, SINKS, reaches, self.window))
+
+    @torch.inference_mode()
+    def predicted(self, text: SampledText | AnsweredText, attention: Attention) -> Tensor:
+        """The same under any attention that takes a whole text in one step."""
         step = Step(0, len(text.ids), *self.rotary.cos_sin(0, len(text.ids), len(text.ids)))
         hidden = self.decoder.forward(text.ids.to(self.decoder.device), step, attention, all_positions=True)
         rows = hidden[text.rows.to(hidden.device)]

@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from longrun.attention.whole_text import WholeTextAttention
 from longrun.cli import Parser, run
 from longrun.lab.quality.answered import AnsweredText, answered_texts
 from longrun.lab.quality.code_source import standard_library
-from longrun.lab.quality.statistics import wilson
+from longrun.lab.quality.judged import Judged, Known
 from longrun.lab.selection import LayerKeys, LayerQueries, best, padded
 from longrun.lab.selection_rules import PAGE, TODAY, Rule, known_rules, pages_of
 from longrun.units import parse_tokens
@@ -112,8 +112,7 @@ class Read:
         self._ids = text.ids.to(model.decoder.device)
         self.attention = SelectedAttention(model, text, self._start, newest)
         self._forward(0, self._start, False)
-        self.reference = self.log_probs(None)
-        self.right = self.text.kept(self.reference.argmax(-1).cpu())
+        self.known = Known.of(self.text, self.log_probs(None))
 
     def _forward(self, start: int, stop: int, every: bool) -> Tensor:
         step = Step(start, stop - start, *self._model.rotary.cos_sin(start, stop - start, len(self._ids)))
@@ -125,36 +124,6 @@ class Read:
         self.attention.choice = choice
         hidden = self._forward(self._start, len(self._ids), True)[self.text.rows.to(self._ids.device) - self._start]
         return torch.cat([self._model.decoder.logits(part).log_softmax(-1) for part in hidden.split(64)])
-
-
-@dataclass
-class Judged:
-    """What one choice keeps, over all texts; KL and equal likeliest tokens by row, of text and of answers."""
-
-    kept: Counter[str] = field(default_factory=Counter)
-    kl: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
-    same: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
-
-    def add(self, read: Read, found: Tensor) -> None:
-        pairs = zip(read.reference.split(64), found.split(64), strict=True)
-        kl = torch.cat([(a.exp() * (a - b)).sum(-1) for a, b in pairs])
-        same, count = (found.argmax(-1) == read.reference.argmax(-1)).float(), len(read.text.text_rows)
-        for own, values in ((self.kl, kl), (self.same, same)):
-            own[0].extend(values[:count].tolist())
-            own[1].extend(values[count:].tolist())
-        kept = read.text.kept(found.argmax(-1).cpu())
-        tasks = zip(read.text.answers, kept, read.right, strict=True)
-        self.kept.update(task for (task, _), own, right in tasks if own and right)
-
-    def row(self, known: Counter[str]) -> dict[str, Any]:
-        """JSON-able; by task [kept, of those that full attention has right]."""
-        kept = self.kept.total(), known.total()
-        text, answers = ([sum(own[i]) / len(own[i]) for own in (self.kl, self.same)] for i in (0, 1))
-        return {
-            "kept": kept[0], "known": kept[1], "interval": wilson(*kept).to_dict() if kept[1] else None,
-            "tasks": {task: [self.kept[task], known[task]] for task in sorted(known)}, "kl_text": text[0],
-            "same_text": text[1], "kl_answers": answers[0], "same_answers": answers[1],
-        }  # fmt: skip
 
 
 def options(parser: Parser) -> None:
@@ -185,9 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, text in enumerate(texts, 1):
             read = Read(model, text, args.newest)
             asked.update(task for task, _ in text.answers)
-            known.update(task for (task, _), right in zip(text.answers, read.right, strict=True) if right)
+            known.update(read.known.tasks())
             for key, choice in choices.items():
-                judged[key].add(read, read.log_probs(choice))
+                judged[key].add(read.known, read.log_probs(choice))
             part |= {
                 "texts_read": number, "asked": asked, "seconds": time.perf_counter() - began, "rows": [
                     {"questions": key[0], "budget": key[1], "rule": key[2], "pages": choice.count,

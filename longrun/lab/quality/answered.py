@@ -7,6 +7,7 @@ words counts as wrong, for full attention too, and only what that has right is a
 
 from __future__ import annotations
 
+import pydoc_data.topics
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 NEEDLES = "needle"
 _TURN_TOKENS = 44  # of a question with its answer, about
+_NEEDLE_TOKENS = 28
 _QUESTIONS = 20  # of a document about code, at most
 
 
@@ -78,28 +80,55 @@ def answered_texts(
     room = length - (_QUESTIONS + num_needles) * _TURN_TOKENS
     documents = CodeDocuments(tokenizer, files)
     for number, document in enumerate(documents.code(max(room, length // 2), count, seed)):
-        rng = random.Random(f"answered/{seed}/{length}/{number}")
-        writer = _Writer(tokenizer)
-        needles = make_needles(num_needles, f"{seed}/{number}")
-        ids = writer.hidden(document.token_ids, needles, rng)
         asked = [(q.task, q.text, "", q.expected) for q in document.questions]
-        asked += [(NEEDLES, n.question, n.answer_prefix, n.key) for n in needles]
-        rng.shuffle(asked)
+        rng = random.Random(f"answered/{seed}/{length}/{number}")
+        needles = make_needles(num_needles, f"{seed}/{number}")
+        yield _Writer(tokenizer).answered(document.token_ids, asked, needles, rng, length, num_text_rows)
+
+
+def answered_prose(
+    tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int, num_needles: int = 16,
+    num_text_rows: int = 256,
+) -> Iterator[AnsweredText]:  # fmt: skip
+    """`count` texts of about `length` tokens and no more: topics of Python's language reference in an order that is
+    drawn, with needles hidden in them, and the questions for those. Shorter where the reference is."""
+    chat = ChatFormat(tokenizer)
+    for number in range(count):
+        rng = random.Random(f"answered prose/{seed}/{length}/{number}")
+        topics = sorted(pydoc_data.topics.topics.values())
+        ids = chat.opening_ids(None, False)
+        ids += chat.text_ids(["\n\n".join(rng.sample(topics, len(topics)))], True, True, False)[0]
+        ids = ids[: max(length - num_needles * (_TURN_TOKENS + _NEEDLE_TOKENS), length // 2)]
+        needles = make_needles(num_needles, f"prose/{seed}/{number}")
+        yield _Writer(tokenizer).answered(ids, [], needles, rng, length, num_text_rows)
+
+
+class _Writer:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self._encoder, self._chat = tokenizer, TextEncoder(tokenizer), ChatFormat(tokenizer)
+
+    def answered(
+        self, ids: Sequence[int], asked: Sequence[tuple[str, str, str, str]], needles: Sequence[Needle],
+        rng: random.Random, length: int, num_text_rows: int,
+    ) -> AnsweredText:  # fmt: skip
+        """A document with needles hidden in it, and all questions that `length` tokens hold, in an order that is drawn.
+
+        Args:
+            asked: of each question but the needles' its task, words, how the answer begins, and the answer.
+        """
+        ids = self.hidden(ids, needles, rng)
+        every = [*asked, *((NEEDLES, n.question, n.answer_prefix, n.key) for n in needles)]
+        rng.shuffle(every)
         begin, answers = len(ids), []
-        for task, words, prefix, answer in asked:
-            question, answer_ids = writer.asked(words, prefix, answer, ids, first=not answers)
+        for task, words, prefix, answer in every:
+            question, answer_ids = self.asked(words, prefix, answer, ids, first=not answers)
             if len(ids) + len(question) + len(answer_ids) > length:
                 continue
             ids += question
             answers.append((task, torch.arange(len(ids) - 1, len(ids) - 1 + len(answer_ids))))
             ids += answer_ids
         drawn = rng.sample(range(begin // 2, begin - 1), min(num_text_rows, begin - 1 - begin // 2))
-        yield AnsweredText(torch.tensor(ids), torch.tensor(sorted(drawn)), tuple(answers), begin)
-
-
-class _Writer:
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer, self._encoder, self._chat = tokenizer, TextEncoder(tokenizer), ChatFormat(tokenizer)
+        return AnsweredText(torch.tensor(ids), torch.tensor(sorted(drawn)), tuple(answers), begin)
 
     def hidden(self, ids: Sequence[int], needles: Sequence[Needle], rng: random.Random) -> list[int]:
         """The document's ids with every needle behind a line's end (anywhere, where the tokenizer knows none), spread
