@@ -13,17 +13,20 @@ from typing import Any
 from torch import Tensor
 
 from longrun.errors import ConfigError
-from longrun.kernels import page_view
+from longrun.kernels import page_choose, page_view
 from longrun.kernels.banded_prefill import banded_prefill, banded_prefill_reference
 from longrun.kernels.cuda_module import CudaUnavailable
 from longrun.kernels.dense_attention import attention_with_lse
 from longrun.kernels.merge_partial import merge_partial_, merge_partial_reference
+from longrun.kernels.page_choose import Budget
 from longrun.kernels.page_copy import copy_pages, copy_pages_reference, fetch_pages, fetch_pages_reference
 from longrun.kernels.page_decode import Workspace
 from longrun.kernels.page_decode_cuda import CudaPageDecode
 from longrun.kernels.page_dequantize import dequantize_pages
 from longrun.kernels.page_digest import digest_pages_reference
 from longrun.kernels.page_digest_triton import digest_pages
+from longrun.kernels.page_score import score_pages
+from longrun.kernels.page_select_cuda import ChoiceWorkspace, CudaPageSelect
 from longrun.kernels.page_store import reference_store_pages, store_pages
 from longrun.kernels.page_view import ExactTokens, PageView
 from longrun.kernels.ring_decode import ring_decode, ring_decode_reference
@@ -32,6 +35,7 @@ from longrun.kernels.rotary import rotary_, rotary_reference
 from longrun.kernels.silu_mul import silu_mul_, silu_mul_reference
 from longrun.kernels.unrotate import unrotate, unrotate_reference
 from longrun.kernels.vector_linear import vector_linear, vector_linear_reference
+from longrun.quant.digest_format import DigestFormat
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class GpuKernels:
         decode_attention: see `page_view.decode_attention`; with a workspace.
         window_attention: `banded_prefill` over the past's tokens in order.
         default_splits: number of retrieval heads -> programs a head.
+        score_pages, choose_pages: see `page_score` and `page_choose`; choosing with a workspace, a `ChoiceWorkspace`.
+            None where no digests were named.
         on_gpu: streams and graphs exist.
     """
 
@@ -62,24 +68,35 @@ class GpuKernels:
     rotary_: Callable[..., Any]
     silu_mul_: Callable[..., Tensor]
     vector_linear: Callable[..., Tensor]
+    score_pages: Callable[..., Tensor] | None
+    choose_pages: Callable[..., None] | None
     on_gpu: bool
 
 
-def load_gpu_kernels(head_dim: int, kv_format: str = "int4", overlap: bool = True) -> GpuKernels:
+def load_gpu_kernels(
+    head_dim: int, kv_format: str = "int4", overlap: bool = True, digest: DigestFormat | None = None
+) -> GpuKernels:
     """The GPU's kernels on the current device.
 
     Args:
         kv_format: of the pages that decode reads, "int4" or "k5v3"; the other kernels serve both.
         overlap: decode kernels begin while the one before them ends (sm_90; no effect on older GPUs).
+        digest: of the pages, where decode selects among them.
 
     Raises:
-        ConfigError: the INT4 decode kernel cannot be compiled here.
+        ConfigError: the INT4 decode kernel, or those that select, cannot be compiled here.
     """
     try:
         decode = CudaPageDecode(head_dim, kv_format=kv_format)
     except CudaUnavailable as error:
         raise ConfigError(
             f"the {kv_format} decode kernel cannot be built on this GPU ({error}): use kv_format bf16, or device cpu"
+        ) from error
+    try:
+        select = None if digest is None else CudaPageSelect(digest)
+    except CudaUnavailable as error:
+        raise ConfigError(
+            f"the kernels that select pages cannot be built on this GPU ({error}): turn selection off"
         ) from error
     return GpuKernels(
         decode_attention=decode.decode_attention,
@@ -99,6 +116,8 @@ def load_gpu_kernels(head_dim: int, kv_format: str = "int4", overlap: bool = Tru
         rotary_=rotary_,
         silu_mul_=silu_mul_,
         vector_linear=partial(vector_linear, overlap=overlap),
+        score_pages=None if select is None else select.score_pages,
+        choose_pages=None if select is None else select.choose_pages,
         on_gpu=True,
     )
 
@@ -123,6 +142,8 @@ def reference_kernels() -> GpuKernels:
         rotary_=rotary_reference,
         silu_mul_=silu_mul_reference,
         vector_linear=vector_linear_reference,
+        score_pages=score_pages,
+        choose_pages=choose_pages_reference,
         on_gpu=False,
     )
 
@@ -133,3 +154,13 @@ def decode_attention_reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`page_view.decode_attention`, which needs no workspace."""
     return page_view.decode_attention(q, view, exact, softmax_scale=softmax_scale, out=out, lse=lse)
+
+
+def choose_pages_reference(
+    scores: Tensor, view: PageView, *, budget: Budget, newest: int, pages_out: Tensor, counts_out: Tensor,
+    workspace: ChoiceWorkspace | None = None,
+) -> None:  # fmt: skip
+    """`page_choose.choose_pages`, which needs no workspace."""
+    page_choose.choose_pages(
+        scores, view, budget=budget, newest=newest, pages_out=pages_out, counts_out=counts_out
+    )  # fmt: skip

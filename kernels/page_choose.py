@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longrun.kernels.page_view import PageView
 
-NORM_STEP = 1 / 64  # the log-sum-exp is rounded to it, so that the order of a sum decides no choice
+NORM_STEP = 1 / 16  # the log-sum-exp is rounded to it, so that the order of a sum decides no choice
 
 
 @dataclass(frozen=True)

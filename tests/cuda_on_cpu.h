@@ -1,51 +1,104 @@
-// What page_decode.cu asks of a GPU, on a CPU: a GPU's thread is a thread, and what lanes exchange goes through a barrier
-// of their warp. Blocks run one after the other, so what is __shared__ may be static. tests/cuda_on_cpu.py puts the kernels
-// behind it in place of their PTX. Products are summed in float64: a tensor core's own rounding is not imitated.
-#include <barrier>
+// What the CUDA kernels ask of a GPU, on a CPU: a GPU's thread is a fiber that runs until its block or warp has to meet, and
+// then lets the others run up to there. Blocks run one after the other, so what is __shared__ may be static. Fibers take
+// turns in ascending or descending order (`set_descending`): of a barrier that is missing, one of the two shows the lack.
+// tests/cuda_on_cpu.py puts the kernels behind it in place of their PTX. Products are summed in float64: a tensor core's
+// own rounding is not imitated.
+#include <ucontext.h>
+
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
-#include <thread>
 #include <vector>
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 struct uint2 { uint32_t x, y; };
 struct uint4 { uint32_t x, y, z, w; };
 struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
 struct Index { int x, y; };
+struct Barrier {
+  int size, here = 0, round = 0;
+  void arrive_and_wait();
+};
 struct Warp {
-  std::barrier<> meet{32};
+  Barrier meet{32};
   uint32_t a[32][6];
+  uint64_t one[32];
 };
 struct Block {
-  Block(int threads, size_t bytes) : meet(threads), warp(threads / 32), shared(bytes, 0xff) {}
-  std::barrier<> meet;
+  Block(int threads, size_t bytes) : meet{threads}, warp(threads / 32), shared(bytes, 0xff) {}
+  Barrier meet;
   std::vector<Warp> warp;
-  std::vector<uint8_t> shared;  // poisoned
+  std::vector<uint8_t> shared, of_kernel = std::vector<uint8_t>(1 << 16, 0xff);  // poisoned; without and with a type
+  template <typename T> T& fixed() { return *reinterpret_cast<T*>(of_kernel.data()); }
 };
-inline thread_local Index threadIdx, blockIdx;
-inline thread_local int thread_id;  // in its block
-inline thread_local Block* block;
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[1 << 16]};
+  bool done;
+};
+inline Index threadIdx, blockIdx;
+inline int thread_id;  // in its block
+inline Block* block;
+inline bool descending = false;
+extern "C" inline __attribute__((used)) void set_descending(int yes) { descending = yes != 0; }
 inline uint8_t* shared_base() { return block->shared.data(); }
 inline Warp& warp_() { return block->warp[thread_id / 32]; }
 inline int lane_() { return thread_id & 31; }
+inline ucontext_t scheduler;
+inline std::vector<Fiber> fibers;
+inline std::function<void()> body;
+inline bool moved;  // since the scheduler's last turn began: else everybody waits for somebody who will not come
+inline void Barrier::arrive_and_wait() {
+  const int mine = round;
+  if (++here == size) {
+    here = 0, ++round, moved = true;
+    return;
+  }
+  while (round == mine) swapcontext(&fibers[thread_id].context, &scheduler);
+}
+inline void run_fiber() {
+  body();
+  fibers[thread_id].done = moved = true;
+}
 template <typename Kernel> void launch(int blocks, int x, int y, size_t shared_bytes, Kernel kernel) {
+  const int count = x * y;
+  if (int(fibers.size()) < count) fibers = std::vector<Fiber>(count);
+  body = kernel;
   for (int n = 0; n < blocks; n++) {
-    Block one(x * y, shared_bytes);
-    std::vector<std::thread> threads;
-    for (int i = 0; i < x * y; i++)
-      threads.emplace_back([&, i] {
-        block = &one, thread_id = i, threadIdx = {i % x, i / x}, blockIdx = {n, 0};
-        kernel();
-      });
-    for (auto& thread : threads) thread.join();
+    Block one(count, shared_bytes);
+    block = &one, blockIdx = {n, 0};
+    for (int i = 0; i < count; i++) {
+      Fiber& fiber = fibers[i];
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = 1 << 16;
+      fiber.context.uc_link = &scheduler;
+      fiber.done = false;
+      makecontext(&fiber.context, run_fiber, 0);
+    }
+    for (int left = count; left;) {
+      moved = false;
+      for (int turn = 0; turn < count; turn++) {
+        const int i = descending ? count - 1 - turn : turn;
+        if (fibers[i].done) continue;
+        thread_id = i, threadIdx = {i % x, i / x};
+        swapcontext(&scheduler, &fibers[i].context);
+        left -= fibers[i].done;
+      }
+      if (!moved) std::fprintf(stderr, "threads of a block wait for ever\n"), std::abort();
+    }
   }
 }
 inline float as_float(uint32_t b) { float f; std::memcpy(&f, &b, 4); return f; }
 inline uint32_t as_bits(float f) { uint32_t b; std::memcpy(&b, &f, 4); return b; }
+inline uint32_t __float_as_uint(float f) { return as_bits(f); }
 inline float __uint_as_float(uint32_t b) { return as_float(b); }
 inline float __int_as_float(int b) { return as_float(uint32_t(b)); }
 inline float half_of(uint16_t h) { _Float16 f; std::memcpy(&f, &h, 2); return float(f); }
@@ -56,11 +109,11 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t s) {
   for (int i = 0; i < 4; i++) r |= uint32_t(both >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
   return r;
 }
-inline uint32_t exchange(uint32_t v, int from) {
+template <typename T> inline T exchange(T v, int from) {
   Warp& w = warp_();
-  w.a[lane_()][0] = v;
+  w.one[lane_()] = v;
   w.meet.arrive_and_wait();
-  const uint32_t r = w.a[from][0];
+  const T r = T(w.one[from]);
   w.meet.arrive_and_wait();
   return r;
 }
@@ -76,6 +129,38 @@ inline bool __any_sync(uint32_t, bool p) {
   w.meet.arrive_and_wait();
   return any;
 }
+inline uint32_t __ballot_sync(uint32_t, bool p) {
+  Warp& w = warp_();
+  w.one[lane_()] = p;
+  w.meet.arrive_and_wait();
+  uint32_t all = 0;
+  for (int i = 0; i < 32; i++) all |= uint32_t(w.one[i]) << i;
+  w.meet.arrive_and_wait();
+  return all;
+}
+inline int __shfl_xor_sync(uint32_t, int v, int d) { return int(exchange(uint32_t(v), lane_() ^ d)); }
+inline int __shfl_up_sync(uint32_t, int v, int d) {
+  return int(exchange(uint32_t(v), lane_() >= d ? lane_() - d : lane_()));
+}
+template <typename Choose> inline uint32_t reduce(uint32_t v, Choose choose) {
+  for (int d = 1; d < 32; d *= 2) v = choose(v, exchange(v, lane_() ^ d));
+  return v;
+}
+inline uint32_t __reduce_min_sync(uint32_t, uint32_t v) {
+  return reduce(v, [](uint32_t a, uint32_t b) { return a < b ? a : b; });
+}
+inline uint32_t __reduce_max_sync(uint32_t, uint32_t v) {
+  return reduce(v, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+}
+inline int atomicAdd(int* at, int v) { return (*at += v) - v; }
+inline void atomicOr(uint32_t* at, uint32_t v) { *at |= v; }
+inline void atomicMin(uint32_t* at, uint32_t v) { *at = v < *at ? v : *at; }
+inline void atomicMax(uint32_t* at, uint32_t v) { *at = v > *at ? v : *at; }
+inline uint32_t __ldcg(const uint32_t* at) { return *at; }
+inline int __popc(uint32_t v) { return __builtin_popcount(v); }
+inline int __ffs(uint32_t v) { return __builtin_ffs(int(v)); }
+inline int __clzll(uint64_t v) { return v ? __builtin_clzll(v) : 64; }
+inline int __float2int_rn(float x) { return int(std::lrint(x)); }
 inline void __syncwarp() { warp_().meet.arrive_and_wait(); }
 inline void __syncthreads() { block->meet.arrive_and_wait(); }
 template <typename T> inline T load_(uint32_t a) { T v; std::memcpy(&v, shared_base() + a, sizeof v); return v; }
@@ -89,6 +174,7 @@ inline uint32_t pack_half(float lo, float hi) { return to_half(lo) | uint32_t(to
 inline float half_lo(uint32_t a) { return half_of(uint16_t(a)); }
 inline float half_hi(uint32_t a) { return half_of(uint16_t(a >> 16)); }
 inline uint32_t hmul2(uint32_t a, uint32_t b) { return pack_half(half_lo(a) * half_lo(b), half_hi(a) * half_hi(b)); }
+inline float bf16(uint16_t a) { return as_float(uint32_t(a) << 16); }
 inline float bf_lo(uint32_t a) { return as_float(a << 16); }
 inline float bf_hi(uint32_t a) { return as_float(a & 0xffff0000u); }
 inline float ex2(float x) { return std::exp2(x); }
@@ -115,6 +201,20 @@ inline void mma(float* c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, ui
     for (int k = 0; k < 16; k++)
       sum += double(half(row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k)) * half(n * 4 + k % 8 / 2, 4 + k / 8, k);
     c[i] = float(sum);
+  }
+  w.meet.arrive_and_wait();
+}
+inline void mma_s8(int* c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {  // m16n8k32
+  Warp& w = warp_();
+  const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
+  std::memcpy(w.a[lane_()], mine, sizeof mine);
+  w.meet.arrive_and_wait();
+  const int g = lane_() / 4, t = lane_() % 4;
+  auto byte = [&](int lane, int reg, int k) { return int(int8_t(w.a[lane][reg] >> 8 * (k % 4))); };
+  for (int i = 0; i < 4; i++) {
+    const int row = g + 8 * (i / 2), n = 2 * t + i % 2;
+    for (int k = 0; k < 32; k++)
+      c[i] += byte(row % 8 * 4 + k % 16 / 4, row / 8 + 2 * (k / 16), k) * byte(n * 4 + k % 16 / 4, 4 + k / 16, k);
   }
   w.meet.arrive_and_wait();
 }

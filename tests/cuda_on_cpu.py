@@ -1,4 +1,4 @@
-"""The CUDA decode kernel without a GPU: its source behind `cuda_on_cpu.h`, called by its own wrapper.
+"""CUDA kernels without a GPU: their source behind `cuda_on_cpu.h`, called by their own wrappers.
 
 Nothing but the PTX helpers is replaced: what a thread reads, unpacks, multiplies and exchanges is the kernel's own.
 """
@@ -6,54 +6,57 @@ Nothing but the PTX helpers is replaced: what a thread reads, unpacks, multiplie
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
-from longrun.kernels.page_decode_cuda import SOURCE, CudaPageDecode, stage_bytes
+from longrun.kernels import page_decode_cuda, page_select_cuda
+from longrun.kernels.page_decode_cuda import CudaPageDecode, stage_bytes
+from longrun.kernels.page_select_cuda import CudaPageSelect, score_defines, score_shared_bytes
+from longrun.quant.digest_format import DigestFormat
 from longrun.quant.kv_format import PageFormat
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-_SPLIT = (
-    "const void* q_in, int q_is_bf16, const u8* storage, const u8* other, int other_slot, const int* table, "
-    "i64 table_stride, const u8* index, i64 index_stride, const int* pages, i64 pages_stride, const int* begins, "
-    "const int* counts, const int* first, int skip, int limit, int sink_size, int origin, "
-    "const u16* sink_k, const u16* sink_v, i64 sink_stride, const u16* tail_k, const u16* tail_v, i64 tail_stride, "
-    "const int* lengths, float* part_out, float* part_ml, int group, int splits, float to_log2"
-)
-_MERGE = "const float* part_out, const float* part_ml, float* out, float* lse, int group, int splits"
+_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(([^)]*)\)')
 
 
-def host_source() -> str:
-    """The kernels as C++: PTX helpers, shared memory and nothing else replaced."""
-    source = SOURCE.read_text()
-    first = source.index("__device__ __forceinline__ u32 lds32")
-    last = source.index("// Four tiles from the words of two k-pairs")
+def host_source(source: str, helpers: tuple[str, str]) -> str:
+    """The kernels as C++: PTX helpers (from the first of two marks to the second), shared memory and nothing else
+    replaced."""
+    first, last = map(source.index, helpers)
     source = source[:first] + source[last:]
-    for theirs, ours in (
-        ("extern __shared__ __align__(128) u8 shared[];", "u8* shared = shared_base();"),
-        ("u32(__cvta_generic_to_shared(shared))", "0u"),
-        ("__shared__ float", "static float"),
-    ):
-        assert source.count(theirs) == 1, theirs
-        source = source.replace(theirs, ours)
-    assert "asm" not in source
-    for name, parameters in (("split", _SPLIT), ("merge", _MERGE)):
-        assert " ".join(source.split()).count(parameters) == 1, f"the parameters of {name} are others now"
+    source = source.replace("extern __shared__ __align__(128) u8 shared[];", "u8* shared = shared_base();")
+    source = source.replace("u32(__cvta_generic_to_shared(shared))", "0u")
+    source = re.sub(r"__shared__ (\w+) (\w+);", r"\1& \2 = block->fixed<\1>();", source)
+    source = source.replace("__shared__ float", "static float")
+    assert "asm" not in source and "__shared__" not in source
+    for name, parameters in _KERNEL.findall(source):
         given = ", ".join(parameter.split()[-1] for parameter in parameters.split(","))
         source += (
             f'extern "C" void host_{name}(int blocks, int x, int y, i64 shared_bytes, {parameters}) {{\n'
-            f"  launch(blocks, x, y, shared_bytes, [&] {{ page_decode_{name}({given}); }});\n}}\n"
+            f"  launch(blocks, x, y, shared_bytes, [&] {{ {name}({given}); }});\n}}\n"
         )
     return f'#include "{HEADER}"\n{source}'
+
+
+def host_library(path: Path, helpers: tuple[str, str], defines: dict[str, int], folder: Path) -> ctypes.CDLL:
+    """The kernels of a source as a library of this machine, built in `folder`."""
+    name = "-".join([path.stem, *map(str, defines.values())])
+    source, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    source.write_text(host_source(path.read_text(), helpers))
+    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", *(f"-D{name}={n}" for name, n in defines.items())]
+    done = subprocess.run([COMPILER, *flags, "-o", library, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(library))
 
 
 class HostKernel:
     """Stands where a kernel of a `CudaModule` stands."""
 
-    def __init__(self, function, shared_bytes: int) -> None:
-        self._function, self._shared_bytes = function, shared_bytes
+    def __init__(self, library: ctypes.CDLL, name: str, shared_bytes: int = 0) -> None:
+        self._function, self._shared_bytes = library[f"host_{name}"], shared_bytes
 
     def launch(self, blocks: int, threads: tuple[int, int], args: tuple) -> None:
         integers = (ctypes.c_int(blocks), *map(ctypes.c_int, threads), ctypes.c_int64(self._shared_bytes))
@@ -62,16 +65,29 @@ class HostKernel:
 
 def host_decode(head_dim: int, kv_format: str, folder: Path, stages: int = 2, warps: int = 4) -> CudaPageDecode:
     """A `CudaPageDecode` whose kernels run on the CPU; its tensors stand in host memory."""
-    source, library = (folder / f"{kv_format}-{head_dim}-{stages}-{warps}.{end}" for end in ("cpp", "so"))
-    source.write_text(host_source())
     key_bits = PageFormat(kv_format, 64, head_dim).key_bits
     defines = {"HEAD_DIM": head_dim, "STAGES": stages, "WARPS": warps, "KEY_BITS": key_bits}
-    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-pthread", *(f"-D{name}={n}" for name, n in defines.items())]
-    done = subprocess.run([COMPILER, *flags, "-o", library, source], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    helpers = "__device__ __forceinline__ u32 lds32", "// Four tiles from the words of two k-pairs"
+    library = host_library(page_decode_cuda.SOURCE, helpers, defines, folder)
     made = object.__new__(CudaPageDecode)
     made.head_dim, made.kv_format, made.warps, made.stages, made._blocks = head_dim, kv_format, warps, stages, 8
-    found = ctypes.CDLL(str(library))
     shared = max(warps * stages * stage_bytes(head_dim), warps * 8 * (head_dim + 2) * 4)
-    made._split, made._merge = HostKernel(found.host_split, shared), HostKernel(found.host_merge, 0)
+    made._split = HostKernel(library, "page_decode_split", shared)
+    made._merge = HostKernel(library, "page_decode_merge")
+    return made
+
+
+def host_select(fmt: DigestFormat, folder: Path, stages: int = 3, warps: int = 4, splits: int = 3) -> CudaPageSelect:
+    """A `CudaPageSelect` whose kernels run on the CPU; its tensors stand in host memory.
+
+    Args:
+        splits: blocks a head that score.
+    """
+    helpers = "__device__ __forceinline__ u32 lds32", "// Entries of a head's list"
+    library = host_library(page_select_cuda.SOURCE, helpers, score_defines(fmt, stages, warps), folder)
+    made = object.__new__(CudaPageSelect)
+    made.fmt, made.warps, made.default_splits = fmt, warps, lambda num_heads: splits
+    made.kernels = {name: HostKernel(library, f"page_select_{name}") for name in page_select_cuda.CHOOSING}
+    made.kernels["score"] = HostKernel(library, "page_select_score", score_shared_bytes(fmt, stages, warps))
+    made.set_descending = library.set_descending
     return made

@@ -82,7 +82,7 @@ def chosen_by_hand(view, scores, pages, newest):
     for head in range(view.num_heads):
         numbers = listed(view, head)
         part = scores[head, :, : len(numbers)].cpu()
-        totals = (part.double().logsumexp(dim=1) * 64).round() / 64
+        totals = (part.double().logsumexp(dim=1) * 16).round() / 16
         values = (part - totals[:, None].float()).amax(dim=0).tolist()
         order = sorted(range(len(numbers)), key=lambda e: (e < len(numbers) - newest, -values[e], e))
         found.append([numbers[e] for e in sorted(order[:pages])])

@@ -38,11 +38,12 @@ def once(*works, captured=True, prepare=None, **more):
 
 
 if INTERPRETED:
-    from longrun.kernels import page_decode, page_view, vector_linear
+    from longrun.kernels import page_choose, page_decode, page_score, page_view, vector_linear
     from scripts.bench import (
         bench_fused_kernels,
         bench_kernels,
         bench_page_kernels,
+        bench_select,
         bench_streaming_kernels,
         bench_vector_linear,
         kernel_rows,
@@ -51,7 +52,8 @@ if INTERPRETED:
     @pytest.fixture(autouse=True)
     def small(monkeypatch):
         modules = (
-            bench_fused_kernels, bench_kernels, bench_page_kernels, bench_streaming_kernels, bench_vector_linear,
+            bench_fused_kernels, bench_kernels, bench_page_kernels, bench_select, bench_streaming_kernels,
+            bench_vector_linear,
         )  # fmt: skip
         for module in modules:
             monkeypatch.setattr(module, "gpu_times", once)
@@ -111,6 +113,20 @@ if INTERPRETED:
         assert (dense["kernel"], by_torch["kernel"]) == ("dense", "dense, torch")
         assert dense["bytes"] == 2 * sum(m.bytes + 2 * 256 * 128 for m in matrices)
 
+    def test_interpreted_select(monkeypatch):
+        """By the references, which tests of their own compare with the kernels."""
+
+        def choose(scores, view, *, workspace, **into):
+            page_choose.choose_pages(scores, view, **into)
+
+        made = SimpleNamespace(score_pages=page_score.score_pages, choose_pages=choose)
+        monkeypatch.setattr(bench_select, "CudaPageSelect", lambda fmt: made)
+        monkeypatch.setattr(bench_select, "PAGES", 7)
+        rows = list(bench_select.measure((640, 1280), digest_bytes=1))
+        assert len(rows) == 3 * (2 * 2 + 2) and rows[0]["bytes"] == 4 * 10 * 784
+        assert [row["kernel"] for row in rows[-3:]] == ["score_pages", "choose_pages", "score and choose"]
+        assert rows[-3]["bytes"] == 4 * 10 * 528
+
     def test_interpreted_streaming_kernels(monkeypatch):
         """Prefill by its reference: the interpreter multiplies bfloat16 matrices as if they were integers."""
         reference = bench_streaming_kernels.banded_prefill_reference
@@ -124,4 +140,4 @@ if INTERPRETED:
 
 @not_interpreted
 def test_the_kernel_benchmarks_run_interpreted():
-    assert interpreted_tests(__file__) == 5
+    assert interpreted_tests(__file__) == 6
