@@ -96,7 +96,11 @@ class CpuDecode(FusedDecode):
             self.calls.append(PreparedCall(attend))
             return
         exact = ExactTokens(pages.sink_k, pages.sink_v, pages.tail_k, pages.tail_v, self.state.lengths)
-        self._prepare_decode(q, self.cache.view(layer_idx), exact, out, lse)
+        view, selector = self.cache.view(layer_idx), self._attention.selector
+        if selector is not None:
+            self.calls.append(PreparedCall(selector.choose, q, view, pages))
+            view = selector.chosen(view)
+        self._prepare_decode(q, view, exact, out, lse)
 
     def _prepare_decode(
         self, q: Tensor, view: PageView | None, exact: ExactTokens, out: Tensor, lse: Tensor

@@ -11,6 +11,7 @@ from longrun.attention.interface import Step
 from longrun.attention.looked import LookedTokens
 from longrun.attention.prefill import PagedPrefill, PrefillKernels
 from longrun.attention.rotation import HeadRotation
+from longrun.attention.selected_pages import PageSelector
 from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
 from longrun.cache.ring import Ring
@@ -50,7 +51,8 @@ class CudaAttention:
         )
         pads_chunks = kernels.on_gpu and cudnn_serves(device)
         self._prefill_pages = PagedPrefill(spec, fmt, compute_dtype, device, used, fetcher, pads_chunks)
-        self.decode = CudaDecode(cache, spec, compute_dtype, kernels, fetcher)
+        selector = PageSelector(spec, device, kernels.score_pages, kernels.choose_pages) if spec.selects else None
+        self.decode = CudaDecode(cache, spec, compute_dtype, kernels, fetcher, selector)
 
     def run(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """See `Attention.run`."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from longrun.attention.decode_state import DecodeState
 from longrun.attention.fetch import PageFetcher
 from longrun.attention.interface import FusedDecode
+from longrun.attention.selected_pages import PageSelector
 from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
 from longrun.cache.spans import DEVICE, HOST
@@ -26,10 +27,12 @@ from longrun.specs.attention_spec import AttentionSpec
 class CudaDecode(FusedDecode):
     """One token's attention over a `DualCache` with quantized pages; all buffers are allocated here.
 
-    Pages on the device are read in place; pages in host memory are fetched ahead of the layer that needs them.
+    Pages on the device are read in place; pages in host memory are fetched ahead of the layer that needs them, or where
+    few are selected read in place, too.
 
     Args:
         fetcher: brings host pages to the device.
+        selector: chooses the pages that are read; None reads all.
         compute_dtype: of the projection's output and of the result.
 
     Attributes:
@@ -38,9 +41,10 @@ class CudaDecode(FusedDecode):
 
     def __init__(
         self, cache: DualCache, spec: AttentionSpec, compute_dtype: torch.dtype, kernels: GpuKernels,
-        fetcher: PageFetcher,
+        fetcher: PageFetcher, selector: PageSelector | None = None,
     ) -> None:  # fmt: skip
         self.cache, self._spec, self._kernels, self._fetcher = cache, spec, kernels, fetcher
+        self._selector = selector
         self._softmax_scale, self._compute_dtype = spec.head_dim**-0.5, compute_dtype
         fmt, device = cache.spec.page_format, cache.device
         self._rotates_values = fmt.rotates_values
@@ -64,7 +68,7 @@ class CudaDecode(FusedDecode):
         held = [self._ring_workspace.partials, self._ring_workspace.counters]
         held += [self._q, self._out, self._part, self._unrotated, self._lse, self._part_lse]
         held += [tensor for space in self._workspaces.values() for tensor in (space.out, space.stats)]
-        held_bytes = sum(tensor.nbytes for tensor in held) + fetcher.nbytes
+        held_bytes = sum(tensor.nbytes for tensor in held) + fetcher.nbytes + (selector.nbytes if selector else 0)
         assert held_bytes <= spec.decode_bytes(), (held_bytes, spec.decode_bytes())
 
     def begin_decode(self, token_id: int | None, start: int, cos: np.ndarray, sin: np.ndarray) -> None:
@@ -101,10 +105,10 @@ class CudaDecode(FusedDecode):
         return result
 
     def _host_parts(self, layer_idx: int, pages: PagedHeads) -> list[PageView]:
-        """The layer's pages on the host, as many at a time as are fetched at once: as many parts as there may ever be,
-        since a graph is captured once."""
+        """The layer's pages on the host that are fetched, as many at a time as are fetched at once: as many parts as
+        there may ever be, since a graph is captured once."""
         most = self.cache.spec.host_pages_per_head
-        if not most:
+        if not most or self._selector is not None:
             return []
         per_round, view = self._fetcher.per_round(pages.num_heads), self.cache.view(layer_idx, HOST)
         return [view.part(first, per_round) for first in range(0, most, per_round)]
@@ -142,6 +146,11 @@ class CudaDecode(FusedDecode):
             self._kernels.decode_attention, q, softmax_scale=self._softmax_scale, workspace=self._workspaces[heads]
         )
         exact = ExactTokens(pages.sink_k, pages.sink_v, pages.tail_k, pages.tail_v, self.state.lengths)
+        if self._selector is not None:
+            view = self.cache.view(layer_idx)
+            self._selector.choose(q, view, pages)
+            decode(self._selector.chosen(view), exact, out=out, lse=lse)
+            return
         decode(self.cache.view(layer_idx, DEVICE), exact, out=out, lse=lse)
         part, part_lse = self._part[:split].view(shape), self._part_lse[:split].view(heads, group)
         for _ in self._host_parts(layer_idx, pages):

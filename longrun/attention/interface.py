@@ -16,12 +16,14 @@ class Step:
         start: position of the first token.
         num_tokens: T, the number of tokens.
         cos, sin: [T, head_dim] float32 on the compute device, made once a step by the rotary table.
+        selects: of one token: it reads the pages that are selected for it, where the cache selects any.
     """
 
     start: int
     num_tokens: int
     cos: Tensor
     sin: Tensor
+    selects: bool = False
 
 
 class Attention(Protocol):

@@ -9,6 +9,7 @@ from longrun.attention.interface import Step
 from longrun.attention.looked import LookedTokens
 from longrun.attention.prefill import PagedPrefill, PrefillKernels
 from longrun.attention.rotation import HeadRotation
+from longrun.attention.selected_pages import PageSelector
 from longrun.attention.window import WindowAttention
 from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
@@ -33,12 +34,14 @@ class TorchAttention:
         spec: scratch and shape; scratch is allocated here, once.
         compute_dtype: dtype of q and of the result.
         kernels: compiled CPU kernels for quantized pages, or None for plain torch.
+        selector: chooses the pages that a decode step reads; None reads all.
     """
 
     def __init__(
-        self, cache: DualCache, spec: AttentionSpec, compute_dtype: torch.dtype, kernels: CpuPageKernels | None
+        self, cache: DualCache, spec: AttentionSpec, compute_dtype: torch.dtype, kernels: CpuPageKernels | None,
+        selector: PageSelector | None = None,
     ) -> None:  # fmt: skip
-        self.cache, self.spec = cache, spec
+        self.cache, self.spec, self.selector = cache, spec, selector
         self.softmax_scale = spec.head_dim**-0.5
         self.group = spec.group
         fmt = cache.spec.page_format
@@ -56,7 +59,7 @@ class TorchAttention:
         k, v = self._as_stored(pages, q, k, v)
         if step.num_tokens == 1:
             self.cache.append(layer_idx, k, v, step.start)
-            out = self._decode(layer_idx, q, step.start).reshape(q.shape).to(q.dtype)
+            out = self._decode(layer_idx, q, step.start, step.selects).reshape(q.shape).to(q.dtype)
         else:
             out = self._prefill(pages, ring, q, k.to(q.dtype), v.to(q.dtype), step.start)
             self.cache.append(layer_idx, k, v, step.start)
@@ -81,13 +84,13 @@ class TorchAttention:
             self._rotation.unrotate_(out, pages.num_heads * self.group)
         return out
 
-    def _decode(self, layer_idx: int, q: Tensor, position: int) -> Tensor:
+    def _decode(self, layer_idx: int, q: Tensor, position: int, selects: bool) -> Tensor:
         """float32 [num_kv_heads, group, head_dim] for q [1, num_qo_heads, head_dim]."""
         pages, ring = self.cache.layers[layer_idx]
         q = q[0].view(-1, self.group, q.shape[2])
         parts = []
         if pages is not None:
-            parts.append(self.decode_pages(q[: pages.num_heads], layer_idx, pages, position))
+            parts.append(self.decode_pages(q[: pages.num_heads], layer_idx, pages, position, selects))
         if ring is not None:
             parts.append(
                 self._decode_ring(q[q.shape[0] - ring.k.shape[0] :].float() * self.softmax_scale, ring, position)
@@ -99,11 +102,14 @@ class TorchAttention:
         k, v = (x[:, :count].float() for x in (ring.k, ring.v))
         return torch.softmax(scaled @ k.transpose(1, 2), dim=-1) @ v
 
-    def decode_pages(self, q: Tensor, layer_idx: int, pages: PagedHeads, position: int) -> Tensor:
+    def decode_pages(
+        self, q: Tensor, layer_idx: int, pages: PagedHeads, position: int, selects: bool = False
+    ) -> Tensor:  # fmt: skip
         """float32 [num_heads, group, head_dim] for q [num_heads, group, head_dim], the token at `position`, whose key
-        and value are in the tail."""
+        and value are in the tail. It reads all pages, or with `selects` what the selector chooses."""
         scaled = q.float() * self.softmax_scale
-        if all(group.reach.is_all for group in pages.groups):
+        selector = self.selector if selects and pages.num_pooled > self.spec.most_read_pages else None
+        if selector is None and all(group.reach.is_all for group in pages.groups):
             out = lse = None
             for k, v in self._prefill_pages.past(pages, position + 1):
                 found = attention_with_lse(scaled.to(k.dtype), k, v, False, 1.0)
@@ -114,7 +120,11 @@ class TorchAttention:
         lengths = torch.tensor([place.sink_tokens, place.tail_tokens, place.tail_start], dtype=torch.int32)
         exact = ExactTokens(pages.sink_k, pages.sink_v, pages.tail_k, pages.tail_v, lengths)
         self.cache.describe(position + 1)
-        return page_view.decode_attention(scaled, self.cache.view(layer_idx), exact)[0]
+        view = self.cache.view(layer_idx)
+        if selector is not None:
+            selector.choose(q, view, pages)
+            view = selector.chosen(view)
+        return page_view.decode_attention(scaled, view, exact)[0]
 
     def _prefill(
         self, pages: PagedHeads | None, ring: Ring | None, q: Tensor, k: Tensor, v: Tensor, start: int,

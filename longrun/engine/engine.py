@@ -34,22 +34,24 @@ class Engine:
         cache: the sequence's dual cache.
         chunk_size: the most tokens of one forward pass in prefill.
         decode_step: runs the steps of a single token; without it they are chunks of one token.
+        selects: decode steps select pages. Chunks read all of them, so that one of a single token is no decode step.
     """
 
     def __init__(
         self, decoder: Decoder, rotary: RotaryTable, attention: Attention, cache: DualCache, chunk_size: int,
-        decode_step: DecodeGraph | DecodeCalls | None = None,
+        decode_step: DecodeGraph | DecodeCalls | None = None, selects: bool = False,
     ) -> None:  # fmt: skip
         self.decoder, self.rotary, self.attention = decoder, rotary, attention
         self.cache, self.chunk_size = cache, chunk_size
-        self.decode_step = decode_step
+        self.decode_step, self._selects = decode_step, selects
         self._broken: str | None = None
         self._proven = False
 
     @failed_allocations("in the middle of a step")
     def run(
-        self, token_ids: Tensor, all_positions: bool = False, on_chunk: Callable[[int, Tensor], None] | None = None
-    ) -> Tensor:
+        self, token_ids: Tensor, all_positions: bool = False, on_chunk: Callable[[int, Tensor], None] | None = None,
+        one_by_one: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Append tokens to the sequence, chunk by chunk.
 
         SIGINT and SIGTERM wait until the current chunk is finished and `on_chunk` was called with it.
@@ -58,6 +60,7 @@ class Engine:
             token_ids: int64 [n] in host memory, n >= 1; the caller has checked the capacity.
             all_positions: logits of every position (they all stand in memory) instead of the last one.
             on_chunk: called after each chunk with its number of tokens and its logits.
+            one_by_one: every token is a decode step.
 
         Returns:
             float32 [n, vocab_size] with all_positions, else [1, vocab_size] of the last position.
@@ -70,9 +73,9 @@ class Engine:
         self.check_whole()
         rope_seq_len = self.cache.seq_len + len(token_ids)
         rows = []
-        for chunk in token_ids.split(self.chunk_size):
+        for chunk in token_ids.split(1 if one_by_one else self.chunk_size):
             with deferred_signals():
-                if len(chunk) == 1:
+                if one_by_one or (len(chunk) == 1 and not self._selects):
                     forward = partial(self._forward_one, int(chunk), rope_seq_len)
                 else:
                     forward = partial(self._forward, chunk, rope_seq_len, all_positions)
@@ -157,15 +160,15 @@ class Engine:
 
     def _forward_one(self, token_id: int, rope_seq_len: int, ahead: bool = False) -> Tensor:
         if self.decode_step is None:
-            return self._forward(torch.tensor([token_id]), rope_seq_len)
+            return self._forward(torch.tensor([token_id]), rope_seq_len, selects=True)
         return self.decode_step.run(token_id, rope_seq_len, ahead)[None]
 
-    def _forward(self, chunk: Tensor, rope_seq_len: int, all_positions: bool = False) -> Tensor:
+    def _forward(self, chunk: Tensor, rope_seq_len: int, all_positions: bool = False, selects: bool = False) -> Tensor:
         if self.decode_step is not None:
             self.decode_step.invalidate()
         start = self.cache.seq_len
         cos, sin = self.rotary.cos_sin(start, len(chunk), rope_seq_len)
-        step = Step(start, len(chunk), cos, sin)
+        step = Step(start, len(chunk), cos, sin, selects)
         hidden = self.decoder.forward(chunk.to(self.decoder.device), step, self.attention, all_positions=all_positions)
         return self.decoder.logits(hidden.view(-1, hidden.shape[-1]))
 

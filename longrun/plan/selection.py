@@ -12,7 +12,7 @@ from longrun.quant.kv_format import QUANTIZED_KV_FORMATS
 from longrun.specs.selection_spec import Selection
 
 SELECT_HELP = "for each token of an answer a retrieval head reads at most N pages, those that fit the query; off: all"
-SELECT_QUESTION_HELP = "read questions token by token as answers are written, by --select; without it they see all"
+SELECT_QUESTION_HELP = "with --select: questions, too, read the selected pages alone, a token at a time (default: all)"
 
 
 def parse_select(select: int | str, what: str = "select") -> int | str:
@@ -24,7 +24,7 @@ def parse_select(select: int | str, what: str = "select") -> int | str:
     if select == OFF:
         return OFF
     if isinstance(select, str):
-        if not select.isascii() or not select.isdecimal():
+        if not (select.isascii() and select.isdecimal() and len(select) <= 15):
             raise InputError(f"{what} {quoted(select)} is neither a number of pages nor off: write it like 128")
         select = int(select)
     return integer(select, what, LEAST_PAGES)

@@ -106,17 +106,34 @@ def token_seconds(plan: Plan, speeds: Speeds, seq_len: int) -> float:
     link = host_bytes(plan, seq_len) / speeds.link_gb_s / 1e9
     if plan.device_type == "cuda":
         linears = work.linear_bytes / _TOKEN_LINEARS[plan.weight_format]
-        others = work.other_bytes + cache.filled_bytes(seq_len)
+        others = work.other_bytes + cache.filled_bytes(seq_len) - _unread_bytes(plan, seq_len)
         return max((linears + others) / memory + cache.num_layers * _LAYER_SECONDS, link / _LINK)
     group = plan.attention.num_qo_heads // plan.attention.num_kv_heads
-    pairs = group * (cache.paged_tokens(seq_len) + cache.ring_tokens(seq_len))
+    unread = (cache.held_pages(seq_len) - _read_pages(plan, seq_len)) * cache.page_format.page_size
+    pairs = group * (cache.paged_tokens(seq_len) - unread + cache.ring_tokens(seq_len))
     attention = 4 * cache.page_format.head_dim * pairs / speeds.attention_tflops / 1e12
     weights = (work.linear_bytes + work.other_bytes) / memory / _CPU_LINEARS[plan.weight_format]
     return weights + attention + link
 
 
 def host_bytes(plan: Plan, seq_len: int) -> int:
-    """Bytes of pages that stand in host memory at `seq_len` tokens: a token reads all of them."""
+    """Bytes of pages in host memory that a token reads at `seq_len` tokens: all of them, or as large a part as of all
+    pages are selected."""
     cache = plan.cache
     pages = max(0, cache.page_format.pooled_pages(seq_len) - cache.device_pages_per_head)
-    return cache.keeping_heads * pages * cache.page_format.payload_bytes
+    share = _read_pages(plan, seq_len) / max(1, cache.held_pages(seq_len))
+    return round(share * cache.keeping_heads * pages) * cache.page_format.payload_bytes
+
+
+def _read_pages(plan: Plan, seq_len: int) -> int:
+    """Pages of all heads that a token reads."""
+    selection = plan.attention.selection
+    held = plan.cache.held_pages(seq_len)
+    return held if selection is None else plan.cache.read_pages(seq_len, selection.pages_per_head)
+
+
+def _unread_bytes(plan: Plan, seq_len: int) -> int:
+    """Bytes of the pages that a token leaves out, less those of the digests by which they are chosen."""
+    cache, held = plan.cache, plan.cache.held_pages(seq_len)
+    digests = 0 if cache.digest is None else held * cache.digest.page_bytes
+    return (held - _read_pages(plan, seq_len)) * cache.page_format.page_bytes - digests

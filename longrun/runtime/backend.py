@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from longrun.attention.cpu_decode import CpuDecode
+from longrun.attention.selected_pages import PageSelector
 from longrun.attention.torch_backend import TorchAttention
 from longrun.cache.dual import DualCache
 from longrun.cache.pinned_pool import PinnedMemory
@@ -19,6 +20,8 @@ from longrun.engine.decode_calls import DecodeCalls
 from longrun.engine.engine import Engine
 from longrun.errors import ConfigError
 from longrun.kernels.cpu_kernels import CpuKernels
+from longrun.kernels.page_choose import choose_pages
+from longrun.kernels.page_score import score_pages
 from longrun.model.decoder import Decoder
 from longrun.model.rope import RotaryTable
 from longrun.plan.plan import Plan
@@ -58,14 +61,16 @@ def build_engine(parts: Parts, plan: Plan) -> Engine:
     decoder = parts.decoder
     cache = DualCache(plan.cache, decoder.device)
     _check_bytes(cache, plan)
-    kernels = parts.cpu_kernels
+    kernels, selector, selects = parts.cpu_kernels, None, plan.attention.selects
+    if selects:
+        selector = PageSelector(plan.attention, decoder.device, score_pages, choose_pages)
     if kernels is None:
-        attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, None)
-        return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size)
-    attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, kernels.pages)
+        attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, None, selector)
+        return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, None, selects)
+    attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, kernels.pages, selector)
     decode = CpuDecode(attention, decoder.compute_dtype, kernels)
     calls = DecodeCalls(decoder, parts.rotary_host, decode, kernels.linear)
-    return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, calls)
+    return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, calls, selects)
 
 
 def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
@@ -87,7 +92,7 @@ def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
     attention = CudaAttention(cache, plan.attention, decoder.compute_dtype, kernels)
     with _naming_kernels():
         graph = DecodeGraph(decoder, parts.rotary_host, attention.decode, capture=kernels.on_gpu)
-        engine = Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, graph)
+        engine = Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, graph, plan.attention.selects)
         if kernels.on_gpu:
             _reserve_activations(plan)
             _warm_up(engine)

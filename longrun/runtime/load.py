@@ -29,6 +29,7 @@ from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import SYSTEM, Budget
 from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import ChosenSplit, Plan, choose_split, make_plan
+from longrun.plan.selection import parse_select
 from longrun.plan.split import budget_by_hand, parse_keep
 from longrun.runtime import gpu_checks
 from longrun.runtime.auto_head_map import DEFAULT_RATIO, AutoHeadMap, assumed_losses, auto_head_map, kept_folder
@@ -63,6 +64,7 @@ def load(
     retrieval_ratio: float | None = None,
     kv_bytes: int | str | None = None,
     keep: int | str | None = None,
+    select: int | str | None = None,
     chunk_size: int | None = None,
     device_share: float = 1.0,
     compiled_kernels: bool = True,
@@ -102,6 +104,8 @@ def load(
             with reach losses, such as "auto". Default: the budget's.
         keep: first tokens of the text that no head drops, whatever its window or reach; 0 for the head map's sinks
             alone. "system" is what `system_size` says. Default: the budget's.
+        select: pages of every retrieval head that a decode step reads, at most: those that fit its query; "off" for
+            all. Texts are read exactly in any case. Default: the budget's (off where it says nothing).
         chunk_size: the most tokens of one prefill step; default: the budget's.
         device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
             rest goes to the host pool although the device has room.
@@ -154,7 +158,9 @@ def load(
     limits = budget if isinstance(budget, Budget) else Budget.load(budget)
     limits = limits.override(kv_format=kv_format, weight_format=weight_format, chunk_size=chunk_size)
     limits = budget_by_hand(limits, retrieval_ratio, kv_bytes)
-    limits = limits.override(keep=None if keep is None else parse_keep(keep))
+    limits = limits.override(
+        keep=None if keep is None else parse_keep(keep), pages_per_head=None if select is None else parse_select(select)
+    )
     limits, session_notices = _with_keep_of(session, limits)
     if limits.kv_bytes is not None:
         marks = MARKS

@@ -12,6 +12,7 @@ from longrun.arguments import check_text
 from longrun.engine.engine import Engine
 from longrun.errors import InputError, quoted, short_path
 from longrun.patterns.head_map import HeadMap, HeadSplit
+from longrun.plan.selection import parse_select
 from longrun.plan.split import parse_keep
 from longrun.runtime.backend import build_engine
 from longrun.runtime.derive import derived
@@ -196,6 +197,7 @@ class Runtime:
         retrieval_ratio: float | None = None,
         kv_bytes: int | str | None = None,
         keep: int | str | None = None,
+        select: int | str | None = None,
     ) -> Runtime:
         """Another runtime over the same weights, in a moment: what is not given stays as it is here.
 
@@ -214,6 +216,7 @@ class Runtime:
                 `longrun.load`. Without it reaches stay as they are here; with a `split` or ratio every head kept keeps
                 all tokens.
             keep: first tokens that no head drops, see `longrun.load`; not "system".
+            select: pages of every retrieval head that a decode step reads, or "off", see `longrun.load`.
 
         Raises:
             PlanError: what is left of the budget, or the machine's free memory, cannot hold it.
@@ -224,4 +227,7 @@ class Runtime:
         kept = None if keep is None else parse_keep(keep)
         if isinstance(kept, str):
             raise InputError(f"keep {kept} is counted while a model is loaded: give a number of tokens")
-        return Runtime(derived(self._setup, split, retrieval_ratio, kv_bytes, kv_format, chunk_size, capacity, kept))
+        chosen = None if select is None else parse_select(select)
+        return Runtime(
+            derived(self._setup, split, retrieval_ratio, kv_bytes, kv_format, chunk_size, capacity, kept, chosen)
+        )

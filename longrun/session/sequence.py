@@ -57,13 +57,14 @@ class TokenSequence:
         return int(differ[0]) if len(differ) else count
 
     def append(
-        self, token_ids: Tensor, all_positions: bool = False, after_chunk: Callable[[int, int], None] | None = None
-    ) -> Tensor:
+        self, token_ids: Tensor, all_positions: bool = False, after_chunk: Callable[[int, int], None] | None = None,
+        one_by_one: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Run the token that waits and `token_ids`, chunk by chunk; each chunk counts before any signal takes effect.
 
         Args:
             token_ids: int64 [n] in host memory, n >= 1.
-            all_positions: see `Engine.run`.
+            all_positions, one_by_one: see `Engine.run`.
             after_chunk: called after every chunk with (tokens done, tokens in all).
 
         Returns:
@@ -87,7 +88,7 @@ class TokenSequence:
             if after_chunk is not None:
                 after_chunk(done, len(token_ids))
 
-        return self.engine.run(token_ids, all_positions, on_chunk)
+        return self.engine.run(token_ids, all_positions, on_chunk, one_by_one)
 
     def take_waiting(self, ahead: bool = False) -> None:
         """Run the token that waits, if one does.

@@ -93,12 +93,16 @@ class Session:
         """
         return self._sequence.common_prefix(token_id_tensor(token_ids, self.vocab_size))
 
-    def prefill(self, token_ids: Sequence[int] | Tensor, progress: Progress | None = None) -> Tensor:
+    def prefill(
+        self, token_ids: Sequence[int] | Tensor, progress: Progress | None = None, one_by_one: bool = False
+    ) -> Tensor:
         """Append tokens, chunk by chunk; a session that is attached to a folder is saved after each.
 
         Args:
             token_ids: at least one token id, as `longrun.engine.token_ids` takes them.
             progress: called with (tokens done, tokens in all) after every chunk.
+            one_by_one: take each token in as `generate` does, slower: with `select` it reads the pages selected for it,
+                where a chunk reads all. A session that is attached is saved at the end.
 
         Returns:
             float32 [vocab_size], logits of the last position.
@@ -109,19 +113,23 @@ class Session:
             SessionError: a checkpoint could not be written, or an earlier step broke off.
         """
         callback(progress, "progress")
+        flag(one_by_one, "one_by_one")
         new = token_id_tensor(token_ids, self.vocab_size)
 
         def after_chunk(done: int, total: int) -> None:
-            if self._keeper.attached:
+            if self._keeper.attached and (done == total or not one_by_one):
                 self._check_savable()
                 self._keeper.update(self)
             if progress is not None:
                 progress(done, total)
 
-        return self._sequence.append(new, after_chunk=after_chunk)[-1]
+        return self._sequence.append(new, after_chunk=after_chunk, one_by_one=one_by_one)[-1]
 
-    def score(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+    def score(self, token_ids: Sequence[int] | Tensor, one_by_one: bool = False) -> Tensor:
         """Append known tokens and return how they were predicted (teacher forcing).
+
+        Args:
+            token_ids, one_by_one: see `prefill`.
 
         Returns:
             float32 [n, vocab_size]: row i are the logits that predict token_ids[i].
@@ -129,12 +137,13 @@ class Session:
         Raises:
             As `prefill`; InputError also for a session without any token yet.
         """
+        flag(one_by_one, "one_by_one")
         new = token_id_tensor(token_ids, self.vocab_size)
         self._sequence.check_room(len(new))
         before = self.logits
         if before is None:
             raise InputError("nothing precedes these tokens: prefill at least one token before scoring")
-        rows = self._sequence.append(new, all_positions=True)
+        rows = self._sequence.append(new, all_positions=True, one_by_one=one_by_one)
         return torch.cat((before[None], rows[:-1]))
 
     def generate(

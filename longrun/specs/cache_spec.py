@@ -208,6 +208,11 @@ class CacheSpec:
         finite = sum(reach.held_pages(seq_len) for reach in self._finite)
         return self.keeping_heads * self.page_format.pooled_pages(seq_len) + finite
 
+    def read_pages(self, seq_len: int, most: int) -> int:
+        """Pages of all heads that a decode step reads at `seq_len` tokens where it reads at most `most` of each."""
+        finite = sum(min(most, reach.held_pages(seq_len)) for reach in self._finite)
+        return self.keeping_heads * min(most, self.page_format.pooled_pages(seq_len)) + finite
+
     def paged_tokens(self, seq_len: float) -> float:
         """Tokens that the last of `seq_len` sees, summed over the retrieval heads."""
         finite = sum(min(self.sink_size + reach.tokens, seq_len) for reach in self._finite)

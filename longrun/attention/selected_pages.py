@@ -1,0 +1,63 @@
+"""The pages that one token reads of a layer's retrieval heads, chosen by its queries from all that they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from longrun.cache.pages import PagedHeads
+from longrun.kernels.page_choose import Budget
+from longrun.kernels.page_view import PageView
+from longrun.specs.attention_spec import AttentionSpec
+
+
+class PageSelector:
+    """Scores a layer's pages and lists the best, in buffers that all layers share: each is read before the next one is
+    scored. Nothing depends on host values, so that a CUDA graph captures it.
+
+    Args:
+        spec: which selection, and how large the buffers are, which are allocated here.
+        score_pages, choose_pages: see `kernels.page_score` and `kernels.page_choose`.
+    """
+
+    def __init__(
+        self, spec: AttentionSpec, device: torch.device, score_pages: Callable[..., Tensor],
+        choose_pages: Callable[..., None],
+    ) -> None:  # fmt: skip
+        assert spec.selects and spec.selection is not None
+        self._selection = spec.selection
+        self._score_pages, self._choose_pages = score_pages, choose_pages
+        self._softmax_scale, self._budget = spec.head_dim**-0.5, Budget(spec.selection.pages_per_head)
+        heads, most = spec.max_retrieval_heads, spec.selection.pages_per_head
+        self._scores = torch.zeros(heads, spec.group, spec.listed_pages, device=device)
+        self._pages = torch.zeros(heads, most, dtype=torch.int32, device=device)
+        self._begins, self._counts = torch.zeros(2, heads, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self._scores, self._pages, self._begins, self._counts))
+
+    def chosen(self, view: PageView) -> PageView:
+        """`view` with the lists that `choose` writes in place of its own."""
+        heads = view.num_heads
+        lists = {"pages": self._pages[:heads], "begins": self._begins[:heads], "counts": self._counts[:heads]}
+        return replace(view, **lists)
+
+    def choose(self, q: Tensor, view: PageView, pages: PagedHeads) -> None:
+        """Choose among the pages of `view` for these queries.
+
+        Args:
+            q: bfloat16 or float32 [num_heads, group, head_dim], rotated as the pages' keys are.
+            pages: of the layer, for their digests.
+        """
+        heads, selection = view.num_heads, self._selection
+        scores = self._score_pages(
+            q, view, pages.digest, lam=selection.lam, softmax_scale=self._softmax_scale, out=self._scores[:heads]
+        )
+        self._choose_pages(
+            scores, view, budget=self._budget, newest=selection.newest, pages_out=self._pages[:heads],
+            counts_out=self._counts[:heads],
+        )  # fmt: skip

@@ -1,0 +1,266 @@
+"""Decode steps that read the best pages of every retrieval head: when that is dense attention, what is read, sessions,
+what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+import longrun
+from longrun.errors import ConfigError, InputError
+from longrun.kernels.page_view import dequantize_pages
+from longrun.lab.planted import make_planted_model
+from longrun.needles.needles import Haystack, build_prompt, make_needles
+from longrun.patterns.head_map import HeadMap, HeadSplit
+from longrun.plan.budget import Budget
+from longrun.plan.pages_read import pages_read
+from longrun.plan.selection import parse_select
+from longrun.runtime import backend
+from longrun.units import ALL_TOKENS
+
+PAGE, CTX, SINK = 16, 900, 16
+SHAPE = {"head_dim": 64, "hidden_size": 192, "intermediate_size": 192}
+MIXED = HeadMap(((1.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 1.0, 1.0)), SINK, 48)
+IDS = torch.randint(0, 97, (CTX,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    save_tiny(path, "llama", **SHAPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("one")
+    save_tiny(path, "llama", num_hidden_layers=1, **SHAPE)
+    return path
+
+
+def load(folder, select=None, head_map=MIXED, **options):
+    budget = Budget(10**9, host_bytes=10**9, weight_format="fp32", page_size=PAGE, chunk_size=130)
+    return longrun.load(folder, budget, head_map, device="cpu", ctx=CTX, select=select, **options)
+
+
+def after(runtime, count):
+    session = runtime.new_session()
+    session.prefill(IDS[:count])
+    return session
+
+
+def lists(runtime, session, layer_idx=0):
+    """The page numbers that each head of the layer that ran last read."""
+    attention = runtime.engine(session).attention
+    chosen = attention.selector.chosen(session.cache.view(layer_idx))
+    return [row[:count].tolist() for row, count in zip(chosen.pages, chosen.counts.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("share", [1.0, 0.4])
+@pytest.mark.parametrize("kv_format", ["k5v3", "int4"])
+def test_as_long_as_all_pages_are_chosen_it_is_dense_attention(folder, kv_format, share, compiled):
+    options = {"device_share": share, "compiled_kernels": compiled, "kv_format": kv_format}
+    dense, selecting = (after(load(folder, select, **options), 300) for select in (None, 24))
+    assert selecting.plan.attention.selects and not dense.plan.attention.selects
+    rows = [session.score(IDS[300:500], one_by_one=True) for session in (dense, selecting)]
+    same = (rows[0] == rows[1]).all(dim=1).tolist()
+    # 24 pages, the sink page and a full tail are 416 tokens; the one after them is the first to leave a page out.
+    assert all(same[: 416 + 1 - 300]) and not any(same[416 + 1 - 300 :])
+
+
+def test_chunks_read_everything_even_of_one_token(folder):
+    dense, selecting = (load(folder, select, compiled_kernels=False) for select in (None, 6))
+    for pieces in ([400, 1, 1, 98, 1], [131, 261, 109]):
+        rows = [
+            torch.stack([session.prefill(piece) for piece in IDS[: sum(pieces)].split(pieces)])
+            for session in (dense.new_session(), selecting.new_session())
+        ]
+        assert torch.equal(*rows)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_only_chosen_pages_are_read(one_layer, compiled):
+    runtime = load(one_layer, 8, "full", device_share=0.3, compiled_kernels=compiled)
+    session = after(runtime, 700)
+    mark = session.mark()
+    expected = session.prefill(IDS[700:701], one_by_one=True)
+    read, cache = lists(runtime, session), session.cache
+    newest = cache.layers[0][0].num_pooled - 4
+    assert all(
+        len(pages) == 8 and pages == sorted(pages) and pages[4:] == [*range(newest, newest + 4)] for pages in read
+    )
+    table = cache.layers[0][0].places.table
+    pools = cache.device_pool, cache.host_pool
+    assert any(int(table[head, page]) >= pools[1].first_slot for head, pages in enumerate(read) for page in pages)
+
+    def again(head, pages):
+        kept = [pool.storage.clone() for pool in pools]
+        for slot in table[head, pages].tolist():
+            pool = pools[slot >= pools[1].first_slot]
+            pool.storage[slot - pool.first_slot] = 255  # every scale is NaN
+        session.rewind(mark)
+        found = session.prefill(IDS[700:701], one_by_one=True)
+        for pool, storage in zip(pools, kept, strict=True):
+            pool.storage.copy_(storage)
+        return found
+
+    for head, pages in enumerate(read):
+        assert torch.equal(again(head, [page for page in range(newest + 4) if page not in pages]), expected)
+        assert not again(head, pages[:1]).isfinite().all()
+
+
+def test_streaming_heads_are_as_before(one_layer):
+    """One layer: its heads' outputs in turn, retrieval heads first."""
+    found = []
+    for select in (None, 6):
+        runtime = load(one_layer, select, HeadMap(((0.0, 1.0, 0.0),), SINK, 48))
+        session = after(runtime, 400)
+        session.prefill(IDS[400:401], one_by_one=True)
+        found.append(runtime.engine(session).decode_step._attention._out.clone())
+    assert torch.equal(found[0][2:], found[1][2:]) and not torch.equal(found[0][:2], found[1][:2])
+
+
+def test_heads_of_finite_reach_choose_among_what_they_hold(folder):
+    split = HeadSplit.of_reaches(((ALL_TOKENS, 48, 300), (150, 48, 200), (48, 48, 48)), SINK, 48)
+    dense, few = load(folder, None, "full").derive(split), load(folder, 6, "full").derive(split)
+    some = load(folder, 24, "full").derive(split)
+    a, b, c = (after(runtime, 390) for runtime in (dense, some, few))
+    for session in (a, b, c):
+        session.prefill(IDS[390:396], one_by_one=True)
+    assert torch.equal(a.logits, b.logits) and not torch.equal(a.logits, c.logits)
+    pages = c.cache.layers[1][0]
+    held = [range(group.oldest, pages.num_pooled) for group in pages.groups for _ in range(group.num_heads)]
+    read = lists(few, c, 1)
+    assert [len(numbers) for numbers in read] == [6, 6] and [len(numbers) for numbers in held] == [13, 9]
+    assert all(set(numbers) <= set(of) and numbers[2:] == [*of[-4:]] for numbers, of in zip(read, held, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_one_by_one_is_what_generate_does(folder, compiled):
+    runtime = load(folder, 6, compiled_kernels=compiled)
+    session = after(runtime, 500)
+    mark = session.mark()
+    answer = list(session.generate(40, eos=False))
+    session.rewind(mark)
+    assert list(session.generate(40, eos=False)) == answer
+    session.rewind(mark)
+    assert session.score(answer, one_by_one=True).argmax(dim=-1).tolist() == answer
+    last = session.logits
+    session.rewind(mark)
+    assert torch.equal(session.prefill(answer, one_by_one=True), last)
+    session.rewind(mark)
+    assert not torch.equal(session.prefill(answer), last)  # in a chunk, exactly
+
+
+def test_sessions_open_under_any_selection(folder, tmp_path):
+    runtimes = {select: load(folder, select) for select in (None, 6, 9)}
+    saved, expected = after(runtimes[6], 500), {}
+    saved.save(tmp_path / "session")
+    for select, runtime in runtimes.items():
+        expected[select] = after(runtime, 500).score(IDS[500:540], one_by_one=True)
+        loaded = runtime.load_session(tmp_path / "session")
+        assert torch.equal(loaded.score(IDS[500:540], one_by_one=True), expected[select])
+    assert not torch.equal(expected[6], expected[9]) and not torch.equal(expected[None], expected[9])
+
+
+def test_the_bytes_are_those_planned(folder):
+    runtime = load(folder, 6, device_share=0.4)
+    session = after(runtime, 500)
+    plan, cache = session.plan, session.plan.cache
+    assert session.cache.nbytes() == {**cache.device_bytes(), **cache.host_bytes()}
+    assert runtime.engine(session).attention.selector.nbytes == plan.attention.decode_bytes() > 0
+    assert load(folder).plan.attention.decode_bytes() == 0
+    read = pages_read(plan, 500)
+    pooled = cache.page_format.pooled_pages(500)
+    assert (read.held, read.read) == (pooled, 6) and pooled == 30
+    assert read.share == (6 * PAGE + 20) / 500 and pages_read(load(folder).plan, 500) is None
+    assert read.line() == "6 of 30 pages a head read (23.2% of its tokens)"
+
+
+def test_settings_go_all_the_way(folder):
+    base = load(folder)
+    derived = base.derive(select=7)
+    assert derived.plan.attention.selection.pages_per_head == 7
+    assert derived.derive(chunk_size=50).plan.attention.selection.pages_per_head == 7
+    assert derived.derive(select="off").plan.attention.selection is base.plan.attention.selection is None
+    assert torch.equal(
+        after(derived, 500).score(IDS[500:540], True), after(load(folder, 7), 500).score(IDS[500:540], True)
+    )
+    file = Budget(10**9, weight_format="fp32", page_size=PAGE, pages_per_head=7)
+    assert longrun.load(folder, file, device="cpu", ctx=CTX).plan.attention.selection.pages_per_head == 7
+    assert longrun.load(folder, file, device="cpu", ctx=CTX, select="off").plan.attention.selection is None
+    assert longrun.load(folder, file, device="cpu", ctx=CTX, select="9").plan.attention.selection.pages_per_head == 9
+    assert not load(folder, CTX // PAGE).plan.attention.selects  # a head never has more pages
+
+
+@pytest.mark.parametrize(
+    ("select", "words"),
+    [
+        (0, "select 0 is too small: it must be at least 5"),
+        (-1, "select -1 is too small"),
+        (4, "select 4 is too small"),
+        (64.5, "select 64.5 is not an integer"),
+        (True, "select True is not an integer"),
+        ("many", "select 'many' is neither a number of pages nor off: write it like 128"),
+        ("-7", "select '-7' is neither a number of pages nor off"),
+    ],
+)
+def test_what_cannot_be_selected(folder, select, words):
+    with pytest.raises(InputError, match=words):
+        load(folder, select)
+    with pytest.raises(InputError, match=words):
+        load(folder).derive(select=select)
+
+
+def test_what_has_no_pages_to_select(folder, tmp_path):
+    assert [parse_select(select) for select in ("off", "128", 128)] == ["off", 128, 128]
+    with pytest.raises(InputError, match="select 6 needs quantized pages, and those of bf16 are exact: use kv_format"):
+        load(folder, 6, kv_format="bf16")
+    with pytest.raises(InputError, match="those of fp32 are exact"):
+        load(folder, 6).derive(kv_format="fp32")
+    with pytest.raises(InputError, match="select 6 chooses among the pages of retrieval heads, and no head is one"):
+        load(folder, 6, HeadMap(((0.0,) * 3,) * 3, SINK, 48))
+    save_tiny(tmp_path, "llama")
+    with pytest.raises(InputError, match="select 6 serves a head_dim of 64 or 128, and the model's is 16: use select"):
+        load(tmp_path, 6)
+    with pytest.raises(ConfigError, match="selector"):
+        Budget(10**9, selector="best")
+
+
+def by_the_keys(q, view, digest, *, softmax_scale, out, **_):
+    """What every page is worth by its keys themselves, in place of `score_pages`."""
+    entries, size = int(view.num_entries().max()), view.fmt.page_size
+    k, v = torch.zeros(2, view.num_heads, entries * size, view.fmt.head_dim)
+    dequantize_pages(view, k, v)
+    scores = softmax_scale * q.float() @ k.mT
+    out[:, :, :entries] = scores.unflatten(2, (entries, size)).logsumexp(dim=3)
+    return out
+
+
+def by_nothing(q, view, digest, *, out, **_):
+    return out.zero_()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_planted_model_finds_its_needles_in_few_pages(tmp_path, monkeypatch, compiled):
+    """8 of about 90 pages. Its keys are random from token to token, so that means of 16 say little of them: the pages
+    are chosen by the keys themselves, and none is found where the scores say nothing."""
+    planted = make_planted_model(tmp_path / "planted")
+    options = {"head_map": planted.head_map, "retrieval_ratio": 0.125, "device": "cpu", "compiled_kernels": compiled}
+    right = {}
+    for score_pages in (by_the_keys, by_nothing):
+        monkeypatch.setattr(backend, "score_pages", score_pages)
+        runtime = longrun.load(planted.path, ctx=6200, select=8, device_share=0.5, **options)
+        prompt = build_prompt(runtime.tokenizer, Haystack.generated(3), make_needles(4, 3), 6000, [0.1, 0.35, 0.6, 0.8])
+        session = runtime.new_session()
+        session.prefill(prompt.document_ids)
+        end, right[score_pages] = session.mark(), []
+        for question in prompt.questions:
+            session.rewind(end)
+            session.prefill(question.token_ids, one_by_one=True)
+            found = list(session.generate(len(question.expected_ids), eos=False))
+            right[score_pages].append(found == list(question.expected_ids))
+        assert pages_read(session.plan, session.seq_len).share < 0.11
+    assert all(right[by_the_keys]) and not any(right[by_nothing])
