@@ -28,6 +28,9 @@ from longrun.lab.needle_results import SweepResults
 from longrun.lab.report_env import environment
 from longrun.needles.needles import Haystack, NeedlePrompt, NeedleQuestion, build_prompt, make_needles
 from longrun.paths import path_option
+from longrun.plan.budget import OFF
+from longrun.plan.pages_read import selection_facts
+from longrun.plan.selection import SELECT_HELP, SELECT_QUESTION_HELP, parse_select
 from longrun.plan.split import KEEP_HELP, KV_BYTES_HELP, parse_keep
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
@@ -64,6 +67,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--retrieval-ratio", type=SHARE, metavar="R", help="share of the map's KV heads to keep")
     parser.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
     parser.add_argument("--keep", metavar="N", help=KEEP_HELP)
+    parser.add_argument("--select", metavar="N|off", help=SELECT_HELP)
+    parser.add_argument("--select-question", action="store_true", help=SELECT_QUESTION_HELP)
     parser.add_argument("--kv", choices=KV_FORMATS, help="KV page format (default: the budget's)")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="default: the budget's")
     parser.add_argument("--budget", metavar="NAME_OR_FILE")
@@ -112,6 +117,8 @@ def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "one_document": arguments.one_document or None,
         "kv_bytes": arguments.kv_bytes,
         "keep": None if arguments.keep is None else parse_keep(arguments.keep, "--keep"),
+        "select": None if arguments.select is None else parse_select(arguments.select, "--select"),
+        "select_question": arguments.select_question or None,
         "yarn": arguments.yarn,
         "chunk_size": None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
     }
@@ -126,17 +133,18 @@ def ask(
 
 
 def put_questions(
-    session: Session, questions: Sequence[NeedleQuestion], decode: Callable[[list[int]], str], document_end: Any
-) -> list[dict[str, Any]]:
-    """Put every question to the document that ends at the mark `document_end`."""
+    session: Session, questions: Sequence[NeedleQuestion], decode: Callable[[list[int]], str], document_end: Any,
+    answers_one_by_one: bool = False, questions_one_by_one: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Put every question to the document that ends at the mark `document_end`; see `one_by_one`."""
     answers = []
     for question in questions:
         session.rewind(document_end)
-        session.prefill(question.token_ids)
+        session.prefill(question.token_ids, one_by_one=questions_one_by_one)
         asked = session.mark()
         generated = list(session.generate(max_new_tokens=len(question.expected_ids) + SPARE_TOKENS))
         session.rewind(asked)
-        forced = session.score(question.expected_ids).argmax(dim=-1).tolist()
+        forced = session.score(question.expected_ids, one_by_one=answers_one_by_one).argmax(dim=-1).tolist()
         right = sum(one == other for one, other in zip(forced, question.expected_ids, strict=True))
         text = decode(generated)
         answers.append(
@@ -168,7 +176,8 @@ def run_cell(
     session = make_session(runtime, prompt)
     start = time.perf_counter()
     document_end, read = read_document(session, prompt, progress)
-    answers = put_questions(session, prompt.questions, decoder(runtime), document_end)
+    ways = one_by_one(session, settings)
+    answers = put_questions(session, prompt.questions, decoder(runtime), document_end, *ways)
     return record(setting, length, depth, prompt, session, answers, time.perf_counter() - start, read)
 
 
@@ -193,9 +202,15 @@ def run_document(
     for depth in depths:
         start = time.perf_counter()
         questions = [question for question in prompt.questions if question.depth == depth]
-        answers = put_questions(session, questions, decoder(runtime), document_end)
+        answers = put_questions(session, questions, decoder(runtime), document_end, *one_by_one(session, settings))
         cell = record(setting, length, depth, prompt, session, answers, time.perf_counter() - start, read)
         yield cell | {"shared_document": {"needles": len(every), "depths": len(settings["depths"])}}
+
+
+def one_by_one(session: Session, settings: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether right answers, and questions, are read token by token, which is how selected pages are read."""
+    selects = session.plan.attention.selection is not None
+    return selects, selects and bool(settings["select_question"])
 
 
 def make_session(runtime: Runtime, prompt: NeedlePrompt) -> Session:
@@ -277,6 +292,7 @@ def load_runtime(
         retrieval_ratio=None if control else arguments.retrieval_ratio,
         kv_bytes=None if control else arguments.kv_bytes,
         keep=None if control else arguments.keep,
+        select=OFF if control else arguments.select,
         chunk_size=None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
         on_head_map=on_head_map,
     )
@@ -297,6 +313,7 @@ def describe(runtime: Runtime) -> dict[str, Any]:
         "weight_format": runtime.plan.weight_format,
         "device": runtime.plan.device_type,
         "chunk_size": runtime.plan.chunk_size,
+        "selection": selection_facts(runtime.plan),
     }
 
 
@@ -318,6 +335,8 @@ def run_setting(
     runtime = load_runtime(arguments, arguments.model, setting, max(settings["lengths"]), HeadMapProgress(console))
     if runtime.tokenizer is None:
         raise InputError(f"model folder {arguments.model} has no tokenizer: needles are text, so add its files")
+    if settings["select_question"] and setting != "control" and runtime.plan.attention.selection is None:
+        raise InputError("--select-question needs pages to select: give --select N, or leave it out")
     results.head[setting] = describe(runtime)
     for notice in runtime.notices:
         console.print(f"note: {notice}")

@@ -239,7 +239,7 @@ class ScriptedSession:
     def __init__(self, answer: list[int], forced: list[int]) -> None:
         self.answer, self.forced, self.fed = answer, forced, []
 
-    def prefill(self, token_ids, progress=None):
+    def prefill(self, token_ids, progress=None, one_by_one=False):
         self.fed += token_ids
 
     def mark(self):
@@ -253,7 +253,7 @@ class ScriptedSession:
         self.fed += self.answer[:max_new_tokens]
         return iter(self.answer[:max_new_tokens])
 
-    def score(self, token_ids):
+    def score(self, token_ids, one_by_one=False):
         assert self.fed == [1, 2, 3, 8, 9]
         return torch.nn.functional.one_hot(torch.tensor(self.forced), 10).float()
 
@@ -354,3 +354,19 @@ def test_command_line_reports_bad_input_in_one_sentence(planted, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: length 60 is too short")
     assert done.stderr.count("\n") == 1
+
+
+def test_selected_pages_are_read_token_by_token(planted, tmp_path):
+    """Answers as a chat decodes them, forced ones too; questions where it is asked for, the control never."""
+    found = {}
+    for name, more in (("exact", []), ("selected", ["--select-question"])):
+        arguments = options(planted, tmp_path / name, "--select", "6", "--control", "full", *more, lengths="1K")
+        assert sweep.main(arguments) == 0
+        found[name] = read(tmp_path / name)
+        assert (found[name]["main"]["selection"]["pages_per_head"], found[name]["control"]["selection"]) == (6, None)
+        assert found[name]["settings"]["select"] == 6
+    cells = [[cell["needles"] for cell in one["cells"] if cell["setting"] == "control"] for one in found.values()]
+    assert cells[0] == cells[1]
+    assert [one["settings"]["select_question"] for one in found.values()] == [None, True]
+    with pytest.raises(InputError, match="--select-question needs pages to select: give --select N"):
+        sweep.main(options(planted, tmp_path / "none", "--select-question"))

@@ -127,6 +127,8 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
         print_plan(plan, console, speeds)
 
     def before_loading(plan: Plan) -> None:
+        if args.select_question and plan.attention.selection is None:
+            raise InputError("--select-question needs pages to select: give --select N, or leave it out")
         on_plan(plan)
         size = next(item.bytes for item in plan.items if item.name == "weights")
         console.print(f"loading {format_bytes(size)} of weights", highlight=False)
@@ -159,7 +161,9 @@ def _make_runner(args: argparse.Namespace, capacity: int | None, console: Consol
     promised = runtime.plan
     if claimed is not None:
         claimed.release()  # to the session
-    runner = ChatRunner(runtime, options, console, args.system, folder, capacity, template_options)
+    runner = ChatRunner(
+        runtime, options, console, args.system, folder, capacity, template_options, args.select_question
+    )
     runner.load_seconds = time.perf_counter() - started
     plan = runner.session.plan
     if plan != promised:  # the session was saved with another capacity

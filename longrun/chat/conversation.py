@@ -106,6 +106,15 @@ class Conversation:
         stops = [entry["stop"] for entry in self._read_documents()]
         return self.session.num_tokens if turn is None else max(turn["start"], *stops, 0)
 
+    def question_at(self, reading: Reading) -> int:
+        """How many of the tokens of `reading` come before its question: documents and what else is read with them. All
+        of them, where it asks nothing."""
+        turn, count = self._state["turn"], len(reading.token_ids)
+        if turn is None or not reading.asks:
+            return count
+        start = max(turn["start"], *(entry["stop"] for entry in self._state["documents"]), 0)
+        return min(count, max(0, start - (turn["stop"] - count)))
+
     @property
     def latest(self) -> dict[str, str]:
         """Name of each document that was read to its end, and the SHA-256 of its file's latest version."""

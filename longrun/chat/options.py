@@ -12,6 +12,7 @@ from longrun.arguments import COUNT, SEED, SHARE, check_text, real, whole
 from longrun.cli import EXIT_STATUS, Parser
 from longrun.documents.find import STDIN
 from longrun.errors import InputError, quoted
+from longrun.plan.selection import SELECT_QUESTION_HELP
 from longrun.runtime.model_options import add_model_options
 
 
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     talk.add_argument(
         "--session", metavar="DIR", help="keep the session in this folder, and resume the one that is in it"
     )
+    talk.add_argument("--select-question", action="store_true", help=SELECT_QUESTION_HELP)
     answer = parser.add_argument_group("answers")
     answer.add_argument("--max-new-tokens", type=COUNT, default=512, metavar="N", help="default: 512")
     answer.add_argument(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from longrun.chat.answer import Answer
+from longrun.plan.pages_read import pages_read, selection_facts
 from longrun.units import format_bytes
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class TurnReport:
         parts.append(generated if pace is None else f"{generated}, {pace:.1f} ms/token")
         filled = self.session.plan.cache.filled_bytes(self.session.seq_len)
         parts.append(f"{format_bytes(filled)} of the cache's {format_bytes(self.session.cache_bytes)} filled")
+        read = pages_read(self.session.plan, self.session.seq_len)
+        if read is not None:
+            parts.append(read.line())
         parts.append(f"context {self.session.num_tokens:,} of {self.session.capacity:,}")
         if self.answer.seed is not None:
             parts.append(f"seed {self.answer.seed}")
@@ -81,6 +85,15 @@ class TurnReport:
                 "decode_ms_per_token": self.answer.decode_ms_per_token,
             },
             "cache_bytes": self.session.cache_bytes,
+            "selection": self._selection(),
             "split_hash": self.session.plan.split_hash,
             "plan": self.session.plan.to_dict(),
         }
+
+    def _selection(self) -> dict[str, Any] | None:
+        """What decode steps select, and how much the last one read; None where they read everything."""
+        plan = self.session.plan
+        facts, read = selection_facts(plan), pages_read(plan, self.session.seq_len)
+        if facts is None or read is None:
+            return None
+        return facts | {"pages_held": read.held, "pages_read": read.read, "share_of_tokens": read.share}

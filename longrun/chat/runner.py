@@ -78,6 +78,7 @@ class ChatRunner:
             session in it is resumed.
         capacity: tokens a session must have room for; None takes the plan's, or a saved session's own.
         template_options: of the chat template in new conversations, such as `enable_thinking`.
+        select_question: questions, too, read the pages that are selected for each token.
 
     Raises:
         InputError: the model has no tokenizer, or the system prompt cannot be used.
@@ -93,7 +94,9 @@ class ChatRunner:
         folder: Path | None = None,
         capacity: int | None = None,
         template_options: Mapping[str, Any] | None = None,
+        select_question: bool = False,
     ) -> None:
+        self._select_question = select_question
         self._tokenizer = check_model(runtime.tokenizer, runtime.model_dir, system, template_options)
         self._template_options = template_options
         self.runtime, self.options, self._console = runtime, options, console
@@ -171,9 +174,20 @@ class ChatRunner:
         try:
             with PrefillProgress(self._console, reading.resumed_at) as progress:
                 progress.start(len(reading.token_ids))
-                self.session.prefill(reading.token_ids, progress)
+                self._read_tokens(reading, progress)
         finally:
             self._prefilled = (self.session.num_tokens - before, time.perf_counter() - started, reading.resumed_at)
+
+    def _read_tokens(self, reading: Reading, progress: Callable[[int, int], None]) -> None:
+        """Read documents in chunks, and the question with them or token by token."""
+        ids = reading.token_ids
+        asked = self.conversation.question_at(reading) if self._select_question else len(ids)
+        if asked:
+            self.session.prefill(ids[:asked], lambda done, total: progress(done, total + len(ids) - asked))
+        if asked < len(ids):
+            self.session.prefill(
+                ids[asked:], lambda done, total: progress(asked + done, asked + total), one_by_one=True
+            )
 
     def answer(self, emit: Callable[[str], None], keep_unfinished: bool) -> TurnReport:
         """Answer the question that was read, and save where a folder is kept up to date.

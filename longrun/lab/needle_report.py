@@ -109,7 +109,9 @@ def panel_title(name: str, setting: str, described: dict[str, Any]) -> str:
         described["recent_size"] < reach < ALL_TOKENS for row in described.get("reaches") or () for reach in row
     )
     heads += f", {finite} of finite reach" if finite else ""
-    return f"{name}, {setting}\n{heads}\n{described['kv_format']} pages, {described['weight_format']} weights"
+    selection = described.get("selection")
+    read = f", {selection['pages_per_head']:,} a head read" if selection else ""
+    return f"{name}, {setting}\n{heads}\n{described['kv_format']} pages{read}, {described['weight_format']} weights"
 
 
 def cell_line(cell: dict[str, Any]) -> str:

@@ -26,7 +26,9 @@ from longrun.lab.report_env import environment
 from longrun.paths import path_option
 from longrun.patterns.head_map import HeadMap
 from longrun.plan.budget import Budget
+from longrun.plan.pages_read import selection_facts
 from longrun.plan.plan import Plan
+from longrun.plan.selection import SELECT_HELP
 from longrun.plan.split import KV_BYTES_HELP
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
@@ -47,6 +49,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="share of the KV heads to keep; without --head-map an arbitrary choice, which is good for timing only",
     )  # fmt: skip
     parser.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
+    parser.add_argument("--select", metavar="N|off", help=SELECT_HELP)
     parser.add_argument("--weight-format", choices=WEIGHT_FORMATS, help="default: the budget's")
     parser.add_argument("--kv", choices=KV_FORMATS, help="page format (default: the budget's)")
     parser.add_argument("--chunk-size", type=parse_tokens, metavar="N", help="tokens of a prefill step")
@@ -103,7 +106,7 @@ def load_runtime(
     budget = Budget.load(args.budget or DEFAULT_BUDGETS[args.device]).override(**memory)
     return longrun.load(
         args.model, budget, head_map, args.kv, args.weight_format, args.device, ctx=capacity, retrieval_ratio=ratio,
-        kv_bytes=args.kv_bytes, chunk_size=args.chunk_size, yarn=yarn, **(hooks or {}),
+        kv_bytes=args.kv_bytes, select=args.select, chunk_size=args.chunk_size, yarn=yarn, **(hooks or {}),
     )  # fmt: skip
 
 
@@ -134,6 +137,7 @@ def describe(runtime: Runtime, args: argparse.Namespace) -> dict[str, Any]:
         "recent_size": split.recent_size,
         "split_hash": split.hash,
         "split_note": note,
+        "selection": selection_facts(plan),
         "budget": plan.budget_source,
         "device": plan.device_type,
         "notices": [without_folders(text) for text in runtime.notices],

@@ -21,6 +21,7 @@ from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
 from longrun.specs.cache_spec import CacheSpec
 from longrun.specs.model_bytes import model_weight_bytes
+from longrun.specs.selection_spec import Selection
 from scripts.bench.bench_common import (
     MemoryWatch,
     check_device,
@@ -46,12 +47,16 @@ WARM_TOKENS = 8  # the first pays for compiling and capturing
 PROFILED_TOKENS = 8
 
 
-def token_bytes(config: ModelConfig, weight_format: str, device_type: str, cache: CacheSpec, seq_len: int) -> dict:
+def token_bytes(
+    config: ModelConfig, weight_format: str, device_type: str, cache: CacheSpec, seq_len: int,
+    selection: Selection | None = None,
+) -> dict:  # fmt: skip
     """The fewest bytes that decoding one token at `seq_len` tokens must read, by part.
 
     Weights: every parameter once, of the embedding one row (a tied one is read whole, as lm_head). Cache: payload and
     index of all pooled pages of the retrieval heads, their exact sink page and tail, and the rings as far as filled.
-    Page tables and what is written are left out, so the floor is a little too low rather than too high.
+    Of selected pages those that are read, and the digests of all. Page tables and what is written are left out, so the
+    floor is a little too low rather than too high.
     """
     fmt, row = cache.page_format, config.hidden_size * table_itemsize(weight_format)
     unread = 0 if config.tie_word_embeddings else (config.vocab_size - 1) * row
@@ -59,10 +64,14 @@ def token_bytes(config: ModelConfig, weight_format: str, device_type: str, cache
     exact_token = 2 * fmt.head_dim * fmt.exact_itemsize
     heads = cache.total_retrieval_heads
     window = min(seq_len, cache.sink_size + cache.recent_size)
+    selects = selection is not None and cache.digest is not None
+    read = cache.read_pages(seq_len, selection.pages_per_head) if selects else cache.held_pages(seq_len)
+    digests = {"page_digests": cache.held_pages(seq_len) * cache.digest.page_bytes} if selects else {}
     return {
         "weights": model_weight_bytes(config, weight_format, device_type) - unread,
-        "page_payloads": cache.held_pages(seq_len) * fmt.payload_bytes,
-        "page_index": cache.held_pages(seq_len) * fmt.index_bytes,
+        "page_payloads": read * fmt.payload_bytes,
+        "page_index": read * fmt.index_bytes,
+        **digests,
         "sinks_and_tails": heads * (seq_len - pooled * fmt.page_size) * exact_token,
         "rings": cache.total_streaming_heads * window * exact_token,
     }
@@ -161,8 +170,8 @@ def timed_decode(
         "ms_repeats": [statistics.fmean(times) for _, times in runs],
         "clock_runs_through": True,
         "ms_tokens": wall,
-        **floor(token_bytes(runtime.config, session.plan.weight_format, device.type, session.plan.cache, length),
-                statistics.median(wall), ceilings),
+        **floor(token_bytes(runtime.config, session.plan.weight_format, device.type, session.plan.cache, length,
+                            session.plan.attention.selection), statistics.median(wall), ceilings),
         **host_overhead(statistics.median(wall), step, busy),
         "cache_bytes": session.cache_bytes,
         "pages_on_host": session.plan.cache.host_pages,

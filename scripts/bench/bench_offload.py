@@ -36,9 +36,11 @@ from scripts.bench.ceilings import measure_ceilings
 
 
 def host_bytes_per_token(session: Session) -> int:
-    """Payload bytes in the host pool, all of which a token reads."""
-    payload = session.cache.spec.page_format.payload_bytes
-    return sum(p.num_pages(HOST) * payload for p, _ in session.cache.layers if p is not None)
+    """Payload bytes in the host pool that a token reads: all, or where pages are selected at most so many."""
+    spec, selects = session.cache.spec, session.plan.attention.selects
+    layers = [pages for pages, _ in session.cache.layers if pages is not None]
+    most = [p.num_heads * session.plan.attention.most_read_pages if selects else p.num_pages(HOST) for p in layers]
+    return sum(min(p.num_pages(HOST), n) for p, n in zip(layers, most, strict=True)) * spec.page_format.payload_bytes
 
 
 def measure(runtime: Runtime, runner: str, args: argparse.Namespace, ceilings: dict, memory: MemoryWatch) -> tuple:
@@ -69,8 +71,8 @@ def measure(runtime: Runtime, runner: str, args: argparse.Namespace, ceilings: d
         "host_pages": session.cache.spec.host_pages,
         "link_ms": link_ms,
         "link_over_measured": link_ms / median,
-        **floor(token_bytes(runtime.config, session.plan.weight_format, args.device, session.plan.cache, length),
-                median, ceilings),
+        **floor(token_bytes(runtime.config, session.plan.weight_format, args.device, session.plan.cache, length,
+                            session.plan.attention.selection), median, ceilings),
         "gpu_step_ms": graph_ms(runtime, session),
         "allocate_s": allocated,
         "host_pool_bytes": session.cache.host_pool.nbytes,

@@ -52,12 +52,12 @@ def measure_asked(
 
             def ask(token_ids: Sequence[int] = question.token_ids) -> None:
                 session.rewind(document_end)  # noqa: B023 - called within this turn of the loop
-                session.prefill(token_ids)
+                session.prefill(token_ids, one_by_one=row.select_question)
                 end_prompt(session)
 
             ask()
             kv = kv or cache_bytes(session.cache, row.simulates)
-            found = _answer(runtime, session, question, ask, clock)
+            found = _answer(runtime, session, question, ask, clock, row.select is not None)
             items.append(
                 {
                     "task": question.task, **({"kind": question.kind} if question.kind else {}),
@@ -84,11 +84,12 @@ def _is_known(runtime: Runtime, opened: Opened, question: AskedQuestion, clock: 
 
 
 def _answer(
-    runtime: Runtime, session: Session, question: AskedQuestion, ask: Callable[[], None], clock: Clock
-) -> dict[str, Any]:
+    runtime: Runtime, session: Session, question: AskedQuestion, ask: Callable[[], None], clock: Clock,
+    one_by_one: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """The session has read the question; `ask` brings it back there."""
     start = time.perf_counter()
-    rows = session.score(question.expected_ids)
+    rows = session.score(question.expected_ids, one_by_one=one_by_one)
     assert session.logits is not None
     chosen = torch.cat((rows, session.logits[None])).argmax(dim=-1).tolist()
     targets = torch.tensor(question.expected_ids, device=rows.device)

@@ -1,9 +1,9 @@
 """One row of a comparison at one length: documents read, questions answered, texts predicted, bytes counted.
 
-A document is read once; every question starts from a rewind to its end. Then the right answer is read in one chunk and
-every token of it compared with the greedy choice before it (teacher forcing): as long as every choice is right, that is
-what greedy generation gives, so one chunk tells both exact match (all choices right, and no digit after them) and the
-share of tokens that are right.
+A document is read once; every question starts from a rewind to its end. Then the right answer is read in one chunk
+(token by token in a row that selects pages) and every token of it compared with the greedy choice before it (teacher
+forcing): as long as every choice is right, that is what greedy generation gives, so one reading tells both exact match
+(all choices right, and no digit after them) and the share of tokens that are right.
 """
 
 from __future__ import annotations
@@ -114,10 +114,10 @@ def measure_retrieval(
         document_end = session.mark()
         for question, task in zip(document.prompt.questions, document.tasks, strict=True):
             session.rewind(document_end)
-            session.prefill(question.token_ids)
+            session.prefill(question.token_ids, one_by_one=row.select_question)
             end_prompt(session)
             kv = kv or cache_bytes(session.cache, row.simulates)
-            chosen, after = greedy_choices(session, question.expected_ids)
+            chosen, after = greedy_choices(session, question.expected_ids, row.select is not None)
             right = [one == other for one, other in zip(chosen, question.expected_ids, strict=True)]
             decoded = runtime.tokenizer.decode([after], skip_special_tokens=True)
             items.append(
@@ -166,7 +166,7 @@ def measure_text(
         kv = kv or cache_bytes(session.cache, row.simulates)
         rows, start = [], time.perf_counter()
         for first in range(split, len(token_ids), PIECE):
-            logits = session.score(token_ids[first : first + PIECE])
+            logits = session.score(token_ids[first : first + PIECE], one_by_one=row.select is not None)
             rows.append(torch.log_softmax(logits, dim=-1))
         own = torch.cat(rows)
         float(own[-1, 0])  # waits for a GPU
@@ -259,13 +259,13 @@ def read_prompt(session: Session, token_ids: Sequence[int], clock: Clock) -> Non
     clock.note("prefill", len(token_ids), time.perf_counter() - start)
 
 
-def greedy_choices(session: Session, expected: Sequence[int]) -> tuple[list[int], int]:
-    """Read the right answer; the greedy choices along it, and the one after it.
+def greedy_choices(session: Session, expected: Sequence[int], one_by_one: bool = False) -> tuple[list[int], int]:
+    """Read the right answer, in a chunk or one token at a time; the greedy choices along it, and the one after it.
 
     Raises:
         As `Session.score`.
     """
-    rows = session.score(expected)
+    rows = session.score(expected, one_by_one=one_by_one)
     assert session.logits is not None
     chosen = torch.cat((rows, session.logits[None])).argmax(dim=-1).tolist()
     return chosen[:-1], chosen[-1]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from longrun.arguments import integer
 from longrun.errors import InputError, quoted
 from longrun.files.user_files import parse_toml, read_text
 from longrun.lab.eviction_attention import TOVA
@@ -19,6 +20,7 @@ from longrun.patterns.baseline_maps import inverted_map, random_map, streaming_m
 from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadMap, HeadSplit
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.specs.selection_spec import DEFAULT_NEWEST
 from longrun.units import parse_bytes
 
 REFERENCE = "reference"
@@ -69,6 +71,8 @@ class Row:
             that share of the bytes planned for full attention in the same page format at each tested length.
         keep: first tokens that no head drops, or "system": those of the longest system prompt of the task "rules" at
             each tested length. Shares and bytes count them.
+        select: pages of every retrieval head that a decode step reads, as `longrun.load` takes it; answers and scored
+            texts are then read token by token. select_question: questions, too.
         chunk_size: tokens of a prefill step, None for the comparison's. It changes rounding alone, so the reference's
             settings with another one show what numbers of this size mean.
 
@@ -88,6 +92,8 @@ class Row:
     kv_share: float | None = None
     kv_bytes: str | None = None
     keep: int | str | None = None
+    select: int | None = None
+    select_question: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -119,6 +125,7 @@ class Row:
                 raise InputError(f"row {self.name}: head_map full keeps everything: leave keep out")
             if self.keep != SYSTEM and (isinstance(self.keep, str) or self.keep < 1):
                 raise InputError(f"row {self.name}: keep {quoted(self.keep)} is neither system nor a number above 0")
+        self._check_selection(kind)
         if self.chunk_size is not None and self.chunk_size < 1:
             raise InputError(f"row {self.name}: chunk_size {self.chunk_size} must be at least 1")
         if self.evicts is not None:
@@ -126,6 +133,17 @@ class Row:
                 raise InputError(f"row {self.name}: {self.eviction} evicts from full attention: use head_map full")
             if self.kv in QUANTIZED_KV_FORMATS or self.simulates is not None:
                 raise InputError(f"row {self.name}: evicting caches hold exact tokens: use kv bf16")
+
+    def _check_selection(self, kind: str) -> None:
+        if self.select is None:
+            if self.select_question:
+                raise InputError(f"row {self.name}: select_question needs pages to select: give select as well")
+            return
+        integer(self.select, f"row {self.name}: select", DEFAULT_NEWEST + 1)
+        if self.kv not in QUANTIZED_KV_FORMATS:
+            raise InputError(f"row {self.name}: select needs kv {' or '.join(QUANTIZED_KV_FORMATS)}, not {self.kv}")
+        if kind == "streaming":
+            raise InputError(f"row {self.name}: head_map streaming has no pages to select: leave select out")
 
     def _check_sizes(self, kind: str) -> None:
         """Of ratio, share and bytes at most one, and one that goes with the head map and the window."""
@@ -237,6 +255,8 @@ class Row:
             what += f", window {DEFAULT_RECENT_SIZE if self.recent_size is None else self.recent_size:,}"
         if self.keep is not None:
             what += f", keep {self.keep}"
+        if self.select is not None:
+            what += f", select {self.select:,}{' for questions, too' if self.select_question else ''}"
         weights = f", {self.weights} weights" if self.weights else ""
         varied = ", varied window" if self._has_window and self.kv_share is None else ""
         return f"{what}, {self.kv}{weights}{varied}{self._chunks}"
@@ -271,11 +291,10 @@ class Row:
         return HeadMap.load(self.head_map).with_window(self.sink_size, self.recent_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields, JSON-able; of a map's folder the path as given. Without a `keep`, as before there was one."""
-        found = asdict(self)
-        if self.keep is None:
-            del found["keep"]
-        return found
+        """Its fields, JSON-able; of a map's folder the path as given. Without `keep`, `select` and `select_question`
+        where they are not used, as before there were such."""
+        newer = {name for name in ("keep", "select", "select_question") if not getattr(self, name)}
+        return {name: value for name, value in asdict(self).items() if name not in newer}
 
 
 def read_rows(path: Path) -> tuple[Row, ...]:
@@ -339,6 +358,8 @@ _TYPES = {
     "kv_share": (int, float),
     "kv_bytes": str,
     "keep": (int, str),
+    "select": int,
+    "select_question": bool,
 }
 
 
@@ -346,7 +367,7 @@ def _check_type(row: Row, name: str) -> None:
     value, default = getattr(row, name), Row.__dataclass_fields__[name].default
     if value is default:
         return
-    if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
+    if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and _TYPES[name] is not bool):
         raise InputError(f"row {row.name}: {name} is {quoted(value)}, which is of the wrong type")
 
 
