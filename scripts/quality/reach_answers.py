@@ -223,7 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     if args.losses:
         known = json.loads(args.losses.read_text())
-        losses, reaches = torch.tensor(known["losses"], dtype=torch.float64), known["reaches"]
+        reaches = known["reaches"]
+        losses = torch.tensor(known["losses"], dtype=torch.float64)[..., [known["kinds"].index(kind) for kind in KINDS]]
         costs, facts = known["costs"] and torch.tensor(known["costs"], dtype=torch.float64), known["cuts"]
     else:
         losses, reaches = losses_of(model, tokenizer, length, args.measured, weighing)
