@@ -1,7 +1,7 @@
 """Stored pages to their digests in Triton: one launch for any number of pages, which may stand in host memory.
 
 Moves, a page of head_dim D: 32 * D bytes of keys (with k5v3 as many of values, which hold bits of keys), 4 * D of index
-twice, and the digest's bytes, 784 with D = 128 and 8 bits a centre.
+twice, and the digest's bytes, 528 with D = 128 and 4 bits a centre.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def test_a_page_of_like_tokens_is_scored_exactly():
     table = torch.arange(6, dtype=torch.int32)[None]
     view = view_of_all(payload[0], table, index, fmt)
     q = torch.randn(1, 2, 64, generator=g) @ key_rotation(64)[0]
-    digest = encode_digest(stored, DigestFormat(64, 64))
+    digest = encode_digest(stored, DigestFormat(64, 64, centre_bits=8))
     out = score_pages(q, view, digest, lam=1.0, softmax_scale=0.125, out=torch.empty(1, 2, 6))
     for page in range(6):
         alone = replace(view, pages=table[:, page:], counts=torch.tensor([1], dtype=torch.int32))
