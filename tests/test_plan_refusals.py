@@ -219,7 +219,7 @@ def test_selection_is_named_where_a_plan_without_it_fits(given):
     selecting = base.override(pages_per_head=256)
     dense, selected = (make_plan(LLAMA, b, 100_000, split=split) for b in (base, selecting))
     digests = next(item for item in selected.items if item.name == "page digests")
-    assert digests.bytes == selected.cache.total_retrieval_heads * 1561 * 784 and "page digests" not in {
+    assert digests.bytes == selected.cache.total_retrieval_heads * 1561 * 528 and "page digests" not in {
         item.name for item in dense.items
     }
     assert selected.to_dict()["selection"]["pages_per_head"] == 256 and dense.to_dict()["selection"] is None
