@@ -1,8 +1,8 @@
 """How much attention of a tile's queries falls on few pages of the past, and how much of it selectors find.
 
-Full attention, measured on the way in some tiles; `longrun.lab.prefill_choice` says what tiles, selectors and rules
-are. A page's *mass* is the share of the tile's attention that it gets, a mean over the 128 queries; *past* is the mass
-of all pages before the chunk.
+Full attention, measured on the way in some tiles; `longrun.lab.prefill_selectors` says what tiles and selectors are,
+`prefill_choice` what rules. A page's *mass* is the share of the tile's attention that it gets, a mean over the 128
+queries; *past* is the mass of all pages before the chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from longrun.attention.interface import Step
 from longrun.attention.whole_text import WholeTextAttention
-from longrun.lab.prefill_choice import TILE, Choice, Limits, counts_at, page_values, tiles_of
+from longrun.lab.prefill_choice import Choice, Limits, counts_at
+from longrun.lab.prefill_selectors import TILE, page_values, tiles_of
 from longrun.lab.selection import LayerKeys, padded
 from longrun.lab.selection_rules import PAGE
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from longrun.attention.interface import Step
 from longrun.attention.whole_text import WholeTextAttention
 from longrun.kernels.dense_attention import attention_with_lse, merge_partial
-from longrun.lab.prefill_choice import TILE, Choice, Limits, page_values, tiles_of
+from longrun.lab.prefill_choice import Choice, Limits
+from longrun.lab.prefill_selectors import TILE, page_values, tiles_of
 from longrun.lab.selection import LayerKeys, padded
 from longrun.lab.selection_rules import PAGE
 

@@ -4,7 +4,7 @@
 
 1. Mass: a text is read under full attention. For tiles of 128 queries of one query head, from its second half, how many
    pages hold the attention to what lies before the tile's chunk, and how much of it selectors and rules catch
-   (`longrun.lab.prefill_choice`, `longrun.lab.prefill_mass`).
+   (`longrun.lab.prefill_selectors`, `prefill_choice`, `prefill_mass`).
 2. Settings: documents are read by a setting (`longrun.lab.prefill_sparse`), but for their last tokens, which are
    compared with full attention as running text behind what was read sparsely, and for the questions behind them
    (`longrun.lab.quality.answered`), which are read in full: answers kept, KL, equal likeliest tokens.
@@ -34,8 +34,9 @@ from longrun.arguments import COUNT, whole
 from longrun.attention.whole_text import WholeTextAttention
 from longrun.cli import Parser, run
 from longrun.errors import InputError
-from longrun.lab.prefill_choice import RULES, SELECTORS, TILE, Choice, Limits, cost
+from longrun.lab.prefill_choice import RULES, Choice, Limits
 from longrun.lab.prefill_mass import HELD, LEVELS, LOST, SHARES, MassMeasure, MassTable
+from longrun.lab.prefill_selectors import SELECTORS, TILE
 from longrun.lab.prefill_sparse import Reading, SparsePrefill
 from longrun.lab.quality.answered import AnsweredText, answered_prose, answered_texts
 from longrun.lab.quality.code_source import standard_library
@@ -47,9 +48,12 @@ from scripts.quality.selection_probe import started
 TEXT_ROWS, TAIL = 256, 2048
 CODE, PROSE = "code", "prose"
 SETTINGS = (
-    "means 8%", "means 15%", "digest 8%", "diagonals 16 8%", "sampled 8%", "means 8% delta", "means 15% delta",
-    "means 8% weighed", "means 8% absolute", "means 8% relative", "perfect 8%", "means 25%", "means 5%",
-    "means 8% ends", "means 8% tail", "sampled 15%", "sampled 15% delta", "digest 15%",
+    "means 8%", "means 8% absolute", "digest 8% absolute", "digest, sampled 8% absolute", "sampled 8% absolute",
+    "digest, sampled 15% absolute", "digest, sampled 8% absolute delta", "digest, sampled 15% absolute delta",
+    "digest, sampled 5% absolute", "digest 15% absolute", "means 15%", "means 15% delta",
+    "digest, sampled 25% absolute", "digest, sampled 8%", "sampled 8%", "digest, sampled 8% absolute first",
+    "digest, sampled 8% absolute tail", "diagonals 16 8%", "perfect 8% absolute", "digest, sampled 8% relative",
+    "means 5%", "means 25%",
 )  # fmt: skip
 
 
@@ -127,7 +131,7 @@ def mass_of(table: MassTable) -> dict[str, Any]:
     selectors = {}
     for (selector, rule), caught in table.caught.items():
         by_head = caught / n / past[..., None].clamp_min(1e-9)
-        selectors.setdefault(selector, {"cost": cost(selector), "rules": {}})["rules"][rule] = {
+        selectors.setdefault(selector, {"cost": SELECTORS[selector].cost, "rules": {}})["rules"][rule] = {
             "caught": _rounded((caught / n).mean((0, 1)).tolist()),
             "of_past": _rounded((caught.mean((0, 1)) / n / past.mean()).tolist()),
             "worst_layer": _rounded((caught / n).mean(1).div(past.mean(1)[:, None]).amin(0).tolist()),
