@@ -152,6 +152,9 @@ inline uint32_t __reduce_min_sync(uint32_t, uint32_t v) {
 inline uint32_t __reduce_max_sync(uint32_t, uint32_t v) {
   return reduce(v, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
 }
+inline uint32_t __reduce_add_sync(uint32_t, uint32_t v) {
+  return reduce(v, [](uint32_t a, uint32_t b) { return a + b; });
+}
 inline int atomicAdd(int* at, int v) { return (*at += v) - v; }
 inline void atomicOr(uint32_t* at, uint32_t v) { *at |= v; }
 inline void atomicMin(uint32_t* at, uint32_t v) { *at = v < *at ? v : *at; }

@@ -11,7 +11,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from longrun.kernels import page_decode_cuda, page_select_cuda
+from longrun.kernels import hot_pages_cuda, page_decode_cuda, page_select_cuda
+from longrun.kernels.hot_pages_cuda import CudaHotPages
 from longrun.kernels.page_decode_cuda import CudaPageDecode, stage_bytes
 from longrun.kernels.page_select_cuda import CudaPageSelect, score_defines, score_shared_bytes
 from longrun.quant.digest_format import DigestFormat
@@ -22,10 +23,10 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(([^)]*)\)')
 
 
-def host_source(source: str, helpers: tuple[str, str]) -> str:
+def host_source(source: str, helpers: tuple[str, str] | None) -> str:
     """The kernels as C++: PTX helpers (from the first of two marks to the second), shared memory and nothing else
     replaced."""
-    first, last = map(source.index, helpers)
+    first, last = map(source.index, helpers) if helpers else (0, 0)
     source = source[:first] + source[last:]
     source = source.replace("extern __shared__ __align__(128) u8 shared[];", "u8* shared = shared_base();")
     source = source.replace("u32(__cvta_generic_to_shared(shared))", "0u")
@@ -41,7 +42,9 @@ def host_source(source: str, helpers: tuple[str, str]) -> str:
     return f'#include "{HEADER}"\n{source}'
 
 
-def host_library(path: Path, helpers: tuple[str, str], defines: dict[str, int], folder: Path) -> ctypes.CDLL:
+def host_library(
+    path: Path, helpers: tuple[str, str] | None, defines: dict[str, int], folder: Path
+) -> ctypes.CDLL:  # fmt: skip
     """The kernels of a source as a library of this machine, built in `folder`."""
     name = "-".join([path.stem, *map(str, defines.values())])
     source, library = folder / f"{name}.cpp", folder / f"{name}.so"
@@ -89,5 +92,20 @@ def host_select(fmt: DigestFormat, folder: Path, stages: int = 3, warps: int = 4
     made.fmt, made.warps, made.default_splits = fmt, warps, lambda num_heads: splits
     made.kernels = {name: HostKernel(library, f"page_select_{name}") for name in page_select_cuda.CHOOSING}
     made.kernels["score"] = HostKernel(library, "page_select_score", score_shared_bytes(fmt, stages, warps))
+    made.set_descending = library.set_descending
+    return made
+
+
+def host_hot_pages(payload_bytes: int, folder: Path, threads: int, blocks: int = 3) -> CudaHotPages:
+    """A `CudaHotPages` whose kernels run on the CPU; its tensors stand in host memory.
+
+    Args:
+        threads: of a block that looks up; blocks: that fetch.
+    """
+    library = host_library(hot_pages_cuda.SOURCE, None, hot_pages_cuda.defines_of(payload_bytes, threads), folder)
+    made = object.__new__(CudaHotPages)
+    made.payload_bytes, made.lookup_threads, made.fetch_blocks = payload_bytes, threads, blocks
+    made._lookup = HostKernel(library, "hot_pages_lookup", hot_pages_cuda.MOST_SLOTS // 8)
+    made._fetch = HostKernel(library, "hot_pages_fetch")
     made.set_descending = library.set_descending
     return made
