@@ -66,6 +66,10 @@ class ChoiceWorkspace:
             integers(num_heads), integers(num_heads),
         )  # fmt: skip
 
+    def part(self, num_heads: int) -> ChoiceWorkspace:
+        """The same scratch for the choices of fewer heads."""
+        return ChoiceWorkspace(*(tensor[:num_heads] for tensor in vars(self).values()))
+
     @staticmethod
     def bytes_for(num_heads: int, group: int, max_entries: int) -> int:
         words = 2 * group * num_parts(max_entries) + 2 * max_entries + _BINS + -(-max_entries // 32) + 2

@@ -17,6 +17,7 @@ from longrun.cache.pages import PagedHeads
 from longrun.cache.ring import Ring
 from longrun.kernels.dense_attention import cudnn_serves
 from longrun.kernels.gpu_kernels import GpuKernels
+from longrun.kernels.page_select_cuda import ChoiceWorkspace
 from longrun.quant.page_codec import exact_dtype
 from longrun.specs.attention_spec import AttentionSpec
 
@@ -51,7 +52,11 @@ class CudaAttention:
         )
         pads_chunks = kernels.on_gpu and cudnn_serves(device)
         self._prefill_pages = PagedPrefill(spec, fmt, compute_dtype, device, used, fetcher, pads_chunks)
-        selector = PageSelector(spec, device, kernels.score_pages, kernels.choose_pages) if spec.selects else None
+        selector = None
+        if spec.selects:
+            assert kernels.score_pages is not None and kernels.choose_pages is not None
+            room = ChoiceWorkspace.empty(spec.max_retrieval_heads, spec.group, spec.listed_pages, device)
+            selector = PageSelector(spec, device, kernels.score_pages, kernels.choose_pages, room)
         self.decode = CudaDecode(cache, spec, compute_dtype, kernels, fetcher, selector)
 
     def run(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from longrun.kernels.page_choose import Budget
 from longrun.kernels.page_view import PageView
 from longrun.specs.attention_spec import AttentionSpec
 
+if TYPE_CHECKING:
+    from longrun.kernels.page_select_cuda import ChoiceWorkspace
+
 
 class PageSelector:
     """Scores a layer's pages and lists the best, in buffers that all layers share: each is read before the next one is
@@ -21,15 +25,16 @@ class PageSelector:
     Args:
         spec: which selection, and how large the buffers are, which are allocated here.
         score_pages, choose_pages: see `kernels.page_score` and `kernels.page_choose`.
+        workspace: for choosing among the pages of the most heads, where `choose_pages` takes one.
     """
 
     def __init__(
         self, spec: AttentionSpec, device: torch.device, score_pages: Callable[..., Tensor],
-        choose_pages: Callable[..., None],
+        choose_pages: Callable[..., None], workspace: ChoiceWorkspace | None = None,
     ) -> None:  # fmt: skip
         assert spec.selects and spec.selection is not None
         self._selection = spec.selection
-        self._score_pages, self._choose_pages = score_pages, choose_pages
+        self._score_pages, self._choose_pages, self._workspace = score_pages, choose_pages, workspace
         self._softmax_scale, self._budget = spec.head_dim**-0.5, Budget(spec.selection.pages_per_head)
         heads, most = spec.max_retrieval_heads, spec.selection.pages_per_head
         self._scores = torch.zeros(heads, spec.group, spec.listed_pages, device=device)
@@ -38,7 +43,8 @@ class PageSelector:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self._scores, self._pages, self._begins, self._counts))
+        scratch = () if self._workspace is None else vars(self._workspace).values()
+        return sum(x.nbytes for x in (self._scores, self._pages, self._begins, self._counts, *scratch))
 
     def chosen(self, view: PageView) -> PageView:
         """`view` with the lists that `choose` writes in place of its own."""
@@ -54,10 +60,11 @@ class PageSelector:
             pages: of the layer, for their digests.
         """
         heads, selection = view.num_heads, self._selection
+        scratch = {} if self._workspace is None else {"workspace": self._workspace.part(heads)}
         scores = self._score_pages(
             q, view, pages.digest, lam=selection.lam, softmax_scale=self._softmax_scale, out=self._scores[:heads]
         )
         self._choose_pages(
             scores, view, budget=self._budget, newest=selection.newest, pages_out=self._pages[:heads],
-            counts_out=self._counts[:heads],
+            counts_out=self._counts[:heads], **scratch,
         )  # fmt: skip

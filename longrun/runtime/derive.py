@@ -44,7 +44,7 @@ def derived(
     plan = wanted.plan_session(capacity, copied)
     pinned = setup.parts.pinned
     check_free_memory(plan, True, setup.shared.compiled, 0 if pinned is None else pinned.kept_bytes, copied)
-    kernels = setup.shared.gpu_kernels(config.head_dim, plan.kv_format) if plan.attention.fused else None
+    kernels = setup.shared.gpu_kernels(plan) if plan.attention.fused else None
     decoder = reordered(decoder, orders, kernels)
     setup.shared.add_decoder(decoder)
     return replace(

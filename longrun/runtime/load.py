@@ -260,7 +260,7 @@ def load_parts(
     if compiled_kernels and gguf_file(checked.path) is not None:
         gguf_kernel = gguf_dequantizer(notices)
     shared = Shared()
-    gpu_kernels = shared.gpu_kernels(config.head_dim, plan.kv_format) if plan.attention.fused else None
+    gpu_kernels = shared.gpu_kernels(plan) if plan.attention.fused else None
     decoder = load_decoder(
         checked.path, config, [split.permutation(layer_idx) for layer_idx in range(config.num_layers)],
         plan.weight_format, device, TOKEN_SLICES[plan.device_type], gpu_kernels, checked.adapter,

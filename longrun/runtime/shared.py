@@ -6,10 +6,12 @@ import weakref
 from typing import TYPE_CHECKING
 
 from longrun.model.decoder import Decoder
+from longrun.plan.plan import Plan
 from longrun.session.session import Session
 
 if TYPE_CHECKING:
     from longrun.kernels.gpu_kernels import GpuKernels
+    from longrun.quant.digest_format import DigestFormat
 
 
 class Shared:
@@ -23,7 +25,7 @@ class Shared:
         self.compiled = False
         self._decoders: weakref.WeakSet[Decoder] = weakref.WeakSet()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._gpu_kernels: dict[str, GpuKernels] = {}
+        self._gpu_kernels: dict[tuple[str, DigestFormat | None], GpuKernels] = {}
 
     def add_decoder(self, decoder: Decoder) -> None:
         """Count its weights for as long as it lives; those that decoders share count once."""
@@ -33,17 +35,20 @@ class Shared:
         """Count its memory for as long as it lives."""
         self._sessions.add(session)
 
-    def gpu_kernels(self, head_dim: int, kv_format: str) -> GpuKernels:
-        """The kernels for pages of this format, compiled once.
+    def gpu_kernels(self, plan: Plan) -> GpuKernels:
+        """The kernels for pages and selection of this plan, whatever the context; compiled once.
 
         Raises:
             ConfigError: as `longrun.kernels.gpu_kernels.load_gpu_kernels`.
         """
-        if kv_format not in self._gpu_kernels:
+        page_format, selection = plan.cache.page_format, plan.attention.selection
+        digest = None if selection is None else selection.digest_format(page_format)
+        key = page_format.name, digest
+        if key not in self._gpu_kernels:
             from longrun.kernels.gpu_kernels import load_gpu_kernels
 
-            self._gpu_kernels[kv_format] = load_gpu_kernels(head_dim, kv_format)
-        return self._gpu_kernels[kv_format]
+            self._gpu_kernels[key] = load_gpu_kernels(page_format.head_dim, page_format.name, digest=digest)
+        return self._gpu_kernels[key]
 
     def taken_beside(self, decoder: Decoder) -> tuple[int, int]:
         """Bytes on the device and in the host pool that are not of `decoder`: sessions that are alive, and weights

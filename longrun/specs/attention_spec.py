@@ -14,6 +14,7 @@ DEFAULT_SCRATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 # Partial results of split-KV decode: no GPU runs more programs at once, and one needs a row a query head of its group.
 MAX_DECODE_PROGRAMS = 1024
+CHOICE_PARTS, CHOICE_PART_PAGES, CHOICE_BINS = 128, 256, 2048  # blocks of a head that choose; pages of one; bins
 RING_TILE = 64  # slots of a ring that one program reads
 BAND_TILE = 256  # queries that plain torch masks at once, see `longrun.kernels.banded_attention`
 
@@ -83,11 +84,16 @@ class AttentionSpec:
         return self.listed_pages if self.selection is None else self.selection.pages_per_head
 
     def selection_bytes(self) -> int:
-        """One layer's scores, the lists of the pages chosen, and where these begin and end."""
+        """One layer's scores, the lists of the pages chosen, where these begin and end; and the scratch in which the
+        GPU's kernels choose: values, candidates, a bit a page, bins of values, and results of each part."""
         if self.selection is None or not self.selects:
             return 0
-        heads = self.max_retrieval_heads
-        return 4 * heads * (self.group * self.listed_pages + self.selection.pages_per_head + 2)
+        listed = self.listed_pages
+        words = self.group * listed + self.selection.pages_per_head + 2
+        if self.fused:
+            parts = min(CHOICE_PARTS, -(-listed // CHOICE_PART_PAGES))
+            words += 2 * listed + -(-listed // 32) + CHOICE_BINS + 2 * self.group * parts + 2
+        return 4 * self.max_retrieval_heads * words
 
     def decode_bytes(self) -> int:
         """Upper bound of what decoding holds: with the fused backend queries, outputs, split results, fetch tables; and

@@ -1,0 +1,110 @@
+"""Selected decode of the GPU backend over the torch references of its kernels: the answer is the torch backend's, no
+host page is fetched, steps run ahead."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_gpu_backend import SHAPE, TOLERANCE, engines, rms_ratio
+from tiny_models import tiny_model
+
+pytest.importorskip("triton", reason="the GPU backend needs Triton, which is optional without a GPU")
+
+from longrun.kernels.gpu_kernels import reference_kernels
+from longrun.kernels.page_select_cuda import ChoiceWorkspace
+from longrun.session.session import Session
+from longrun.specs.reach import ALL_TOKENS
+
+IDS = torch.randint(0, 97, (700,), generator=torch.Generator().manual_seed(5))
+REACHES = ((ALL_TOKENS, 200), (130,), ())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("selecting")
+    tiny_model("llama", **SHAPE).save_pretrained(path)
+    return path
+
+
+def decoded(engine, count=520, stop=640):
+    """Logits after each of the tokens, one by one, behind a text read in chunks."""
+    engine.run(IDS[:count])
+    return torch.stack([engine.run_one(token) for token in IDS[count:stop].tolist()])
+
+
+@pytest.mark.parametrize("kv", ["int4", "k5v3"])
+@pytest.mark.parametrize("changes", [{}, {"reaches": REACHES}])
+def test_as_long_as_all_pages_are_chosen_it_is_dense_attention(folder, kv, changes):
+    dense, selecting = (engines(folder, kv=kv, select=select, **changes)[0] for select in (None, 7))
+    assert selecting.attention.decode._selector is not None and dense.attention.decode._selector is None
+    rows = [decoded(engine, 300, 620) for engine in (dense, selecting)]
+    same = (rows[0] == rows[1]).all(dim=1).tolist()
+    last = 9 * 64 + 1 - 300  # seven pages, the sink page and a full tail, and the token that flushes it
+    assert all(same[: last - 1]) and not any(same[last - 1 :])
+
+
+def by_number(q, view, digest, *, out, **_):
+    """Scores that change from page to page, head to head and length to length, and not with a rounding of the query."""
+    heads, entries = torch.arange(view.num_heads)[:, None], torch.arange(out.shape[2])
+    out[:] = torch.cos(5.0 * entries + 3 * heads + view.counts[:, None])[:, None]
+    return out
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize("scores", ["mixed", "full"])
+def test_few_pages_agree_with_the_torch_backend(folder, scores, share, monkeypatch):
+    monkeypatch.setattr("longrun.runtime.backend.score_pages", by_number)
+    fused, plain = engines(folder, scores, share, select=5, kernels=replace(reference_kernels(), score_pages=by_number))
+    fetched = fused.attention.decode._host_parts
+    assert not any(fetched(idx, pages) for idx, (pages, _) in enumerate(fused.cache.layers) if pages is not None)
+    rows = [decoded(engine) for engine in (fused, plain)]
+    fused.cache.check()
+    assert share == 1.0 or fused.cache.spec.host_pages
+    assert rms_ratio(*rows) < 8 * TOLERANCE
+    dense = decoded(engines(folder, scores, share)[1])
+    assert rms_ratio(rows[0], dense) > 20 * TOLERANCE
+
+
+def test_pages_are_read_where_they_stand(folder):
+    """The same pages are chosen and read, on the device or on the host, and the digests do not leave the device."""
+    resident, offloaded = (engines(folder, "full", share, select=5)[0] for share in (1.0, 0.2))
+    assert torch.equal(decoded(resident), decoded(offloaded))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_greedy_steps_ahead_are_the_steps_themselves(folder, share):
+    plain, ahead = (engines(folder, "mixed", share, select=5)[0] for _ in range(2))
+    for engine in (plain, ahead):
+        engine.run(IDS[:500])
+    token = other = 5
+    for _ in range(150):
+        expected, found = plain.run_one(token), ahead.run_one(other, ahead=True)
+        assert torch.equal(expected, found)
+        token, other = int(expected.argmax()), ahead.next_token_id()
+        assert token == other
+
+
+def test_a_rewind_and_a_step_thrown_away_change_nothing(folder):
+    engine = engines(folder, "mixed", 0.5, select=5)[0]
+    session = Session(engine, None, None, frozenset())
+    session.prefill(IDS[:500])
+    mark = session.mark()
+    answer = list(session.generate(80, eos=False))
+    for _ in range(2):
+        session.rewind(mark)
+        assert list(session.generate(80, eos=False)) == answer
+        session.rewind(mark)
+        assert session.score(answer, one_by_one=True).argmax(dim=-1).tolist() == answer
+    session.rewind(mark)
+    one = list(session.generate(1, eos=False))
+    exact = session.prefill(answer[1:2])  # the token that waits and this one, in one chunk
+    session.rewind(mark)
+    assert one == answer[:1] and torch.equal(session.prefill(answer[:2]), exact)
+
+
+@pytest.mark.parametrize(("heads", "group", "listed"), [(1, 1, 10), (3, 2, 1000), (8, 4, 156_000)])
+def test_the_scratch_of_a_choice_has_its_bytes_in_the_plan(folder, heads, group, listed):
+    spec = engines(folder, select=5)[0].attention.spec
+    changed = {"max_retrieval_heads": heads, "num_qo_heads": group, "num_kv_heads": 1, "listed_pages": listed}
+    sizes = [replace(spec, fused=fused, **changed).selection_bytes() for fused in (True, False)]
+    assert sizes[0] - sizes[1] == ChoiceWorkspace.bytes_for(heads, group, listed)
