@@ -13,7 +13,7 @@ from torch import Tensor
 from longrun.attention.interface import Step
 from longrun.attention.whole_text import WholeTextAttention
 from longrun.errors import InputError
-from longrun.lab.prefill_choice import RULES, Choice, Limits, counts_at, ladder
+from longrun.lab.prefill_choice import LEVELLED, RULES, Choice, Limits, counts_at, ladder
 from longrun.lab.prefill_mass import LEVELS, SHARES, MassTable
 from longrun.lab.prefill_selectors import PERFECT, SELECTORS, TILE, page_values, tiles_of
 from longrun.lab.prefill_sparse import Reading, SparsePrefill
@@ -55,26 +55,22 @@ def test_a_perfect_value_is_the_attention():
 
 
 @pytest.mark.parametrize(
-    "selector", [name for name in SELECTORS if name not in ("bands", "bands 16", "digest, sampled")]
+    "selector", [name for name in SELECTORS if name not in ("bands", "bands 16", "digest, means 1")]
 )
 def test_selectors_are_exact_where_queries_and_keys_are_alike(selector):
     """Groups of like tokens are what their means say; half-ranges are 0, and 4 bits hold a page's keys nearly."""
-    case = random_case(steady=True)
-    q = case[0]
-    if selector == "outliers":  # of four like queries each counts as often as the 32 of a mean
-        q = q[:, :, :, :1].expand_as(q).contiguous()
-    found = page_values(selector, q, *case[1:], PAGES, SCALE, 0.25)[1].exp()
-    if selector == "outliers":  # the own chunk's part differs between the tile's queries
-        return torch.testing.assert_close(found / found.sum(-1, keepdim=True), (lambda m: m / m.sum(-1, keepdim=True))(
-            exact_mass(q, *case[1:])), atol=1e-4, rtol=1e-3)  # fmt: skip
-    off = 0.06 if "digest" in selector else 1e-5
-    torch.testing.assert_close(found, exact_mass(*case), atol=off, rtol=1e-3)
+    q, own_lse, keys = random_case(steady=True)
+    if SELECTORS[selector].rows in ("mean", "halves", "outliers"):
+        q, own_lse = (x[:, :, :, :1].expand_as(x).contiguous() for x in (q, own_lse))
+    found = page_values(selector, q, own_lse, keys, PAGES, SCALE, 0.25)[1].exp()
+    off = 0.06 if SELECTORS[selector].kind == "digest" else 1e-5
+    torch.testing.assert_close(found, exact_mass(q, own_lse, keys), atol=off, rtol=1e-3)
 
 
 def test_two_stages_are_the_second_among_the_first():
     case = random_case()
     coarse = page_values("digest", *case, PAGES, SCALE, 0.25)[1]
-    fine, both = (page_values(name, *case, PAGES, SCALE, 0.25)[0] for name in ("sampled", "digest, sampled"))
+    fine, both = (page_values(name, *case, PAGES, SCALE, 0.25)[0] for name in ("means 1", "digest, means 1"))
     kept = both > -torch.inf
     assert kept.sum() == 20  # 30% of eight pages of eight tiles
     assert coarse[kept].min() >= coarse[~kept].max()
@@ -103,6 +99,8 @@ def test_counts_by_hand():
     levels = torch.tensor([0.6, 0.3, 0.09, 0.001])
     assert counts_at(ranking, "relative", levels, LIMITS).tolist() == [[4, 5, 7, 8]]
     assert counts_at(ranking, "absolute", levels, LIMITS).tolist() == [[3, 4, 6, 8]]
+    levels = torch.tensor([0.9, 0.2, 0.06, 0.055, 0.0001])
+    assert counts_at(ranking, "left", levels, LIMITS).tolist() == [[3, 5, 6, 7, 8]]  # of 0.86 in all
     assert ladder(LIMITS, 8) == [3, 4, 5, 6, 7, 8] and ladder(Limits(4, 40), 50) == [40, 45, 50]
     assert Choice("means", 0.2, "absolute", 0.3).counts(ranking, LIMITS).tolist() == [4]
     assert Choice("means", 0.1).counts(ranking, LIMITS).tolist() == [3]
@@ -183,7 +181,7 @@ def test_mass_is_measured():
                 (caught >= 0).all() and (caught <= best + 1e-5).all() and (best <= table.past[..., None] + 1e-5).all()
             )
             assert (caught.diff(dim=-1) >= 0).all()
-        for rule in ("relative", "absolute"):
+        for rule in LEVELLED:
             assert (table.levelled[name, rule].diff(dim=-1) >= -1e-5).all()
     assert table.caught["means", "share"][..., 3].sum() < table.caught[PERFECT, "share"][..., 3].sum() - 0.01
     found = mass_of(table)

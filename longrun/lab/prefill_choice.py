@@ -45,8 +45,9 @@ class Choice:
     Attributes:
         rule: one of `RULES`. "share": of the past; "weighed": the same, ranked by shares of all attention instead of
             the past's; "relative": pages that get at least `level` times what the best one gets that is not always
-            read (FlashPrefill); "absolute": pages that get at least the share `level` of all the tile's attention.
-        share: wanted; with the last two rules `level` was fitted to it.
+            read (FlashPrefill); "absolute": pages that get at least the share `level` of all the tile's attention;
+            "left": as few pages as leave at most the share `level` of all the tile's attention to others.
+        share: wanted; with the last three rules `level` was fitted to it.
     """
 
     selector: str
@@ -74,12 +75,13 @@ class Choice:
         return sizes[torch.bucketize(found[..., 0], sizes)]
 
 
-RULES = ("share", "weighed", "relative", "absolute")
+RULES = ("share", "weighed", "relative", "absolute", "left")
+LEVELLED = RULES[2:]
 
 
 def by_whole(selector: str, rule: str) -> bool:
     """Whether pages are ranked by shares of all attention."""
-    return selector == PERFECT or rule in ("weighed", "absolute")
+    return selector == PERFECT or rule in ("weighed", "absolute", "left")
 
 
 def forced(values: Tensor, limits: Limits) -> Tensor:
@@ -91,16 +93,21 @@ def forced(values: Tensor, limits: Limits) -> Tensor:
 
 
 def counts_at(ranking: Tensor, rule: str, levels: Tensor, limits: Limits) -> Tensor:
-    """int64 [..., n], pages that tiles read at each of float32 [n] levels of the rule "relative" or "absolute".
+    """int64 [..., n], pages that tiles read at each of float32 [n] levels of a rule of `LEVELLED`.
 
     Args:
         ranking: of `Choice.ranking`, [..., pages].
     """
-    least = levels.log().expand(*ranking.shape[:-1], -1)
-    if rule == "relative":
-        least = least + ranking.masked_fill(ranking == torch.inf, -torch.inf).amax(-1, keepdim=True)
-    pages = ranking.shape[-1]
-    return (ranking[..., None, :] >= least[..., None]).sum(-1).clamp(limits.smallest(pages), pages)
+    pages, free = ranking.shape[-1], ranking.masked_fill(ranking == torch.inf, -torch.inf)
+    if rule == "left":
+        rest = free.exp().sort(-1).values.cumsum(-1)
+        found = (rest[..., None, :] > levels[:, None]).sum(-1) + pages - free.isfinite().sum(-1, keepdim=True)
+    else:
+        least = levels.log().expand(*ranking.shape[:-1], -1)
+        if rule == "relative":
+            least = least + free.amax(-1, keepdim=True)
+        found = (ranking[..., None, :] >= least[..., None]).sum(-1)
+    return found.clamp(limits.smallest(pages), pages)
 
 
 def ladder(limits: Limits, pages: int) -> list[int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longrun.attention.interface import Step
 from longrun.attention.whole_text import WholeTextAttention
-from longrun.lab.prefill_choice import Choice, Limits, counts_at
+from longrun.lab.prefill_choice import LEVELLED, Choice, Limits, by_whole, counts_at
 from longrun.lab.prefill_selectors import TILE, page_values, tiles_of
 from longrun.lab.selection import LayerKeys, padded
 from longrun.lab.selection_rules import PAGE
@@ -24,7 +24,6 @@ HELD = (0.90, 0.95, 0.99)  # of the past's mass
 LOST = (0.05, 0.02, 0.01)  # of all attention
 SHARES = (0.05, 0.08, 0.15, 0.25)
 LEVELS = tuple(10 ** (-0.25 * i) for i in range(1, 25))
-_LEVELLED = ("relative", "absolute")
 
 
 @dataclass
@@ -71,7 +70,7 @@ class MassTable:
     def caught_at(self, selector: str, rule: str, share: float) -> float | None:
         """Mass caught, a mean over tiles, layers and heads, where that share of the pages is read; between levels in
         straight lines, None outside them."""
-        if rule not in _LEVELLED:
+        if rule not in LEVELLED:
             return self.caught[selector, rule][..., SHARES.index(share)].mean().item() / self.tiles
         shares, caught = (self.levelled[selector, rule] / self.tiles).tolist()
         for i in range(1, len(shares)):
@@ -129,14 +128,17 @@ class MassMeasure(WholeTextAttention):
         at = torch.tensor([self._limits.chosen(share, pages) - 1 for share in SHARES], device=mass.device)
         for selector in self._selectors:
             values = page_values(selector, tile, own_lse, keys, pages, self.softmax_scale, self._limits.lam)
-            for fixed, levelled in (("share", "relative"), ("weighed", "absolute")):
+            for fixed in ("share", "weighed"):
                 ranking = Choice(selector, 0, fixed).ranking(*values, self._limits)
                 caught = mass.gather(-1, ranking.argsort(-1, descending=True)).cumsum(-1)
                 zeros = table.past.new_zeros(*table.past.shape, len(SHARES))
                 table.caught.setdefault((selector, fixed), zeros)[layer] += caught[..., at].flatten(0, 2)
-                counts = counts_at(ranking, levelled, levels, self._limits)
-                found = torch.stack((counts / pages, caught.gather(-1, counts - 1))).mean((1, 2, 3)) / len(table.past)
-                table.levelled.setdefault((selector, levelled), torch.zeros_like(found)).add_(found)
+                for rule in LEVELLED:
+                    if by_whole("", rule) == (fixed == "weighed"):
+                        counts = counts_at(ranking, rule, levels, self._limits)
+                        found = torch.stack((counts / pages, caught.gather(-1, counts - 1))).mean((1, 2, 3))
+                        own = table.levelled.setdefault((selector, rule), torch.zeros_like(found))
+                        own += found / len(table.past)
 
     def _mass(self, tile: Tensor, start: int, begin: int, keys: LayerKeys) -> tuple[Tensor, Tensor]:
         """The pages' [num_kv_heads, group, 1, pages], and the queries' log-sum-exp over their own chunk

@@ -13,13 +13,13 @@ chunk, which is computed before the past's.
 | selector | of the tile | of the past |
 |---|---|---|
 | means, means 4, means 1 | means of 32 queries | means of 16 keys, of 4 keys, keys |
+| mean 1, halves 1 | the mean of the tile, means of 64 queries | keys |
 | digest, digest 8 | the same, and means of their magnitudes | means and lam x half-ranges of 16 (8) keys, 4 bits |
 | bands | the mean of the tile | means of a page; fast and slow rotary pairs apart (Prism, arXiv 2602.08426) |
 | bands 16 | means of 32 queries | means of 16 keys, bands apart |
 | outliers | means of 32 queries and the 4 queries least like the tile's mean (QUOKA) | means of 16 keys |
 | sampled 16, sampled 4, sampled | every 16th query | as means; the last one is SampleAttention's, arXiv 2406.15486 |
-| four sampled | every 32nd query | keys |
-| digest, sampled | of the 30% of all heads' pages that get most by *digest*, again by *sampled* | |
+| digest, means 1 | of the 30% of all heads' pages that get most by *digest*, again by *means 1* | |
 | diagonals S | S consecutive queries in reverse order, joined | S keys joined (XAttention, arXiv 2503.16428) |
 | perfect | every query | keys |
 
@@ -41,7 +41,7 @@ from longrun.lab.selection_rules import PAGE, Index
 
 TILE = 128
 PERFECT = "perfect"
-_ROWS = {"mean": 1, "means": 4, "outliers": 4 + 4, "sampled": 8, "four": 4, "all": TILE}
+_ROWS = {"mean": 1, "halves": 2, "means": 4, "outliers": 4 + 4, "sampled": 8, "all": TILE}
 _OUTLIERS = 4
 _COARSE = 0.3  # of the pages, of a first stage
 _BANDS = (0.5, 0.75)  # of the channels, fast and slow
@@ -53,7 +53,7 @@ class Selector:
     """What stands for a tile and for the past.
 
     Attributes:
-        rows: "mean", "means", "outliers", "sampled", "four", "all" or "joined".
+        rows: "mean", "halves", "means", "outliers", "sampled", "all" or "joined".
         tokens: of the past that one vector stands for.
         kind: "mean", "digest" or "bands".
         coarse: selector of a first stage.
@@ -79,10 +79,10 @@ class Selector:
 
 SELECTORS = {
     "means": Selector("means", 16), "means 4": Selector("means", 4), "means 1": Selector("means", 1),
-    "digest": Selector("means", 16, "digest"), "digest 8": Selector("means", 8, "digest"),
+    "halves 1": Selector("halves", 1), "mean 1": Selector("mean", 1), "digest": Selector("means", 16, "digest"),
+    "digest 8": Selector("means", 8, "digest"), "digest, means 1": Selector("means", 1, coarse="digest"),
     "bands": Selector("mean", PAGE, "bands"), "bands 16": Selector("means", 16, "bands"),
     "outliers": Selector("outliers", 16), "sampled 16": Selector("sampled", 16), "sampled 4": Selector("sampled", 4),
-    "digest, sampled": Selector("sampled", 1, coarse="digest"), "four sampled": Selector("four", 1),
     "sampled": Selector("sampled", 1), "diagonals 8": Selector("joined", 8), "diagonals 16": Selector("joined", 16),
     PERFECT: Selector("all", 1),
 }  # fmt: skip
@@ -147,7 +147,7 @@ def _of_rows(selector: Selector, x: Tensor, q: Tensor) -> Tensor:
         q: as of `page_values`; says which queries are outliers.
     """
     count = selector.num_rows
-    if selector.rows in ("sampled", "four"):
+    if selector.rows == "sampled":
         return x.unflatten(3, (count, -1))[:, :, :, :, TILE // count // 2]
     if selector.rows != "outliers":
         return x.unflatten(3, (count, -1)).mean(4)

@@ -10,9 +10,9 @@
    (`longrun.lab.quality.answered`), which are read in full: answers kept, KL, equal likeliest tokens.
 
 A setting is a selector, a share and what else it does: "means 8% delta tail".
-relative, absolute, weighed: rules of `longrun.lab.prefill_choice`, at a level that reads this share of the pages where
-the mass was measured; delta: correction by dense rows; ends: first and last two layers in full; first: the first two
-alone; tail: a document's last 2,048 tokens in full.
+relative, absolute, left, weighed: rules of `longrun.lab.prefill_choice`, at a level that reads this share of the pages
+where the mass was measured; delta: correction by dense rows; ends: first and last two layers in full; first: the first
+two alone; tail: a document's last 2,048 tokens in full.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from longrun.arguments import COUNT, whole
 from longrun.attention.whole_text import WholeTextAttention
 from longrun.cli import Parser, run
 from longrun.errors import InputError
-from longrun.lab.prefill_choice import RULES, Choice, Limits
+from longrun.lab.prefill_choice import LEVELLED, RULES, Choice, Limits
 from longrun.lab.prefill_mass import HELD, LEVELS, LOST, SHARES, MassMeasure, MassTable
 from longrun.lab.prefill_selectors import SELECTORS, TILE
 from longrun.lab.prefill_sparse import Reading, SparsePrefill
@@ -48,12 +48,11 @@ from scripts.quality.selection_probe import started
 TEXT_ROWS, TAIL = 256, 2048
 CODE, PROSE = "code", "prose"
 SETTINGS = (
-    "means 8%", "means 8% absolute", "digest 8% absolute", "digest, sampled 8% absolute", "sampled 8% absolute",
-    "digest, sampled 15% absolute", "digest, sampled 8% absolute delta", "digest, sampled 15% absolute delta",
-    "digest, sampled 5% absolute", "digest 15% absolute", "means 15%", "means 15% delta",
-    "digest, sampled 25% absolute", "digest, sampled 8%", "sampled 8%", "digest, sampled 8% absolute first",
-    "digest, sampled 8% absolute tail", "diagonals 16 8%", "perfect 8% absolute", "digest, sampled 8% relative",
-    "means 5%", "means 25%",
+    "means 8%", "means 1 8% absolute", "means 1 15% absolute", "mean 1 8% absolute", "digest 8% absolute",
+    "means 1 8% absolute delta", "means 1 15% absolute delta", "means 1 5% absolute", "means 1 25% absolute",
+    "means 15%", "means 1 8%", "means 8% delta", "means 8% absolute", "means 1 8% left", "means 1 8% absolute first",
+    "means 1 8% absolute tail", "digest 15% absolute", "diagonals 16 8%", "bands 8%", "sampled 8% absolute",
+    "means 1 8% absolute ends", "means 1 8% relative", "means 5%", "means 25%", "perfect 8% absolute",
 )  # fmt: skip
 
 
@@ -95,7 +94,7 @@ class Setting:
         """
         rule = next(iter(self.words & set(RULES)), "share")
         level = None
-        if rule in ("relative", "absolute"):
+        if rule in LEVELLED:
             if table is None or (self.selector, rule) not in table.levelled:
                 raise InputError(
                     f"the setting {self.name!r} needs the mass of its selector: give --mass-texts and --selectors"
