@@ -13,7 +13,12 @@ from selection_case import DIM, random_model, random_text
 from longrun.lab.quality.judged import Judged
 from longrun.lab.selection import LayerKeys, LayerQueries, best
 from longrun.lab.selection_rules import LAMBDAS, PAGE, TODAY, Index, Rule, known_rules, pages_of
-from scripts.quality import selection_answers, selection_probe
+from longrun.quant.digest_format import DigestFormat
+from longrun.quant.kv_format import PageFormat
+from longrun.quant.page_codec import decode_pages, encode_pages
+from longrun.quant.page_digest import decode_digest, encode_digest
+from longrun.quant.rotation import key_rotation
+from scripts.quality import digest_probe, selection_answers, selection_probe
 from scripts.quality.selection_answers import Choice, Read
 from scripts.quality.selection_probe import AT, BUDGETS, fitted_lambda, lost_mass, measure, steps_of, table_of
 from scripts.quality.selection_steps import filter_layers, own_choice, pool_hits
@@ -106,6 +111,30 @@ def test_fewer_bits_lose_more_of_an_index_and_bytes_are_counted():
     assert sizes["1-bit keys"] == 16 + 8 and sizes["unturned 16 + 0.25"] == (128 + 64) * 2 / 16
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_digests_are_those_of_pages(head_dim):
+    keys = torch.randn(2, 4 * PAGE, head_dim, generator=torch.Generator().manual_seed(0)) + 3
+    turns = torch.ones(4 * PAGE, head_dim)
+    some, pages = LayerKeys(keys, turns, 0 * turns), (keys @ key_rotation(head_dim)[1]).unflatten(1, (-1, PAGE))
+    stored = PageFormat("k5v3", PAGE, head_dim)
+    stored = decode_pages(*encode_pages(pages, pages, stored), stored)[0]
+    for bits in (4, 8):
+        fmt, index = DigestFormat(PAGE, head_dim, centre_bits=bits), Index(16, 0.25, "digest", bits=bits)
+        made = encode_digest(stored, fmt)
+        for own, other in zip(some.vectors(index), decode_digest(made, fmt), strict=True):
+            wrong = (own - other.flatten(1, 2)).abs() > 1e-4
+            assert wrong.float().mean() < 2e-3  # a code at the border may round to its neighbour
+        assert index.token_bytes(head_dim) == fmt.page_bytes / PAGE
+    whole = some.scores(Index(16, basis="digest", half_bits=8), 0 * keys[:, None, :1] + 1, 1)
+    errors = [
+        (some.scores(Index(16, basis="digest", bits=bits, less=less), 0 * keys[:, None, :1] + 1, 1) - whole)
+        .abs()
+        .mean()
+        for bits, less in ((4, ""), (4, "page"), (4, "first"))
+    ]
+    assert errors[0] > 2 * max(errors[1:]) > 0
+
+
 def test_pools_and_filter_layers_by_hand():
     chosen = torch.zeros(1, 40, 10, dtype=torch.bool)
     chosen[0, torch.arange(40), torch.arange(40) % 3] = True  # one page a row: 0, 1, 2, 0, 1, 2, ...
@@ -183,3 +212,8 @@ def test_probes_run(planted, tmp_path):
         pages = [row["lost"] for name, row in table["rules"].items() if "units" not in name]
         assert all(row[0] >= least[0] - 1e-4 for row in pages) and least[:5] == sorted(least[:5], reverse=True)
     assert not found["steps"][0]["filters_judged_on_another_text"]
+    assert digest_probe.main([*base, "--texts", "1", "--rows", "8"]) == 0
+    found = json.loads(out.read_text())["lengths"][0]["mass"]
+    for table in found.values():
+        least = table["rules"]["perfect"]["lost"]
+        assert all(row["lost"][0] >= least[0] - 1e-4 for row in table["rules"].values())

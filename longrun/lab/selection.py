@@ -13,10 +13,12 @@ every group of tokens a centre c and, where lam > 0, a half-range h, channel by 
 - `unturned` takes RoPE off first: c0 is the mean of R_j' k_j, met at every fourth position p of the group by the query
   turned back to it, q . R_p c0; h is a radius a rotary pair, the largest |R_j' k_j - c0| of the pair, met by the
   length of q's pair, which no turn changes.
+- A `digest` is what a page can tell of itself (`quant.page_digest`): the mean is of keys as k5v3 pages store them,
+  rotated, the half-range of the same with the rotation undone, each with one scale a vector and nothing known besides.
 - A group of one token is the key itself, or a code of it: of each channel of a rotated page, 4 bits on int4's grid, or
   1 or 2 bits at the best levels for a normal distribution (mean and deviation kept).
 
-Elements of less than 16 bits have one float16 scale a vector, after each channel is divided by its spread and the
+Other elements of less than 16 bits have one float16 scale a vector, after each channel is divided by its spread and the
 head's mean key, turned to every position, is taken off: both are numbers of the model (here: of the text), kept once.
 """
 
@@ -59,11 +61,13 @@ class LayerKeys:
     def scores(self, index: Index, q: Tensor, softmax_scale: float) -> Tensor:
         """float32 [num_kv_heads, R, group, T // unit], for float32 q [num_kv_heads, R, group, head_dim]."""
         centre, half = self.vectors(index)
-        if index.group == 1 or index.basis == "rotated":
+        of_q = q.abs()
+        if index.group == 1 or index.basis in ("rotated", "digest"):
             q = q @ key_rotation(q.shape[-1])[0].to(q)
-        of_q, heads = q.abs(), q.flatten(1, 2)
-        found = heads @ centre.mT
+        found = q.flatten(1, 2) @ centre.mT
         if index.lam:
+            if index.basis == "rotated":
+                of_q = q.abs()
             if index.basis == "unturned":
                 of_q = q.unflatten(-1, (2, -1)).norm(dim=-2)
             of_half = of_q.flatten(1, 2) @ half.mT
@@ -73,10 +77,30 @@ class LayerKeys:
 
     def vectors(self, index: Index) -> tuple[Tensor, Tensor]:
         """Centres [num_kv_heads, n, head_dim], and half-ranges: of a channel, or of a pair."""
-        name = repr((index.group, index.basis, index.middle, index.bits))
+        name = repr((index.group, index.basis, index.middle, index.bits, index.half_bits, index.less))
         if name not in self._made:
-            self._made[name] = self._codes(index.bits) if index.group == 1 else self._made_of(index)
+            if index.group == 1:
+                self._made[name] = self._codes(index.bits)
+            else:
+                self._made[name] = self._digest(index) if index.basis == "digest" else self._made_of(index)
         return self._made[name]
+
+    def _digest(self, index: Index) -> tuple[Tensor, Tensor]:
+        name = f"digest {index.group}"
+        if name not in self._made:
+            back, there = (one.to(self.keys) for one in key_rotation(self.keys.shape[-1]))
+            fmt = PageFormat("k5v3", PAGE, self.keys.shape[-1])
+            pages = (self.keys @ there).unflatten(1, (-1, PAGE))
+            stored = decode_pages(*encode_pages(pages, pages, fmt), fmt)[0].flatten(1, 2)
+            low, high = (stored @ back.mT).unflatten(1, (-1, index.group)).aminmax(dim=2)
+            self._made[name] = stored.unflatten(1, (-1, index.group)).mean(2), (high - low) / 2
+        centre, half = self._made[name]
+        known, groups = torch.zeros_like(centre[:, :1]), PAGE // index.group
+        if index.less == "first":
+            known = centre[:, groups : 2 * groups].mean(1, keepdim=True)
+        elif index.less == "page":
+            known = _one_scale(centre.unflatten(1, (-1, groups)).mean(2), 8, True).repeat_interleave(groups, 1)
+        return known + _one_scale(centre - known, index.bits, True), _one_scale(half, index.half_bits or 16, False)
 
     def _codes(self, bits: int) -> tuple[Tensor, Tensor]:
         pages = self._in_basis("rotated").unflatten(1, (-1, PAGE))
@@ -135,6 +159,13 @@ def _rounded(x: Tensor, bits: int, signed: bool) -> Tensor:
     even, last = x / spread, 2 ** (bits - signed) - 1
     scale = (even.abs().amax(-1, keepdim=True) / last).half().float().clamp_min(2**-24)
     return (even / scale).round_().clamp_(-last, last) * scale * spread
+
+
+def _one_scale(x: Tensor, bits: int, signed: bool) -> Tensor:
+    """[heads, n, head_dim] on a grid of `bits` bits with one float16 scale a vector."""
+    last = 2 ** (bits - signed) - 1
+    scale = (x.abs().amax(-1, keepdim=True) / last).half().float().clamp_min(2**-24)
+    return (x / scale).round_().clamp_(-last, last) * scale
 
 
 class LayerQueries:

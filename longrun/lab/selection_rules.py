@@ -7,6 +7,11 @@ from dataclasses import dataclass, replace
 PAGE = 64
 TODAY = "min/max 64 rotated (today's)"
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+DIGEST_LAMBDAS = (0.0, 0.25, 0.5, 0.75)
+DIGESTS = (  # tokens of a group, bits of a centre and of a half-range, what is taken off first
+    (16, 8, 4, ""), (16, 8, 8, ""), (16, 6, 4, ""), (16, 4, 4, ""), (16, 4, 2, ""), (16, 4, 4, "first"),
+    (16, 4, 4, "page"), (8, 4, 0, ""), (8, 4, 0, "first"),
+)  # fmt: skip
 COARSE_SHARES = (0.26, 0.06, 0.04, 0.013)
 _KINDS = {"mean": ("plain", False), "middle": ("plain", True), "unturned": ("unturned", False)}
 
@@ -18,8 +23,11 @@ class Index:
     Attributes:
         group: tokens of a vector; 1: the keys themselves, of 16, 4, 2 or 1 bits.
         lam: weight of the half-range; 0: none is kept.
-        basis: "plain", "rotated" or "unturned".
+        basis: "plain", "rotated", "unturned" or "digest".
         bits: of an element.
+        half_bits: of a half-range's element in a digest.
+        less: what is taken off a digest's centres before they are rounded: "first" the mean of the head's page 1,
+            "page" the page's own, which is kept with 8 bits.
         best: the best group of a page counts, instead of the log-sum-exp of all.
         unit: tokens that are chosen together, PAGE or the group.
     """
@@ -31,12 +39,18 @@ class Index:
     bits: int = 16
     best: bool = False
     unit: int = PAGE
+    half_bits: int = 4
+    less: str = ""
 
     def token_bytes(self, head_dim: int) -> float:
         """Bytes a token of one KV head."""
         if self.group == 1:
             scales = 0 if self.bits == 16 else 2 * 2 * head_dim / PAGE
             return head_dim * self.bits / 8 + scales
+        if self.basis == "digest":
+            halves = head_dim * self.half_bits / 8 + 2 if self.lam else 0
+            of_page = (head_dim + 2) / PAGE if self.less == "page" else 0
+            return (head_dim * self.bits / 8 + 2 + halves) / self.group + of_page
         of_half = 0 if not self.lam else head_dim // 2 if self.basis == "unturned" else head_dim
         scales = 0 if self.bits == 16 else 2 * (1 + bool(self.lam))
         return ((head_dim + of_half) * self.bits / 8 + scales) / self.group
@@ -87,6 +101,19 @@ def known_rules() -> dict[str, Rule]:
     found |= {f"{name}, 16-token units": Rule(replace(indices[name], unit=16)) for name in units}
     for name, index in coarse.items():
         found |= {f"{100 * share:g}% by {name}, then keys": Rule(index, share) for share in COARSE_SHARES}
+    return found
+
+
+def digest_rules() -> dict[str, Rule]:
+    """By name: digests of pages as they are stored, beside what they are judged by."""
+    names = ("perfect", "keys", TODAY, *(fitted_name("mean", lam) for lam in DIGEST_LAMBDAS))
+    found = {name: rule for name, rule in known_rules().items() if name in names}
+    for group, bits, half_bits, less in DIGESTS:
+        lambdas = DIGEST_LAMBDAS if half_bits == 4 and group == 16 else DIGEST_LAMBDAS[1:] if half_bits else (0,)
+        for lam in lambdas:
+            index = Index(group, lam, "digest", bits=bits, half_bits=half_bits, less=less)
+            halves = f" + {lam:g} of {half_bits}" if lam else ""
+            found[f"digest of {group}, {bits} bits{halves}" + (f", less {less}" if less else "")] = Rule(index)
     return found
 
 

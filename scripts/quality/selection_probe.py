@@ -37,7 +37,7 @@ from longrun.lab.quality.answered import AnsweredText, answered_texts
 from longrun.lab.quality.code_source import source_facts, standard_library
 from longrun.lab.report_env import environment
 from longrun.lab.selection import LayerKeys, LayerQueries, padded
-from longrun.lab.selection_rules import LAMBDAS, PAGE, fitted_name, known_rules, pages_of
+from longrun.lab.selection_rules import LAMBDAS, PAGE, Rule, fitted_name, known_rules, pages_of
 from longrun.paths import path_option
 from longrun.runtime.runtime import Runtime
 from longrun.units import parse_tokens
@@ -74,11 +74,11 @@ class Measure(WholeTextAttention):
 
     def __init__(
         self, model: Model, rows: Mapping[str, Tensor], streams: Mapping[str, Tensor], counts: Sequence[int],
-        newest: int,
+        newest: int, rules: Mapping[str, Rule],
     ) -> None:  # fmt: skip
         super().__init__(model.group, model.scale, 0)
         device = model.decoder.device
-        self.rules, self._counts, self._newest, self._factor = known_rules(), counts, newest, model.rotary.scaling
+        self.rules, self._counts, self._newest, self._factor = rules, counts, newest, model.rotary.scaling
         self._rows = {kind: some.to(device) for kind, some in rows.items()}
         self.streams = {kind: Stream(some.to(device)) for kind, some in streams.items()}
         self.lost = {(kind, name): torch.zeros(*model.shape, len(counts)) for kind in rows for name in self.rules}
@@ -116,7 +116,7 @@ def measure(model: Model, text: AnsweredText, newest: int) -> Measure:
     streams = {"text": torch.arange(end - STREAM, end), "questions": torch.arange(length - STREAM, length)}
     counts = [pages_of(budget, length // PAGE) for budget in BUDGETS]
     kinds = {"answers": rows, "text": text.text_rows[-ROWS:]}
-    found = Measure(model, kinds, streams, counts, newest)
+    found = Measure(model, kinds, streams, counts, newest, known_rules())
     step = Step(0, length, *model.rotary.cos_sin(0, length, length))
     model.decoder.forward(text.ids.to(model.decoder.device), step, found)
     return found
