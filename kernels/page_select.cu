@@ -32,7 +32,7 @@ constexpr int THREADS = 256, FINAL_THREADS = 1024, BINS = 2048, DIGITS = FINAL_T
 #define INF __int_as_float(0x7f800000)
 
 __device__ __forceinline__ u32 lds32(u32 a) { u32 v; asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(a)); return v; }
-__device__ __forceinline__ void cp16(u32 to, const u8* from) {
+__device__ __forceinline__ void cp16(u32 to, const uint4* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory"); }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wait_group() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
@@ -42,9 +42,13 @@ __device__ __forceinline__ float half_hi(u32 a) {
   float f; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(a)); return f; }
 __device__ __forceinline__ float bf16(u16 a) { return __uint_as_float(u32(a) << 16); }
 __device__ __forceinline__ float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float lg2(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ void mma_s8(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1)); }
+// Kept in a register: else the compiler computes it again wherever it is used.
+__device__ __forceinline__ void keep(u32& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void keep(const uint4*& x) { asm volatile("" : "+l"(x)); }
 // End of what tests/cuda_on_cpu.py replaces.
 
 // Entries of a head's list that a view means, and no more than there is room for.
@@ -165,28 +169,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) page_select_score(
   const int begin = int(i64(tiles) * worker / workers) * TILE, end = int(i64(tiles) * (worker + 1) / workers) * TILE;
   const int mine = (end < entries ? end : entries) - begin, count = (end - begin) / TILE;
   const bool halves = lam != 0.f;
-  const u32 ring = u32(__cvta_generic_to_shared(shared)) + warp * STAGES * TILE_BYTES;
+  u32 ring = u32(__cvta_generic_to_shared(shared)) + warp * STAGES * TILE_BYTES;
+  const uint4* chunks = reinterpret_cast<const uint4*>(digest + head * digest_stride) + lane;
+  keep(ring), keep(chunks);
   pages += head * pages_stride + begins[head] + skip + begin;
-  digest += head * digest_stride;
 
-  // Page numbers of 32 entries at a time, a lane each, and the 32 after them.
-  auto number_of = [&](int i) { return i < mine ? pages[i] : 0; };
-  int page = number_of(lane), next_page = number_of(lane + 32);
+  // First chunks of the pages of 32 entries at a time, a lane each, and of the 32 after them. Past the last entry stands
+  // page 0, so that every tile has four.
+  auto chunk_of = [&](int i) { return (i < mine ? pages[i] : 0) * CHUNKS; };
+  int at = chunk_of(lane), next_at = chunk_of(lane + 32);
   const bool first_chunk = lane < CHUNKS && (halves || !only_halves(lane));
   const bool second_chunk = lane + 32 < CHUNKS && (halves || !only_halves(lane + 32));
+  u32 filled = 0;  // where in the ring the next tile goes
   auto request = [&](int i) {
     if (i < count) {
-      if (i && i % (32 / TILE) == 0) page = next_page, next_page = number_of(i * TILE + 32 + lane);
-      const u32 to = ring + i % STAGES * TILE_BYTES + lane * 16;
+      if (i && i % (32 / TILE) == 0) at = next_at, next_at = chunk_of(i * TILE + 32 + lane);
+      const u32 to = ring + filled + lane * 16;
 #pragma unroll
       for (int j = 0; j < TILE; ++j) {
-        const int number = __shfl_sync(ALL, page, (i * TILE + j) & 31);
-        if (i * TILE + j < mine) {
-          const u8* from = digest + i64(number) * PAGE_BYTES + lane * 16;
-          if (first_chunk) cp16(to + j * PAGE_BYTES, from);
-          if (second_chunk) cp16(to + j * PAGE_BYTES + 512, from + 512);
-        }
+        const uint4* from = chunks + __shfl_sync(ALL, at, (i * TILE & 31) + j);
+        if (first_chunk) cp16(to + j * PAGE_BYTES, from);
+        if (second_chunk) cp16(to + j * PAGE_BYTES + 512, from + 32);
       }
+      filled = filled == (STAGES - 1) * TILE_BYTES ? 0 : filled + TILE_BYTES;
     }
     commit();
   };
@@ -207,16 +212,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) page_select_score(
     of_half[e] = softmax_scale * LOG2E * lam * UNROTATE * query.scales[1][2 * t + e];
     bias[e] = CENTRE_BITS == 4 ? -8 * query.sums[2 * t + e] : 0;
   }
-  scores += i64(head) * group * room + begin;
+  const int n = 2 * t + (g & 1), in_tile = (g >> 2) + (g & 2);  // what a lane writes
+  scores += (i64(head) * group + n) * room + begin + in_tile;
 
-  int stage = 0;
+  u32 used = 0;
   for (int i = 0; i < count; ++i) {
     wait_group<STAGES - 2>();
     __syncwarp();
     request(i + STAGES - 1);
     // Rows g and g + 8 of the tile: group g % 4 of page g / 4, and of the page two after it.
-    const u32 row = ring + stage * TILE_BYTES + (g >> 2) * PAGE_BYTES + (g & 3) * GROUP_BYTES;
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    const u32 row = ring + used + (g >> 2) * PAGE_BYTES + (g & 3) * GROUP_BYTES;
+    used = used == (STAGES - 1) * TILE_BYTES ? 0 : used + TILE_BYTES;
     const u32 scales[2] = {lds32(row + SCALES_AT), lds32(row + 2 * PAGE_BYTES + SCALES_AT)};
     int c[2][4] = {};
     float s[4];
@@ -230,20 +236,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) page_select_score(
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[e] += float(256 * h[0][e] + h[1][e]) * (of_half[e & 1] * half_hi(scales[e >> 1]));
     }
-    float top[4], sum[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      top[e] = fmaxf(s[e], __shfl_xor_sync(ALL, s[e], 4));
-      top[e] = fmaxf(top[e], __shfl_xor_sync(ALL, top[e], 8));
-      sum[e] = ex2(s[e] - top[e]);
-      sum[e] += __shfl_xor_sync(ALL, sum[e], 4);
-      sum[e] += __shfl_xor_sync(ALL, sum[e], 8);
-    }
-    // The four lanes of a page and column have the same four results: each writes one.
-    const int e = g & 3, n = 2 * t + (e & 1), entry = i * TILE + (g >> 2) + (e & 2);
-    const float its_top = e & 2 ? e & 1 ? top[3] : top[2] : e & 1 ? top[1] : top[0];
-    const float its_sum = e & 2 ? e & 1 ? sum[3] : sum[2] : e & 1 ? sum[1] : sum[0];
-    if (n < group && entry < mine) scores[i64(n) * room + entry] = (its_top + log2f(its_sum)) * LN2;
+    // The four lanes of a page and two columns have a group each, s of two pages: now each gets one page and column, all
+    // four groups. Their sum is (0 + 1) + (2 + 3) in every lane.
+    const bool odd = g & 1, later = g & 2;
+    const float a0 = odd ? s[1] : s[0], a1 = __shfl_xor_sync(ALL, odd ? s[0] : s[1], 4);
+    const float b0 = odd ? s[3] : s[2], b1 = __shfl_xor_sync(ALL, odd ? s[2] : s[3], 4);
+    const float c0 = later ? b0 : a0, c1 = later ? b1 : a1;
+    const float c2 = __shfl_xor_sync(ALL, later ? a0 : b0, 8), c3 = __shfl_xor_sync(ALL, later ? a1 : b1, 8);
+    const float top = fmaxf(fmaxf(c0, c1), fmaxf(c2, c3));
+    const float sum = (ex2(c0 - top) + ex2(c1 - top)) + (ex2(c2 - top) + ex2(c3 - top));
+    if (n < group && i * TILE + in_tile < mine) scores[i * TILE] = (top + lg2(sum)) * LN2;
   }
   wait_group<0>();
 }

@@ -38,10 +38,13 @@ struct Block {
   std::vector<uint8_t> shared, of_kernel = std::vector<uint8_t>(1 << 16, 0xff);  // poisoned; without and with a type
   template <typename T> T& fixed() { return *reinterpret_cast<T*>(of_kernel.data()); }
 };
+struct Copy { uint32_t to; const void* from; };
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[1 << 16]};
   bool done;
+  std::vector<Copy> open;               // asynchronous copies, which are made as late as they may be
+  std::vector<std::vector<Copy>> groups;
 };
 inline Index threadIdx, blockIdx;
 inline int thread_id;  // in its block
@@ -80,7 +83,7 @@ template <typename Kernel> void launch(int blocks, int x, int y, size_t shared_b
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = 1 << 16;
       fiber.context.uc_link = &scheduler;
-      fiber.done = false;
+      fiber.done = false, fiber.open.clear(), fiber.groups.clear();
       makecontext(&fiber.context, run_fiber, 0);
     }
     for (int left = count; left;) {
@@ -170,9 +173,18 @@ template <typename T> inline T load_(uint32_t a) { T v; std::memcpy(&v, shared_b
 inline uint32_t lds32(uint32_t a) { return load_<uint32_t>(a); }
 inline uint2 lds64(uint32_t a) { return load_<uint2>(a); }
 inline uint4 lds128(uint32_t a) { return load_<uint4>(a); }
-inline void cp16(uint32_t to, const uint8_t* from) { std::memcpy(shared_base() + to, from, 16); }
-inline void commit() {}
-template <int N> inline void wait_group() {}
+inline void cp16(uint32_t to, const void* from) { fibers[thread_id].open.push_back({to, from}); }
+inline void commit() {
+  fibers[thread_id].groups.push_back({});
+  fibers[thread_id].groups.back().swap(fibers[thread_id].open);
+}
+template <int N> inline void wait_group() {
+  auto& groups = fibers[thread_id].groups;
+  while (groups.size() > N) {
+    for (const Copy& copy : groups.front()) std::memcpy(shared_base() + copy.to, copy.from, 16);
+    groups.erase(groups.begin());
+  }
+}
 inline uint32_t pack_half(float lo, float hi) { return to_half(lo) | uint32_t(to_half(hi)) << 16; }
 inline float half_lo(uint32_t a) { return half_of(uint16_t(a)); }
 inline float half_hi(uint32_t a) { return half_of(uint16_t(a >> 16)); }
@@ -181,6 +193,7 @@ inline float bf16(uint16_t a) { return as_float(uint32_t(a) << 16); }
 inline float bf_lo(uint32_t a) { return as_float(a << 16); }
 inline float bf_hi(uint32_t a) { return as_float(a & 0xffff0000u); }
 inline float ex2(float x) { return std::exp2(x); }
+inline float lg2(float x) { return std::log2(x); }
 inline uint32_t transpose8(uint32_t v) {  // lane 4g + t holds row g, columns 2t and 2t + 1
   Warp& w = warp_();
   const int g = lane_() / 4, t = lane_() % 4;
@@ -221,3 +234,4 @@ inline void mma_s8(int* c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, u
   }
   w.meet.arrive_and_wait();
 }
+template <typename T> inline void keep(T&) {}

@@ -56,12 +56,18 @@ def host_library(
 
 
 class HostKernel:
-    """Stands where a kernel of a `CudaModule` stands."""
+    """Stands where a kernel of a `CudaModule` stands; refuses arguments of other types than the kernel's parameters,
+    which a GPU would read as they lie."""
 
-    def __init__(self, library: ctypes.CDLL, name: str, shared_bytes: int = 0) -> None:
+    def __init__(self, library: ctypes.CDLL, path: Path, name: str, shared_bytes: int = 0) -> None:
         self._function, self._shared_bytes = library[f"host_{name}"], shared_bytes
+        declared = dict(_KERNEL.findall(path.read_text()))[name].split(",")
+        types = {"int": ctypes.c_int, "i64": ctypes.c_int64, "float": ctypes.c_float}
+        self._types = [types.get(" ".join(each.split()[:-1]), ctypes.c_void_p) for each in declared]
+        assert all(("*" in each) == (kind is ctypes.c_void_p) for each, kind in zip(declared, self._types, strict=True))
 
     def launch(self, blocks: int, threads: tuple[int, int], args: tuple) -> None:
+        assert [type(arg) for arg in args] == self._types
         integers = (ctypes.c_int(blocks), *map(ctypes.c_int, threads), ctypes.c_int64(self._shared_bytes))
         self._function(*integers, *args)
 
@@ -75,8 +81,8 @@ def host_decode(head_dim: int, kv_format: str, folder: Path, stages: int = 2, wa
     made = object.__new__(CudaPageDecode)
     made.head_dim, made.kv_format, made.warps, made.stages, made._blocks = head_dim, kv_format, warps, stages, 8
     shared = max(warps * stages * stage_bytes(head_dim), warps * 8 * (head_dim + 2) * 4)
-    made._split = HostKernel(library, "page_decode_split", shared)
-    made._merge = HostKernel(library, "page_decode_merge")
+    made._split = HostKernel(library, page_decode_cuda.SOURCE, "page_decode_split", shared)
+    made._merge = HostKernel(library, page_decode_cuda.SOURCE, "page_decode_merge")
     return made
 
 
@@ -90,8 +96,11 @@ def host_select(fmt: DigestFormat, folder: Path, stages: int = 3, warps: int = 4
     library = host_library(page_select_cuda.SOURCE, helpers, score_defines(fmt, stages, warps), folder)
     made = object.__new__(CudaPageSelect)
     made.fmt, made.warps, made.default_splits = fmt, warps, lambda num_heads: splits
-    made.kernels = {name: HostKernel(library, f"page_select_{name}") for name in page_select_cuda.CHOOSING}
-    made.kernels["score"] = HostKernel(library, "page_select_score", score_shared_bytes(fmt, stages, warps))
+    shared = {"score": score_shared_bytes(fmt, stages, warps)}
+    made.kernels = {
+        name: HostKernel(library, page_select_cuda.SOURCE, f"page_select_{name}", shared.get(name, 0))
+        for name in ("score", *page_select_cuda.CHOOSING)
+    }
     made.set_descending = library.set_descending
     return made
 
