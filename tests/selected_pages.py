@@ -18,11 +18,15 @@ class Case:
     counts: tuple[int, ...]
     group: int
     dim: int
-    centre_bits: int = 8
+    centre_bits: int = 4
     skip: int = 0
     limit: int = ALL
     shared: bool = False
     lam: float = 0.5
+
+    @property
+    def digest(self) -> DigestFormat:
+        return DigestFormat(64, self.dim, centre_bits=self.centre_bits)
 
     def __str__(self) -> str:
         return "-".join(str(x) for x in vars(self).values()).replace(" ", "")
@@ -31,11 +35,11 @@ class Case:
 CASES = [
     Case((1,), 1, 64),
     Case((3,), 2, 128, shared=True),
-    Case((4, 4), 8, 128, 4),
-    Case((0, 0, 0), 4, 64, 4),
+    Case((4, 4), 8, 128, 8),
+    Case((0, 0, 0), 4, 64, 8),
     Case((5, 0, 9), 3, 128, skip=1, limit=7),
-    Case((37, 2, 16), 4, 128, lam=0),
-    Case((21, 33), 5, 64, 4, skip=2, lam=0),
+    Case((37, 2, 16), 4, 128, 8, lam=0),
+    Case((21, 33), 5, 64, 8, skip=2, lam=0),
     Case((31, 32, 33), 7, 64, shared=True),
     Case((130, 67, 0, 129), 4, 128, lam=0.25),
 ]
@@ -47,7 +51,7 @@ def make(case: Case, device="cpu", seed=0):
         PageFormat("k5v3", 64, case.dim), case.counts, skip=case.skip, limit=case.limit, shared=case.shared,
         device=device, seed=seed,
     )  # fmt: skip
-    fmt = DigestFormat(64, case.dim, centre_bits=case.centre_bits)
+    fmt = case.digest
     g = torch.Generator().manual_seed(seed + 1)
     heads, pages = view.table.shape
     keys = torch.randn(heads, pages, 64, case.dim, generator=g) + torch.randn(heads, pages, 1, case.dim, generator=g)

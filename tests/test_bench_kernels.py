@@ -123,9 +123,9 @@ if INTERPRETED:
         monkeypatch.setattr(bench_select, "CudaPageSelect", lambda fmt: made)
         monkeypatch.setattr(bench_select, "PAGES", 7)
         rows = list(bench_select.measure((640, 1280), digest_bytes=1))
-        assert len(rows) == 3 * (2 * 2 + 2) and rows[0]["bytes"] == 4 * 10 * 784
+        assert len(rows) == 3 * (2 * 2 + 2) and rows[0]["bytes"] == 4 * 10 * 528
         assert [row["kernel"] for row in rows[-3:]] == ["score_pages", "choose_pages", "score and choose"]
-        assert rows[-3]["bytes"] == 4 * 10 * 528
+        assert rows[-3]["bytes"] == 4 * 10 * 784
 
     def test_interpreted_streaming_kernels(monkeypatch):
         """Prefill by its reference: the interpreter multiplies bfloat16 matrices as if they were integers."""

@@ -22,7 +22,7 @@ SCALE = 0.3
 
 def scores_by_hand(case, q, view, digest):
     """Page by page and group by group in float64, the rotation undone by its matrix."""
-    fmt = DigestFormat(64, case.dim, centre_bits=case.centre_bits)
+    fmt = case.digest
     found = poisoned_scores(view, case.group)
     unrotated = q.double() @ key_rotation(case.dim)[1].double().T
     for head in range(view.num_heads):
@@ -50,7 +50,7 @@ def test_scores(case):
 def test_scores_of_a_list_in_several_pieces(monkeypatch):
     monkeypatch.setattr("longrun.kernels.page_score._ENTRIES_AT_ONCE", 16)
     test_scores(Case((130, 67, 0, 129), 4, 128))
-    test_scores(Case((16, 33), 2, 64, 4))
+    test_scores(Case((16, 33), 2, 64, 8))
 
 
 @pytest.mark.parametrize(("name", "value"), [("lam", 0.6), ("softmax_scale", 0.31)])
@@ -172,5 +172,5 @@ def test_wrong_arguments_are_refused():
     q, view, digest = make(CASES[1])
     with pytest.raises(AssertionError, match="room for 2"):
         score_pages(q, view, digest, lam=0.5, softmax_scale=1.0, out=torch.zeros(1, 2, 2))
-    with pytest.raises(AssertionError, match="783 bytes"):
+    with pytest.raises(AssertionError, match="527 bytes"):
         score_pages(q, view, digest[:, :, 1:].contiguous(), lam=0.5, softmax_scale=1.0, out=torch.zeros(1, 2, 3))

@@ -52,7 +52,7 @@ def check_scores(kernel, case, given, view, digest):
 @on_cpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_scores(kernels, order, case):
-    kernel = kernels[DigestFormat(64, case.dim, centre_bits=case.centre_bits)]
+    kernel = kernels[case.digest]
     q, view, digest = make(case)
     check_scores(kernel, case, q, view, digest)
     check_scores(kernel, case, q.bfloat16(), view, digest)
@@ -62,17 +62,17 @@ def test_scores(kernels, order, case):
 @pytest.mark.parametrize(("stages", "warps", "splits"), [(2, 1, 1), (3, 2, 1), (4, 8, 2), (3, 4, 40)])
 def test_scores_by_other_blocks(tmp_path, stages, warps, splits):
     """A warp with many tiles (page numbers stand in batches of 32), and more warps than tiles."""
-    case = Case((130, 67, 0, 129), 4, 64)
-    kernel = host_select(DigestFormat(64, 64), tmp_path, stages, warps, splits)
+    case = Case((130, 67, 0, 129), 4, 64, 8)
+    kernel = host_select(case.digest, tmp_path, stages, warps, splits)
     check_scores(kernel, case, *make(case))
 
 
 @on_cpu
 def test_extreme_queries(kernels):
     """No query at all; one channel far above the others; codes at both ends."""
-    case = CASES[4]
+    case = Case((5, 0, 9), 3, 128, 8, skip=1, limit=7)
     q, view, digest = make(case)
-    kernel = kernels[DigestFormat(64, case.dim)]
+    kernel = kernels[case.digest]
     check_scores(kernel, case, torch.zeros_like(q), view, digest)
     outlying = q.clone()
     outlying[..., 3] = -300
@@ -90,7 +90,7 @@ def test_scores_do_not_depend_on_the_blocks(kernels, tmp_path):
     case = Case((37, 66), 4, 64)
     q, view, digest = make(case)
     found = []
-    for kernel in (kernels[DigestFormat(64, 64)], host_select(DigestFormat(64, 64), tmp_path, 2, 2, 5)):
+    for kernel in (kernels[case.digest], host_select(case.digest, tmp_path, 2, 2, 5)):
         out = poisoned_scores(view, case.group)
         found.append(kernel.score_pages(q, view, digest, lam=0.5, softmax_scale=SCALE, out=out).nan_to_num())
     assert torch.equal(*found)
@@ -170,7 +170,7 @@ def test_everything_at_once(kernels):
     """Scored and chosen by the kernels is what the references score and choose."""
     case = Case((300, 41), 4, 128)
     q, view, digest = make(case)
-    kernel = kernels[DigestFormat(64, 128)]
+    kernel = kernels[case.digest]
     scores = poisoned_scores(view, 4)
     kernel.score_pages(q, view, digest, lam=0.25, softmax_scale=SCALE, out=scores)
     check_choice(choosing(kernel), view, scores, 40, 4)
@@ -182,7 +182,7 @@ def test_a_list_longer_than_the_room_writes_nothing_beyond(kernels):
     q, view, digest = make(case)
     memory = torch.full((3 * 3 * 5 + 8,), torch.nan)
     out = memory[: 3 * 3 * 5].view(3, 3, 5)
-    kernels[DigestFormat(64, 128)].score_pages(q, view, digest, lam=0.5, softmax_scale=1.0, out=out)
+    kernels[case.digest].score_pages(q, view, digest, lam=0.5, softmax_scale=1.0, out=out)
     assert memory[3 * 3 * 5 :].isnan().all() and not out[2].isnan().any()
 
 
@@ -205,8 +205,8 @@ def test_shapes_without_a_kernel_are_refused(kernels):
     out = {"pages_out": torch.zeros(1, 3, dtype=torch.int32), "counts_out": torch.zeros(1, dtype=torch.int32)}
     with pytest.raises(ConfigError, match="9 query heads"):
         kernel.choose_pages(scores, view, budget=Budget(3), newest=0, **out)
-    q, view, digest = make(Case((3,), 2, 64, 4))
-    with pytest.raises(AssertionError, match="centre_bits=8"):  # of another format than the kernels'
+    q, view, digest = make(Case((3,), 2, 64, 8))
+    with pytest.raises(AssertionError, match="centre_bits=4"):  # of another format than the kernels'
         kernel.score_pages(q, view, digest, **how, out=poisoned_scores(view, 2))
 
 
@@ -237,7 +237,7 @@ LONG = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [*CASES, *LONG], ids=str)
 def test_scores_on_gpu(on_gpu, case):
-    kernel = on_gpu[DigestFormat(64, case.dim, centre_bits=case.centre_bits)]
+    kernel = on_gpu[case.digest]
     q, view, digest = make(case, "cuda")
     for given in (q, q.bfloat16()):
         check_scores(kernel, case, given, view, digest)
@@ -258,8 +258,8 @@ def test_choices_on_gpu(on_gpu):
 
 @pytest.mark.gpu
 def test_digests_past_2_to_31_bytes_on_gpu(on_gpu):
-    fmt, far = DigestFormat(64, 128), 2**31 // 784 + 5
     case = Case((90, 91), 4, 128)
+    fmt, far = case.digest, 2**31 // case.digest.page_bytes + 5
     q, view, small = make(case, "cuda")
     expected, out = poisoned_scores(view, 4), poisoned_scores(view, 4)
     score_pages(q, view, small, lam=0.5, softmax_scale=SCALE, out=expected)
@@ -271,8 +271,8 @@ def test_digests_past_2_to_31_bytes_on_gpu(on_gpu):
 
 @pytest.mark.gpu
 def test_graph_replay_with_other_lists_on_gpu(on_gpu):
-    fmt, case = DigestFormat(64, 128), Case((3000,) * 3, 4, 128, skip=2)
-    kernel, space = on_gpu[fmt], ChoiceWorkspace.empty(3, 4, 3010, torch.device("cuda"))
+    case = Case((3000,) * 3, 4, 128, skip=2)
+    kernel, space = on_gpu[case.digest], ChoiceWorkspace.empty(3, 4, 3010, torch.device("cuda"))
     q, view, digest = make(case, "cuda")
     scores = torch.empty(3, 4, 3010, device="cuda")
     found, counts = (torch.empty(*shape, dtype=torch.int32, device="cuda") for shape in ((3, 100), (3,)))

@@ -52,13 +52,13 @@ def listing(heads: int, num_pages: int) -> PageView:
 
 
 def measure(lengths: Sequence[int] = LENGTHS, digest_bytes: int = DIGEST_BYTES) -> Iterator[dict[str, Any]]:
-    """Rows of both halves and of a whole selection at `lengths` tokens; of smaller centres and of none but centres at
-    the first."""
+    """Rows of both halves and of a whole selection at `lengths` tokens; without halves, and of larger centres, at the
+    first."""
     for heads in HEADS:
         for tokens in lengths:
             yield from measure_shape(heads, tokens, DigestFormat(64, HEAD_DIM), LAM, digest_bytes)
     yield from measure_shape(HEADS[0], lengths[0], DigestFormat(64, HEAD_DIM), 0.0, digest_bytes)
-    yield from measure_shape(HEADS[0], lengths[0], DigestFormat(64, HEAD_DIM, centre_bits=4), LAM, digest_bytes)
+    yield from measure_shape(HEADS[0], lengths[0], DigestFormat(64, HEAD_DIM, centre_bits=8), LAM, digest_bytes)
 
 
 def measure_shape(
