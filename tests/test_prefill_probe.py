@@ -75,6 +75,13 @@ def test_two_stages_are_the_second_among_the_first():
     assert kept.sum() == 20  # 30% of eight pages of eight tiles
     assert coarse[kept].min() >= coarse[~kept].max()
     assert (fine[kept] <= both[kept]).all()  # of a smaller whole
+    q, own_lse, keys = case
+    own_lse[0, 0] += 100  # so that no page of this head is worth a look
+    past, whole = page_values("digest, means 1", q, own_lse, keys, PAGES, SCALE, 0.25)
+    assert (past[0, 0] == -torch.inf).all() and (whole[0, 0] == -torch.inf).all() and not past.isnan().any()
+    ranking = Choice("digest, means 1", 0.5, "relative").ranking(past, whole, LIMITS)
+    for rule in LEVELLED:
+        assert counts_at(ranking, rule, torch.tensor([0.01]), LIMITS)[0, 0].tolist() == [[3], [3]]
 
 
 def test_bands_are_prisms():

@@ -98,14 +98,15 @@ def counts_at(ranking: Tensor, rule: str, levels: Tensor, limits: Limits) -> Ten
     Args:
         ranking: of `Choice.ranking`, [..., pages].
     """
-    pages, free = ranking.shape[-1], ranking.masked_fill(ranking == torch.inf, -torch.inf)
+    pages, always = ranking.shape[-1], ranking == torch.inf
+    free = ranking.masked_fill(always, -torch.inf)
     if rule == "left":
         rest = free.exp().sort(-1).values.cumsum(-1)
-        found = (rest[..., None, :] > levels[:, None]).sum(-1) + pages - free.isfinite().sum(-1, keepdim=True)
+        found = (rest[..., None, :] > levels[:, None]).sum(-1) + always.sum(-1, keepdim=True)
     else:
         least = levels.log().expand(*ranking.shape[:-1], -1)
         if rule == "relative":
-            least = least + free.amax(-1, keepdim=True)
+            least = least + free.amax(-1, keepdim=True).clamp_min(torch.finfo(free.dtype).min / 2)
         found = (ranking[..., None, :] >= least[..., None]).sum(-1)
     return found.clamp(limits.smallest(pages), pages)
 

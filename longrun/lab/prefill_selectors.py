@@ -133,7 +133,7 @@ def _values(
         scores += math.log(selector.tokens)
         if hidden is not None:
             scores.masked_fill_(hidden[:, :, :, None], -torch.inf)
-        total = scores.logsumexp(-1, keepdim=True)
+        total = scores.logsumexp(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)  # none of a head's pages
         each = (scores - some for some in (total, torch.logaddexp(total, of_rows)))
         found.append([one.logsumexp(3) - math.log(selector.num_rows) for one in each])
     past, whole = (torch.stack(parts).amax(0) for parts in zip(*found, strict=True))
