@@ -15,6 +15,7 @@ from longrun.machine.speeds import Speeds
 from longrun.plan.plan import Plan
 from longrun.plan.search import MAX_CAPACITY
 from longrun.plan.times import predict
+from longrun.specs.attention_spec import AttentionSpec
 from longrun.specs.cache_spec import CacheSpec
 from longrun.units import ALL_TOKENS, format_bytes, format_tokens
 
@@ -29,6 +30,7 @@ def print_plan(plan: Plan, console: Console, speeds: Speeds | None = None) -> No
         f"weights {plan.weight_format}, KV pages {plan.kv_format} of {plan.page_size} tokens, "
         f"prefill in chunks of {plan.chunk_size:,}; budget {escape(plan.budget_source)}",
         f"{heads_line(plan.cache)} ({escape(plan.split_note)})",
+        *selection_lines(plan.attention),
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
@@ -70,6 +72,20 @@ def heads_line(cache: CacheSpec) -> str:
     ]
     ring = f"; {window} for the {others} others" if others else ""
     return f"reaches: {', '.join(parts)}{ring}"
+
+
+def selection_lines(attention: AttentionSpec) -> list[str]:
+    """What a decode step reads of the pages, where that was asked for."""
+    if attention.selection is None:
+        return []
+    most, listed = attention.selection.pages_per_head, attention.listed_pages
+    if not attention.selects:
+        return [
+            f"a decoded token reads all pages: no head has more than {listed:,}, and select {most:,} allows so many"
+        ]
+    return [
+        f"a decoded token reads at most {most:,} of each retrieval head's {listed:,} pages, chosen by their digests"
+    ]
 
 
 def _fitting_columns(plan: Plan, console: Console) -> int:

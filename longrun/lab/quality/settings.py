@@ -256,7 +256,7 @@ class Row:
         if self.keep is not None:
             what += f", keep {self.keep}"
         if self.select is not None:
-            what += f", select {self.select:,}{' for questions, too' if self.select_question else ''}"
+            what += f", select {self.select:,}{' with questions' if self.select_question else ''}"
         weights = f", {self.weights} weights" if self.weights else ""
         varied = ", varied window" if self._has_window and self.kv_share is None else ""
         return f"{what}, {self.kv}{weights}{varied}{self._chunks}"
