@@ -17,6 +17,8 @@ from longrun.kernels import page_choose, page_view
 from longrun.kernels.banded_prefill import banded_prefill, banded_prefill_reference
 from longrun.kernels.cuda_module import CudaUnavailable
 from longrun.kernels.dense_attention import attention_with_lse
+from longrun.kernels.hot_pages import hot_fetch, hot_lookup
+from longrun.kernels.hot_pages_cuda import CudaHotPages
 from longrun.kernels.merge_partial import merge_partial_, merge_partial_reference
 from longrun.kernels.page_choose import Budget
 from longrun.kernels.page_copy import copy_pages, copy_pages_reference, fetch_pages, fetch_pages_reference
@@ -36,6 +38,7 @@ from longrun.kernels.silu_mul import silu_mul_, silu_mul_reference
 from longrun.kernels.unrotate import unrotate, unrotate_reference
 from longrun.kernels.vector_linear import vector_linear, vector_linear_reference
 from longrun.quant.digest_format import DigestFormat
+from longrun.quant.kv_format import GPU_PAGE_SIZE, PageFormat
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class GpuKernels:
         default_splits: number of retrieval heads -> programs a head.
         score_pages, choose_pages: see `page_score` and `page_choose`; choosing with a workspace, a `ChoiceWorkspace`.
             None where no digests were named.
+        hot_lookup, hot_fetch: see `hot_pages`; None where no digests were named.
         on_gpu: streams and graphs exist.
     """
 
@@ -70,6 +74,8 @@ class GpuKernels:
     vector_linear: Callable[..., Tensor]
     score_pages: Callable[..., Tensor] | None
     choose_pages: Callable[..., None] | None
+    hot_lookup: Callable[..., None] | None
+    hot_fetch: Callable[..., None] | None
     on_gpu: bool
 
 
@@ -94,6 +100,7 @@ def load_gpu_kernels(
         ) from error
     try:
         select = None if digest is None else CudaPageSelect(digest)
+        hot = None if digest is None else CudaHotPages(PageFormat(kv_format, GPU_PAGE_SIZE, head_dim).payload_bytes)
     except CudaUnavailable as error:
         raise ConfigError(
             f"the kernels that select pages cannot be built on this GPU ({error}): turn selection off"
@@ -118,6 +125,8 @@ def load_gpu_kernels(
         vector_linear=partial(vector_linear, overlap=overlap),
         score_pages=None if select is None else select.score_pages,
         choose_pages=None if select is None else select.choose_pages,
+        hot_lookup=None if hot is None else hot.hot_lookup,
+        hot_fetch=None if hot is None else hot.hot_fetch,
         on_gpu=True,
     )
 
@@ -144,6 +153,8 @@ def reference_kernels() -> GpuKernels:
         vector_linear=vector_linear_reference,
         score_pages=score_pages,
         choose_pages=choose_pages_reference,
+        hot_lookup=hot_lookup,
+        hot_fetch=hot_fetch,
         on_gpu=False,
     )
 

@@ -67,7 +67,8 @@ class PageView:
         return (self.counts - self.skip).clamp(0, self.limit)
 
     def fetched(self, buffer: Tensor, table: Tensor) -> PageView:
-        """This view once `fetch_pages(self, buffer, table, ..)` has run: nothing stands in host memory any more."""
+        """This view once `fetch_pages(self, buffer, table, ..)` has run, or `hot_lookup` and `hot_fetch`: no page of it
+        stands in host memory any more."""
         return replace(self, table=table, other=buffer)
 
 

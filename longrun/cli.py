@@ -40,7 +40,9 @@ class StdoutLost(BaseException):
 
 
 # By which a run is made smaller; see `longrun.plan.search`.
-PLAN_OPTIONS = frozenset({"--ctx", "--retrieval-ratio", "--kv-bytes", "--weights", "--kv", "--chunk-size", "--select"})
+PLAN_OPTIONS = frozenset(
+    {"--ctx", "--retrieval-ratio", "--kv-bytes", "--weights", "--kv", "--chunk-size", "--select", "--hot-pool"}
+)
 
 
 def run(main: Callable[[], int | None], options: Collection[str] = ()) -> NoReturn:

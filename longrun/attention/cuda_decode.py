@@ -27,8 +27,8 @@ from longrun.specs.attention_spec import AttentionSpec
 class CudaDecode(FusedDecode):
     """One token's attention over a `DualCache` with quantized pages; all buffers are allocated here.
 
-    Pages on the device are read in place; pages in host memory are fetched ahead of the layer that needs them, or where
-    few are selected read in place, too.
+    Pages on the device are read in place; pages in host memory are fetched ahead of the layer that needs them. Where
+    pages are selected, those in host memory are read in place, or with a hot pool through it.
 
     Args:
         fetcher: brings host pages to the device.
@@ -149,10 +149,19 @@ class CudaDecode(FusedDecode):
         if self._selector is not None:
             view = self.cache.view(layer_idx)
             self._selector.choose(q, view, pages)
-            decode(self._selector.chosen(view), exact, out=out, lse=lse)
+            decode(self._through_hot_pool(layer_idx, self._selector.chosen(view)), exact, out=out, lse=lse)
             return
         decode(self.cache.view(layer_idx, DEVICE), exact, out=out, lse=lse)
         part, part_lse = self._part[:split].view(shape), self._part_lse[:split].view(heads, group)
         for _ in self._host_parts(layer_idx, pages):
             decode(next(self._fetched), None, out=part, lse=part_lse)
             self._kernels.merge_partial_(out, lse, part, part_lse)
+
+    def _through_hot_pool(self, layer_idx: int, view: PageView) -> PageView:
+        """The same pages, those on the host read from the hot pool, where there is one."""
+        hot = None if self.cache.hot is None else self.cache.hot.layer(layer_idx)
+        if hot is None:
+            return view
+        self._kernels.hot_lookup(view, hot)
+        self._kernels.hot_fetch(view, hot)
+        return view.fetched(hot.memory, hot.table)

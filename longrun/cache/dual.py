@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longrun.cache.exact_memory import ExactMemory, SavedState
+from longrun.cache.hot_pool import HotPool
 from longrun.cache.page_movers import PageMover
 from longrun.cache.pages import PagedHeads
 from longrun.cache.pool import PagePool
@@ -60,6 +61,7 @@ class DualCache:
         seq_len: tokens that every layer holds; a forward pass appends layer by layer and then calls `advance`.
         layers: (PagedHeads or None, Ring or None) of each layer.
         fetch_buffer: uint8 [fetch_pages, payload_bytes], through which a GPU reads host pages.
+        hot: device memory for host pages that were chosen lately, or None.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class DualCache:
             spec.host_pages, fmt.payload_bytes, host, first_slot=spec.device_pages, storage=host_storage
         )
         self.fetch_buffer = torch.empty(spec.fetch_pages, fmt.payload_bytes, dtype=torch.uint8, device=device).fill_(0)
+        self.hot = HotPool(spec, device) if spec.hot_slots else None
         self._exact = ExactMemory(spec, device)
         parts = self._exact.parts()
         self._spans = Spans(spec, device) if spec.total_retrieval_heads else None
@@ -159,6 +162,8 @@ class DualCache:
         total["page tables"] = self.device_pool.free_list_bytes + self.host_pool.free_list_bytes
         if self._spans is not None:
             total["page tables"] += self._spans.nbytes
+        if self.hot is not None:
+            total["hot pool"], total["hot pool tables"] = self.hot.memory_bytes, self.hot.table_bytes
         total["marks"] = self._exact.copies_bytes
         for pages, ring in self.layers:
             for name, count in (pages.nbytes() if pages is not None else {}).items():
@@ -171,15 +176,17 @@ class DualCache:
         return sum(self.nbytes().values())
 
     def check(self) -> None:
-        """Conservation: free + used == total in both pools, every slot named once, page counts fit the length, and
-        every page's digest is its own."""
+        """Conservation: free + used == total in both pools, every slot named once, page counts fit the length, every
+        page's digest is its own, and what the hot pool holds are the pages."""
         pooled = self.spec.page_format.pooled_pages(self.seq_len)
         used = {self.device_pool: [], self.host_pool: []}
-        for pages, _ in self.layers:
+        for layer_idx, (pages, _) in enumerate(self.layers):
             if pages is not None:
                 assert pages.num_pooled == pooled, (pages.num_pooled, pooled, self.seq_len)
                 pages.places.check()
                 pages.check_digest()
+                if self.hot is not None:
+                    self.hot.check(layer_idx, pages.places.table, (self.device_pool, self.host_pool))
                 for pool, slots in used.items():
                     slots.append(pages.places.slots_in(pool))
         for pool, slots in used.items():
@@ -254,6 +261,8 @@ class DualCache:
         for pages, _ in self.layers:
             if pages is not None:
                 pages.places.truncate(mark.seq_len)
+        if self.hot is not None:
+            self.hot.forget(self.spec.page_format.pooled_pages(mark.seq_len))
         if mark.state is not None:
             self._exact.load(mark.state)
         self.seq_len = mark.seq_len

@@ -212,14 +212,17 @@ class PagePlaces:
                     group.num_on_host = int(pages[1][pages[0] == group.heads.start].max()) + 1
 
     def move(self, head: int, pages: Iterable[int], to_host: bool) -> None:
-        """Move pages of one head to the host pool, or to the device pool; those that stand there already stay."""
+        """Move pages of one head to the host pool, or to the device pool; those that stand there already stay. With a
+        hot pool a head of finite reach has none on the host."""
+        group = next(group for group in self.groups if group.heads.start <= head < group.heads.stop)
+        assert group.reach.is_all or not to_host or not self._spec.hot_slots
         source, target = self.device_pool, self.host_pool
         if not to_host:
             source, target = target, source
         wanted = np.intersect1d(np.fromiter(pages, dtype=np.int64), self._pages_in(head, source))
         if len(wanted):
             self._move((np.full(len(wanted), head), wanted), source, target)
-            next(group for group in self.groups if group.heads.start <= head < group.heads.stop).prefix = False
+            group.prefix = False
             self._relist()
 
     def _move(self, pages: PageNumbers, source: PagePool, target: PagePool) -> None:

@@ -26,7 +26,8 @@ class DecodeGraph:
 
     Captured when it is made, on the empty cache: what the two trial runs write there is overwritten by the first
     tokens. In the same way a step launched ahead whose token is not the one that comes writes only where the next
-    token will: its slot in the tails and in the rings (there over a token that has just left every window).
+    token will: its slot in the tails and in the rings (there over a token that has just left every window); and it may
+    bring pages to the hot pool, where it does not count.
 
     Args:
         decoder: with fused kernels.
@@ -95,6 +96,8 @@ class DecodeGraph:
         self._ahead_at = None
         assert self._logits is not None
         logits = self._logits.clone()
+        if self._attention.cache.hot is not None:
+            self._attention.cache.hot.count_step()
         self._host_best.words.copy_(self._best.words, non_blocking=True)
         if self._copied is not None:
             self._copied.record()

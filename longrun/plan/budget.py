@@ -5,7 +5,7 @@
     [kv]      format = "k5v3", retrieval_ratio = 0.5, sink_size = 128, recent_size = 256, page_size = 64;
               kv_bytes = "8 GB" or "25%" instead of retrieval_ratio; keep = 700 or "system"
     [prefill] chunk_size = 32768
-    [decode]  pages_per_head = 128 or "off", selector = "top"
+    [decode]  pages_per_head = 128 or "off", selector = "top", hot_pool = "2 GB" or "off"
 
 Everything but `[memory] gpu` may be left out; `Budget` says what it is then. `gpu` has no second name: on a CPU, too,
 it is the memory of the compute device (`Budget.device_bytes`).
@@ -43,12 +43,12 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "page_size": "page_size",
     },
     "prefill": {"chunk_size": "chunk_size"},
-    "decode": {"pages_per_head": "pages_per_head", "selector": "selector"},
+    "decode": {"pages_per_head": "pages_per_head", "selector": "selector", "hot_pool": "hot_pool"},
 }
 SYSTEM = "system"
 """What `keep` may say instead of a number: as many tokens as the system prompt has."""
 OFF = "off"
-"""What `pages_per_head` may say instead of a number: a decode step reads all pages."""
+"""What `pages_per_head` may say instead of a number: a decode step reads all pages; and `hot_pool`: there is none."""
 LEAST_PAGES = DEFAULT_NEWEST + 1
 """Of `pages_per_head`: the newest ones are always read, so that fewer would leave no choice."""
 
@@ -76,6 +76,8 @@ class Budget:
         chunk_size: the most tokens of one prefill step. Default 1024.
         pages_per_head: the most pages of a retrieval head that a decode step reads, or "off". Default None: all.
         selector: which pages these are, one of `SELECTORS`. Default "top".
+        hot_pool: bytes of a GPU's memory that keep the host pages which decode steps chose lately, or "off". Default
+            None: host pages are read in place.
         source: file or name that error messages and the plan show.
 
     Raises:
@@ -95,6 +97,7 @@ class Budget:
     chunk_size: int = 1024
     pages_per_head: int | str | None = None
     selector: str = DEFAULT_SELECTOR
+    hot_pool: int | str | None = None
     source: str = "budget"
 
     def __post_init__(self) -> None:
@@ -127,6 +130,10 @@ class Budget:
                 self._fail("pages_per_head", 'is no number of pages: write one, or "off"')
             self._check_whole("pages_per_head", LEAST_PAGES)
         self._check_name("selector", SELECTORS, "selector")
+        if self.hot_pool not in (None, OFF):
+            if isinstance(self.hot_pool, str):
+                self._fail("hot_pool", 'is no number of bytes: write one, or "off"')
+            self._check_whole("hot_pool", 1)
         self._check_whole("page_size", 1)
         if self.page_size not in PAGE_SIZES:
             sizes = ", ".join(map(str, PAGE_SIZES))
@@ -172,7 +179,7 @@ class Budget:
                     name = shortened(key)
                     raise ConfigError(f"{source}: [{section}] {name} is not a known key: {_where_to(name, section)}")
                 fields[known[key]] = value
-        for field in ("device_bytes", "host_bytes", "kv_bytes"):
+        for field in ("device_bytes", "host_bytes", "kv_bytes", "hot_pool"):
             if field in fields:
                 fields[field] = _bytes_of(fields[field], field, source)
         if "device_bytes" not in fields:
@@ -291,7 +298,7 @@ def _bytes_of(value: Any, field: str, source: str) -> int | str:
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise ConfigError(f'{what} {_toml(value)} is not a memory size: write it like "80 GB" or "100 GiB"')
     try:
-        if field == "kv_bytes" and share_of(value) is not None:
+        if (field == "kv_bytes" and share_of(value) is not None) or (field == "hot_pool" and value == OFF):
             return value
         return parse_bytes(value, what)
     except InputError as error:

@@ -16,6 +16,7 @@ from longrun.cli import EXIT_STATUS, PLAN_OPTIONS, Parser, run
 from longrun.hub.find import add_yarn_option
 from longrun.machine.speeds import known_speeds
 from longrun.plan.budget import Budget, shipped_budgets
+from longrun.plan.hot_pool import HOT_POOL_HELP, parse_hot_pool
 from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import NoFitError, make_plan
 from longrun.plan.report import print_plan
@@ -45,6 +46,7 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
     budget = budget.override(
         keep=None if options.keep is None else parse_keep(options.keep, "--keep"),
         pages_per_head=None if options.select is None else parse_select(options.select, "--select"),
+        hot_pool=None if options.hot_pool is None else parse_hot_pool(options.hot_pool, "--hot-pool"),
     )
     capacity = None if options.ctx is None else parse_tokens(options.ctx, "--ctx")
     device_type = options.device or ("cpu" if options.budget == "cpu" else "cuda")
@@ -108,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
     parser.add_argument("--keep", metavar="N", help=f"{KEEP_HELP} (default: the budget's, else the head map's sinks)")
     parser.add_argument("--select", metavar="N|off", help=f"{SELECT_HELP} (default: the budget's, else off)")
+    parser.add_argument("--hot-pool", metavar="SIZE|off", help=f"{HOT_POOL_HELP} (default: the budget's, else off)")
     parser.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's)")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
     parser.add_argument(

@@ -84,6 +84,7 @@ class PlanSettings:
         marks: points of a session to come back to that have memory of their own.
         serves: for `longrun.server`, whose own libraries then have a line (on the CPU: other memory is not planned).
         selection: what a decode step reads of the pages; None is all.
+        hot_bytes: device memory for host pages that were chosen lately, where the GPU's kernels select among some.
         bf16_product_copy: on the CPU, bytes an element that a bf16 product holds besides its result, see
             `longrun.machine.processor`.
     """
@@ -104,6 +105,7 @@ class PlanSettings:
     marks: int = MARKS
     serves: bool = False
     selection: Selection | None = None
+    hot_bytes: int = 0
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -232,6 +234,8 @@ _NOTES = {
     "rings": "streaming heads",
     "marks": "copies of tails and rings",
     "fetch buffer": "host pages in use",
+    "hot pool": "host pages chosen lately",
+    "hot pool tables": "where these stand",
 }
 
 
@@ -315,10 +319,14 @@ def _cache_spec(
     on_device = int(pages * device_share) if keeping else pages
     if most_pages is not None:
         on_device = min(on_device, most_pages)
-    fetch_pages = 0
+    digest = selection.digest_format(page_format) if selection and pages > selection.pages_per_head else None
+    fetch_pages = hot_slots = 0
     if pages > on_device and settings.fused:
         most_fetched = max(2 * max(counts), FETCH_BYTES // page_format.payload_bytes)
         fetch_pages = min(2 * max(counts) * (pages - on_device), most_fetched)
+        if settings.hot_bytes and digest is not None:
+            heads = sum(reach == ALL_TOKENS for row in reaches for reach in row) if reaches else sum(counts)
+            hot_slots = min(pages, settings.hot_bytes // (heads * page_format.payload_bytes))
     return CacheSpec(
         retrieval_heads=counts,
         num_kv_heads=settings.config.num_kv_heads,
@@ -330,7 +338,8 @@ def _cache_spec(
         fetch_pages=fetch_pages,
         reaches=reaches,
         marks=settings.marks,
-        digest=selection.digest_format(page_format) if selection and pages > selection.pages_per_head else None,
+        digest=digest,
+        hot_slots=hot_slots,
     )
 
 

@@ -17,12 +17,14 @@ from longrun.errors import InputError, PlanError, shortened
 from longrun.machine.processor import bf16_product_copy_bytes
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import Budget
+from longrun.plan.hot_pool import hot_bytes_of, hot_pool_notes
 from longrun.plan.key_biases import key_bias_warnings
 from longrun.plan.placement import DEFAULT_WEIGHT_FORMAT, Placement, PlanItem, PlanSettings, place
 from longrun.plan.reaches import allocated_split
 from longrun.plan.search import Suggestion, largest_capacity, shortfall, suggest
 from longrun.plan.selection import selection_of
 from longrun.plan.split import ChosenSplit, choose_split
+from longrun.quant.kv_format import PageFormat
 from longrun.specs.attention_spec import AttentionSpec
 from longrun.specs.cache_spec import MARKS, MOST_MARKS, CacheSpec
 from longrun.specs.model_bytes import ModelWork, model_work
@@ -155,6 +157,7 @@ class Plan:
                 "device": cache.device_pages,
                 "host": cache.host_pages,
                 "fetch": cache.fetch_pages,
+                "hot_per_head": cache.hot_slots,
             },
             "selection": None if self.attention.selection is None else asdict(self.attention.selection),
             "items": [asdict(item) for item in self.items],
@@ -204,13 +207,15 @@ def make_plan(
         NoFitError: the budget does not hold it; with the shortfall and what would fit.
         PlanError: a capacity that the model's own sliding window or the page tables do not allow.
         InputError: the split keeps more first tokens than the capacity, or the budget selects pages where that is not
-            served (`longrun.plan.selection`).
+            served (`longrun.plan.selection`), or has a hot pool without use or of too few bytes.
     """
     capacity = None if capacity is None else parse_tokens(capacity, "capacity")
     choice(device_type, "device_type", ("cpu", "cuda"))
     device_share = number(device_share, "device_share", 0, 1)
     reserved_bytes = integer(reserved_bytes, "reserved_bytes")
     chosen = _with_origin(split, config, budget)
+    selection = selection_of(budget, config, chosen.split)
+    page_format = PageFormat(budget.kv_format, budget.page_size, config.head_dim)
     settings = PlanSettings(
         config=config,
         split=chosen.split,
@@ -227,7 +232,8 @@ def make_plan(
         bf16_product_copy=bf16_product_copy_bytes(),
         marks=integer(marks, "marks", 1, MOST_MARKS),
         serves=serves,
-        selection=selection_of(budget, config, chosen.split),
+        selection=selection,
+        hot_bytes=hot_bytes_of(budget, selection, chosen.split, page_format),
     )
     max_capacity = largest_capacity(settings)
     warnings = []
@@ -267,7 +273,7 @@ def make_plan(
         host_budget=budget.host_bytes,
         budget_source=budget.source,
         warnings=tuple(warnings),
-        notes=chosen.notes,
+        notes=(*chosen.notes, *hot_pool_notes(settings, placement)),
         kv_bytes_given=chosen.kv_bytes,
     )
 

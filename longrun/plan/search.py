@@ -28,7 +28,7 @@ class Suggestion:
     """One change that makes the plan fit (for the capacity: the most that fits).
 
     Attributes:
-        setting: ctx (the capacity), retrieval_ratio, kv_bytes, weights, kv, chunk_size, select, host or gpu.
+        setting: ctx (the capacity), retrieval_ratio, kv_bytes, weights, kv, chunk_size, hot_pool, select, host or gpu.
         value: what to set it to, in tokens or bytes where it is one.
         words: the advice in words; option: the same as options of a command, empty where no option does it.
     """
@@ -101,11 +101,12 @@ def suggest(
         _more_memory(settings, capacity, "host", "host_bytes"),
         _fewer_weight_bits(settings, capacity, or_context=fewer_kv_bytes is None),
         _smaller_chunk(settings, capacity),
+        _no_hot_pool(settings, capacity),
         _no_selection(settings, capacity),
     ]
     if fewer_kv_bytes is None:
         found[:0] = [_smaller_capacity(settings, least), _fewer_retrieval_heads(settings, capacity, resplits)]
-        found.insert(-2, _quantized_pages(settings, capacity))
+        found.insert(-3, _quantized_pages(settings, capacity))
     else:
         found.insert(0, _fewer_kv_bytes(settings, capacity, fewer_kv_bytes, kv_bytes))
     if not any(found):
@@ -236,6 +237,12 @@ def _quantized_pages(settings: PlanSettings, capacity: int) -> Suggestion | None
     if settings.kv_format in QUANTIZED_KV_FORMATS or not fits(replace(settings, kv_format=DEFAULT_KV_FORMAT), capacity):
         return None
     return Suggestion("kv", DEFAULT_KV_FORMAT, f"KV pages as {DEFAULT_KV_FORMAT}", f"--kv {DEFAULT_KV_FORMAT}")
+
+
+def _no_hot_pool(settings: PlanSettings, capacity: int) -> Suggestion | None:
+    if not settings.hot_bytes or not fits(replace(settings, hot_bytes=0), capacity):
+        return None
+    return Suggestion("hot_pool", "off", "host pages read in place, without a hot pool", "--hot-pool off")
 
 
 def _no_selection(settings: PlanSettings, capacity: int) -> Suggestion | None:

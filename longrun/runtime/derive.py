@@ -21,7 +21,7 @@ from longrun.runtime.setup import Setup
 def derived(
     setup: Setup, head_map: HeadMap | HeadSplit | str | Path | None, retrieval_ratio: float | None,
     kv_bytes: int | str | None, kv_format: str | None, chunk_size: int | None, capacity: int, keep: int | None,
-    select: int | str | None,
+    select: int | str | None, hot_pool: int | str | None,
 ) -> Setup:  # fmt: skip
     """`setup` with what is given in place of its own; see `Runtime.derive`.
 
@@ -29,7 +29,9 @@ def derived(
         ConfigError, HeadMapError, InputError, PlanError: as `Runtime.derive`; nothing has been copied.
     """
     config, decoder = setup.model.config, setup.parts.decoder
-    budget = setup.budget.override(kv_format=kv_format, chunk_size=chunk_size, keep=keep, pages_per_head=select)
+    budget = setup.budget.override(
+        kv_format=kv_format, chunk_size=chunk_size, keep=keep, pages_per_head=select, hot_pool=hot_pool
+    )
     if setup.plan.device_type == "cuda" and setup.compiled_kernels:
         check_kernel_shapes(config, budget)
     wanted = replace(setup, budget=budget)

@@ -27,6 +27,7 @@ from longrun.model.folder import ModelFolder, check_folder
 from longrun.paths import user_path
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import SYSTEM, Budget
+from longrun.plan.hot_pool import parse_hot_pool
 from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import ChosenSplit, Plan, choose_split, make_plan
 from longrun.plan.selection import parse_select
@@ -65,6 +66,7 @@ def load(
     kv_bytes: int | str | None = None,
     keep: int | str | None = None,
     select: int | str | None = None,
+    hot_pool: int | str | None = None,
     chunk_size: int | None = None,
     device_share: float = 1.0,
     compiled_kernels: bool = True,
@@ -106,6 +108,8 @@ def load(
             alone. "system" is what `system_size` says. Default: the budget's.
         select: pages of every retrieval head that a decode step reads, at most: those that fit its query; "off" for
             all. Texts are read exactly in any case. Default: the budget's (off where it says nothing).
+        hot_pool: bytes (or a text like "2 GB") of a GPU's memory that keep the host pages which `select` chose lately;
+            "off": they are read in place, as they are elsewhere. Changes no answer. Default: the budget's, else off.
         chunk_size: the most tokens of one prefill step; default: the budget's.
         device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
             rest goes to the host pool although the device has room.
@@ -159,7 +163,9 @@ def load(
     limits = limits.override(kv_format=kv_format, weight_format=weight_format, chunk_size=chunk_size)
     limits = budget_by_hand(limits, retrieval_ratio, kv_bytes)
     limits = limits.override(
-        keep=None if keep is None else parse_keep(keep), pages_per_head=None if select is None else parse_select(select)
+        keep=None if keep is None else parse_keep(keep),
+        pages_per_head=None if select is None else parse_select(select),
+        hot_pool=None if hot_pool is None else parse_hot_pool(hot_pool),
     )
     limits, session_notices = _with_keep_of(session, limits)
     if limits.kv_bytes is not None:

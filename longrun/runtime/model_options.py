@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from longrun.arguments import COUNT, SHARE
 from longrun.hub.find import MODEL_HELP, add_download_option, add_yarn_option
+from longrun.plan.hot_pool import HOT_POOL_HELP, parse_hot_pool
 from longrun.plan.selection import SELECT_HELP, parse_select
 from longrun.plan.split import KEEP_HELP, KV_BYTES_HELP, parse_keep
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
@@ -55,6 +56,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "budget's, else the head map's sinks)",
     )  # fmt: skip
     model.add_argument("--select", metavar="N|off", help=f"{SELECT_HELP} (default: the budget's, else off)")
+    model.add_argument("--hot-pool", metavar="SIZE|off", help=f"{HOT_POOL_HELP} (default: the budget's, else off)")
     model.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's, else {DEFAULT_KV_FORMAT})")
     model.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
     model.add_argument("--chunk-size", type=COUNT, metavar="N", help="tokens of a prefill step (default: the budget's)")
@@ -105,6 +107,7 @@ def load_model(
         kv_bytes=args.kv_bytes,
         keep=None if args.keep is None else parse_keep(args.keep, "--keep"),
         select=None if args.select is None else parse_select(args.select, "--select"),
+        hot_pool=None if args.hot_pool is None else parse_hot_pool(args.hot_pool, "--hot-pool"),
         chunk_size=args.chunk_size,
         marks=marks,
         serves=serves,

@@ -12,6 +12,7 @@ from longrun.arguments import check_text
 from longrun.engine.engine import Engine
 from longrun.errors import InputError, quoted, short_path
 from longrun.patterns.head_map import HeadMap, HeadSplit
+from longrun.plan.hot_pool import parse_hot_pool
 from longrun.plan.selection import parse_select
 from longrun.plan.split import parse_keep
 from longrun.runtime.backend import build_engine
@@ -198,6 +199,7 @@ class Runtime:
         kv_bytes: int | str | None = None,
         keep: int | str | None = None,
         select: int | str | None = None,
+        hot_pool: int | str | None = None,
     ) -> Runtime:
         """Another runtime over the same weights, in a moment: what is not given stays as it is here.
 
@@ -216,7 +218,8 @@ class Runtime:
                 `longrun.load`. Without it reaches stay as they are here; with a `split` or ratio every head kept keeps
                 all tokens.
             keep: first tokens that no head drops, see `longrun.load`; not "system".
-            select: pages of every retrieval head that a decode step reads, or "off", see `longrun.load`.
+            select, hot_pool: pages of every retrieval head that a decode step reads, and the memory for those of them
+                that stand on the host, or "off"; see `longrun.load`.
 
         Raises:
             PlanError: what is left of the budget, or the machine's free memory, cannot hold it.
@@ -228,6 +231,7 @@ class Runtime:
         if isinstance(kept, str):
             raise InputError(f"keep {kept} is counted while a model is loaded: give a number of tokens")
         chosen = None if select is None else parse_select(select)
+        hot = None if hot_pool is None else parse_hot_pool(hot_pool)
         return Runtime(
-            derived(self._setup, split, retrieval_ratio, kv_bytes, kv_format, chunk_size, capacity, kept, chosen)
+            derived(self._setup, split, retrieval_ratio, kv_bytes, kv_format, chunk_size, capacity, kept, chosen, hot)
         )

@@ -49,7 +49,9 @@ class Setup:
     def notices(self) -> list[str]:
         """Sentences that a person should be shown once."""
         unfused = self.plan.device_type == "cuda" and not self.plan.attention.fused
-        return [*self.plan.warnings, *self.split_notices, *self.model_notices, *([_UNFUSED] if unfused else ())]
+        left_out = [note for note in self.plan.notes if note not in self.chosen.notes]
+        unfused_notice = [_UNFUSED] if unfused else []
+        return [*self.plan.warnings, *left_out, *self.split_notices, *self.model_notices, *unfused_notice]
 
     def taken(self) -> tuple[int, int]:
         """Bytes on the device and in the host pool that other sessions and weights hold now."""

@@ -45,6 +45,8 @@ class CacheSpec:
             where every retrieval head keeps every token.
         marks: live marks whose tails, rings and pages have memory of their own.
         digest: what is kept of every page to choose pages by; None keeps nothing.
+        hot_slots: device memory, in pages, for the host pages that each head chose lately (the hot pool), of heads that
+            keep every token; 0 has none.
 
     Raises:
         PlanError: more pages than 32-bit slots can name.
@@ -61,6 +63,7 @@ class CacheSpec:
     reaches: tuple[tuple[int, ...], ...] = ()
     marks: int = MARKS
     digest: DigestFormat | None = None
+    hot_slots: int = 0
 
     def __post_init__(self) -> None:
         assert self.capacity > 0
@@ -69,6 +72,7 @@ class CacheSpec:
         if self.digest is not None:
             fmt = self.page_format
             assert fmt.quantized and (self.digest.page_size, self.digest.head_dim) == (fmt.page_size, fmt.head_dim)
+        assert not self.hot_slots or (self.digest is not None and self.host_pages)
         if self.reaches:
             assert tuple(map(len, self.reaches)) == self.retrieval_heads
             assert all(list(row) == sorted(row, reverse=True) and min(row, default=1) > 0 for row in self.reaches)
@@ -137,7 +141,7 @@ class CacheSpec:
         """Bytes of keys and values on device and host, with index, sink pages, tails and rings, and with the pages of
         finite reaches that marks hold back: the sum of `head_bytes` over all heads."""
         parts = self.device_bytes() | self.host_bytes()
-        others = "marks", "page tables", "fetch buffer", "page digests"
+        others = "marks", "page tables", "fetch buffer", "page digests", "hot pool", "hot pool tables"
         return sum(size for name, size in parts.items() if name not in others)
 
     @property
@@ -177,6 +181,8 @@ class CacheSpec:
             "marks": self.marks * self.exact_bytes,
             "page tables": self._table_bytes(),
             "fetch buffer": self.fetch_pages * fmt.payload_bytes,
+            "hot pool": self.keeping_heads * self.hot_slots * fmt.payload_bytes,
+            "hot pool tables": self._hot_table_bytes(),
         }
 
     def _table_bytes(self) -> int:
@@ -187,6 +193,15 @@ class CacheSpec:
         of_pages = 3 * self.total_retrieval_heads * self.pages_per_head + self.pages_per_head
         of_heads = ((SPANS + 2) * self.num_layers + 2) * max(self.retrieval_heads)
         return (of_pages + of_heads + self.device_pages + self.host_pages) * _SLOT_BYTES
+
+    def _hot_table_bytes(self) -> int:
+        """Of every page where it was read last; of every slot its page and its place in the order of use; of one
+        layer's slots what is fetched to them; of every head two counts, of a step and in all."""
+        if not self.hot_slots:
+            return 0
+        of_pages, most_heads = self.total_retrieval_heads * self.pages_per_head, max(self.retrieval_heads)
+        of_slots = 2 * (self.keeping_heads + most_heads) * self.hot_slots
+        return (of_pages + of_slots) * _SLOT_BYTES + self.num_layers * most_heads * 2 * (_SLOT_BYTES + 8)
 
     def host_bytes(self) -> dict[str, int]:
         """Bytes in host memory, by part."""
