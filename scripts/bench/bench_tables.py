@@ -59,12 +59,16 @@ def memory(row: Row) -> list[str]:
 
 
 def unlike(results: Sequence[Row]) -> list[str]:
-    """How longrun's rows of several files differ: formats of weights and pages, where they are not the same."""
+    """How longrun's rows of several files differ: formats of weights and pages and the pages that a head reads, where
+    they are not the same."""
     said = [""] * len(results)
     for key, name in _FORMATS.items():
         formats = [result["settings"][key] for result in results]
         if len(set(formats)) > 1:
             said = [f"{so_far}, {one} {name}" for so_far, one in zip(said, formats, strict=True)]
+    chosen = [(result["settings"].get("selection") or {}).get("pages_per_head") for result in results]
+    if len(set(chosen)) > 1:
+        said = [f"{so_far}, {one or 'all'} pages a head" for so_far, one in zip(said, chosen, strict=True)]
     return said
 
 
