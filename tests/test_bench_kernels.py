@@ -38,9 +38,10 @@ def once(*works, captured=True, prepare=None, **more):
 
 
 if INTERPRETED:
-    from longrun.kernels import page_choose, page_decode, page_score, page_view, vector_linear
+    from longrun.kernels import hot_pages, page_choose, page_decode, page_score, page_view, vector_linear
     from scripts.bench import (
         bench_fused_kernels,
+        bench_hot_pages,
         bench_kernels,
         bench_page_kernels,
         bench_select,
@@ -52,8 +53,8 @@ if INTERPRETED:
     @pytest.fixture(autouse=True)
     def small(monkeypatch):
         modules = (
-            bench_fused_kernels, bench_kernels, bench_page_kernels, bench_select, bench_streaming_kernels,
-            bench_vector_linear,
+            bench_fused_kernels, bench_hot_pages, bench_kernels, bench_page_kernels, bench_select,
+            bench_streaming_kernels, bench_vector_linear,
         )  # fmt: skip
         for module in modules:
             monkeypatch.setattr(module, "gpu_times", once)
@@ -127,6 +128,24 @@ if INTERPRETED:
         assert [row["kernel"] for row in rows[-3:]] == ["score_pages", "choose_pages", "score and choose"]
         assert rows[-3]["bytes"] == 4 * 10 * 784
 
+    def test_interpreted_hot_pages(monkeypatch):
+        """By the references, which tests of their own compare with the kernels."""
+
+        def decode(q, view, exact, *, workspace, out, lse):
+            page_view.decode_attention(q, view, exact, out=out, lse=lse)
+
+        made = SimpleNamespace(default_splits=lambda heads: 2, decode_attention=decode)
+        monkeypatch.setattr(bench_hot_pages, "CudaPageDecode", lambda head_dim, kv_format: made)
+        by = SimpleNamespace(hot_lookup=hot_pages.hot_lookup, hot_fetch=hot_pages.hot_fetch)
+        monkeypatch.setattr(bench_hot_pages, "CudaHotPages", lambda payload, **how: by)
+        for name, value in {"HEADS": 2, "PAGES": 10, "SLOTS": 40, "BLOCKS": (3,)}.items():
+            monkeypatch.setattr(bench_hot_pages, name, value)
+        rows = list(bench_hot_pages.measure(host_bytes=1))
+        assert len(rows) == 1 + 3 * 3 + 1 and [row["bytes"] // 8448 for row in rows] == [
+            20, 0, 20, 20, 20, 0, 4, 4, 0, 0, 0,
+        ]  # fmt: skip
+        assert rows[5]["details"]["settings"] == {"hits": "80%"}
+
     def test_interpreted_streaming_kernels(monkeypatch):
         """Prefill by its reference: the interpreter multiplies bfloat16 matrices as if they were integers."""
         reference = bench_streaming_kernels.banded_prefill_reference
@@ -140,4 +159,4 @@ if INTERPRETED:
 
 @not_interpreted
 def test_the_kernel_benchmarks_run_interpreted():
-    assert interpreted_tests(__file__) == 6
+    assert interpreted_tests(__file__) == 7

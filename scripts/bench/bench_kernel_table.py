@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
     "page_decode": _measure("bench_kernels"),
     "page": _measure("bench_page_kernels"),
     "select": _measure("bench_select"),
+    "hot": _measure("bench_hot_pages"),
     "fused": _measure("bench_fused_kernels"),
     "vector_linear": _measure("bench_vector_linear"),
     "streaming": _measure("bench_streaming_kernels"),
