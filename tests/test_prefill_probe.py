@@ -173,6 +173,23 @@ def test_delta_is_exact_at_dense_rows_and_moves_the_others_alike():
     torch.testing.assert_close(sparse.alike[0], by_hand, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", [Choice("means 1", 0.3, "absolute", 0.03), Choice(PERFECT, 1.0)], ids=str)
+def test_a_gpu_reads_as_the_cpu(choice):
+    draw = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(3000, heads, 128, generator=draw).bfloat16() for heads in (12, 2, 2))
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        turns = torch.ones(3000, 128, device=device), torch.zeros(3000, 128, device=device)
+        reading = Reading(choice, LIMITS, 1024, 2944, delta=True)
+        sparse = SparsePrefill(6, 128**-0.5, 1.0, 1, 12, reading)
+        out = sparse.run(0, *(x.to(device, dtype) for x in (q, k, v)), Step(0, 3000, *turns))
+        found.append((out.float().cpu(), sparse.caught / sparse.rows))
+    error = (found[1][0] - found[0][0]).square().mean().sqrt() / found[0][0].square().mean().sqrt()
+    assert error < 0.02
+    torch.testing.assert_close(found[1][1], found[0][1], atol=0.01, rtol=0)
+
+
 def test_mass_is_measured():
     model, text = random_model(), random_text()
     table = MassTable.empty(2, 4, torch.device("cpu"))
