@@ -156,7 +156,7 @@ def test_the_projects_tables_are_current():
 def least_share(kind: str, row: dict) -> float | None:
     """The share of its ceiling that a row must have; None for other libraries, for selected pages, whose bytes are few,
     and for lengths at which no ceiling is near."""
-    if "page_digests" in row.get("bytes", ()):
+    if kind == "decode" and "page_digests" in row.get("bytes", {}):
         return None
     if row.get("runner") == "longrun" and "error" not in row:
         if kind == "prefill":
