@@ -32,9 +32,9 @@ CONTEXT = 2000
 LIMITS = Limits(max_new_tokens=20, request_seconds=100, body_bytes=10**6)
 
 
-def save_chat_model(folder: Path) -> Path:
+def save_chat_model(folder: Path, **shape: int) -> Path:
     """A tiny random model whose tokens are characters, with a chat template; greedy answers hardly ever end."""
-    model = tiny_model("llama")
+    model = tiny_model("llama", **shape)
     with torch.no_grad():
         model.lm_head.weight[1:3] = 0  # both end an answer
     model.save_pretrained(folder)
