@@ -425,9 +425,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) page_select_mark(
   }
 }
 
-// Larger is better, and no two entries have the same: the value, then the lower entry. -0 ranks as 0.
+// Larger is better, and no two entries have the same: the value, then the lower entry.
 __device__ __forceinline__ u32 rank_of(float value) {
-  const u32 bits = __float_as_uint(value + 0.f);
+  const u32 bits = __float_as_uint(value);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 __device__ __forceinline__ u64 rank_of(float value, int entry) { return u64(rank_of(value)) << 32 | (ALL - u32(entry)); }

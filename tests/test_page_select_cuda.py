@@ -227,10 +227,12 @@ def on_gpu():
 
 
 LONG = [
-    Case((count, count // 3, 0, count - 1), group, dim, bits, skip=skip, lam=lam)
-    for count, skip in ((1000, 3), (5003, 0))
-    for group, lam in ((1, 0.5), (4, 0), (4, 0.25), (7, 1.0))
-    for dim, bits in ((64, 4), (128, 8), (128, 4))
+    *(
+        Case((500, 170, 0, 499), group, dim, bits, skip=3, lam=lam)
+        for group, lam in ((1, 0.5), (4, 0), (4, 0.25), (7, 1.0))
+        for dim, bits in ((64, 4), (64, 8), (128, 4), (128, 8))
+    ),
+    Case((5001,), 4, 128),
 ]
 
 
