@@ -189,7 +189,7 @@ ROOMS = (
     Room(
         "chat",
         ("longrun.chat", "longrun.chat.*"),
-        ("runtime", "session", "engine", "documents", "text", "model", "plan", "measuring", "hub", "formats"),
+        ("runtime", "session", "engine", "documents", "text", "model", "plan", "measuring", "specs", "hub", "formats"),
         ("rich", "prompt_toolkit", "transformers"),
     ),
     Room(

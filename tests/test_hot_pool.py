@@ -20,6 +20,7 @@ from longrun.plan.hot_pool import parse_hot_pool
 from longrun.plan.plan import NoFitError, make_plan
 from longrun.plan.shapes import config_of
 from longrun.session.session import Session
+from longrun.specs.hot_counts import HotCounts
 
 SELECT, PAYLOAD = 5, 8448
 
@@ -124,6 +125,34 @@ def test_the_check_finds_a_page_that_is_not_its_own(folder):
     hot._memory.fill_(7)
     with pytest.raises(AssertionError, match="a page in the hot pool is not what it is"):
         engine.cache.check()
+
+
+def test_what_a_person_and_a_program_are_told():
+    earlier, counts = HotCounts((10, 0), (10, 0), 100), HotCounts((20, 10), (12, 4), 100)
+    assert counts.line() == "46.7% of 30 chosen host pages in the hot pool, 1.60 KB fetched"
+    found = counts.since(earlier)
+    assert (found.pages, found.missed) == ((10, 10), (2, 4))
+    expected = {"host_pages_chosen": 20, "hits": 14, "hit_rate": 0.7, "link_bytes": 600}
+    assert {name: found.to_dict()[name] for name in expected} == expected
+    assert found.since(found).line() == "no host page chosen" and found.since(found).to_dict()["hit_rate"] is None
+
+
+def test_an_answer_has_its_own_counts(folder):
+    """In a report of the chat: those of its steps, neither of the trial runs nor of what was read before."""
+    engine = engine_of(folder, SELECT + 1)
+    session = Session(engine, None, None, frozenset())
+    session.prefill(IDS[:500])
+    session.prefill(IDS[500:503], one_by_one=True)
+    before = session.hot_counts
+    found = list(session.generate(10, eos=False))
+    counts = session.hot_counts.since(before)
+    again = engine_of(folder, SELECT + 1)
+    again.run(IDS[:500])
+    for token in (*IDS[500:503].tolist(), *found[:9]):
+        again.run_one(token)
+    assert sum(before.pages) > 0 and session.hot_counts.pages == again.cache.hot.counts().pages
+    assert 0 < sum(counts.missed) < sum(counts.pages)
+    assert engine_of(folder, 0).cache.hot is None
 
 
 def budget(**fields):

@@ -18,6 +18,7 @@ from longrun.chat.runner import ChatRunner
 from longrun.documents.document import read_document
 from longrun.plan.command import plan_command
 from longrun.session.session import Session
+from longrun.specs.hot_counts import HotCounts
 
 
 def test_where_a_question_begins():
@@ -76,6 +77,21 @@ def test_a_question_is_read_token_by_token_where_that_is_asked_for(planted, text
     selection = report.to_dict()["selection"]
     assert (selection["pages_held"], selection["pages_read"], selection["share_of_tokens"]) == (held, 6, share)
     assert (selection["pages_per_head"], selection["selector"]) == (6, "top")
+    assert report.to_dict()["hot_pool"] is None and "hot pool" not in report.line()
+
+
+def test_statistics_of_the_hot_pool_are_those_of_the_answer(planted, text_file, monkeypatch):
+    """Of a session that has one, which only a GPU's has."""
+    counts = iter([HotCounts((4, 4), (4, 3), 100), HotCounts((9, 9), (6, 5), 100)])
+    monkeypatch.setattr(Session, "hot_counts", property(lambda self: next(counts)))
+    runtime = longrun.load(planted.path, ctx=4000, chunk_size=256, device="cpu", select=6)
+    runner = ChatRunner(runtime, AnswerOptions(max_new_tokens=2), Console(file=io.StringIO()))
+    runner.read([read_document(text_file)], ask(0))
+    report = runner.answer(lambda text: None, keep_unfinished=False)
+    assert "; 60.0% of 10 chosen host pages in the hot pool, 400 B fetched; context" in report.line()
+    found = report.to_dict()["hot_pool"]
+    assert (found["host_pages_chosen"], found["hits"], found["link_bytes"]) == (10, 6, 400)
+    assert json.dumps(found["by_layer"]) == '{"pages": [5, 5], "missed": [2, 2], "payload_bytes": 100}'
 
 
 def test_the_command(chat, text_file):
@@ -94,6 +110,8 @@ def test_the_command(chat, text_file):
         (["--select", "x"], "--select 'x' is neither a number of pages nor off"),
         (["--select", "9" * 5000], "is neither a number of pages nor off"),
         (["--select", "6", "--kv", "bf16"], "select 6 needs quantized pages, and those of bf16 are exact"),
+        (["--hot-pool", "1GB"], "hot_pool 1.00 GB is for the pages that decode steps select, and these read all"),
+        (["--select", "6", "--hot-pool", "x"], "--hot-pool 'x' is not a number with a known unit"),
         (["--select-question"], "--select-question needs pages to select: give --select N, or leave it out"),
     ):
         done = chat(*shared, *arguments)

@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from longrun.cache.pool import PagePool
 from longrun.kernels.hot_pages import HotPages
 from longrun.specs.cache_spec import CacheSpec
-
-
-@dataclass(frozen=True)
-class HotCounts:
-    """What decode steps chose of host pages, by layer.
-
-    Attributes:
-        pages, missed: pages that stood on the host, and those of them that had to be fetched.
-        payload_bytes: of a page.
-    """
-
-    pages: tuple[int, ...]
-    missed: tuple[int, ...]
-    payload_bytes: int
-
-    @property
-    def link_bytes(self) -> int:
-        """Bytes that were fetched."""
-        return sum(self.missed) * self.payload_bytes
-
-    def since(self, earlier: HotCounts) -> HotCounts:
-        """What came after `earlier`."""
-        pages, missed = (
-            tuple(now - then for now, then in zip(a, b, strict=True))
-            for a, b in ((self.pages, earlier.pages), (self.missed, earlier.missed))
-        )
-        return HotCounts(pages, missed, self.payload_bytes)
+from longrun.specs.hot_counts import HotCounts
 
 
 class HotPool:

@@ -11,6 +11,7 @@ from longrun.units import format_bytes
 
 if TYPE_CHECKING:
     from longrun.session.session import Session
+    from longrun.specs.hot_counts import HotCounts
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class TurnReport:
         prefilled_tokens: those of them that were read in this turn; resumed_at: those of an interrupted message that
             had been read before.
         saved_tokens: tokens that the session held when it was loaded; already_read: documents given now that it held.
+        hot: what the answer chose of host pages; None without a hot pool.
         prefill_seconds: wall time of reading, checkpoints included; load_seconds: of loading model and session.
     """
 
@@ -35,6 +37,7 @@ class TurnReport:
     resumed_at: int = 0
     saved_tokens: int = 0
     already_read: tuple[str, ...] = ()
+    hot: HotCounts | None = None
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -54,6 +57,8 @@ class TurnReport:
         read = pages_read(self.session.plan, self.session.seq_len)
         if read is not None:
             parts.append(read.line())
+        if self.hot is not None:
+            parts.append(self.hot.line())
         parts.append(f"context {self.session.num_tokens:,} of {self.session.capacity:,}")
         if self.answer.seed is not None:
             parts.append(f"seed {self.answer.seed}")
@@ -86,6 +91,7 @@ class TurnReport:
             },
             "cache_bytes": self.session.cache_bytes,
             "selection": self._selection(),
+            "hot_pool": None if self.hot is None else self.hot.to_dict(),
             "split_hash": self.session.plan.split_hash,
             "plan": self.session.plan.to_dict(),
         }

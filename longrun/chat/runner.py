@@ -204,6 +204,7 @@ class ChatRunner:
         mark = self.sources.begin(None if cut is None else cut.start)
         rewinds = self._folder is not None and cut is None
         finished = whole = False
+        hot_before = self.session.hot_counts
         try:
             answer = stream_answer(
                 self.session, self._tokenizer, self.runtime.eos_token_ids, self.options, emit, begun, began.seed
@@ -217,9 +218,11 @@ class ChatRunner:
                 elif rewinds:
                     self.session.rewind(mark)
         count, seconds, resumed_at = self._prefilled
+        hot = self.session.hot_counts
+        hot = None if hot is None or hot_before is None else hot.since(hot_before)
         self.last_report = TurnReport(
             answer, self.session, prompt_tokens, count, seconds, self.load_seconds, resumed_at, self._saved_tokens,
-            self._already_read,
+            self._already_read, hot,
         )  # fmt: skip
         self._prefilled, self._already_read = (0, 0.0, 0), ()
         self.save_if_kept()

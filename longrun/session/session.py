@@ -24,6 +24,7 @@ from longrun.session.look_back import looked_at
 from longrun.session.marks import SessionMark, SessionMarks
 from longrun.session.passages import Passage
 from longrun.session.sequence import TokenSequence
+from longrun.specs.hot_counts import HotCounts
 
 if TYPE_CHECKING:
     from longrun.session.manifest import SessionIdentity
@@ -78,6 +79,11 @@ class Session:
     def cache_bytes(self) -> int:
         """Bytes the cache holds, measured from its tensors; equal to the plan's."""
         return self.cache.total_bytes
+
+    @property
+    def hot_counts(self) -> HotCounts | None:
+        """What the decode steps of this session chose of host pages; None without a hot pool. Waits for the device."""
+        return None if self.cache.hot is None else self.cache.hot.counts()
 
     @property
     def logits(self) -> Tensor | None:

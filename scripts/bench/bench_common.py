@@ -26,6 +26,7 @@ from longrun.lab.report_env import environment
 from longrun.paths import path_option
 from longrun.patterns.head_map import HeadMap
 from longrun.plan.budget import Budget
+from longrun.plan.hot_pool import HOT_POOL_HELP
 from longrun.plan.pages_read import selection_facts
 from longrun.plan.plan import Plan
 from longrun.plan.selection import SELECT_HELP
@@ -50,6 +51,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
     parser.add_argument("--select", metavar="N|off", help=SELECT_HELP)
+    parser.add_argument("--hot-pool", metavar="SIZE|off", help=HOT_POOL_HELP)
     parser.add_argument("--weight-format", choices=WEIGHT_FORMATS, help="default: the budget's")
     parser.add_argument("--kv", choices=KV_FORMATS, help="page format (default: the budget's)")
     parser.add_argument("--chunk-size", type=parse_tokens, metavar="N", help="tokens of a prefill step")
@@ -106,7 +108,8 @@ def load_runtime(
     budget = Budget.load(args.budget or DEFAULT_BUDGETS[args.device]).override(**memory)
     return longrun.load(
         args.model, budget, head_map, args.kv, args.weight_format, args.device, ctx=capacity, retrieval_ratio=ratio,
-        kv_bytes=args.kv_bytes, select=args.select, chunk_size=args.chunk_size, yarn=yarn, **(hooks or {}),
+        kv_bytes=args.kv_bytes, select=args.select, hot_pool=args.hot_pool, chunk_size=args.chunk_size, yarn=yarn,
+        **(hooks or {}),
     )  # fmt: skip
 
 
@@ -138,6 +141,7 @@ def describe(runtime: Runtime, args: argparse.Namespace) -> dict[str, Any]:
         "split_hash": split.hash,
         "split_note": note,
         "selection": selection_facts(plan),
+        "hot_pages_per_head": plan.cache.hot_slots,
         "budget": plan.budget_source,
         "device": plan.device_type,
         "notices": [without_folders(text) for text in runtime.notices],

@@ -159,8 +159,11 @@ def timed_decode(
     new, device, length = args.new_tokens, session.cache.device, session.seq_len
     tokens = session.generate(decoded_tokens(args), eos=False)
     time_tokens(session, tokens, WARM_TOKENS)
+    hot_before = session.hot_counts
     runs = [time_tokens(session, tokens, new) for _ in range(args.repeats)]
-    used = memory.measure(session.plan)
+    used, hot = memory.measure(session.plan), session.hot_counts
+    if hot is not None and hot_before is not None:
+        hot = hot.since(hot_before)
     wall, step, busy = [ms for _, times in runs for ms in times], graph_ms(runtime, session), None
     if device.type == "cuda":
         busy = gpu_busy_ms(lambda: [next(tokens) for _ in range(PROFILED_TOKENS)])
@@ -175,6 +178,7 @@ def timed_decode(
         **host_overhead(statistics.median(wall), step, busy),
         "cache_bytes": session.cache_bytes,
         "pages_on_host": session.plan.cache.host_pages,
+        "hot_pool": None if hot is None else hot.to_dict(),
         "memory": used,
     }  # fmt: skip
 

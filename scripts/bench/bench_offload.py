@@ -55,11 +55,14 @@ def measure(runtime: Runtime, runner: str, args: argparse.Namespace, ceilings: d
     logits = session.logits.float().cpu()
     tokens = session.generate(decoded_tokens(args), eos=False)
     ids, _ = time_tokens(session, tokens, WARM_TOKENS)
-    wall = []
+    wall, hot_before = [], session.hot_counts
     for _ in range(args.repeats):
         new_ids, times = time_tokens(session, tokens, args.new_tokens)
         ids, wall = ids + new_ids, wall + times
-    median, on_host = statistics.median(wall), host_bytes_per_token(session)
+    median, on_host, hot = statistics.median(wall), host_bytes_per_token(session), session.hot_counts
+    if hot is not None and hot_before is not None:
+        hot = hot.since(hot_before)
+        on_host = round(hot.link_bytes / len(wall))
     link_ms = on_host / ceilings["host_to_device_gb_s"] / 1e6
     row = {
         "runner": runner,
@@ -68,6 +71,7 @@ def measure(runtime: Runtime, runner: str, args: argparse.Namespace, ceilings: d
         "ms": spread(wall),
         "ms_tokens": wall,
         "host_bytes_per_token": on_host,
+        "hot_pool": None if hot is None else hot.to_dict(),
         "host_pages": session.cache.spec.host_pages,
         "link_ms": link_ms,
         "link_over_measured": link_ms / median,
