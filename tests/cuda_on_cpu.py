@@ -114,7 +114,7 @@ def host_hot_pages(payload_bytes: int, folder: Path, threads: int, blocks: int =
     library = host_library(hot_pages_cuda.SOURCE, None, hot_pages_cuda.defines_of(payload_bytes, threads), folder)
     made = object.__new__(CudaHotPages)
     made.payload_bytes, made.lookup_threads, made.fetch_blocks = payload_bytes, threads, blocks
-    made._lookup = HostKernel(library, "hot_pages_lookup", hot_pages_cuda.MOST_SLOTS // 8)
-    made._fetch = HostKernel(library, "hot_pages_fetch")
+    made._lookup = HostKernel(library, hot_pages_cuda.SOURCE, "hot_pages_lookup", hot_pages_cuda.MOST_SLOTS // 8)
+    made._fetch = HostKernel(library, hot_pages_cuda.SOURCE, "hot_pages_fetch")
     made.set_descending = library.set_descending
     return made
