@@ -14,11 +14,13 @@ pytest.importorskip("triton", reason="the GPU backend needs Triton, which is opt
 import longrun
 from longrun.errors import ConfigError, InputError
 from longrun.kernels.gpu_kernels import reference_kernels
+from longrun.machine.speeds import Speeds
 from longrun.patterns.head_map import HeadMap
 from longrun.plan.budget import Budget
 from longrun.plan.hot_pool import parse_hot_pool
 from longrun.plan.plan import NoFitError, make_plan
 from longrun.plan.shapes import config_of
+from longrun.plan.times import predict
 from longrun.session.session import Session
 from longrun.specs.hot_counts import HotCounts
 
@@ -179,6 +181,15 @@ def test_its_bytes_are_planned():
     assert moved * PAYLOAD >= sizes["hot pool"] and with_pool.cache.host_pages == without.cache.host_pages + moved
     assert with_pool.cache.kv_bytes == without.cache.kv_bytes and with_pool.to_dict()["pages"]["hot_per_head"] == slots
     assert with_pool.device_bytes <= 80 * 10**9 and not with_pool.notes
+
+
+def test_the_times_say_that_what_it_holds_is_not_moved():
+    speeds = Speeds("a GPU", 700, 600, 3000, 50, True)
+    without, with_pool = (predict(plan_8b(hot_pool=size), speeds) for size in (None, 2 * 10**9))
+    assert "each moves 2" in without.line() and "each moves at most 2" in with_pool.line()
+    assert (
+        with_pool.to_dict()["with_hot_pool"] and with_pool.host_bytes > without.host_bytes
+    )  # fewer stand on the device
 
 
 def test_only_heads_that_keep_every_token_have_slots():

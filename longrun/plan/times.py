@@ -38,6 +38,7 @@ class Times:
         token_ms: a token written after it, milliseconds.
         host_bytes: of pages in host memory, which every token moves to the device.
         speeds: what this was computed from.
+        with_hot_pool: those of them that stand in the hot pool are not moved; the times count none there.
     """
 
     capacity: int
@@ -45,10 +46,14 @@ class Times:
     token_ms: float
     host_bytes: int
     speeds: Speeds
+    with_hot_pool: bool = False
 
     def line(self) -> str:
         """As a person reads it."""
-        link = f"; each moves {format_bytes(self.host_bytes)} of pages from host memory" if self.host_bytes else ""
+        most = "at most " if self.with_hot_pool else ""
+        link = (
+            f"; each moves {most}{format_bytes(self.host_bytes)} of pages from host memory" if self.host_bytes else ""
+        )
         return (
             f"reading {format_tokens(self.capacity)} tokens takes about {format_seconds(self.read_s)}, each token "
             f"after them about {format_seconds(self.token_ms / 1e3)} ({self.speeds.origin}){link}"
@@ -65,7 +70,8 @@ def predict(plan: Plan, speeds: Speeds | None) -> Times | None:
     if speeds is None or (plan.device_type == "cuda" and (not plan.attention.fused or plan.weight_format == "fp32")):
         return None
     read, token = read_seconds(plan, speeds, plan.capacity), token_seconds(plan, speeds, plan.capacity)
-    return Times(plan.capacity, read, 1e3 * token, host_bytes(plan, plan.capacity), speeds)
+    hot = plan.cache.hot_slots > 0
+    return Times(plan.capacity, read, 1e3 * token, host_bytes(plan, plan.capacity), speeds, hot)
 
 
 def read_seconds(plan: Plan, speeds: Speeds, num_tokens: int) -> float:
