@@ -12,6 +12,22 @@ import torch
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PLAIN_SHARED = 48 * 1024  # bytes a launch may ask for without that attribute
+_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("num_attributes", ctypes.c_uint),
+    )  # fmt: skip
 
 
 class CudaUnavailable(Exception):
@@ -105,10 +121,23 @@ class CudaKernel:
     def __init__(self, module: CudaModule, function: ctypes.c_void_p, shared_bytes: int) -> None:
         self._module, self._function, self._shared_bytes = module, function, shared_bytes
 
-    def launch(self, grid: int, block: tuple[int, int], args: Sequence[ctypes._SimpleCData]) -> None:
+    def launch(
+        self, grid: int, block: tuple[int, int], args: Sequence[ctypes._SimpleCData], overlap: bool = False
+    ) -> None:
+        """Launch blocks of block[0] x block[1] threads.
+
+        Args:
+            overlap: see `kernels.overlap`; the kernel must be written for it.
+        """
         pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(arg) for arg in args))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        status = self._module._driver.cuLaunchKernel(
-            self._function, grid, 1, 1, block[0], block[1], 1, self._shared_bytes, stream, pointers, None
-        )
-        self._module._check(status, "cuLaunchKernel")
+        driver = self._module._driver
+        if overlap:
+            allowed = _Attribute(_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+            how = _Launch((grid, 1, 1), (*block, 1), self._shared_bytes, stream, ctypes.pointer(allowed), 1)
+            status = driver.cuLaunchKernelEx(ctypes.byref(how), self._function, pointers, None)
+        else:
+            status = driver.cuLaunchKernel(
+                self._function, grid, 1, 1, block[0], block[1], 1, self._shared_bytes, stream, pointers, None
+            )
+        self._module._check(status, "launching a kernel")

@@ -99,7 +99,7 @@ def load_gpu_kernels(
             f"the {kv_format} decode kernel cannot be built on this GPU ({error}): use kv_format bf16, or device cpu"
         ) from error
     try:
-        select = None if digest is None else CudaPageSelect(digest)
+        select = None if digest is None else CudaPageSelect(digest, overlap=overlap)
         hot = None if digest is None else CudaHotPages(PageFormat(kv_format, GPU_PAGE_SIZE, head_dim).payload_bytes)
     except CudaUnavailable as error:
         raise ConfigError(

@@ -46,6 +46,13 @@ __device__ __forceinline__ float lg2(float x) { float y; asm("lg2.approx.ftz.f32
 __device__ __forceinline__ void mma_s8(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1)); }
+// First of all in every kernel (kernels/overlap.py): the next may be launched, and earlier ones are waited for.
+__device__ __forceinline__ void after_earlier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 // Kept in a register: else the compiler computes it again wherever it is used.
 __device__ __forceinline__ void keep(u32& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void keep(const uint4*& x) { asm volatile("" : "+l"(x)); }
@@ -161,6 +168,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) page_select_score(
     const void* q_in, int q_is_bf16, const u8* digest, i64 digest_stride, const int* pages, i64 pages_stride,
     const int* begins, const int* counts, int skip, int limit, float* scores, int room, int group, int splits,
     float softmax_scale, float lam) {
+  after_earlier();
   extern __shared__ __align__(128) u8 shared[];
   __shared__ Query query;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -281,6 +289,7 @@ struct TotalsShared { float stats[THREADS / 32][MAX_GROUP][2]; };
 extern "C" __global__ void __launch_bounds__(THREADS) page_select_totals(
     const float* scores, int room, int group, const int* counts, int skip, int limit, float* stats, int* bins, int* tied,
     int parts) {
+  after_earlier();
   __shared__ TotalsShared mine;
   const int head = blockIdx.x / parts, part = blockIdx.x % parts, id = threadIdx.x, lane = id & 31, warp = id >> 5;
   const Part own(entries_of(counts, head, skip, limit, room), part, parts);
@@ -326,6 +335,7 @@ struct ValuesShared { float totals[MAX_GROUP]; int bins[BINS]; };
 extern "C" __global__ void __launch_bounds__(THREADS) page_select_values(
     const float* scores, int room, int group, const int* counts, int skip, int limit, const float* stats, float* values,
     int* bins, int newest, int parts) {
+  after_earlier();
   __shared__ ValuesShared mine;
   const int head = blockIdx.x / parts, part = blockIdx.x % parts, id = threadIdx.x, lane = id & 31, warp = id >> 5;
   const int entries = entries_of(counts, head, skip, limit, room);
@@ -392,6 +402,7 @@ struct MarkShared { int sums[THREADS / 32 + 1], last_bin, needed; };
 extern "C" __global__ void __launch_bounds__(THREADS) page_select_mark(
     const float* values, int room, const int* counts, int skip, int limit, const int* bins, u32* chosen, int words,
     int* candidates, int* tied, int* needed, int wanted, int parts) {
+  after_earlier();
   __shared__ MarkShared mine;
   const int head = blockIdx.x / parts, part = blockIdx.x % parts, id = threadIdx.x, lane = id & 31, warp = id >> 5;
   const Part own(entries_of(counts, head, skip, limit, room), part, parts);
@@ -439,6 +450,7 @@ extern "C" __global__ void __launch_bounds__(FINAL_THREADS, 1) page_select_write
     const float* values, int room, const int* pages, i64 pages_stride, const int* begins, const int* counts, int skip,
     int limit, u32* chosen, int words, const int* candidates, const int* tied, const int* needed, int* pages_out,
     i64 out_stride, int* counts_out) {
+  after_earlier();
   __shared__ WriteShared mine;
   const int head = blockIdx.x, id = threadIdx.x, lane = id & 31;
   const int entries = entries_of(counts, head, skip, limit, room), listed = tied[head];

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longrun.errors import ConfigError
 from longrun.kernels.cuda_module import CudaModule, CudaUnavailable
+from longrun.kernels.overlap import overlaps
 from longrun.kernels.page_choose import NORM_STEP, Budget, check_choose_shapes
 from longrun.kernels.page_score import check_score_shapes
 from longrun.kernels.page_view import PageView, check_view
@@ -95,13 +96,16 @@ class CudaPageSelect:
     Args:
         stages: tiles of four digests in shared memory a warp, the one in work counted in.
         blocks_per_sm: of the blocks that score; fewer where shared memory has no room for so many.
+        overlap: a kernel begins while the one before it ends (sm_90 and newer; no effect on older GPUs).
 
     Raises:
         ConfigError: pages that the GPU's kernels do not serve.
         CudaUnavailable: GPU older than sm_80, no NVRTC, or the compilation failed.
     """
 
-    def __init__(self, fmt: DigestFormat, *, stages: int = 3, warps: int = 4, blocks_per_sm: int = 5) -> None:
+    def __init__(
+        self, fmt: DigestFormat, *, stages: int = 3, warps: int = 4, blocks_per_sm: int = 5, overlap: bool = True
+    ) -> None:
         check_digests(fmt)
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         if properties.major < 8:
@@ -115,6 +119,7 @@ class CudaPageSelect:
             raise CudaUnavailable(f"{properties.name} has no room for {stages} tiles of {warps} warps in shared memory")
         module = CudaModule(SOURCE.read_text(), score_defines(fmt, stages, warps))
         self.fmt, self.warps = fmt, warps
+        self.overlap = overlap and overlaps(torch.device("cuda", torch.cuda.current_device()))
         self._blocks = properties.multi_processor_count * min(blocks_per_sm, in_room)
         self.kernels = {name: module.kernel(f"page_select_{name}") for name in CHOOSING}
         self.kernels["score"] = module.kernel("page_select_score", shared)
@@ -143,7 +148,7 @@ class CudaPageSelect:
             _address(view.pages), c_int64(view.pages.stride(0)), _address(view.begins), *_lengths(view),
             _address(out), c_int(out.shape[2]), c_int(group), c_int(splits), c_float(softmax_scale), c_float(lam),
         )  # fmt: skip
-        self.kernels["score"].launch(heads * splits, (32 * self.warps, 1), args)
+        self.kernels["score"].launch(heads * splits, (32 * self.warps, 1), args, self.overlap)
         return out
 
     def choose_pages(
@@ -180,7 +185,8 @@ class CudaPageSelect:
         )  # fmt: skip
 
     def _launch(self, name: str, grid: int, *args: c_float | c_int | c_int64 | c_void_p) -> None:
-        self.kernels[name].launch(grid, (_FINAL_THREADS if name == "write" else _THREADS, 1), args)
+        threads = _FINAL_THREADS if name == "write" else _THREADS
+        self.kernels[name].launch(grid, (threads, 1), args, self.overlap)
 
 
 def check_digests(fmt: DigestFormat) -> None:

@@ -66,7 +66,7 @@ class HostKernel:
         self._types = [types.get(" ".join(each.split()[:-1]), ctypes.c_void_p) for each in declared]
         assert all(("*" in each) == (kind is ctypes.c_void_p) for each, kind in zip(declared, self._types, strict=True))
 
-    def launch(self, blocks: int, threads: tuple[int, int], args: tuple) -> None:
+    def launch(self, blocks: int, threads: tuple[int, int], args: tuple, overlap: bool = False) -> None:
         assert [type(arg) for arg in args] == self._types
         integers = (ctypes.c_int(blocks), *map(ctypes.c_int, threads), ctypes.c_int64(self._shared_bytes))
         self._function(*integers, *args)
@@ -95,7 +95,7 @@ def host_select(fmt: DigestFormat, folder: Path, stages: int = 3, warps: int = 4
     helpers = "__device__ __forceinline__ u32 lds32", "// Entries of a head's list"
     library = host_library(page_select_cuda.SOURCE, helpers, score_defines(fmt, stages, warps), folder)
     made = object.__new__(CudaPageSelect)
-    made.fmt, made.warps, made.default_splits = fmt, warps, lambda num_heads: splits
+    made.fmt, made.warps, made.default_splits, made.overlap = fmt, warps, lambda num_heads: splits, True
     shared = {"score": score_shared_bytes(fmt, stages, warps)}
     made.kernels = {
         name: HostKernel(library, page_select_cuda.SOURCE, f"page_select_{name}", shared.get(name, 0))

@@ -1,6 +1,7 @@
 """The CUDA kernels that score and choose pages, against the torch references: their own source on a CPU
 (cuda_on_cpu.py), compiled where a compiler is found, and on a real GPU (`-m gpu`)."""
 
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -208,6 +209,12 @@ def test_shapes_without_a_kernel_are_refused(kernels):
     q, view, digest = make(Case((3,), 2, 64, 8))
     with pytest.raises(AssertionError, match="centre_bits=4"):  # of another format than the kernels'
         kernel.score_pages(q, view, digest, **how, out=poisoned_scores(view, 2))
+
+
+def test_every_kernel_waits_for_those_before_it():
+    """Before anything else: else it reads what they have not written yet, where kernels overlap."""
+    bodies = re.findall(r'extern "C" __global__ [^{]*\{\s*(\S+)', SOURCE.read_text())
+    assert bodies == ["after_earlier();"] * 5
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs the CUDA compiler nvcc")
