@@ -236,13 +236,14 @@ def test_settings_are_read_and_run():
     names = ["means 100%", "means 40%", "perfect 40%", "means 40% absolute", "means 40% delta"]
     rows = list(settings_of(model, [text], [Setting.of(name) for name in names], table, 256, limits, 60))
     full, few, best, levelled, moved = rows
-    assert full["kl_text"] < 1e-6 and full["same_text"] == full["caught"] == full["read"] == 1
+    assert full["kl_text"] < 1e-6 and full["same_text"] == full["read"] == 1
+    assert full["caught"] == pytest.approx(1, abs=1e-5)
     assert full["kept"] == full["known"]
     assert min(best["kl_text"], few["kl_text"]) > 0.01 and best["caught"] != few["caught"] < 0.9
     assert levelled["level"] is not None and 0 < levelled["read"] < 1
     assert moved["caught"] != few["caught"] and moved["kl_text"] != few["kl_text"]
     assert Setting.of("means 25% ends").reading(text, 9, None, 256, limits).dense_layers == {0, 1, 7, 8}
-    assert Setting.of("means 25%").reading(text, 9, None, 256, limits).dense_from == 896
+    assert Setting.of("means 25%").reading(text, 9, None, 256, limits).dense_from == 640
     for all_read in ("means 25% first", "means 25% tail"):  # of two layers both; of 1,220 tokens all
         with pytest.raises(InputError, match="in full"):
             list(settings_of(model, [text], [Setting.of(all_read)], table, 256, limits, 60))

@@ -45,14 +45,14 @@ from longrun.units import parse_tokens
 from scripts.quality.reach_probe import Model
 from scripts.quality.selection_probe import started
 
-TEXT_ROWS, TAIL = 256, 2048
+TEXT_ROWS, TAIL = 512, 2048
 CODE, PROSE = "code", "prose"
 SETTINGS = (
-    "means 8%", "means 1 8% absolute", "means 1 15% absolute", "mean 1 8% absolute", "digest 8% absolute",
-    "means 1 8% absolute delta", "means 1 15% absolute delta", "means 1 5% absolute", "means 1 25% absolute",
-    "means 15%", "means 1 8%", "means 8% delta", "means 8% absolute", "means 1 8% left", "means 1 8% absolute first",
-    "means 1 8% absolute tail", "digest 15% absolute", "diagonals 16 8%", "bands 8%", "sampled 8% absolute",
-    "means 1 8% absolute ends", "means 1 8% relative", "means 5%", "means 25%", "perfect 8% absolute",
+    "means 8%", "mean 1 8% absolute", "mean 1 8%", "mean 1 8% absolute delta", "means 8% delta", "mean 1 8% left",
+    "means 15%", "mean 1 15% absolute", "mean 1 15% absolute delta", "means 5%", "mean 1 5% absolute", "means 25%",
+    "mean 1 25% absolute", "mean 1 8% absolute first", "mean 1 8% absolute tail", "digest 8%", "bands 8%",
+    "diagonals 16 8%", "means 1 8% absolute", "mean 1 15% left", "mean 1 8% absolute ends", "sampled 8% absolute",
+    "mean 1 8% relative", "perfect 8% absolute",
 )  # fmt: skip
 
 

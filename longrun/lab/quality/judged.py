@@ -59,11 +59,13 @@ class Judged:
         self.kept.update(task for (task, _), own, right in tasks if own and right)
 
     def row(self, known: Counter[str]) -> dict[str, Any]:
-        """JSON-able; by task [kept, of those that full attention has right]."""
+        """JSON-able; by task [kept, of those that full attention has right]; error: the mean's standard error."""
         kept = self.kept.total(), known.total()
         text, answers = ([sum(own[i]) / len(own[i]) for own in (self.kl, self.same)] for i in (0, 1))
+        error = torch.tensor(self.kl[0]).std().item() / len(self.kl[0]) ** 0.5
         return {
             "kept": kept[0], "known": kept[1], "interval": wilson(*kept).to_dict() if kept[1] else None,
             "tasks": {task: [self.kept[task], known[task]] for task in sorted(known)}, "kl_text": text[0],
+            "kl_text_error": error,
             "same_text": text[1], "kl_answers": answers[0], "same_answers": answers[1],
         }  # fmt: skip
