@@ -104,7 +104,8 @@ def test_runtime_on_the_gpu_agrees_with_the_cpu(tmp_path, monkeypatch, kv, famil
 def test_digests_are_those_of_the_stored_pages(tmp_path, kv, head_dim, device_share):
     """Pages from prefill and from decode, straight to the host and spilled, rewound, saved and loaded: `check` computes
     every digest again, in torch."""
-    save_tiny(tmp_path / "model", "llama", head_dim=head_dim, max_position_embeddings=2048)
+    shape = {"head_dim": head_dim, "hidden_size": 6 * head_dim, "intermediate_size": 320, "num_attention_heads": 6}
+    save_tiny(tmp_path / "model", "llama", **shape, max_position_embeddings=2048)
     budget = Budget.load("rtx4090-24g").override(pages_per_head=5)
     runtime = load(tmp_path / "model", "cuda", kv, device_share=device_share, budget=budget)
     ids = torch.randint(0, 97, (700,), generator=torch.Generator().manual_seed(1))
@@ -112,8 +113,7 @@ def test_digests_are_those_of_the_stored_pages(tmp_path, kv, head_dim, device_sh
     session.prefill(ids[:350])
     assert session.cache_bytes == runtime.plan.cache_bytes
     mark = session.mark()
-    for token in ids[350:500].split(1):
-        session.prefill(token)
+    session.prefill(ids[350:500], one_by_one=True)
     session.cache.check()
     session.prefill(ids[500:])
     session.cache.check()
