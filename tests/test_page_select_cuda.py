@@ -1,6 +1,7 @@
 """The CUDA kernels that score and choose pages, against the torch references: their own source on a CPU
 (cuda_on_cpu.py), compiled where a compiler is found, and on a real GPU (`-m gpu`)."""
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from page_views import scattered_view
 from selected_pages import CASES, Case, check_choice, chosen_by_hand, make, poisoned_scores, random_scores
 
 from longrun.errors import ConfigError
-from longrun.kernels import page_select_cuda
+from longrun.kernels import cuda_module, page_select_cuda
 from longrun.kernels.page_choose import Budget
 from longrun.kernels.page_score import score_pages
 from longrun.kernels.page_select_cuda import SOURCE, ChoiceWorkspace, CudaPageSelect, num_parts, score_defines
@@ -217,6 +218,14 @@ def test_every_kernel_waits_for_those_before_it():
     assert bodies == ["after_earlier();"] * 5
 
 
+def test_what_a_launch_says_lies_as_in_cuda_h():
+    """CUlaunchAttribute and CUlaunchConfig on a 64-bit machine."""
+    attribute, launch = cuda_module._Attribute, cuda_module._Launch
+    assert (attribute.value.offset, ctypes.sizeof(attribute)) == (8, 72)
+    offsets = [getattr(launch, name).offset for name, *_ in launch._fields_]
+    assert (offsets, ctypes.sizeof(launch)) == ([0, 12, 24, 32, 40, 48], 56)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs the CUDA compiler nvcc")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -309,3 +318,32 @@ def test_graph_replay_with_other_lists_on_gpu(on_gpu):
         for head, numbers in enumerate(chosen_by_hand(view, scores, 100, 4)):
             assert found[head, : int(counts[head])].tolist() == numbers
             assert (found[head, len(numbers) :] == -1).all()
+
+
+@pytest.mark.gpu
+def test_layers_that_overlap_choose_the_same_on_gpu(on_gpu):
+    """Layers share scores and workspace, and a kernel begins before the one ahead of it has ended."""
+    case = Case((2000, 1500, 1999, 64), 4, 128)
+    layers = [make(case, "cuda", seed) for seed in range(6)]
+    scores, space = torch.empty(4, 4, 2000, device="cuda"), ChoiceWorkspace.empty(4, 4, 2000, torch.device("cuda"))
+    found, counts = (
+        torch.empty(2, len(layers), *shape, dtype=torch.int32, device="cuda").fill_(-1) for shape in ((4, 64), (4,))
+    )
+
+    def select(kernel, which):
+        for layer, (q, view, digest) in enumerate(layers):
+            kernel.score_pages(q, view, digest, lam=0.25, softmax_scale=SCALE, out=scores)
+            kernel.choose_pages(
+                scores, view, budget=Budget(64), newest=4, pages_out=found[which, layer],
+                counts_out=counts[which, layer], workspace=space,
+            )  # fmt: skip
+
+    select(CudaPageSelect(case.digest, overlap=False), 0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        select(on_gpu[case.digest], 1)
+    for _ in range(50):
+        found[1], counts[1] = -1, -1
+        graph.replay()
+        assert torch.equal(*found) and torch.equal(*counts)
+    assert (counts == 64).all() and (found >= 0).all()
