@@ -16,6 +16,8 @@ from longrun.kernels.page_view import PageView, check_view
 from longrun.kernels.prepared_call import PreparedCall, addresses
 from longrun.quant.rotation import rotation_scales
 
+CPU_MAX_GROUP = 8  # MAX_GROUP of cpu_select.cpp
+
 
 class _List(ctypes.Structure):
     """`List` in cpu_select.cpp."""
@@ -54,7 +56,8 @@ class _Choose(ctypes.Structure):
 
 
 class CpuSelect(CpuKernel):
-    """Scoring and choosing on the CPU; everything stands in host memory. A KV head has 8 query heads at most."""
+    """Scoring and choosing on the CPU; everything stands in host memory. A KV head has at most `CPU_MAX_GROUP` query
+    heads."""
 
     source = "cpu_select"
 
@@ -79,7 +82,7 @@ class CpuSelect(CpuKernel):
         fmt = check_score_shapes(q, view, digest, out)
         check_view(view)
         heads, group, dim = q.shape
-        assert group <= 8 and fmt.groups <= 16
+        assert group <= CPU_MAX_GROUP and fmt.groups <= 16
         call = _Score(
             _list(view), *addresses((q, digest, out)), digest.stride(0), heads, group, dim, fmt.centre_bits, fmt.groups,
             out.shape[2], q.dtype == torch.bfloat16, torch.get_num_threads(), softmax_scale, lam,

@@ -3,12 +3,15 @@ what is refused."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tiny_models import save_tiny
 
 import longrun
 from longrun.errors import ConfigError, InputError
+from longrun.kernels.cpu_select import CpuSelect
 from longrun.kernels.page_view import dequantize_pages
 from longrun.lab.planted import make_planted_model
 from longrun.needles.needles import Haystack, build_prompt, make_needles
@@ -17,6 +20,7 @@ from longrun.plan.budget import Budget
 from longrun.plan.pages_read import pages_read
 from longrun.plan.selection import parse_select
 from longrun.runtime import backend
+from longrun.session.keeper import SessionKeeper
 from longrun.units import ALL_TOKENS
 
 PAGE, CTX, SINK = 16, 900, 16
@@ -252,6 +256,8 @@ def test_a_planted_model_finds_its_needles_in_few_pages(tmp_path, monkeypatch, c
     right = {}
     for score_pages in (by_the_keys, by_nothing):
         monkeypatch.setattr(backend, "score_pages", score_pages)
+        later = lambda self, *given, score_pages=score_pages, **more: partial(score_pages, *given, **more)  # noqa: E731
+        monkeypatch.setattr(CpuSelect, "prepare_score", later)
         runtime = longrun.load(planted.path, ctx=6200, select=8, device_share=0.5, **options)
         prompt = build_prompt(runtime.tokenizer, Haystack.generated(3), make_needles(4, 3), 6000, [0.1, 0.35, 0.6, 0.8])
         session = runtime.new_session()
@@ -264,3 +270,30 @@ def test_a_planted_model_finds_its_needles_in_few_pages(tmp_path, monkeypatch, c
             right[score_pages].append(found == list(question.expected_ids))
         assert pages_read(session.plan, session.seq_len).share < 0.11
     assert all(right[by_the_keys]) and not any(right[by_nothing])
+
+
+def test_the_compiled_kernels_choose_what_the_references_choose(folder, tmp_path):
+    """And where a KV head has more query heads than the compiled kernels serve, the references choose."""
+    read = []
+    for compiled in (True, False):
+        runtime = load(folder, 8, "full", compiled_kernels=compiled, device_share=0.5)
+        session = after(runtime, 600)
+        session.prefill(IDS[600:601], one_by_one=True)
+        read.append(lists(runtime, session, 2))
+    same = [len(set(one) & set(other)) for one, other in zip(*read, strict=True)]
+    assert sum(same) >= 3 * 8 - 2  # by rounding one page may come in another's place
+    save_tiny(tmp_path, "llama", **SHAPE | {"hidden_size": 576}, num_attention_heads=9, num_key_value_heads=1)
+    session = after(load(tmp_path, 8, "full"), 600)
+    assert session.prefill(IDS[600:640], one_by_one=True).isfinite().all()
+
+
+def test_an_attached_session_is_saved_once_after_tokens_read_one_by_one(folder, tmp_path, monkeypatch):
+    session = after(load(folder, 6), 300)
+    session.attach(tmp_path / "session")
+    saved, update = [], SessionKeeper.update
+    monkeypatch.setattr(SessionKeeper, "update", lambda self, of: (saved.append(of.seq_len), update(self, of))[1])
+    session.prefill(IDS[300:320], one_by_one=True)
+    session.prefill(IDS[320:600])
+    assert saved == [320, 450, 580, 600]
+    with pytest.raises(InputError, match="one_by_one 1 is neither True nor False"):
+        session.prefill(IDS[600:601], one_by_one=1)

@@ -13,6 +13,7 @@ from longrun.attention.interface import FusedDecode
 from longrun.attention.torch_backend import TorchAttention
 from longrun.cache.pages import PagedHeads
 from longrun.kernels.cpu_kernels import CpuKernels
+from longrun.kernels.cpu_select import CPU_MAX_GROUP
 from longrun.kernels.page_view import ExactTokens, PageView
 from longrun.kernels.prepared_call import PreparedCall
 from longrun.quant.rotation import random_signs
@@ -98,7 +99,10 @@ class CpuDecode(FusedDecode):
         exact = ExactTokens(pages.sink_k, pages.sink_v, pages.tail_k, pages.tail_v, self.state.lengths)
         view, selector = self.cache.view(layer_idx), self._attention.selector
         if selector is not None:
-            self.calls.append(PreparedCall(selector.choose, q, view, pages))
+            if self._spec.group <= CPU_MAX_GROUP:
+                self.calls += selector.prepare(self._kernels.select, q, view, pages)
+            else:
+                self.calls.append(PreparedCall(selector.choose, q, view, pages))
             view = selector.chosen(view)
         self._prepare_decode(q, view, exact, out, lse)
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from longrun.cache.pages import PagedHeads
 from longrun.kernels.page_choose import Budget
 from longrun.kernels.page_view import PageView
+from longrun.kernels.prepared_call import PreparedCall
 from longrun.specs.attention_spec import AttentionSpec
 
 if TYPE_CHECKING:
+    from longrun.kernels.cpu_select import CpuSelect
     from longrun.kernels.page_select_cuda import ChoiceWorkspace
 
 
@@ -68,3 +70,16 @@ class PageSelector:
             scores, view, budget=self._budget, newest=selection.newest, pages_out=self._pages[:heads],
             counts_out=self._counts[:heads], **scratch,
         )  # fmt: skip
+
+    def prepare(self, select: CpuSelect, q: Tensor, view: PageView, pages: PagedHeads) -> list[PreparedCall]:
+        """`choose` by the CPU's compiled kernels, as calls to be run for every token."""
+        heads, selection, scores = view.num_heads, self._selection, self._scores[: view.num_heads]
+        return [
+            select.prepare_score(
+                q, view, pages.digest, lam=selection.lam, softmax_scale=self._softmax_scale, out=scores
+            ),
+            select.prepare_choose(
+                scores, view, budget=self._budget, newest=selection.newest, pages_out=self._pages[:heads],
+                counts_out=self._counts[:heads],
+            ),
+        ]  # fmt: skip
