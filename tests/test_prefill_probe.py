@@ -234,7 +234,7 @@ def test_settings_are_read_and_run():
     table = MassTable.empty(2, 4, torch.device("cpu"))
     measured(model, text, 2, 256, ["means"], limits, table)
     names = ["means 100%", "means 40%", "perfect 40%", "means 40% absolute", "means 40% delta"]
-    rows = list(settings_of(model, [text], [Setting.of(name) for name in names], table, 256, limits, 60))
+    rows = list(settings_of(model, [text], [Setting.of(name) for name in names], table, 256, limits, 60, 256))
     full, few, best, levelled, moved = rows
     assert full["kl_text"] < 1e-6 and full["same_text"] == full["read"] == 1
     assert full["caught"] == pytest.approx(1, abs=1e-5)
@@ -242,19 +242,19 @@ def test_settings_are_read_and_run():
     assert min(best["kl_text"], few["kl_text"]) > 0.01 and best["caught"] != few["caught"] < 0.9
     assert levelled["level"] is not None and 0 < levelled["read"] < 1
     assert moved["caught"] != few["caught"] and moved["kl_text"] != few["kl_text"]
-    assert Setting.of("means 25% ends").reading(text, 9, None, 256, limits).dense_layers == {0, 1, 7, 8}
-    assert Setting.of("means 25%").reading(text, 9, None, 256, limits).dense_from == 640
+    assert Setting.of("means 25% ends").reading(text, 9, None, 256, limits, 256).dense_layers == {0, 1, 7, 8}
+    assert Setting.of("means 25%").reading(text, 9, None, 256, limits, 256).dense_from == 896
     for all_read in ("means 25% first", "means 25% tail"):  # of two layers both; of 1,220 tokens all
         with pytest.raises(InputError, match="in full"):
-            list(settings_of(model, [text], [Setting.of(all_read)], table, 256, limits, 60))
+            list(settings_of(model, [text], [Setting.of(all_read)], table, 256, limits, 60, 256))
     assert rows[0]["setting"] == "means 100%"
-    late = list(settings_of(model, [text], [Setting.of("means 25%")], table, 256, limits, -1))
+    late = list(settings_of(model, [text], [Setting.of("means 25%")], table, 256, limits, -1, 256))
     assert late == [{"setting": "means 25%", "left_out": True}]
     for bad in ("means", "8%", "best 8%", "means 0%", "means x%", "means 8% fast", "means 8% relative absolute"):
         with pytest.raises(InputError, match="is none"):
             Setting.of(bad)
     with pytest.raises(InputError, match="needs the mass"):
-        Setting.of("sampled 8% relative").reading(text, 2, table, 256, limits)
+        Setting.of("sampled 8% relative").reading(text, 2, table, 256, limits, 256)
     assert set(RULES) >= {"share"} and len(SHARES) == 4
 
 

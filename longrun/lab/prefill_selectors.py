@@ -20,6 +20,7 @@ chunk, which is computed before the past's.
 | outliers | means of 32 queries and the 4 queries least like the tile's mean (QUOKA) | means of 16 keys |
 | sampled 16, sampled 4, sampled | every 16th query | as means; the last one is SampleAttention's, arXiv 2406.15486 |
 | digest, means 1 | of the 30% of all heads' pages that get most by *digest*, again by *means 1* | |
+| all 16, all digest | every query | as means, digest |
 | diagonals S | S consecutive queries in reverse order, joined | S keys joined (XAttention, arXiv 2503.16428) |
 | perfect | every query | keys |
 
@@ -83,7 +84,8 @@ SELECTORS = {
     "digest 8": Selector("means", 8, "digest"), "digest, means 1": Selector("means", 1, coarse="digest"),
     "bands": Selector("mean", PAGE, "bands"), "bands 16": Selector("means", 16, "bands"),
     "outliers": Selector("outliers", 16), "sampled 16": Selector("sampled", 16), "sampled 4": Selector("sampled", 4),
-    "sampled": Selector("sampled", 1), "diagonals 8": Selector("joined", 8), "diagonals 16": Selector("joined", 16),
+    "sampled": Selector("sampled", 1), "all 16": Selector("all", 16), "all digest": Selector("all", 16, "digest"),
+    "diagonals 8": Selector("joined", 8), "diagonals 16": Selector("joined", 16),
     PERFECT: Selector("all", 1),
 }  # fmt: skip
 

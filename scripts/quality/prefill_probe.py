@@ -45,7 +45,7 @@ from longrun.units import parse_tokens
 from scripts.quality.reach_probe import Model
 from scripts.quality.selection_probe import started
 
-TEXT_ROWS, TAIL = 512, 2048
+TAIL = 2048
 CODE, PROSE = "code", "prose"
 SETTINGS = (
     "means 8%", "mean 1 8% absolute", "mean 1 8%", "mean 1 8% absolute delta", "means 8% delta", "mean 1 8% left",
@@ -86,7 +86,9 @@ class Setting:
             )
         return cls(name, selector, share, rest)
 
-    def reading(self, text: AnsweredText, layers: int, table: MassTable | None, chunk: int, limits: Limits) -> Reading:
+    def reading(
+        self, text: AnsweredText, layers: int, table: MassTable | None, chunk: int, limits: Limits, text_rows: int
+    ) -> Reading:
         """How a text is read.
 
         Raises:
@@ -103,7 +105,7 @@ class Setting:
         ends = {0, 1} if self.words & {"ends", "first"} else set()
         if "ends" in self.words:
             ends |= {layers - 2, layers - 1}
-        last = TAIL if "tail" in self.words else TEXT_ROWS
+        last = max(TAIL, text_rows) if "tail" in self.words else text_rows
         return Reading(
             Choice(self.selector, self.share, rule, level), limits, chunk,
             max(text.document_length - last, 0) // TILE * TILE, "delta" in self.words, dense_layers=frozenset(ends),
@@ -168,11 +170,11 @@ def show_mass(kind: str, found: Mapping[str, Any]) -> None:
 
 def settings_of(
     model: Model, texts: Sequence[AnsweredText], settings: Sequence[Setting], table: MassTable | None, chunk: int,
-    limits: Limits, seconds: float,
+    limits: Limits, seconds: float, text_rows: int,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A row for each setting, in order, until the time is over."""
     began = time.perf_counter()
-    behind = [torch.arange(text.document_length - TEXT_ROWS, text.document_length - 1) for text in texts]
+    behind = [torch.arange(text.document_length - text_rows, text.document_length - 1) for text in texts]
     known = [
         Known.of(text, model.predicted(text, WholeTextAttention(model.group, model.scale, 0)))
         for text in (replace(text, text_rows=rows) for text, rows in zip(texts, behind, strict=True))
@@ -187,7 +189,7 @@ def settings_of(
         start, judged, read, rows = time.perf_counter(), Judged(), [0, 0], 0
         caught, alike = torch.zeros(layers, heads), torch.zeros(layers, 2)
         for one in known:
-            reading = setting.reading(one.text, layers, table, chunk, limits)
+            reading = setting.reading(one.text, layers, table, chunk, limits, text_rows)
             attention = SparsePrefill(model.group, model.scale, model.rotary.scaling, layers, heads, reading)
             judged.add(one, model.predicted(one.text, attention))
             read = [a + b for a, b in zip(read, attention.read, strict=True)]
@@ -219,6 +221,7 @@ def options(parser: Parser) -> None:
     )
     parser.add_argument("--floor", type=COUNT, default=16, help="pages that are read at least")
     parser.add_argument("--lam", type=float, default=0.25, help="weight of the digest's half-ranges")
+    parser.add_argument("--text-rows", type=COUNT, default=512, help="of running text behind what is read sparsely")
     parser.add_argument("--settings", default=";".join(SETTINGS), help="separated by semicolons, the first ones first")
     parser.add_argument("--seconds", type=float, default=3600.0, help="after which no setting of a length is begun")
 
@@ -234,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--selectors {args.selectors}, --chunk {args.chunk}: take some of {', '.join(SELECTORS)}, 128 up"
         )
     result |= {
-        "benchmark": "prefill probe", "text_rows": TEXT_ROWS, "tile": TILE, "chunk": chunk, "floor": args.floor,
+        "benchmark": "prefill probe", "text_rows": args.text_rows, "tile": TILE, "chunk": chunk, "floor": args.floor,
         "lam": args.lam, "held": HELD, "lost": LOST, "shares": SHARES, "levels": LEVELS, "lengths": [],
     }  # fmt: skip
     heads = model.shape[1] * model.group
@@ -266,7 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         save()
         table = tables[CODE] if tables[CODE].tiles else None
         every = [text for some in texts.values() for text in some]
-        for row in settings_of(model, every, settings, table, chunk, limits, args.seconds) if settings else ():
+        rows = settings_of(model, every, settings, table, chunk, limits, args.seconds, args.text_rows)
+        for row in rows if settings else ():
             part["rows"].append(row)
             show(row)
             save()
