@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 PAGE = 64
 TODAY = "min/max 64 rotated (today's)"
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-DIGEST_LAMBDAS = (0.0, 0.25, 0.5, 0.75)
+DIGEST_LAMBDAS = (0.0, 0.25, 0.375, 0.5, 0.75)
 DIGESTS = (  # tokens of a group, bits of a centre and of a half-range, what is taken off first
-    (16, 8, 4, ""), (16, 8, 8, ""), (16, 6, 4, ""), (16, 4, 4, ""), (16, 4, 2, ""), (16, 4, 4, "first"),
-    (16, 4, 4, "page"), (8, 4, 0, ""), (8, 4, 0, "first"),
+    (16, 8, 4, ""), (16, 8, 8, ""), (16, 6, 4, ""), (16, 4, 2, ""), (16, 4, 4, "first"), (16, 4, 4, "page"),
+    (8, 4, 0, ""),
 )  # fmt: skip
 COARSE_SHARES = (0.26, 0.06, 0.04, 0.013)
 _KINDS = {"mean": ("plain", False), "middle": ("plain", True), "unturned": ("unturned", False)}
@@ -106,15 +106,19 @@ def known_rules() -> dict[str, Rule]:
 
 def digest_rules() -> dict[str, Rule]:
     """By name: digests of pages as they are stored, beside what they are judged by."""
-    names = ("perfect", "keys", TODAY, *(fitted_name("mean", lam) for lam in DIGEST_LAMBDAS))
+    names = ("perfect", "keys", TODAY, fitted_name("mean", 0), fitted_name("mean", 0.25))
+    indices = [Index(16, lam, "digest", bits=4) for lam in DIGEST_LAMBDAS]
+    indices += [
+        Index(group, 0.25 if half_bits else 0, "digest", bits=bits, half_bits=half_bits, less=less)
+        for group, bits, half_bits, less in DIGESTS
+    ]
     found = {name: rule for name, rule in known_rules().items() if name in names}
-    for group, bits, half_bits, less in DIGESTS:
-        lambdas = DIGEST_LAMBDAS if half_bits == 4 and group == 16 else DIGEST_LAMBDAS[1:] if half_bits else (0,)
-        for lam in lambdas:
-            index = Index(group, lam, "digest", bits=bits, half_bits=half_bits, less=less)
-            halves = f" + {lam:g} of {half_bits}" if lam else ""
-            found[f"digest of {group}, {bits} bits{halves}" + (f", less {less}" if less else "")] = Rule(index)
-    return found
+    return found | {_digest_name(index): Rule(index) for index in indices}
+
+
+def _digest_name(index: Index) -> str:
+    halves = f" + {index.lam:g} of {index.half_bits}" if index.lam else ""
+    return f"digest of {index.group}, {index.bits} bits{halves}" + (f", less {index.less}" if index.less else "")
 
 
 def fitted_name(kind: str, lam: float) -> str:
