@@ -165,6 +165,8 @@ def test_a_document_is_added_asked_and_deleted(kept: Served, browser: Browser) -
         ask(page, "who?")
         expected = kept.expected(kept.prompt_ids(user(f"{text}\n\nwho?")), 20)
         assert answer_of(page) == expected
+        loaded = page.locator("#now .gauge", has_text="Last document loaded")
+        loaded.get_by_text(f"{told['tokens']:,} tokens in").wait_for(state="attached")
         page.get_by_role("button", name=f"Delete {name}").click()
         page.get_by_role("button", name="Cancel").click()
         assert item.count() == 2

@@ -39,8 +39,10 @@ CONTRAST = """(selector) => {
 
 
 def many_heads(route: Route) -> None:
-    """The state as it is, but of a model with 16 KV heads in a layer."""
+    """The state as it is, but of a model with 16 KV heads in a layer, and of a hot pool."""
     told = route.fetch().json()
+    counts = {"host_pages_chosen": 1234, "hits": 1000, "hit_rate": 1000 / 1234, "link_bytes": 5}
+    told["memory"]["hot_pool"] = {"planned": 2 * 10**9, **counts}
     told["heads"]["reaches"] = [["all", "streaming", 4096, 131072] * 4] * 3
     route.fulfill(json=told)
 
@@ -98,6 +100,7 @@ def test_a_narrow_screen_scrolls_in_one_direction_and_all_text_can_be_read(
             page.get_by_role("button", name=button, exact=True).click()
             assert page.evaluate("document.documentElement.scrollWidth") <= 400
             assert page.evaluate("document.querySelector('main').scrollWidth") <= 400
+        assert "2.00 GB of GPU memory; 81.0% of 1,234 chosen host pages" in (page.locator("#now").text_content() or "")
         page.evaluate(ONE_OF_EACH)
         for selector in ("body", ".quiet", "#send", ".problem", ".turn.user .body", ".turn h3", "mark", ".label"):
             assert page.evaluate(CONTRAST, selector) >= 4.5, selector

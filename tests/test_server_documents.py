@@ -88,6 +88,8 @@ def test_a_document_is_read_once_and_kept_over_a_restart(
         answer, _, cached = ask(served, "book.md", user(QUESTION))
         assert answer == expected and cached == told["tokens"]
         assert "longrun_session_load_seconds_count 1.0" in httpx.get(f"{served.root}/metrics").text
+        loading = httpx.get(f"{served.root}/status").json()["last"]["loading"]
+        assert loading["tokens"] == told["tokens"] and loading["seconds"] > 0
         assert put(served, "book.md", TEXT).status_code == 200  # nothing to do
         system = [{"role": "system", "content": "be brief"}, *user(QUESTION)]
         moved = served.prompt_ids(user(f"{TEXT.rstrip()}\n\nbe brief\n\n{QUESTION}"))

@@ -10,10 +10,12 @@ import pytest
 from server_case import Served, serve, user, wait_for
 
 from longrun.patterns.head_map import HeadSplit
-from longrun.server.jobs import Finished, Piece, Progress
+from longrun.server.jobs import Finished, Loaded, Piece, Progress
 from longrun.server.pace import Pace, Rate
 from longrun.server.page_files import PAGE_FILES
 from longrun.server.status import told_reaches
+from longrun.session.session import Session
+from longrun.specs.hot_counts import HotCounts
 from longrun.units import ALL_TOKENS
 
 
@@ -54,6 +56,19 @@ def test_status_is_the_plan_and_what_is_in_use(kept: Served) -> None:
     assert httpx.delete(f"{kept.root}/documents/disk").status_code == 200
 
 
+def test_a_hot_pool_tells_what_was_chosen_until_the_last_answer(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(chat_model) as served:
+        served.post("/v1/chat/completions", {"messages": user("who?"), "max_tokens": 3})
+        assert httpx.get(f"{served.root}/status").json()["memory"]["hot_pool"] is None  # a CPU has none
+        monkeypatch.setattr(Session, "hot_counts", HotCounts((6, 4), (1, 1), 500))
+        served.post("/v1/chat/completions", {"messages": user("who?"), "max_tokens": 3})
+        assert httpx.get(f"{served.root}/status").json()["memory"]["hot_pool"] == {
+            "planned": 0, "host_pages_chosen": 10, "hits": 8, "hit_rate": 0.8, "link_bytes": 1000,
+        }  # fmt: skip
+
+
 def test_reaches_are_told_in_the_order_of_the_checkpoint() -> None:
     split = HeadSplit.of_reaches(((32, ALL_TOKENS, 500), (ALL_TOKENS, 32, 32)), 8, 32)
     assert told_reaches(split) == [["streaming", "all", 500], ["all", "streaming", "streaming"]]
@@ -67,10 +82,11 @@ def test_pace_counts_what_was_read_and_the_steps_between_tokens(monkeypatch: pyt
     pace, heard = Pace(), []
     emit = pace.watched(heard.append)
     read = [Progress(500, 100, done, 0.0) for done in (100, 300, 500)]
-    events = [*read, Piece("a"), Piece("b"), Finished("stop", 500, 100, 5)]
+    events = [Loaded(100, 0.5), *read, Piece("a"), Piece("b"), Finished("stop", 500, 100, 5)]
     for event in events:
         emit(event)
     assert (pace.reading, pace.writing) == (Rate(400, 4.0), Rate(4, 2.0))
+    assert pace.loading == Rate(100, 0.5)
     assert heard == events
 
 
@@ -79,6 +95,6 @@ def test_a_key_guards_the_state_and_not_the_page(chat_model: Path) -> None:
         assert httpx.get(served.root).status_code == 200 and httpx.get(f"{served.root}/page/main.js").status_code == 200
         assert httpx.get(f"{served.root}/status").status_code == 401
         told = httpx.get(f"{served.root}/status", headers={"Authorization": "Bearer secret"}).json()
-        assert told["documents"] is None and told["last"] == {"reading": None, "writing": None}
+        assert told["documents"] is None and told["last"] == {"reading": None, "writing": None, "loading": None}
     with serve(chat_model) as served:
         assert httpx.get(served.root, headers={"Host": "evil.example"}).status_code == 403

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from longrun.runtime.runtime import Runtime
     from longrun.session.marks import SessionMark
     from longrun.session.session import Session
+    from longrun.specs.hot_counts import HotCounts
 
 TURN_SECONDS = 10.0
 """How long a document is read at least before others that wait have their turn."""
@@ -59,6 +60,11 @@ class Answerer:
     def num_tokens(self) -> int:
         """Tokens that the session holds."""
         return self._session.num_tokens
+
+    @property
+    def hot_counts(self) -> HotCounts | None:
+        """See `Session.hot_counts`."""
+        return self._session.hot_counts
 
     def answer(self, job: Job) -> None:
         """Emit everything but a failure.

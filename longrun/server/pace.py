@@ -1,4 +1,4 @@
-"""How fast the worker read and wrote last."""
+"""How fast the worker read, wrote and loaded a session last."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from longrun.server.jobs import Event, Finished, Piece, Progress
+from longrun.server.jobs import Event, Finished, Loaded, Piece, Progress
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,17 @@ class Rate:
 
 
 class Pace:
-    """The last reading and the last whole answer, from the events of jobs; all on the worker's thread.
+    """The last reading, whole answer and loading of a session, from the events of jobs; all on the worker's thread.
 
     Attributes:
-        reading: tokens that were read and not held before; writing: tokens that were written. None before the first.
+        reading: tokens that were read and not held before; writing: tokens that were written; loading: tokens of a
+            document's session that came from disk. None before the first.
     """
 
     def __init__(self) -> None:
         self.reading: Rate | None = None
         self.writing: Rate | None = None
+        self.loading: Rate | None = None
 
     def watched(self, emit: Callable[[Event], None]) -> Callable[[Event], None]:
         """`emit` of one job, whose events are timed on their way."""
@@ -40,6 +42,8 @@ class Pace:
                     begun = read
                 else:
                     self.reading = Rate(event.processed - event.cached, read - begun)
+            elif isinstance(event, Loaded):
+                self.loading = Rate(event.tokens, event.seconds)
             elif isinstance(event, Piece):
                 text = time.perf_counter()
             elif isinstance(event, Finished) and event.new_tokens > 1 and text > read:

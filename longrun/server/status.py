@@ -13,9 +13,11 @@ from longrun.units import ALL_TOKENS
 
 if TYPE_CHECKING:
     from longrun.patterns.head_split import HeadSplit
+    from longrun.plan.plan import Plan
     from longrun.runtime.runtime import Runtime
     from longrun.server.documents import Documents
     from longrun.server.worker import Worker
+    from longrun.specs.hot_counts import HotCounts
 
 ALL, STREAMING = "all", "streaming"
 """Reaches that are no number: of heads that keep every token, and of those that keep sinks and window."""
@@ -51,7 +53,11 @@ class Status:
             "context": {"tokens": tokens, "capacity": plan.capacity},
             "queue": {"running": worker.num_running, "waiting": worker.num_waiting, "most": worker.most_waiting},
             "body_bytes": self._body_bytes,
-            "last": {"reading": _rate(worker.pace.reading), "writing": _rate(worker.pace.writing)},
+            "last": {
+                "reading": _rate(worker.pace.reading),
+                "writing": _rate(worker.pace.writing),
+                "loading": _rate(worker.pace.loading),
+            },
             "memory": {
                 "items": [asdict(item) for item in plan.items],
                 "device": {"in_use": in_use["device"], "planned": plan.device_bytes, "allowed": plan.device_budget},
@@ -61,6 +67,7 @@ class Status:
                     "on_host": host_bytes(plan, tokens),
                     "planned": plan.cache_bytes,
                 },
+                "hot_pool": None if worker.hot is None else _hot_pool(plan, worker.hot),
             },
             "documents": None if documents is None else documents.disk(),
             "heads": {
@@ -81,6 +88,13 @@ def told_reaches(split: HeadSplit) -> list[list[int | str]]:
 
     rows = zip(split.retrieval, split.all_reaches, strict=True)
     return [[told(keep, reach) for keep, reach in zip(*row, strict=True)] for row in rows]
+
+
+def _hot_pool(plan: Plan, counts: HotCounts) -> dict[str, Any]:
+    """Its bytes, and what the session's decode steps chose of host pages so far."""
+    told = counts.to_dict()
+    del told["by_layer"]
+    return {"planned": sum(item.bytes for item in plan.items if item.name == "hot pool"), **told}
 
 
 def _rate(rate: Rate | None) -> dict[str, float] | None:

@@ -14,6 +14,7 @@ from longrun.server.pace import Pace
 if TYPE_CHECKING:
     from longrun.runtime.runtime import Runtime
     from longrun.server.answerer import Answerer
+    from longrun.specs.hot_counts import HotCounts
 
 _LEAVING = "the server is shutting down: ask again when it is back"
 
@@ -30,12 +31,15 @@ class Worker:
         most_waiting: jobs that may wait.
 
     Attributes:
-        pace: how fast it read and wrote last.
+        pace: how fast it read, wrote and loaded last.
+        hot: what the session's decode steps chose of host pages, up to the last answer; None before it or without a
+            hot pool.
     """
 
     def __init__(self, runtime: Runtime, most_waiting: int) -> None:
         self._runtime, self.most_waiting = runtime, most_waiting
         self.pace = Pace()
+        self.hot: HotCounts | None = None
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
@@ -148,6 +152,7 @@ class Worker:
         try:
             job.check()
             self._answerer.answer(job)
+            self.hot = self._answerer.hot_counts
         except Cancelled:
             pass
         except GaveWay:

@@ -16,10 +16,12 @@ export function show(status) {
       + (memory.cache.on_host ? `, ${bytes(memory.cache.on_host)} of it in host memory` : "")),
     place(onGpu ? "GPU memory, all programs" : "Main memory", memory.device),
     memory.host.planned || onGpu ? place("Host memory", memory.host) : null,
+    memory.hot_pool && line("Hot pool", `${bytes(memory.hot_pool.planned)} of GPU memory; ${hits(memory.hot_pool)}`),
     documents && gauge("Documents on disk", documents.bytes, documents.bytes + documents.free,
       `${bytes(documents.bytes)}, ${bytes(documents.free)} free`),
     line("Last reading", paceOf(last.reading)),
     line("Last answer", paceOf(last.writing)),
+    documents && line("Last document loaded", paceOf(last.loading)),
     line("Model", model.shape),
     line("Formats", `${model.weights} weights, ${model.pages} pages of ${model.page_size} tokens`),
   ].filter(Boolean));
@@ -51,6 +53,9 @@ function bar(...sizes) {
 const line = (title, words) => make("div", { className: "gauge" }, make("span", {}, title), make("span", {}, words));
 
 const paceOf = (rate) => (rate ? `${count(rate.tokens)} tokens in ${duration(rate.seconds)}: ${speed(rate.tokens_per_s)}` : "none yet");
+
+const hits = ({ host_pages_chosen: chosen, hit_rate: rate }) =>
+  (chosen ? `${(100 * rate).toFixed(1)}% of ${count(chosen)} chosen host pages stood there` : "no host page chosen yet");
 
 const speed = (rate) => `${rate < 10 ? rate.toFixed(1) : count(Math.round(rate))} tokens/s`;
 
