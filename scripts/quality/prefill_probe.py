@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from longrun.arguments import COUNT, whole
+from longrun.arguments import COUNT, real, whole
 from longrun.attention.whole_text import WholeTextAttention
 from longrun.cli import Parser, run
 from longrun.errors import InputError
@@ -220,10 +220,10 @@ def options(parser: Parser) -> None:
         "--selectors", default=";".join(SELECTORS), help="whose caught mass is measured; semicolons between"
     )
     parser.add_argument("--floor", type=COUNT, default=16, help="pages that are read at least")
-    parser.add_argument("--lam", type=float, default=0.25, help="weight of the digest's half-ranges")
+    parser.add_argument("--lam", type=real(0), default=0.25, help="weight of the digest's half-ranges")
     parser.add_argument("--text-rows", type=COUNT, default=512, help="of running text behind what is read sparsely")
     parser.add_argument("--settings", default=";".join(SETTINGS), help="separated by semicolons, the first ones first")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="after which no setting of a length is begun")
+    parser.add_argument("--seconds", type=real(0), default=3600.0, help="after which no setting of a length is begun")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
