@@ -59,6 +59,22 @@ def test_reading_stops_when_the_client_leaves_and_goes_on_where_it_stopped(
     assert again.choices[0].text == served.expected(served.reference.encode(body["prompt"]), 1)
 
 
+def test_a_stream_without_news_is_kept_alive_by_comments(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill = Session.prefill
+
+    def slow(session: Session, *arguments: object) -> object:
+        time.sleep(1)
+        return prefill(session, *arguments)
+
+    monkeypatch.setattr(Session, "prefill", slow)
+    monkeypatch.setattr("longrun.server.http.PING_SECONDS", 0.2)
+    body = {"model": NAME, "prompt": "not read before", "max_tokens": 1, "stream": True}
+    lines = served.post("/v1/completions", body).text.splitlines()
+    text = next(number for number, line in enumerate(lines) if line.startswith("data: "))
+    assert sum(line.startswith(":") for line in lines[:text]) >= 2
+    assert all(line.startswith((":", "data: ")) for line in lines if line) and lines[-2] == "data: [DONE]"
+
+
 def test_those_who_leave_the_queue_are_not_answered(served: Served) -> None:
     stream = served.client().completions.create(**LONG, stream=True)
     next(iter(stream))
