@@ -26,25 +26,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from torch import Tensor
 
-import longrun
 from longrun.arguments import COUNT
 from longrun.attention.selected_pages import PageSelector
 from longrun.cli import Parser, run
-from longrun.hub.find import add_yarn_option
-from longrun.hub.names import model_name
 from longrun.kernels.page_view import PageView
 from longrun.kernels.prepared_call import PreparedCall
 from longrun.lab.quality.answered import AnsweredText, answered_texts
-from longrun.lab.quality.code_source import source_facts, standard_library
-from longrun.lab.report_env import environment
+from longrun.lab.quality.code_source import standard_library
 from longrun.lab.selection_rules import PAGE, pages_of
 from longrun.paths import path_option
 from longrun.plan.pages_read import selection_facts
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
 from longrun.specs.selection_spec import DEFAULT_NEWEST
-from longrun.units import parse_tokens
 from scripts.quality.compare import release_memory
+from scripts.quality.selection_runs import add_model_options, load_unselected, run_facts
 
 SIZES = (1, 2, 4, 8, 16)  # pages of a pool, in pages that a step reads
 WARM_STEPS = 16
@@ -174,30 +170,15 @@ def joined(pools: Sequence[Pools]) -> dict[int, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print. Status 0."""
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, type=path_option)
-    add_yarn_option(parser)
-    parser.add_argument("--adapter", type=path_option)
-    parser.add_argument("--head-map", default="full", help="default: every head reads all")
-    parser.add_argument("--kv", help="page format")
-    parser.add_argument("--weights")
-    parser.add_argument("--device")
-    parser.add_argument("--budget", help="memory budget")
-    parser.add_argument("--lengths", default="8K", metavar="4K,8K,...")
-    parser.add_argument("--texts", type=COUNT, default=1, help="of every length")
+    add_model_options(parser)
     parser.add_argument("--tokens", type=COUNT, default=256, help="of the document's end, and written")
     parser.add_argument("--budgets", default="26%,13%,6%", help="pages of a head, or shares of all")
     parser.add_argument("--json", type=path_option, help="write the result here")
     args = parser.parse_args(argv)
-    lengths = [parse_tokens(one, "--lengths") for one in args.lengths.split(",")]
-    base = longrun.load(
-        args.model, args.budget, args.head_map, args.kv, args.weights, args.device, ctx=max(lengths),
-        yarn=args.yarn, adapter=args.adapter, select="off",
-    )  # fmt: skip
+    lengths, base = load_unselected(args)
     result: dict[str, Any] = {
-        "benchmark": "selection hits", "model": model_name(Path(args.model)), "yarn": args.yarn,
-        "adapter": None if args.adapter is None else args.adapter.name, "head_map": args.head_map,
-        "kv_format": base.plan.kv_format, "texts": args.texts, "tokens": args.tokens, "warm_steps": WARM_STEPS,
-        "code": source_facts(), "environment": environment(), "lengths": [],
+        "benchmark": "selection hits", **run_facts(args, base), "warm_steps": WARM_STEPS,
+        "lengths": [],
     }  # fmt: skip
     for length in lengths:
         began, rows = time.perf_counter(), []
