@@ -1,0 +1,59 @@
+"""Which pages of the past a long document's chunks read, as a setting: plain values, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longrun.arguments import choice, integer, number
+from longrun.errors import InputError, quoted
+
+TILE = 128
+"""Consecutive queries of one query head that choose their pages together."""
+ROWS_PER_TILE = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class PrefillSpec:
+    """A tile of a document's chunk reads the pages of the past that hold most of its attention, of heads that keep
+    every token; its own chunk, the sink page and the tail in full.
+
+    Where every chunk reads everything, there is None in place of a `PrefillSpec`.
+
+    Attributes:
+        mass: share of each tile's attention that is to be caught, above 0 and below 1.
+        dense_tokens: chunks that begin before this position read everything.
+        dense_end: the newest tokens of a document that read everything; so do documents of no more than that.
+        newest: pages before the chunk that are always read.
+        floor: pages that a tile reads at least, `newest` included.
+        cap: share of the past's pages that a tile reads at most, above 0; 1 for no limit. `floor` wins.
+        rows: means of a tile's queries by which it chooses, of `ROWS_PER_TILE`.
+
+    Raises:
+        InputError: a value out of its range.
+    """
+
+    mass: float = 0.95
+    dense_tokens: int = 131_072
+    dense_end: int = 2048
+    newest: int = 4
+    floor: int = 16
+    cap: float = 0.25
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        if number(self.mass, "mass", 0, 1, above=True) == 1:
+            raise InputError(
+                f"mass {quoted(self.mass)} is all attention, which only reading all pages catches: give a number below "
+                f"1, or read exactly"
+            )
+        integer(self.dense_tokens, "dense_tokens")
+        integer(self.dense_end, "dense_end", 1)
+        integer(self.newest, "newest", 1)
+        integer(self.floor, "floor", self.newest)
+        number(self.cap, "cap", 0, 1, above=True)
+        if integer(self.rows, "rows", 1) not in ROWS_PER_TILE:
+            choice(str(self.rows), "rows", [str(rows) for rows in ROWS_PER_TILE])
+
+    def most_pages(self, pages: int) -> int:
+        """How many of the past's `pages` a tile reads at most."""
+        return min(pages, max(self.floor, int(self.cap * pages)))
