@@ -35,6 +35,7 @@ from longrun.kernels.ring_decode import ring_decode, ring_decode_reference
 from longrun.kernels.rope_store import rope_store, rope_store_reference
 from longrun.kernels.rotary import rotary_, rotary_reference
 from longrun.kernels.silu_mul import silu_mul_, silu_mul_reference
+from longrun.kernels.tile_attention import attend_tiles_reference, choose_tiles_reference, score_tiles_reference
 from longrun.kernels.unrotate import unrotate, unrotate_reference
 from longrun.kernels.vector_linear import vector_linear, vector_linear_reference
 from longrun.quant.digest_format import DigestFormat
@@ -49,6 +50,7 @@ class GpuKernels:
         decode_attention: see `page_view.decode_attention`; with a workspace.
         window_attention: `banded_prefill` over the past's tokens in order.
         default_splits: number of retrieval heads -> programs a head.
+        score_tiles, choose_tiles, attend_tiles_: sparse prefill, see `tile_attention`.
         score_pages, choose_pages: see `page_score` and `page_choose`; choosing with a workspace, a `ChoiceWorkspace`.
             None where no digests were named.
         hot_lookup, hot_fetch: see `hot_pages`; None where no digests were named.
@@ -72,6 +74,9 @@ class GpuKernels:
     rotary_: Callable[..., Any]
     silu_mul_: Callable[..., Tensor]
     vector_linear: Callable[..., Tensor]
+    score_tiles: Callable[..., None]
+    choose_tiles: Callable[..., None]
+    attend_tiles_: Callable[..., None]
     score_pages: Callable[..., Tensor] | None
     choose_pages: Callable[..., None] | None
     hot_lookup: Callable[..., None] | None
@@ -123,6 +128,9 @@ def load_gpu_kernels(
         rotary_=rotary_,
         silu_mul_=silu_mul_,
         vector_linear=partial(vector_linear, overlap=overlap),
+        score_tiles=score_tiles_reference,
+        choose_tiles=choose_tiles_reference,
+        attend_tiles_=attend_tiles_reference,
         score_pages=None if select is None else select.score_pages,
         choose_pages=None if select is None else select.choose_pages,
         hot_lookup=None if hot is None else hot.hot_lookup,
@@ -151,6 +159,9 @@ def reference_kernels() -> GpuKernels:
         rotary_=rotary_reference,
         silu_mul_=silu_mul_reference,
         vector_linear=vector_linear_reference,
+        score_tiles=score_tiles_reference,
+        choose_tiles=choose_tiles_reference,
+        attend_tiles_=attend_tiles_reference,
         score_pages=score_pages,
         choose_pages=choose_pages_reference,
         hot_lookup=hot_lookup,
