@@ -24,6 +24,7 @@ from longrun.specs.model_bytes import (
     model_weight_bytes,
     model_weight_tensors,
 )
+from longrun.specs.prefill_spec import PrefillSpec
 from longrun.specs.selection_spec import Selection
 from longrun.units import ALL_TOKENS
 
@@ -85,6 +86,7 @@ class PlanSettings:
         serves: for `longrun.server`, whose own libraries then have a line (on the CPU: other memory is not planned).
         selection: what a decode step reads of the pages; None is all.
         hot_bytes: device memory for host pages that were chosen lately, where the GPU's kernels select among some.
+        prefill: which pages of the past a document's chunks read; None is all.
         bf16_product_copy: on the CPU, bytes an element that a bf16 product holds besides its result, see
             `longrun.machine.processor`.
     """
@@ -106,6 +108,7 @@ class PlanSettings:
     serves: bool = False
     selection: Selection | None = None
     hot_bytes: int = 0
+    prefill: PrefillSpec | None = None
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -271,6 +274,7 @@ def _attention_spec(settings: PlanSettings, capacity: int) -> AttentionSpec:
         streams=min(split.num_retrieval) < config.num_kv_heads,
         selection=settings.selection,
         listed_pages=PageFormat(settings.kv_format, page_size, config.head_dim).pooled_pages(capacity),
+        prefill=settings.prefill,
     )
 
 
@@ -288,6 +292,7 @@ def _items_beside_the_cache(settings: PlanSettings, attention: AttentionSpec, ca
         "of weights, page index and digests" if cache.digest else "of weights and page index",
     )
     yield PlanItem("prefill scratch", "device", attention.scratch_bytes(), "dequantized pages")
+    yield PlanItem("sparse prefill", "device", attention.sparse_bytes(), "scores and lists of pages")
     yield PlanItem("decode buffers", "device", attention.decode_bytes(), "and split results")
     yield PlanItem(
         "activations", "device", layers + attention.activation_bytes(), f"{attention.chunk_size:,}-token chunk"

@@ -57,8 +57,5 @@ class Shared:
         own = {id(tensor) for tensor in decoder.tensors()}
         on_device = sum(size for key, size in weights.items() if key not in own)
         plans = [session.plan for session in self._sessions]
-        on_device += sum(
-            sum(p.cache.device_bytes().values()) + p.attention.scratch_bytes() + p.attention.decode_bytes()
-            for p in plans
-        )
+        on_device += sum(sum(p.cache.device_bytes().values()) + p.attention.allocated_bytes() for p in plans)
         return on_device, sum(sum(p.cache.host_bytes().values()) for p in plans)

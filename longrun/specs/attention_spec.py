@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longrun.specs.prefill_spec import TILE, PrefillSpec
 from longrun.specs.selection_spec import Selection
+from longrun.specs.tile_batches import TileBatches
 
 DEFAULT_SCRATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 
@@ -16,6 +18,7 @@ DEFAULT_SCRATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 MAX_DECODE_PROGRAMS = 1024
 CHOICE_PARTS, CHOICE_PART_PAGES, CHOICE_BINS = 128, 256, 2048  # blocks of a head that choose; pages of one; bins
 RING_TILE = 64  # slots of a ring that one program reads
+TILE_ELEMENTS = 2**24  # that plain torch scores or compares at once, see `longrun.kernels.tile_attention`
 BAND_TILE = 256  # queries that plain torch masks at once, see `longrun.kernels.banded_attention`
 
 
@@ -39,6 +42,7 @@ class AttentionSpec:
         streams: there are streaming heads.
         selection: what a decode step reads of the pages; None is all.
         listed_pages: the most pages that a head's list may name.
+        prefill: which pages of the past a document's chunks read; None is all.
     """
 
     scratch_tokens: int
@@ -58,6 +62,7 @@ class AttentionSpec:
     streams: bool = False
     selection: Selection | None = None
     listed_pages: int = 0
+    prefill: PrefillSpec | None = None
 
     @property
     def group(self) -> int:
@@ -95,6 +100,14 @@ class AttentionSpec:
             words += 2 * listed + -(-listed // 32) + CHOICE_BINS + 2 * self.group * parts + 2
         return 4 * self.max_retrieval_heads * words
 
+    def sparse_bytes(self) -> int:
+        """The workspace in which a chunk's tiles choose their pages, and by layer and query head what steers them
+        (float32) and what is counted (two numbers of 8 bytes)."""
+        if self.prefill is None or not self.max_retrieval_heads:
+            return 0
+        tiles = TileBatches(self.prefill, self.max_retrieval_heads, self.group, self.chunk_size, self.listed_pages)
+        return tiles.workspace_bytes + self.num_layers * self.num_qo_heads * (4 + 2 * 8)
+
     def decode_bytes(self) -> int:
         """Upper bound of what decoding holds: with the fused backend queries, outputs, split results, fetch tables; and
         what selecting pages needs."""
@@ -107,12 +120,17 @@ class AttentionSpec:
         tables = 4 * self.fetch_table_pages
         return self.head_counts * split_results + rows + rings + tables + self.selection_bytes()
 
+    def allocated_bytes(self) -> int:
+        """Everything that a session's attention holds as long as it lives."""
+        return self.scratch_bytes() + self.sparse_bytes() + self.decode_bytes()
+
     def activation_bytes(self) -> int:
         """Upper estimate of the live tensors of one chunk.
 
         Torch: contiguous q, k, v, two partial outputs with their log-sum-exp, keys and values repeated over the query
-        group, the bands of streaming heads and finite reaches with their masks. Fused: of the retrieval heads, q,
-        one partial output and the float32 sum with their log-sum-exp, and keys and values on their way into pages.
+        group, the bands of streaming heads and finite reaches with their masks, and what tiles choose and read in
+        one piece. Fused: of the retrieval heads, q, one partial output and the float32 sum with their log-sum-exp, and
+        keys and values on their way into pages; tiles need less than the partial output, which is gone by then.
         """
         if self.fused:
             heads = self.max_retrieval_heads
@@ -124,7 +142,9 @@ class AttentionSpec:
         row = self.num_qo_heads * self.head_dim * self.compute_itemsize
         lse = self.num_qo_heads * 8
         band = 2 * self.num_kv_heads * (self.sink_size + self.recent_size) * self.head_dim * self.compute_itemsize
-        return self.chunk_size * (5 * row + 2 * lse) + band + self._mask_bytes() + self._reach_bytes()
+        return (
+            self.chunk_size * (5 * row + 2 * lse) + band + self._mask_bytes() + self._reach_bytes() + self._tile_bytes()
+        )
 
     def _mask_bytes(self) -> int:
         """Masks of a chunk, one set for each window."""
@@ -132,6 +152,16 @@ class AttentionSpec:
         tile_keys = [self.sink_size + window + BAND_TILE for window in windows]
         masks = self.chunk_size * sum(tile_keys) + self.group * BAND_TILE * max(tile_keys, default=0)
         return masks * self.compute_itemsize
+
+    def _tile_bytes(self) -> int:
+        """Of `longrun.kernels.tile_attention`: products of rows and keys or shares of pages, a few times over; keys and
+        values that one tile reads of a piece, and its products."""
+        if self.prefill is None or not self.max_retrieval_heads:
+            return 0
+        rows = self.max_retrieval_heads * self.group * -(-self.chunk_size // TILE) * self.prefill.rows
+        chosen = rows * max(self.scratch_tokens, self.listed_pages)
+        read = self.scratch_tokens * (2 * self.head_dim * (4 + self.compute_itemsize) + 4 * TILE * 4)
+        return 4 * 4 * min(TILE_ELEMENTS, chosen) + read
 
     def _reach_bytes(self) -> int:
         """Keys and values of the longest reach in a row, and those of a tile."""
