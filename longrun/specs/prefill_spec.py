@@ -25,6 +25,8 @@ class PrefillSpec:
         dense_end: the newest tokens of a document that read everything; so do documents of no more than that.
         newest: pages before the chunk that are always read.
         floor: pages that a tile reads at least, `newest` included.
+        least: share of the past's pages that a tile reads at least, at most `cap`. Where it is `cap`, every tile reads
+            the same share, and `mass` plays no part.
         cap: share of the past's pages that a tile reads at most, above 0; 1 for no limit. `floor` wins.
         rows: means of a tile's queries by which it chooses, of `ROWS_PER_TILE`.
 
@@ -37,6 +39,7 @@ class PrefillSpec:
     dense_end: int = 2048
     newest: int = 4
     floor: int = 16
+    least: float = 0.05
     cap: float = 0.25
     rows: int = 1
 
@@ -51,8 +54,13 @@ class PrefillSpec:
         integer(self.newest, "newest", 1)
         integer(self.floor, "floor", self.newest)
         number(self.cap, "cap", 0, 1, above=True)
+        number(self.least, "least", 0, self.cap)
         if integer(self.rows, "rows", 1) not in ROWS_PER_TILE:
             choice(str(self.rows), "rows", [str(rows) for rows in ROWS_PER_TILE])
+
+    def least_pages(self, pages: int) -> int:
+        """How many of the past's `pages` a tile reads at least."""
+        return min(pages, max(self.floor, int(self.least * pages)))
 
     def most_pages(self, pages: int) -> int:
         """How many of the past's `pages` a tile reads at most."""
