@@ -166,8 +166,9 @@ struct Choose {
   List list;
   const float* scores;  // [heads, group, room]
   int32_t *pages_out, *counts_out;
-  int64_t out_stride, heads, group, room, wanted, newest;
+  int64_t out_stride, heads, group, room, least, share, newest;
   double norm_step;
+  int64_t share_steps;
 };
 
 void longrun_choose_pages(const Choose* given) {
@@ -175,11 +176,13 @@ void longrun_choose_pages(const Choose* given) {
   std::vector<float> values;
   std::vector<int32_t> order;
   for (int64_t head = 0; head < call.heads; head++) {
-    const int64_t entries = std::min(call.list.entries(head), call.room), chosen = std::min(entries, call.wanted);
+    const int64_t entries = std::min(call.list.entries(head), call.room);
+    const int64_t of_share = (entries * call.share + call.share_steps - 1) / call.share_steps;
+    const int64_t chosen = std::min(entries, std::max(call.least, of_share));
     const int32_t* pages = call.list.of(head);
     int32_t* out = call.pages_out + head * call.out_stride;
     call.counts_out[head] = int32_t(chosen);
-    if (entries <= call.wanted) {
+    if (entries == chosen) {
       std::copy(pages, pages + entries, out);
       continue;
     }

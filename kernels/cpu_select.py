@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longrun.kernels.cpu_library import CpuKernel
-from longrun.kernels.page_choose import NORM_STEP, Budget, check_choose_shapes
+from longrun.kernels.page_choose import NORM_STEP, SHARE_STEPS, Budget, check_choose_shapes
 from longrun.kernels.page_score import check_score_shapes
 from longrun.kernels.page_view import PageView, check_view
 from longrun.kernels.prepared_call import PreparedCall, addresses
@@ -50,9 +50,9 @@ class _Choose(ctypes.Structure):
     _fields_ = (
         ("list", _List),
         *((name, ctypes.c_void_p) for name in ("scores", "pages_out", "counts_out")),
-        *((name, ctypes.c_int64) for name in ("out_stride", "heads", "group", "room", "wanted", "newest")),
-        ("norm_step", ctypes.c_double),
-    )
+        *((name, ctypes.c_int64) for name in ("out_stride", "heads", "group", "room", "least", "share", "newest")),
+        ("norm_step", ctypes.c_double), ("share_steps", ctypes.c_int64),
+    )  # fmt: skip
 
 
 class CpuSelect(CpuKernel):
@@ -106,8 +106,9 @@ class CpuSelect(CpuKernel):
         check_view(view)
         tensors = scores, pages_out, counts_out
         call = _Choose(
-            _list(view), *addresses(tensors), pages_out.stride(0), *scores.shape, budget.pages, newest, NORM_STEP
-        )
+            _list(view), *addresses(tensors), pages_out.stride(0), *scores.shape, budget.pages, budget.share, newest,
+            NORM_STEP, SHARE_STEPS,
+        )  # fmt: skip
         return PreparedCall(self._choose, call, tensors=(*tensors, view.pages, view.begins, view.counts))
 
 

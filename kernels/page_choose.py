@@ -16,16 +16,29 @@ from torch import Tensor
 from longrun.kernels.page_view import PageView
 
 NORM_STEP = 1 / 16  # the log-sum-exp is rounded to it, so that the order of a sum decides no choice
+SHARE_STEPS = 10_000  # a share is a whole number of hundredths of a percent, so that every kernel counts alike
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many pages of its list a head reads: the `pages` of highest value, at least 1."""
+    """How many pages of its list a head reads: those of highest value, `pages` of them, or `share` of its entries where
+    that is more.
+
+    Attributes:
+        pages: at least 1.
+        share: of `SHARE_STEPS`; the number of pages is rounded up. The list's length is read when a kernel runs, so
+            that a captured CUDA graph follows it.
+    """
 
     pages: int
+    share: int = 0
 
     def __post_init__(self) -> None:
-        assert self.pages >= 1, self.pages
+        assert self.pages >= 1 and 0 <= self.share <= SHARE_STEPS, self
+
+    def most(self, entries: int) -> int:
+        """Pages that are read of a list of at most `entries`."""
+        return min(entries, max(self.pages, -(-entries * self.share // SHARE_STEPS)))
 
 
 def check_choose_shapes(
@@ -34,7 +47,9 @@ def check_choose_shapes(
     """Assert what `choose_pages` asks of its arguments."""
     heads = view.num_heads
     assert scores.dtype == torch.float32 and scores.shape[0] == heads and scores.is_contiguous()
-    assert 0 <= newest <= budget.pages <= pages_out.shape[1], (newest, budget, pages_out.shape)
+    assert 0 <= newest <= budget.pages, (newest, budget)
+    most = max(budget.pages, budget.most(scores.shape[2]))
+    assert most <= pages_out.shape[1], (budget, scores.shape, pages_out.shape)
     assert pages_out.dtype == torch.int32 and pages_out.shape[0] == heads and pages_out.stride(1) == 1
     assert counts_out.dtype == torch.int32 and counts_out.shape == (heads,) and counts_out.is_contiguous()
 
@@ -51,21 +66,22 @@ def choose_pages(
             nothing is read.
         view: the candidates that were scored.
         newest: entries at the end of every list that are chosen whatever their value.
-        pages_out: int32 [num_heads, max_chosen], rows of contiguous items, max_chosen at least the budget. What stands
-            beyond the chosen pages is left alone.
+        pages_out: int32 [num_heads, max_chosen], rows of contiguous items, max_chosen at least the budget of a list of
+            max_entries. What stands beyond the chosen pages is left alone.
         counts_out: int32 [num_heads], contiguous.
     """
     check_choose_shapes(scores, view, budget, newest, pages_out, counts_out)
     entries = torch.arange(scores.shape[2], device=scores.device)
-    counts = view.num_entries()[:, None]
+    counts = view.num_entries()[:, None].long().clamp(max=scores.shape[2])
     meant = entries < counts
     values = page_values(scores, meant).where(entries < counts - newest, torch.inf).where(meant, -torch.inf)
-    chosen = meant
-    if scores.shape[2] > budget.pages:
-        last = values.topk(budget.pages, dim=1).values[:, -1:]
+    most, chosen = budget.most(scores.shape[2]), meant
+    if scores.shape[2] > most:
+        wanted = (-(-counts * budget.share // SHARE_STEPS)).clamp(min=budget.pages)
+        last = values.topk(most, dim=1).values.gather(1, wanted.clamp(max=most) - 1)
         above, tied = values > last, values == last
-        room = budget.pages - above.sum(1, keepdim=True)
-        chosen = meant & ((counts <= budget.pages) | above | (tied & (tied.cumsum(1) <= room)))
+        room = wanted - above.sum(1, keepdim=True)
+        chosen = meant & ((counts <= wanted) | above | (tied & (tied.cumsum(1) <= room)))
     pages = view.pages.gather(1, (view.begins[:, None] + view.skip + entries).clamp(max=view.pages.shape[1] - 1))
     # All entries are written somewhere: those that were not chosen behind a copy of the output, which is cut off.
     found = torch.cat((pages_out, pages), dim=1)

@@ -11,7 +11,8 @@
 // the best of those, and all chosen pages in the order of the list. Every step is a count or an exact comparison but the
 // totals, which are rounded to 1/NORM_STEPS, so the result does not depend on the order in which blocks run.
 //
-// Defined by the compiler's caller: HEAD_DIM (64, 128), CENTRE_BITS (4, 8), STAGES, WARPS, NORM_STEPS.
+// Defined by the compiler's caller: HEAD_DIM (64, 128), CENTRE_BITS (4, 8), STAGES, WARPS, NORM_STEPS,
+// SHARE_STEPS (a share of a list is counted in).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -401,11 +402,14 @@ struct MarkShared { int sums[THREADS / 32 + 1], last_bin, needed; };
 // entries of the last bin, tied[head] of them in any order, of which needed[head] are to be chosen.
 extern "C" __global__ void __launch_bounds__(THREADS) page_select_mark(
     const float* values, int room, const int* counts, int skip, int limit, const int* bins, u32* chosen, int words,
-    int* candidates, int* tied, int* needed, int wanted, int parts) {
+    int* candidates, int* tied, int* needed, int least, int share, int parts) {
   after_earlier();
   __shared__ MarkShared mine;
   const int head = blockIdx.x / parts, part = blockIdx.x % parts, id = threadIdx.x, lane = id & 31, warp = id >> 5;
-  const Part own(entries_of(counts, head, skip, limit, room), part, parts);
+  const int entries = entries_of(counts, head, skip, limit, room);
+  const int of_share = int((i64(entries) * share + SHARE_STEPS - 1) / SHARE_STEPS);
+  const int wanted = of_share > least ? of_share : least;
+  const Part own(entries, part, parts);
   constexpr int EACH = BINS / THREADS;
   int in_bin[EACH], in_all = 0, total;
 #pragma unroll

@@ -18,7 +18,7 @@ from torch import Tensor
 from longrun.errors import ConfigError
 from longrun.kernels.cuda_module import CudaModule, CudaUnavailable
 from longrun.kernels.overlap import overlaps
-from longrun.kernels.page_choose import NORM_STEP, Budget, check_choose_shapes
+from longrun.kernels.page_choose import NORM_STEP, SHARE_STEPS, Budget, check_choose_shapes
 from longrun.kernels.page_score import check_score_shapes
 from longrun.kernels.page_view import PageView, check_view
 from longrun.quant.digest_format import DIGEST_HEAD_DIMS, DigestFormat
@@ -86,7 +86,7 @@ def score_defines(fmt: DigestFormat, stages: int, warps: int) -> dict[str, int]:
     """What `page_select.cu` is compiled with."""
     return {
         "HEAD_DIM": fmt.head_dim, "CENTRE_BITS": fmt.centre_bits, "STAGES": stages, "WARPS": warps,
-        "NORM_STEPS": round(1 / NORM_STEP),
+        "NORM_STEPS": round(1 / NORM_STEP), "SHARE_STEPS": SHARE_STEPS,
     }  # fmt: skip
 
 
@@ -176,7 +176,7 @@ class CudaPageSelect:
         self._launch("values", grid, *common, values, bins, c_int(newest), c_int(parts))
         self._launch(
             "mark", grid, values, width, *lengths, bins, chosen, c_int(words), candidates, tied, needed,
-            c_int(budget.pages), c_int(parts),
+            c_int(budget.pages), c_int(budget.share), c_int(parts),
         )  # fmt: skip
         self._launch(
             "write", heads, values, width, _address(view.pages), c_int64(view.pages.stride(0)), _address(view.begins),

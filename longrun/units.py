@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
 
@@ -106,3 +107,21 @@ def format_bytes(count: int) -> str:
             digits = 2 if scaled < 10 else 1 if scaled < 100 else 0
             return f"{sign}{scaled:.{digits}f} {unit}"
     return f"{sign}{value} B"
+
+
+def share_of(text: object, what: str = "kv_bytes") -> float | None:
+    """0.25 for "25%": what a share of full attention's bytes, or of a head's pages, is written like; None for anything
+    else.
+
+    Raises:
+        InputError: a share that is not above 0% and at most 100%.
+    """
+    if not isinstance(text, str) or not text.strip().endswith("%"):
+        return None
+    try:
+        share = float(text.strip()[:-1]) / 100
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise InputError(f"{what} {quoted(text)} is no share above 0% and up to 100%: write it like 25%")
+    return share

@@ -67,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--retrieval-ratio", type=SHARE, metavar="R", help="share of the map's KV heads to keep")
     parser.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
     parser.add_argument("--keep", metavar="N", help=KEEP_HELP)
-    parser.add_argument("--select", metavar="N|off", help=SELECT_HELP)
+    parser.add_argument("--select", metavar="N|P%|off", help=SELECT_HELP)
     parser.add_argument("--select-question", action="store_true", help=SELECT_QUESTION_HELP)
     parser.add_argument("--kv", choices=KV_FORMATS, help="KV page format (default: the budget's)")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="default: the budget's")

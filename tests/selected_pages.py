@@ -1,6 +1,8 @@
 """What tests of selected decode share: views with digests, garbage wherever nothing is meant, and choices by hand."""
 
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
 
 import torch
 from page_views import ALL, listed, scattered_view
@@ -82,7 +84,7 @@ def random_scores(view, group, seed=0, ties=False, spread=2.0):
     return scores
 
 
-def chosen_by_hand(view, scores, pages, newest):
+def chosen_by_hand(view, scores, pages, newest, share=0):
     """The pages of every head, in the order of its list, by the words of `choose_pages`."""
     found = []
     for head in range(view.num_heads):
@@ -91,17 +93,18 @@ def chosen_by_hand(view, scores, pages, newest):
         totals = (part.double().logsumexp(dim=1) * 16).round() / 16
         values = (part - totals[:, None].float()).amax(dim=0).tolist()
         order = sorted(range(len(numbers)), key=lambda e: (e < len(numbers) - newest, -values[e], e))
-        found.append([numbers[e] for e in sorted(order[:pages])])
+        found.append([numbers[e] for e in sorted(order[: max(pages, ceil(Fraction(len(numbers) * share, 10_000)))])])
     return found
 
 
-def check_choice(choose, view, scores, pages, newest, room=3) -> list[list[int]]:
+def check_choice(choose, view, scores, pages, newest, room=3, share=0) -> list[list[int]]:
     """Choose into poisoned outputs, compare with `chosen_by_hand`, and return the lists."""
     device = view.table.device
-    wide = torch.full((view.num_heads, pages + room + 2), -7, dtype=torch.int32, device=device)
+    most = max(pages, ceil(scores.shape[2] * share / 10_000))
+    wide = torch.full((view.num_heads, most + room + 2), -7, dtype=torch.int32, device=device)
     pages_out, counts_out = wide[:, 1:-1], torch.full((view.num_heads,), -7, dtype=torch.int32, device=device)
-    choose(scores, view, budget=Budget(pages), newest=newest, pages_out=pages_out, counts_out=counts_out)
-    expected = chosen_by_hand(view, scores, pages, newest)
+    choose(scores, view, budget=Budget(pages, share), newest=newest, pages_out=pages_out, counts_out=counts_out)
+    expected = chosen_by_hand(view, scores, pages, newest, share)
     assert counts_out.tolist() == [len(numbers) for numbers in expected]
     for row, numbers in zip(wide.tolist(), expected, strict=True):
         assert row == [-7, *numbers, *[-7] * (len(row) - 1 - len(numbers))]

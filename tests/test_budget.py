@@ -127,7 +127,15 @@ def test_unreadable_files(tmp_path):
         ("[memory]\ngpu = '80 GB'\n[decode]\npages_per_head = 4", ["[decode] pages_per_head = 4", "at least 5"]),
         (
             "[memory]\ngpu = '80 GB'\n[decode]\npages_per_head = '128'",
-            ['[decode] pages_per_head = "128"', 'number of pages: write one, or "off"'],
+            ['[decode] pages_per_head = "128"', 'number of pages: write one, a share like "25%", or "off"'],
+        ),
+        (
+            "[memory]\ngpu = '80 GB'\n[decode]\npages_per_head = '0%'",
+            ['[decode] pages_per_head = "0%" is no share above 0% and up to 100%'],
+        ),
+        (
+            "[memory]\ngpu = '80 GB'\n[decode]\npages_per_head = '0.001%'",
+            ['[decode] pages_per_head = "0.001%" is no share', 'hundredths of a percent: write it like "25%"'],
         ),
         (
             "[memory]\ngpu = '80 GB'\n[decode]\npages_per_head = 64.5",

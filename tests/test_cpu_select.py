@@ -52,7 +52,7 @@ def test_choices_of_random_lists(kernel, seed):
     drawn = lambda low, high, n=(): torch.randint(low, high + 1, n, generator=g).tolist()  # noqa: E731
     view = scattered_view(TINY, drawn(0, 900, (3,)), skip=drawn(0, 3), limit=drawn(0, 1200))
     scores, pages = random_scores(view, drawn(1, 8), seed, seed % 2 == 0, 10.0 ** drawn(-4, 3)), drawn(1, 700)
-    check_choice(kernel.choose_pages, view, scores, pages, drawn(0, min(5, pages)))
+    check_choice(kernel.choose_pages, view, scores, pages, drawn(0, min(5, pages)), share=drawn(0, 10_000) * (seed % 2))
 
 
 def test_a_prepared_call_reads_what_stands_there(kernel):

@@ -170,7 +170,7 @@ def test_a_session_is_saved_without_digests_and_loaded_with_or_without_them(mode
         again.prefill(ids[:200])
         again.cache.check()
     saved = [Manifest.read(tmp_path / f"s{n}").identity["selection"] for n in (0, 1)]
-    assert saved == [None, {"pages_per_head": 6, "selector": "top", "lam": 0.25, "newest": 4}]
+    assert saved == [None, {"pages_per_head": 6, "selector": "top", "lam": 0.25, "newest": 4, "share": 0.0}]
     assert plain.identity == selecting.identity
     sizes = [sum(path.stat().st_size for path in (tmp_path / f"s{n}").glob("pages-*")) for n in (0, 1)]
     assert sizes[0] == sizes[1] > 0

@@ -228,6 +228,8 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(InputError, match="give at least 554 MB, or hot_pool off"):
         plan_8b(hot_pool=553 * 10**6)
     assert plan_8b(hot_pool=554 * 10**6).cache.hot_slots == 512
+    with pytest.raises(InputError, match=r"does not hold the 1,563 pages that a step reads of each of 128 heads"):
+        plan_8b(10**6, pages_per_head="10%", hot_pool=10**9)
     config = config_of("llama-3-8b")[0]
     plain = Budget(80 * 10**9, hot_pool=10**9)
     with pytest.raises(

@@ -124,6 +124,7 @@ def test_refusals():
         ({"pages_per_head": 4}, "pages_per_head 4 is too small: it must be at least 5"),
         ({"pages_per_head": 8, "selector": "best"}, "selector 'best' is unknown: use top"),
         ({"pages_per_head": 8, "lam": -0.5}, "lam -0.5 is outside the range"),
+        ({"pages_per_head": 8, "share": 1.5}, "share 1.5 is outside the range"),
         ({"pages_per_head": 8, "newest": 8}, "pages_per_head 8 is too small: it must be at least 9"),
     ):
         with pytest.raises(InputError, match=words):

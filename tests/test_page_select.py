@@ -103,9 +103,17 @@ def test_choices_of_random_lists(seed):
     drawn = lambda low, high, n=(): torch.randint(low, high + 1, n, generator=g).tolist()  # noqa: E731
     view = scattered_view(PageFormat("int4", 64, 64), drawn(0, 150, (3,)), skip=drawn(0, 3), limit=drawn(0, 200))
     pages = drawn(1, 120)
-    check_choice(
-        choose_pages, view, random_scores(view, drawn(1, 8), seed, seed % 2 == 0), pages, drawn(0, min(5, pages))
-    )
+    scores = random_scores(view, drawn(1, 8), seed, seed % 2 == 0)
+    check_choice(choose_pages, view, scores, pages, drawn(0, min(5, pages)), share=drawn(0, 10_000) * (seed // 2 % 2))
+
+
+@pytest.mark.parametrize(
+    ("entries", "share", "expected"), [(100, 2500, 25), (101, 2500, 26), (19, 2500, 5), (3, 10_000, 3), (10**5, 1, 10)]
+)
+def test_a_share_of_a_list(entries, share, expected):
+    assert Budget(5, share).most(entries) == expected
+    scores = torch.randn(1, 2, entries, generator=torch.Generator().manual_seed(0))
+    assert len(check_choice(choose_pages, plain_view(entries), scores, 5, 4, share=share)[0]) == expected
 
 
 def chosen(view, scores, pages, newest=0) -> list[list[int]]:
@@ -168,7 +176,10 @@ def test_wrong_arguments_are_refused():
         with pytest.raises(AssertionError):
             choose_pages(torch.zeros(1, 1, 10), view, budget=Budget(pages), newest=newest, **out)
     with pytest.raises(AssertionError):
-        Budget(0)
+        choose_pages(torch.zeros(1, 1, 10), view, budget=Budget(3, 5_000), newest=0, **out)
+    for budget in ((0,), (1, -1), (1, 10_001)):
+        with pytest.raises(AssertionError):
+            Budget(*budget)
     q, view, digest = make(CASES[1])
     with pytest.raises(AssertionError, match="room for 2"):
         score_pages(q, view, digest, lam=0.5, softmax_scale=1.0, out=torch.zeros(1, 2, 2))

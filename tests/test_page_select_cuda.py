@@ -130,6 +130,14 @@ def test_choices(kernels, order, counts, part, pages, newest):
 
 
 @on_cpu
+@pytest.mark.parametrize("share", [1, 33, 2500, 9_999, 10_000])
+@pytest.mark.parametrize(("counts", "part"), LISTS, ids=str)
+def test_choices_of_a_share(kernels, order, counts, part, share):
+    view = scattered_view(TINY, counts, **part)
+    check_choice(choosing(kernels[FORMATS[0]]), view, random_scores(view, 4), 5, 4, share=share)
+
+
+@on_cpu
 @pytest.mark.parametrize("seed", range(30))
 def test_choices_of_random_lists(kernels, seed):
     kernels[FORMATS[0]].set_descending(seed % 2)
@@ -143,7 +151,7 @@ def check_random_lists(choose, seed, longest, device):
     view = scattered_view(TINY, counts, skip=drawn(0, 3), limit=drawn(0, 2 * longest), device=device)
     pages = drawn(1, longest)
     scores = random_scores(view, drawn(1, 8), seed, seed % 3 == 0, spread=10.0 ** drawn(-4, 3))
-    check_choice(choose, view, scores, pages, drawn(0, min(5, pages)))
+    check_choice(choose, view, scores, pages, drawn(0, min(5, pages)), share=drawn(0, 10_000) * (seed % 2))
 
 
 @on_cpu
@@ -288,17 +296,18 @@ def test_digests_past_2_to_31_bytes_on_gpu(on_gpu):
 
 
 @pytest.mark.gpu
-def test_graph_replay_with_other_lists_on_gpu(on_gpu):
+@pytest.mark.parametrize("share", [0, 1500])
+def test_graph_replay_with_other_lists_on_gpu(on_gpu, share):
     case = Case((3000,) * 3, 4, 128, skip=2)
     kernel, space = on_gpu[case.digest], ChoiceWorkspace.empty(3, 4, 3010, torch.device("cuda"))
     q, view, digest = make(case, "cuda")
     scores = torch.empty(3, 4, 3010, device="cuda")
-    found, counts = (torch.empty(*shape, dtype=torch.int32, device="cuda") for shape in ((3, 100), (3,)))
+    found, counts = (torch.empty(*shape, dtype=torch.int32, device="cuda") for shape in ((3, 460), (3,)))
 
     def select():
         kernel.score_pages(q, view, digest, lam=0.25, softmax_scale=SCALE, out=scores)
         kernel.choose_pages(
-            scores, view, budget=Budget(100), newest=4, pages_out=found, counts_out=counts, workspace=space
+            scores, view, budget=Budget(100, share), newest=4, pages_out=found, counts_out=counts, workspace=space
         )
 
     select()
@@ -315,7 +324,7 @@ def test_graph_replay_with_other_lists_on_gpu(on_gpu):
         score_pages(q, view, digest, lam=0.25, softmax_scale=SCALE, out=expected)
         assert torch.equal(scores.isnan(), expected.isnan())
         assert torch.allclose(scores, expected, 1e-4, 1e-3, equal_nan=True)
-        for head, numbers in enumerate(chosen_by_hand(view, scores, 100, 4)):
+        for head, numbers in enumerate(chosen_by_hand(view, scores, 100, 4, share)):
             assert found[head, : int(counts[head])].tolist() == numbers
             assert (found[head, len(numbers) :] == -1).all()
 

@@ -107,8 +107,9 @@ def test_the_command(chat, text_file):
     assert off.result["text"] == chat(*shared).result["text"]
     for arguments, words in (
         (["--select", "3"], "--select 3 is too small: it must be at least 5"),
-        (["--select", "x"], "--select 'x' is neither a number of pages nor off"),
-        (["--select", "9" * 5000], "is neither a number of pages nor off"),
+        (["--select", "x"], "--select 'x' is neither a number of pages, nor a share of them, nor off"),
+        (["--select", "9" * 5000], "is neither a number of pages, nor a share"),
+        (["--select", "0.001%"], "--select '0.001%' is finer than hundredths of a percent"),
         (["--select", "6", "--kv", "bf16"], "select 6 needs quantized pages, and those of bf16 are exact"),
         (["--hot-pool", "1GB"], "hot_pool 1.00 GB is for the pages that decode steps select, and these read all"),
         (["--select", "6", "--hot-pool", "x"], "--hot-pool 'x' is not a number with a known unit"),
@@ -129,3 +130,9 @@ def test_the_plan_command(capsys):
     assert selecting["times"]["token_ms"] < 0.7 * dense["times"]["token_ms"]
     assert plan_command([*shared, "16K", "--select", "512"]) == 0
     assert "a decoded token reads all pages: no head has more than 248, and select 512" in capsys.readouterr().out
+    assert plan_command([*shared, "1M", "--select", "6.25%"]) == 0
+    found = " ".join(capsys.readouterr().out.split())
+    assert "reads 6.25% of the pages that a head holds then (at least 64 pages), at most 977 of each retrieval" in found
+    assert plan_command([*shared, "3K", "--select", "25%"]) == 0
+    found = " ".join(capsys.readouterr().out.split())
+    assert "no head has more than 45, and select 25% (at least 64 pages) allows so many" in found

@@ -28,7 +28,8 @@ def test_rows_name_what_they_select(tmp_path):
     assert not {"select", "select_question"} & REFERENCE_ROW.to_dict().keys()
     for fields, words in (
         ({"select": 4}, "row r: select 4 is too small: it must be at least 5"),
-        ({"select": "64"}, "select is '64', which is of the wrong type"),
+        ({"select": "64"}, "row r: select '64' is neither a number of pages nor a share like \"25%\""),
+        ({"select": 0.25}, "select is 0.25, which is of the wrong type"),
         ({"select": True}, "select is True, which is of the wrong type"),
         ({"select_question": 1, "select": 9}, "select_question is 1, which is of the wrong type"),
         ({"select_question": True}, "select_question needs pages to select: give select as well"),
@@ -47,9 +48,10 @@ def test_runtimes_of_rows_select(tmp_path):
         Row("b", "random:1", kv_share=0.6, select=6),
         Row("c", weights="int8", select=7),
         Row("d"),
+        Row("e", select="12.5%"),
     )
     found = [runtimes.get(row, 700).plan.attention.selection for row in rows]
-    assert [selection and selection.pages_per_head for selection in found] == [5, 6, 7, None]
+    assert [selection and selection.asked for selection in found] == ["5", "6", "7", None, "12.5%"]
 
 
 @pytest.mark.parametrize("select_question", [False, True])

@@ -43,9 +43,9 @@ def one_layer(tmp_path_factory):
     return path
 
 
-def load(folder, select=None, head_map=MIXED, **options):
+def load(folder, select=None, head_map=MIXED, ctx=CTX, **options):
     budget = Budget(10**9, host_bytes=10**9, weight_format="fp32", page_size=PAGE, chunk_size=130)
-    return longrun.load(folder, budget, head_map, device="cpu", ctx=CTX, select=select, **options)
+    return longrun.load(folder, budget, head_map, device="cpu", ctx=ctx, select=select, **options)
 
 
 def after(runtime, count):
@@ -113,6 +113,26 @@ def test_only_chosen_pages_are_read(one_layer, compiled):
     for head, pages in enumerate(read):
         assert torch.equal(again(head, [page for page in range(newest + 4) if page not in pages]), expected)
         assert not again(head, pages[:1]).isfinite().all()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_share_grows_with_the_text(one_layer, compiled):
+    """Buffers hold the share of the full context; a step reads that of the pages it finds, and at least 64."""
+    dense, runtime = (load(one_layer, select, "full", ctx=2300, compiled_kernels=compiled) for select in (None, "80%"))
+    assert runtime.plan.attention.most_read_pages == 114 and runtime.plan.cache.pages_per_head == 142
+    ids = IDS.repeat(3)
+    for count, held, read in ((1000, 61, 61), (1300, 80, 64), (2100, 130, 104), (1410, 87, 70)):
+        rows = []
+        for one in (dense, runtime):
+            session = one.new_session()
+            session.prefill(ids[:count])
+            rows.append(session.prefill(ids[count : count + 1], one_by_one=True))
+        pages = session.cache.layers[0][0].num_pooled
+        facts = pages_read(session.plan, count + 1)
+        assert (pages, facts.held, facts.read) == (held, held, read)
+        assert torch.equal(*rows) == (held == read)
+        if held > read:
+            assert [len(numbers) for numbers in lists(runtime, session)] == [read] * 3
 
 
 def test_streaming_heads_are_as_before(one_layer):
@@ -207,8 +227,12 @@ def test_settings_go_all_the_way(folder):
         (4, "select 4 is too small"),
         (64.5, "select 64.5 is not an integer"),
         (True, "select True is not an integer"),
-        ("many", "select 'many' is neither a number of pages nor off: write it like 128"),
-        ("-7", "select '-7' is neither a number of pages nor off"),
+        ("many", "select 'many' is neither a number of pages, nor a share of them, nor off: write it like 128 or 25%"),
+        ("-7", "select '-7' is neither a number of pages"),
+        ("0%", "select '0%' is no share above 0% and up to 100%: write it like 25%"),
+        ("101%", "select '101%' is no share"),
+        ("x%", "select 'x%' is no share"),
+        ("33.333%", "select '33.333%' is finer than hundredths of a percent: write it like 25% or 6.25%"),
     ],
 )
 def test_what_cannot_be_selected(folder, select, words):
@@ -219,7 +243,9 @@ def test_what_cannot_be_selected(folder, select, words):
 
 
 def test_what_has_no_pages_to_select(folder, tmp_path):
-    assert [parse_select(select) for select in ("off", "128", 128)] == ["off", 128, 128]
+    assert [parse_select(select) for select in ("off", "128", 128, " 6.25% ")] == ["off", 128, 128, "6.25%"]
+    with pytest.raises(InputError, match=r"select 12\.5% needs quantized pages"):
+        load(folder, "12.5%", kv_format="bf16")
     with pytest.raises(InputError, match="select 6 needs quantized pages, and those of bf16 are exact: use kv_format"):
         load(folder, 6, kv_format="bf16")
     with pytest.raises(InputError, match="those of fp32 are exact"):

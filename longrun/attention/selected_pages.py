@@ -37,8 +37,9 @@ class PageSelector:
         assert spec.selects and spec.selection is not None
         self._selection = spec.selection
         self._score_pages, self._choose_pages, self._workspace = score_pages, choose_pages, workspace
-        self._softmax_scale, self._budget = spec.head_dim**-0.5, Budget(spec.selection.pages_per_head)
-        heads, most = spec.max_retrieval_heads, spec.selection.pages_per_head
+        self._softmax_scale = spec.head_dim**-0.5
+        self._budget = Budget(spec.selection.pages_per_head, spec.selection.share_steps)
+        heads, most = spec.max_retrieval_heads, spec.most_read_pages
         self._scores = torch.zeros(heads, spec.group, spec.listed_pages, device=device)
         self._pages = torch.zeros(heads, most, dtype=torch.int32, device=device)
         self._begins, self._counts = torch.zeros(2, heads, dtype=torch.int32, device=device)

@@ -108,7 +108,7 @@ class TorchAttention:
         """float32 [num_heads, group, head_dim] for q [num_heads, group, head_dim], the token at `position`, whose key
         and value are in the tail. It reads all pages, or with `selects` what the selector chooses."""
         scaled = q.float() * self.softmax_scale
-        selector = self.selector if selects and pages.num_pooled > self.spec.most_read_pages else None
+        selector = self.selector if selects and self.spec.leaves_out(pages.num_pooled) else None
         if selector is None and all(group.reach.is_all for group in pages.groups):
             out = lse = None
             for k, v in self._prefill_pages.past(pages, position + 1):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from longrun.files.whole_file import write_whole
 from longrun.lab.needle_results import SweepResults
 from longrun.pictures import SCALE, wrapped
+from longrun.specs.selection_spec import pages_text
 from longrun.units import ALL_TOKENS, format_tokens
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def panel_title(name: str, setting: str, described: dict[str, Any]) -> str:
     )
     heads += f", {finite} of finite reach" if finite else ""
     selection = described.get("selection")
-    read = f", {selection['pages_per_head']:,} a head read" if selection else ""
+    read = f", {pages_text(selection)} read" if selection else ""
     return f"{name}, {setting}\n{heads}\n{described['kv_format']} pages{read}, {described['weight_format']} weights"
 
 

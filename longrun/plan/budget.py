@@ -5,7 +5,7 @@
     [kv]      format = "k5v3", retrieval_ratio = 0.5, sink_size = 128, recent_size = 256, page_size = 64;
               kv_bytes = "8 GB" or "25%" instead of retrieval_ratio; keep = 700 or "system"
     [prefill] chunk_size = 32768
-    [decode]  pages_per_head = 128 or "off", selector = "top", hot_pool = "2 GB" or "off"
+    [decode]  pages_per_head = 128, "25%" or "off", selector = "top", hot_pool = "2 GB" or "off"
 
 Everything but `[memory] gpu` may be left out; `Budget` says what it is then. `gpu` has no second name: on a CPU, too,
 it is the memory of the compute device (`Budget.device_bytes`).
@@ -14,7 +14,6 @@ it is the memory of the compute device (`Budget.device_bytes`).
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -27,8 +26,8 @@ from longrun.files.user_files import parse_toml, read_text
 from longrun.paths import user_path
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, PAGE_SIZES, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
-from longrun.specs.selection_spec import DEFAULT_NEWEST, DEFAULT_SELECTOR, SELECTORS
-from longrun.units import parse_bytes
+from longrun.specs.selection_spec import DEFAULT_NEWEST, DEFAULT_SELECTOR, SELECTORS, share_of_pages
+from longrun.units import parse_bytes, share_of
 
 _SECTIONS: dict[str, dict[str, str]] = {
     "memory": {"gpu": "device_bytes", "host": "host_bytes"},
@@ -74,7 +73,8 @@ class Budget:
             many as stand before a chat's first message. Default None: the sinks alone.
         page_size: tokens of a page, one of `PAGE_SIZES`. Default 64.
         chunk_size: the most tokens of one prefill step. Default 1024.
-        pages_per_head: the most pages of a retrieval head that a decode step reads, or "off". Default None: all.
+        pages_per_head: the most pages of a retrieval head that a decode step reads, or a share of those that the head
+            holds then, like "25%" (no fewer than 64), or "off". Default None: all.
         selector: which pages these are, one of `SELECTORS`. Default "top".
         hot_pool: bytes of a GPU's memory that keep the host pages which decode steps chose lately, or "off". Default
             None: host pages are read in place.
@@ -126,9 +126,10 @@ class Budget:
             self._check_whole("keep", 0)
         self._check_whole("chunk_size", 1)
         if self.pages_per_head not in (None, OFF):
-            if isinstance(self.pages_per_head, str):
-                self._fail("pages_per_head", 'is no number of pages: write one, or "off"')
-            self._check_whole("pages_per_head", LEAST_PAGES)
+            if not isinstance(self.pages_per_head, str):
+                self._check_whole("pages_per_head", LEAST_PAGES)
+            else:
+                self._check_share_of_pages("pages_per_head")
         self._check_name("selector", SELECTORS, "selector")
         if self.hot_pool not in (None, OFF):
             if isinstance(self.hot_pool, str):
@@ -210,6 +211,14 @@ class Budget:
         except InputError:
             self._fail(field, f"must be a whole number of at least {least} and at most {MAX_INTEGER:,}")
 
+    def _check_share_of_pages(self, field: str) -> None:
+        try:
+            share = share_of_pages(getattr(self, field), field)
+        except InputError:
+            self._fail(field, 'is no share above 0% and up to 100% in hundredths of a percent: write it like "25%"')
+        if share is None:
+            self._fail(field, 'is no number of pages: write one, a share like "25%", or "off"')
+
     def _check_name(self, field: str, names: tuple[str, ...], kind: str = "format") -> None:
         value = getattr(self, field)
         if not isinstance(value, str) or value not in names:
@@ -221,23 +230,6 @@ def shipped_budgets() -> tuple[str, ...]:
     """Names of the budgets that come with longrun, sorted."""
     files = resources.files("longrun.plan.budgets").iterdir()
     return tuple(sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")))
-
-
-def share_of(kv_bytes: object) -> float | None:
-    """0.25 for "25%": what a share of full attention's bytes is written like; None for anything else.
-
-    Raises:
-        InputError: a share that is not above 0% and at most 100%.
-    """
-    if not isinstance(kv_bytes, str) or not kv_bytes.strip().endswith("%"):
-        return None
-    try:
-        share = float(kv_bytes.strip()[:-1]) / 100
-    except ValueError:
-        share = math.nan
-    if not 0 < share <= 1:
-        raise InputError(f"kv_bytes {quoted(kv_bytes)} is no share above 0% and up to 100%: write it like 25%")
-    return share
 
 
 def _known_section(section: str, keys: Any, source: str) -> dict[str, str]:

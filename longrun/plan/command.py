@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
     parser.add_argument("--keep", metavar="N", help=f"{KEEP_HELP} (default: the budget's, else the head map's sinks)")
-    parser.add_argument("--select", metavar="N|off", help=f"{SELECT_HELP} (default: the budget's, else off)")
+    parser.add_argument("--select", metavar="N|P%|off", help=f"{SELECT_HELP} (default: the budget's, else off)")
     parser.add_argument("--hot-pool", metavar="SIZE|off", help=f"{HOT_POOL_HELP} (default: the budget's, else off)")
     parser.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's)")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")

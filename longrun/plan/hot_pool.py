@@ -28,11 +28,11 @@ def parse_hot_pool(size: int | str, what: str = "hot_pool") -> int | str:
     return parse_bytes(size, what)
 
 
-def hot_bytes_of(budget: Budget, selection: Selection | None, split: HeadSplit, page_format: PageFormat) -> int:
+def hot_bytes_of(budget: Budget, selection: Selection | None) -> int:
     """Bytes of the budget's hot pool; 0 without one, or where selection is turned off.
 
     Raises:
-        InputError: nothing is selected, or it does not hold the pages of one step.
+        InputError: nothing is selected.
     """
     if budget.hot_pool in (None, OFF) or budget.pages_per_head == OFF:
         return 0
@@ -43,15 +43,24 @@ def hot_bytes_of(budget: Budget, selection: Selection | None, split: HeadSplit, 
             f"{asked} is for the pages that decode steps select, and these read all: give select N as well, or "
             f"hot_pool off"
         )
+    return budget.hot_pool
+
+
+def check_hot_bytes(
+    hot_bytes: int, selection: Selection | None, split: HeadSplit, page_format: PageFormat, capacity: int
+) -> None:
+    """Raise InputError where a hot pool of that many bytes does not hold the pages of one step, at the full context."""
+    if not hot_bytes or selection is None:
+        return
     reaches = split.retrieval_reaches
     heads = sum(reach == ALL_TOKENS for row in reaches for reach in row) if reaches else split.total_retrieval
-    least = heads * selection.pages_per_head * page_format.payload_bytes
-    if budget.hot_pool < least:
+    pages = max(selection.pages_per_head, selection.pages_of(page_format.pooled_pages(capacity)))
+    least = heads * pages * page_format.payload_bytes
+    if hot_bytes < least:
         raise InputError(
-            f"{asked} does not hold the {selection.pages_per_head:,} pages that a step reads of each of {heads:,} "
-            f"heads: give at least {-(-least // 10**6)} MB, or hot_pool off"
+            f"hot_pool {format_bytes(hot_bytes)} does not hold the {pages:,} pages that a step reads of each of "
+            f"{heads:,} heads: give at least {-(-least // 10**6)} MB, or hot_pool off"
         )
-    return budget.hot_pool
 
 
 def hot_pool_notes(settings: PlanSettings, placement: Placement) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ def pages_read(plan: Plan, seq_len: int) -> PagesRead | None:
     if plan.attention.selection is None:
         return None
     held = cache.held_pages(seq_len) / heads
-    read = cache.read_pages(seq_len, plan.attention.selection.pages_per_head) / heads
+    read = cache.read_pages(seq_len, plan.attention.selection) / heads
     size = cache.page_format.page_size
     exact = seq_len - cache.page_format.pooled_pages(seq_len) * size
     return PagesRead(held, read, (read * size + exact) / max(1, held * size + exact))

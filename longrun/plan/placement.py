@@ -224,7 +224,9 @@ def place(settings: PlanSettings, capacity: int) -> Placement:
         cache=cache,
         attention=attention,
         items=tuple(item for item in items if item.bytes),
-        device_short=max(0, missing, settings.loading_bytes - settings.device_bytes),
+        device_short=max(
+            0, missing, settings.loading_bytes - settings.device_bytes, _hot_pool_short(settings, attention, cache)
+        ),
         host_short=max(0, sum(cache.host_bytes().values()) - settings.host_bytes),
     )
 
@@ -240,6 +242,13 @@ _NOTES = {
     "hot pool": "host pages chosen lately",
     "hot pool tables": "where these stand",
 }
+
+
+def _hot_pool_short(settings: PlanSettings, attention: AttentionSpec, cache: CacheSpec) -> int:
+    """Bytes that the hot pool has too few for the pages of one step, of which a share grows with the context."""
+    if not cache.hot_slots:
+        return 0
+    return cache.keeping_heads * attention.most_read_pages * cache.page_format.payload_bytes - settings.hot_bytes
 
 
 def _with_fetch_tables(attention: AttentionSpec, cache: CacheSpec) -> AttentionSpec:
@@ -324,7 +333,7 @@ def _cache_spec(
     on_device = int(pages * device_share) if keeping else pages
     if most_pages is not None:
         on_device = min(on_device, most_pages)
-    digest = selection.digest_format(page_format) if selection and pages > selection.pages_per_head else None
+    digest = selection.digest_format(page_format) if selection and pages > selection.pages_of(pages) else None
     fetch_pages = hot_slots = 0
     if pages > on_device and settings.fused:
         most_fetched = max(2 * max(counts), FETCH_BYTES // page_format.payload_bytes)

@@ -17,7 +17,7 @@ from longrun.errors import InputError, PlanError, shortened
 from longrun.machine.processor import bf16_product_copy_bytes
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import Budget
-from longrun.plan.hot_pool import hot_bytes_of, hot_pool_notes
+from longrun.plan.hot_pool import check_hot_bytes, hot_bytes_of, hot_pool_notes
 from longrun.plan.key_biases import key_bias_warnings
 from longrun.plan.placement import DEFAULT_WEIGHT_FORMAT, Placement, PlanItem, PlanSettings, place
 from longrun.plan.reaches import allocated_split
@@ -233,7 +233,7 @@ def make_plan(
         marks=integer(marks, "marks", 1, MOST_MARKS),
         serves=serves,
         selection=selection,
-        hot_bytes=hot_bytes_of(budget, selection, chosen.split, page_format),
+        hot_bytes=hot_bytes_of(budget, selection),
     )
     max_capacity = largest_capacity(settings)
     warnings = []
@@ -241,6 +241,7 @@ def make_plan(
         capacity, why = _default_capacity(config, max_capacity)
         warnings += why
     _check_window(config, capacity)
+    check_hot_bytes(settings.hot_bytes, selection, chosen.split, page_format, capacity)
     if chosen.keep is not None and chosen.keep > capacity and max_capacity >= capacity:
         raise InputError(
             f"keep {chosen.keep:,} is more than the context of {capacity:,} tokens: give fewer, or a longer context"

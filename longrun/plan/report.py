@@ -78,13 +78,17 @@ def selection_lines(attention: AttentionSpec) -> list[str]:
     """What a decode step reads of the pages, where that was asked for."""
     if attention.selection is None:
         return []
-    most, listed = attention.selection.pages_per_head, attention.listed_pages
+    selection, listed, most = attention.selection, attention.listed_pages, attention.most_read_pages
+    least = f" (at least {selection.pages_per_head:,} pages)" if selection.share else ""
     if not attention.selects:
         return [
-            f"a decoded token reads all pages: no head has more than {listed:,}, and select {most:,} allows so many"
+            f"a decoded token reads all pages: no head has more than {listed:,}, and select {selection.asked}{least} "
+            f"allows so many"
         ]
+    share = f"{selection.asked} of the pages that a head holds then{least}, " if selection.share else ""
     return [
-        f"a decoded token reads at most {most:,} of each retrieval head's {listed:,} pages, chosen by their digests"
+        f"a decoded token reads {share}at most {most:,} of each retrieval head's {listed:,} pages, chosen by their "
+        f"digests"
     ]
 
 

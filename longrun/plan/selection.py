@@ -9,23 +9,31 @@ from longrun.patterns.head_split import HeadSplit
 from longrun.plan.budget import LEAST_PAGES, OFF, Budget
 from longrun.quant.digest_format import DIGEST_HEAD_DIMS
 from longrun.quant.kv_format import QUANTIZED_KV_FORMATS
-from longrun.specs.selection_spec import Selection
+from longrun.specs.selection_spec import Selection, share_of_pages
 
-SELECT_HELP = "for each token of an answer a retrieval head reads at most N pages, those that fit the query; off: all"
+SELECT_HELP = (
+    "for each token of an answer a retrieval head reads at most N pages, or P%% of those that it holds then (no fewer "
+    "than 64), those that fit the query; off: all"
+)
 SELECT_QUESTION_HELP = "with --select: questions, too, read the selected pages alone, a token at a time (default: all)"
 
 
 def parse_select(select: int | str, what: str = "select") -> int | str:
-    """Pages of a head to read, at least `LEAST_PAGES`, or "off".
+    """Pages of a head to read, at least `LEAST_PAGES`; a share of them as a text; or "off".
 
     Raises:
-        InputError: neither.
+        InputError: none of these.
     """
     if select == OFF:
         return OFF
     if isinstance(select, str):
+        if share_of_pages(select, what) is not None:
+            return select.strip()
         if not (select.isascii() and select.isdecimal() and len(select) <= 15):
-            raise InputError(f"{what} {quoted(select)} is neither a number of pages nor off: write it like 128")
+            raise InputError(
+                f"{what} {quoted(select)} is neither a number of pages, nor a share of them, nor off: write it like "
+                f"128 or 25%"
+            )
         select = int(select)
     return integer(select, what, LEAST_PAGES)
 
@@ -38,8 +46,13 @@ def selection_of(budget: Budget, config: ModelConfig, split: HeadSplit) -> Selec
     """
     if budget.pages_per_head in (None, OFF):
         return None
-    assert isinstance(budget.pages_per_head, int)
-    asked = f"select {budget.pages_per_head:,}"
+    share = share_of_pages(budget.pages_per_head, "pages_per_head")
+    if share is None:
+        assert isinstance(budget.pages_per_head, int)
+        selection = Selection(budget.pages_per_head, budget.selector)
+    else:
+        selection = Selection.of_share(share, budget.selector)
+    asked = f"select {selection.asked}"
     if budget.kv_format not in QUANTIZED_KV_FORMATS:
         raise InputError(
             f"{asked} needs quantized pages, and those of {budget.kv_format} are exact: use kv_format "
@@ -53,4 +66,4 @@ def selection_of(budget: Budget, config: ModelConfig, split: HeadSplit) -> Selec
             f"{asked} chooses among the pages of retrieval heads, and no head is one here: use select off, or another "
             f"head map or ratio"
         )
-    return Selection(budget.pages_per_head, budget.selector)
+    return selection

@@ -12,12 +12,12 @@ from longrun.arguments import number
 from longrun.config.model_config import ModelConfig
 from longrun.errors import ConfigError, HeadMapError, InputError, quoted
 from longrun.patterns.head_map import HeadMap, HeadSplit
-from longrun.plan.budget import SYSTEM, Budget, share_of
+from longrun.plan.budget import SYSTEM, Budget
 from longrun.plan.reaches import allocated_split, window_of
 from longrun.quant.kv_format import PageFormat
 from longrun.specs.cache_spec import head_bytes
 from longrun.specs.reach import Reach
-from longrun.units import ALL_TOKENS, format_bytes, parse_bytes, parse_tokens
+from longrun.units import ALL_TOKENS, format_bytes, parse_bytes, parse_tokens, share_of
 
 KV_BYTES_HELP = (
     "instead of a ratio: memory for keys and values, like 8GB, or a share of what full attention takes, like 25%%; it "

@@ -135,7 +135,7 @@ def _read_pages(plan: Plan, seq_len: int) -> int:
     """Pages of all heads that a token reads."""
     selection = plan.attention.selection
     held = plan.cache.held_pages(seq_len)
-    return held if selection is None else plan.cache.read_pages(seq_len, selection.pages_per_head)
+    return held if selection is None else plan.cache.read_pages(seq_len, selection)
 
 
 def _unread_bytes(plan: Plan, seq_len: int) -> int:

@@ -106,8 +106,9 @@ def load(
             with reach losses, such as "auto". Default: the budget's.
         keep: first tokens of the text that no head drops, whatever its window or reach; 0 for the head map's sinks
             alone. "system" is what `system_size` says. Default: the budget's.
-        select: pages of every retrieval head that a decode step reads, at most: those that fit its query; "off" for
-            all. Texts are read exactly in any case. Default: the budget's (off where it says nothing).
+        select: pages of every retrieval head that a decode step reads, at most, or a share of those that it holds then,
+            like "25%" (no fewer than 64): those that fit its query; "off" for all. Texts are read
+            exactly in any case. Default: the budget's (off where it says nothing).
         hot_pool: bytes (or a text like "2 GB") of a GPU's memory that keep the host pages which `select` chose lately;
             "off": they are read in place, as they are elsewhere. Changes no answer. Default: the budget's, else off.
         chunk_size: the most tokens of one prefill step; default: the budget's.

@@ -55,7 +55,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--keep", metavar="N|system", help=f"{KEEP_HELP}; system: as many as the system prompt has (default: the "
         "budget's, else the head map's sinks)",
     )  # fmt: skip
-    model.add_argument("--select", metavar="N|off", help=f"{SELECT_HELP} (default: the budget's, else off)")
+    model.add_argument("--select", metavar="N|P%|off", help=f"{SELECT_HELP} (default: the budget's, else off)")
     model.add_argument("--hot-pool", metavar="SIZE|off", help=f"{HOT_POOL_HELP} (default: the budget's, else off)")
     model.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's, else {DEFAULT_KV_FORMAT})")
     model.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")

@@ -81,12 +81,16 @@ class AttentionSpec:
     @property
     def selects(self) -> bool:
         """Whether a head may ever have more pages than a decode step reads."""
-        return self.selection is not None and self.listed_pages > self.selection.pages_per_head
+        return self.leaves_out(self.listed_pages)
+
+    def leaves_out(self, num_pages: int) -> bool:
+        """Whether a decode step reads fewer than `num_pages` pages of a head that holds so many."""
+        return self.selection is not None and self.selection.pages_of(num_pages) < num_pages
 
     @property
     def most_read_pages(self) -> int:
         """Pages of a head that a decode step reads at most."""
-        return self.listed_pages if self.selection is None else self.selection.pages_per_head
+        return self.listed_pages if self.selection is None else self.selection.pages_of(self.listed_pages)
 
     def selection_bytes(self) -> int:
         """One layer's scores, the lists of the pages chosen, where these begin and end; and the scratch in which the
@@ -94,7 +98,7 @@ class AttentionSpec:
         if self.selection is None or not self.selects:
             return 0
         listed = self.listed_pages
-        words = self.group * listed + self.selection.pages_per_head + 2
+        words = self.group * listed + self.most_read_pages + 2
         if self.fused:
             parts = min(CHOICE_PARTS, -(-listed // CHOICE_PART_PAGES))
             words += 2 * listed + -(-listed // 32) + CHOICE_BINS + 2 * self.group * parts + 2

@@ -14,6 +14,7 @@ from longrun.errors import PlanError
 from longrun.quant.digest_format import DigestFormat
 from longrun.quant.kv_format import PageFormat
 from longrun.specs.reach import ALL_TOKENS, Reach
+from longrun.specs.selection_spec import Selection
 
 _SLOT_BYTES = 4  # page tables, page lists and free lists hold int32
 MAX_SLOTS = 2**31 - 1
@@ -223,10 +224,10 @@ class CacheSpec:
         finite = sum(reach.held_pages(seq_len) for reach in self._finite)
         return self.keeping_heads * self.page_format.pooled_pages(seq_len) + finite
 
-    def read_pages(self, seq_len: int, most: int) -> int:
-        """Pages of all heads that a decode step reads at `seq_len` tokens where it reads at most `most` of each."""
-        finite = sum(min(most, reach.held_pages(seq_len)) for reach in self._finite)
-        return self.keeping_heads * min(most, self.page_format.pooled_pages(seq_len)) + finite
+    def read_pages(self, seq_len: int, selection: Selection) -> int:
+        """Pages of all heads that a decode step reads at `seq_len` tokens where it selects."""
+        finite = sum(selection.pages_of(reach.held_pages(seq_len)) for reach in self._finite)
+        return self.keeping_heads * selection.pages_of(self.page_format.pooled_pages(seq_len)) + finite
 
     def paged_tokens(self, seq_len: float) -> float:
         """Tokens that the last of `seq_len` sees, summed over the retrieval heads."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from longrun.arguments import choice, integer, number
-from longrun.errors import ConfigError
+from longrun.errors import ConfigError, InputError, quoted
 from longrun.quant.digest_format import DigestFormat
 from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
+from longrun.units import share_of
 
 SELECTORS = ("top",)
 DEFAULT_SELECTOR, DEFAULT_LAM, DEFAULT_NEWEST = "top", 0.25, 4
+SHARE_STEPS = 10_000  # of a head's pages: a share is a whole number of them
+SHARE_LEAST_PAGES = 64  # that a head reads where a share of its pages is fewer
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A decoded token reads at most `pages_per_head` pages of every retrieval head, chosen by their digests.
+    """A decoded token reads at most `pages_per_head` pages of every retrieval head, or with `share` that part of the
+    pages which the head holds then, where it is more; chosen by their digests.
 
     A head that holds no more pages than that reads all of them, which is the same answer as without selection. Where
     nothing selects, there is None in place of a `Selection`.
@@ -25,6 +31,7 @@ class Selection:
         selector: the rule, of `SELECTORS`.
         lam: how much of a group's range counts beside its mean (`quant.digest_format`); 0 counts only the mean.
         newest: how many of the newest pages are always read.
+        share: 0 to 1, in hundredths of a percent; the number of pages is rounded up.
 
     Raises:
         InputError: a value out of its range, or an unknown selector.
@@ -34,12 +41,33 @@ class Selection:
     selector: str = DEFAULT_SELECTOR
     lam: float = DEFAULT_LAM
     newest: int = DEFAULT_NEWEST
+    share: float = 0.0
 
     def __post_init__(self) -> None:
         integer(self.newest, "newest")
         integer(self.pages_per_head, "pages_per_head", self.newest + 1)
         choice(self.selector, "selector", SELECTORS)
         number(self.lam, "lam", 0)
+        number(self.share, "share", 0, 1)
+
+    @classmethod
+    def of_share(cls, share: float, selector: str = DEFAULT_SELECTOR) -> Selection:
+        """`share` of a head's pages, and no fewer than `SHARE_LEAST_PAGES`."""
+        return cls(SHARE_LEAST_PAGES, selector, share=share)
+
+    @property
+    def share_steps(self) -> int:
+        """The share, of `SHARE_STEPS`."""
+        return round(self.share * SHARE_STEPS)
+
+    @property
+    def asked(self) -> str:
+        """As `--select` says it."""
+        return f"{100 * self.share:g}%" if self.share else f"{self.pages_per_head:,}"
+
+    def pages_of(self, held: int) -> int:
+        """Pages that a head reads of `held`."""
+        return min(held, max(self.pages_per_head, -(-held * self.share_steps // SHARE_STEPS)))
 
     def digest_format(self, page_format: PageFormat) -> DigestFormat:
         """The digests that selecting among such pages needs.
@@ -53,3 +81,24 @@ class Selection:
                 f"or turn selection off"
             )
         return DigestFormat(page_format.page_size, page_format.head_dim)
+
+
+def pages_text(selection: Mapping[str, Any] | None) -> str:
+    """The pages that a head reads, of the fields of a `Selection` as results record them; None is all. Older results
+    have no share."""
+    if selection is None:
+        return "all pages a head"
+    share = selection.get("share")
+    return f"{100 * share:g}% of the pages a head" if share else f"{selection['pages_per_head']:,} pages a head"
+
+
+def share_of_pages(text: object, what: str) -> float | None:
+    """As `share_of`, in hundredths of a percent, as selection counts.
+
+    Raises:
+        InputError: also a finer share.
+    """
+    share = share_of(text, what)
+    if share is not None and abs(share * SHARE_STEPS - round(share * SHARE_STEPS)) > 1e-6:
+        raise InputError(f"{what} {quoted(text)} is finer than hundredths of a percent: write it like 25% or 6.25%")
+    return share

@@ -50,7 +50,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="share of the KV heads to keep; without --head-map an arbitrary choice, which is good for timing only",
     )  # fmt: skip
     parser.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
-    parser.add_argument("--select", metavar="N|off", help=SELECT_HELP)
+    parser.add_argument("--select", metavar="N|P%|off", help=SELECT_HELP)
     parser.add_argument("--hot-pool", metavar="SIZE|off", help=HOT_POOL_HELP)
     parser.add_argument("--weight-format", choices=WEIGHT_FORMATS, help="default: the budget's")
     parser.add_argument("--kv", choices=KV_FORMATS, help="page format (default: the budget's)")

@@ -65,7 +65,7 @@ def token_bytes(
     heads = cache.total_retrieval_heads
     window = min(seq_len, cache.sink_size + cache.recent_size)
     selects = selection is not None and cache.digest is not None
-    read = cache.read_pages(seq_len, selection.pages_per_head) if selects else cache.held_pages(seq_len)
+    read = cache.read_pages(seq_len, selection) if selects else cache.held_pages(seq_len)
     digests = {"page_digests": cache.held_pages(seq_len) * cache.digest.page_bytes} if selects else {}
     return {
         "weights": model_weight_bytes(config, weight_format, device_type) - unread,

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from longrun import cli
 from longrun.errors import InputError
 from longrun.paths import path_option
+from longrun.specs.selection_spec import pages_text
 from longrun.units import format_bytes, format_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,9 +67,9 @@ def unlike(results: Sequence[Row]) -> list[str]:
         formats = [result["settings"][key] for result in results]
         if len(set(formats)) > 1:
             said = [f"{so_far}, {one} {name}" for so_far, one in zip(said, formats, strict=True)]
-    chosen = [(result["settings"].get("selection") or {}).get("pages_per_head") for result in results]
+    chosen = [pages_text(result["settings"].get("selection")) for result in results]
     if len(set(chosen)) > 1:
-        said = [f"{so_far}, {one or 'all'} pages a head" for so_far, one in zip(said, chosen, strict=True)]
+        said = [f"{so_far}, {one}" for so_far, one in zip(said, chosen, strict=True)]
     return said
 
 

@@ -20,7 +20,7 @@ from longrun.patterns.baseline_maps import inverted_map, random_map, streaming_m
 from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadMap, HeadSplit
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
-from longrun.specs.selection_spec import DEFAULT_NEWEST
+from longrun.specs.selection_spec import DEFAULT_NEWEST, share_of_pages
 from longrun.units import parse_bytes
 
 REFERENCE = "reference"
@@ -92,7 +92,7 @@ class Row:
     kv_share: float | None = None
     kv_bytes: str | None = None
     keep: int | str | None = None
-    select: int | None = None
+    select: int | str | None = None
     select_question: bool = False
 
     def __post_init__(self) -> None:
@@ -139,7 +139,11 @@ class Row:
             if self.select_question:
                 raise InputError(f"row {self.name}: select_question needs pages to select: give select as well")
             return
-        integer(self.select, f"row {self.name}: select", DEFAULT_NEWEST + 1)
+        what = f"row {self.name}: select"
+        if not isinstance(self.select, str):
+            integer(self.select, what, DEFAULT_NEWEST + 1)
+        elif share_of_pages(self.select, what) is None:
+            raise InputError(f'{what} {quoted(self.select)} is neither a number of pages nor a share like "25%"')
         if self.kv not in QUANTIZED_KV_FORMATS:
             raise InputError(f"row {self.name}: select needs kv {' or '.join(QUANTIZED_KV_FORMATS)}, not {self.kv}")
         if kind == "streaming":
@@ -256,7 +260,8 @@ class Row:
         if self.keep is not None:
             what += f", keep {self.keep}"
         if self.select is not None:
-            what += f", select {self.select:,}{' with questions' if self.select_question else ''}"
+            pages = self.select if isinstance(self.select, str) else f"{self.select:,}"
+            what += f", select {pages}{' with questions' if self.select_question else ''}"
         weights = f", {self.weights} weights" if self.weights else ""
         varied = ", varied window" if self._has_window and self.kv_share is None else ""
         return f"{what}, {self.kv}{weights}{varied}{self._chunks}"
@@ -358,7 +363,7 @@ _TYPES = {
     "kv_share": (int, float),
     "kv_bytes": str,
     "keep": (int, str),
-    "select": int,
+    "select": (int, str),
     "select_question": bool,
 }
 
