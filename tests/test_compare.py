@@ -228,6 +228,7 @@ def test_a_row_is_described_the_same_after_sessions_of_any_length(planted, setti
         (["--score-tokens", "700"], "leaves nothing to read"),
         (["--text", "no-such-file.txt"], "no-such-file.txt is not a file"),
         (["--adapter", "no-such-folder"], "no-such-folder is not a folder"),
+        (["--rows", "no-such-row"], "'no-such-row' is in no row's name"),
     ],
 )
 def test_bad_arguments(planted, settings_file, tmp_path, more, said):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longrun.errors import InputError
-from longrun.lab.quality.settings import REFERENCE_ROW, Row, read_rows, with_maps
+from longrun.lab.quality.settings import REFERENCE_ROW, Row, chosen_rows, read_rows, with_maps
 from longrun.patterns.head_map import HeadMap
 from scripts.quality.compare_options import named_folders
 
@@ -86,6 +86,14 @@ def test_names_of_maps_become_folders_and_rows_without_one_are_left_out():
     assert with_maps([Row("a", "inverted:@x", 0.5)], {"x": "m"})[0][0].head_map == "inverted:m"
     with pytest.raises(InputError, match="'reaches' is in no row"):
         with_maps(rows, {"reaches": "maps/mine"})
+
+
+def test_rows_are_chosen_by_words_of_their_names():
+    rows = [Row(name) for name in ("SnapKV 25%", "TOVA 25%", "SnapKV 50%")]
+    assert chosen_rows(rows, []) == tuple(rows)
+    assert [row.name for row in chosen_rows(rows, ["50%", "TOVA"])] == ["TOVA 25%", "SnapKV 50%"]
+    with pytest.raises(InputError, match="'H2O' is in no row's name: they are SnapKV 25%, TOVA 25%"):
+        chosen_rows(rows, ["TOVA", "H2O"])
 
 
 @pytest.mark.parametrize("given", [["reach"], ["=maps"], ["reach="], ["a=b", "a=c"]])

@@ -29,7 +29,7 @@ from longrun.lab.quality.measures import SPARE_TOKENS, Opened, ReferenceLogits, 
 from longrun.lab.quality.report import write_report
 from longrun.lab.quality.results import QualityResults
 from longrun.lab.quality.rules import RULES_TASK
-from longrun.lab.quality.settings import REFERENCE, REFERENCE_ROW, SYSTEM, Row, read_rows, with_maps
+from longrun.lab.quality.settings import REFERENCE, REFERENCE_ROW, SYSTEM, Row, chosen_rows, read_rows, with_maps
 from longrun.lab.quality.summary import sentences
 from longrun.lab.quality.tasks import TaskDocument, held_out_text, retrieval_documents, text_documents
 from longrun.lab.quality.texts import CHAT_TEXT, CODE_TEXT, TEXT_TASKS, chat_texts, code_texts
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None, load_rows: Callable[[Path], tuple[Ro
     arguments = parse_arguments(argv, __doc__)
     settings = collect_settings(arguments)
     rows, left_out = with_maps(load_rows(arguments.settings), named_folders(arguments.head_map))
-    rows = (REFERENCE_ROW, *rows)
+    rows = (REFERENCE_ROW, *chosen_rows(rows, arguments.rows))
     choice = choose_model(arguments.model, arguments.adapter, arguments.download)
     arguments.model, arguments.adapter = choice.model_dir, choice.adapter
     settings["model_fingerprint"] = model_fingerprint(arguments.model)

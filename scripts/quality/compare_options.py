@@ -29,6 +29,7 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> argparse.Na
     parser.add_argument(
         "--settings", required=True, type=path_option, metavar="FILE", help="TOML file with [[row]] tables"
     )
+    parser.add_argument("--rows", nargs="+", default=[], metavar="WORD", help="only rows whose names hold one of these")
     parser.add_argument(
         "--head-map", nargs="+", default=[], metavar="NAME=FOLDER", help="folders in place of the rows' @NAME; rows "
         "whose @NAME has none are left out",

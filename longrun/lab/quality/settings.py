@@ -350,6 +350,20 @@ def with_maps(rows: Sequence[Row], folders: Mapping[str, str]) -> tuple[tuple[Ro
     return tuple(kept), left_out
 
 
+def chosen_rows(rows: Sequence[Row], words: Sequence[str]) -> tuple[Row, ...]:
+    """The rows whose names hold one of the words, in their order; all of them without a word.
+
+    Raises:
+        InputError: a word that no name holds.
+    """
+    for word in words:
+        if not any(word in row.name for row in rows):
+            raise InputError(
+                f"--rows {quoted(word)} is in no row's name: they are {', '.join(row.name for row in rows)}"
+            )
+    return tuple(row for row in rows if not words or any(word in row.name for word in words))
+
+
 _TYPES = {
     "name": str,
     "head_map": str,
