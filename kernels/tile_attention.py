@@ -32,7 +32,7 @@ def check_score_tiles(rows: Tensor, k: Tensor, scores: Tensor, first_page: int, 
     assert k.shape[::2] == (heads, dim) and k.shape[1] % page_size == 0, (k.shape, rows.shape, page_size)
     pages = k.shape[1] // page_size
     assert scores.dtype == torch.float16 and scores.shape[:2] == (heads, num_rows) and scores.stride(2) == 1
-    assert 0 <= first_page and first_page + pages <= scores.shape[2], (first_page, pages, scores.shape)
+    assert first_page >= 0 and first_page + pages <= scores.shape[2], (first_page, pages, scores.shape)
     return pages
 
 
@@ -74,7 +74,7 @@ def check_choose_tiles(
         assert x.dtype == torch.float32 and x.shape == (tiles,) and x.is_contiguous()
     assert counts.dtype == torch.int32 and counts.shape == (tiles,) and counts.is_contiguous()
     assert lists.dtype == torch.int32 and lists.shape[0] == tiles and lists.stride(1) == 1
-    assert 0 <= min(newest, entries) and max(newest, floor) <= cap <= lists.shape[1], (newest, floor, cap, lists.shape)
+    assert min(newest, entries) >= 0 and max(newest, floor) <= cap <= lists.shape[1], (newest, floor, cap, lists.shape)
 
 
 def choose_tiles_reference(
