@@ -15,7 +15,6 @@ import math
 import torch
 from torch import Tensor
 
-from longrun.kernels.merge_partial import merge_partial_reference
 from longrun.quant.kv_format import GPU_PAGE_SIZE
 
 TILE = 128
@@ -192,4 +191,13 @@ def attend_tiles_reference(
         products = q[head, group, part].to(exact) @ keys.T * softmax_scale
         found_lse = products.logsumexp(dim=1)
         found = torch.exp(products - found_lse[:, None]) @ values
-        merge_partial_reference(total[head, group, part], lse[head, group, part], found.float(), found_lse.float())
+        _merge_(total[head, group, part], lse[head, group, part], found.float(), found_lse.float())
+
+
+def _merge_(total: Tensor, lse: Tensor, found: Tensor, found_lse: Tensor) -> None:
+    """`merge_partial.merge_partial_` into a side that may be empty; that file needs Triton."""
+    seen = lse > float("-inf")  # NaN is empty as well
+    before = lse.where(seen, float("-inf"))
+    lse.copy_(torch.logaddexp(before, found_lse))
+    total.copy_(total.mul(torch.exp(before - lse)[..., None]).where(seen[..., None], 0.0))
+    total.add_(found.mul_(torch.exp(found_lse - lse)[..., None]))

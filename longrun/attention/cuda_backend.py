@@ -12,6 +12,7 @@ from longrun.attention.looked import LookedTokens
 from longrun.attention.prefill import PagedPrefill, PrefillKernels
 from longrun.attention.rotation import HeadRotation
 from longrun.attention.selected_pages import PageSelector
+from longrun.attention.sparse_past import SparsePast, TileKernels
 from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
 from longrun.cache.ring import Ring
@@ -35,6 +36,7 @@ class CudaAttention:
 
     Attributes:
         decode: what serves single tokens.
+        sparse: what reads the past of chunks that are read sparsely; None where none is.
     """
 
     def __init__(self, cache: DualCache, spec: AttentionSpec, compute_dtype: torch.dtype, kernels: GpuKernels) -> None:
@@ -51,7 +53,13 @@ class CudaAttention:
             kernels.dense_attention, kernels.merge_partial_, kernels.dequantize_pages, kernels.window_attention
         )
         pads_chunks = kernels.on_gpu and cudnn_serves(device)
-        self._prefill_pages = PagedPrefill(spec, fmt, compute_dtype, device, used, fetcher, pads_chunks)
+        self.sparse = None
+        if spec.sparse_bytes():
+            tiles = TileKernels(
+                kernels.score_tiles, kernels.choose_tiles, kernels.attend_tiles_, kernels.dense_attention
+            )
+            self.sparse = SparsePast(spec, fmt.page_size, device, tiles)
+        self._prefill_pages = PagedPrefill(spec, fmt, compute_dtype, device, used, fetcher, pads_chunks, self.sparse)
         selector = None
         if spec.selects:
             assert kernels.score_pages is not None and kernels.choose_pages is not None
@@ -63,7 +71,7 @@ class CudaAttention:
         """See `Attention.run`."""
         pages, ring = self.cache.layers[layer_idx]
         k, v = self._as_stored(pages, q, k, v)
-        out = self._attend(pages, ring, q, k, v, step.start)
+        out = self._attend(pages, ring, q, k, v, step.start, sparse_layer=layer_idx if step.sparse else None)
         self.cache.append(layer_idx, k, v, step.start)
         return out
 
@@ -83,7 +91,7 @@ class CudaAttention:
 
     def _attend(
         self, pages: PagedHeads | None, ring: Ring | None, q: Tensor, k: Tensor, v: Tensor, start: int,
-        looked: LookedTokens | None = None,
+        looked: LookedTokens | None = None, sparse_layer: int | None = None,
     ) -> Tensor:  # fmt: skip
         heads = 0 if pages is None else pages.num_heads
         split = heads * self.group
@@ -97,7 +105,9 @@ class CudaAttention:
         if pages is not None:
             if looked is None:  # tokens that look back are not appended
                 pages.begin_spill(start + len(q))
-            self._prefill_pages.run(pages, q[:, :split], k[:heads], v[:heads], start, out[:, :split], looked)
+            self._prefill_pages.run(
+                pages, q[:, :split], k[:heads], v[:heads], start, out[:, :split], looked, sparse_layer
+            )
             if self._rotation is not None:
                 self._rotation.unrotate_(out, split)
         return out

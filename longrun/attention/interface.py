@@ -17,6 +17,7 @@ class Step:
         num_tokens: T, the number of tokens.
         cos, sin: [T, head_dim] float32 on the compute device, made once a step by the rotary table.
         selects: of one token: it reads the pages that are selected for it, where the cache selects any.
+        sparse: of several: their tiles read chosen pages of the past alone, see `longrun.attention.sparse_past`.
     """
 
     start: int
@@ -24,6 +25,7 @@ class Step:
     cos: Tensor
     sin: Tensor
     selects: bool = False
+    sparse: bool = False
 
 
 class Attention(Protocol):

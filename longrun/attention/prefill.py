@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from longrun.attention.fetch import PageFetcher
 from longrun.attention.looked import LookedTokens
 from longrun.attention.past import Run, past_pieces
+from longrun.attention.sparse_past import SparsePast
 from longrun.cache.page_places import HeadGroup
 from longrun.cache.pages import PagedHeads
 from longrun.kernels.dense_attention import PLAN_USES, padded_rows
@@ -49,13 +51,14 @@ class PagedPrefill:
         fmt: of the pages.
         fetcher: brings host pages to the device; None where they are read where they stand.
         pads_chunks: whether chunks may be padded to `padded_rows`.
+        sparse: reads the past of chunks that ask for it; None where none does.
     """
 
     def __init__(
         self, spec: AttentionSpec, fmt: PageFormat, dtype: torch.dtype, device: torch.device, kernels: PrefillKernels,
-        fetcher: PageFetcher | None = None, pads_chunks: bool = False,
+        fetcher: PageFetcher | None = None, pads_chunks: bool = False, sparse: SparsePast | None = None,
     ) -> None:  # fmt: skip
-        self._spec, self._fmt, self._kernels, self._fetcher = spec, fmt, kernels, fetcher
+        self._spec, self._fmt, self._kernels, self._fetcher, self._sparse = spec, fmt, kernels, fetcher, sparse
         self._pads_chunks, self._softmax_scale = pads_chunks, spec.head_dim**-0.5
         self._plan_uses = max(PLAN_USES, spec.layers_alike)
         elements = spec.max_retrieval_heads * spec.scratch_tokens * spec.head_dim
@@ -63,7 +66,7 @@ class PagedPrefill:
 
     def run(
         self, pages: PagedHeads, q: Tensor, k: Tensor, v: Tensor, start: int, out: Tensor,
-        looked: LookedTokens | None = None,
+        looked: LookedTokens | None = None, sparse_layer: int | None = None,
     ) -> None:  # fmt: skip
         """Attend to everything up to each query's own token.
 
@@ -71,21 +74,28 @@ class PagedPrefill:
             q, out: [T, num_heads * group, head_dim], any strides with contiguous channels.
             k, v: [num_heads, T, head_dim], the chunk's own, rounded as the cache rounds them.
             looked: told how much attention the tokens before `start` get.
+            sparse_layer: the layer, where heads that keep every token read chosen pages of the past alone.
         """
+        assert sparse_layer is None or self._sparse is not None
         for group in pages.groups:
             queries = slice(group.heads.start * self._spec.group, group.heads.stop * self._spec.group)
-            attend = self._attend_to_all if group.reach.is_all else self._attend_to_window
-            attend(pages, group, q[:, queries], k[group.heads], v[group.heads], start, out[:, queries], looked)
+            args = pages, group, q[:, queries], k[group.heads], v[group.heads], start, out[:, queries], looked
+            if group.reach.is_all:
+                self._attend_to_all(*args, sparse_layer)
+            else:
+                self._attend_to_window(*args)
 
     def _attend_to_all(
         self, pages: PagedHeads, group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, start: int, out: Tensor,
-        looked: LookedTokens | None,
+        looked: LookedTokens | None, sparse_layer: int | None,
     ) -> None:  # fmt: skip
         dense = partial(self._kernels.dense_attention, plan_uses=self._plan_uses)
-        scale, tokens = self._softmax_scale, len(q)
+        scale, tokens, num_pages = self._softmax_scale, len(q), self._fmt.pooled_pages(start)
+        sparse = self._sparse if sparse_layer is not None and num_pages else None
         rows = tokens
         if self._pads_chunks:
-            rows = padded_rows(q.shape[1], tokens, q.shape[2], start, self._spec.chunk_size)
+            in_full = start if sparse is None else start - num_pages * self._fmt.page_size
+            rows = padded_rows(q.shape[1], tokens, q.shape[2], in_full, self._spec.chunk_size)
         q = _with_rows(q.permute(1, 0, 2), rows)
         # causal: no query sees the padding, which stands last
         found, lse = dense(q, _padded(k, rows), _padded(v, rows), True, scale)
@@ -96,13 +106,18 @@ class PagedPrefill:
         total, q = found.float().contiguous().view(packed), q.view(packed)
         lse = lse.contiguous().view(group.num_heads, -1)
         del found
-        runs = self._past(pages, group, start)
+        runs = self._past(pages, group, start) if sparse is None else self._exact(pages, group, start)
         dequantize = self._kernels.dequantize_pages
         for past_k, past_v in past_pieces(runs, group.num_heads, self._fmt, self._scratch, dequantize):
             found, found_lse = dense(q, past_k, past_v, False, scale)
             self._kernels.merge_partial_(total, lse, found.contiguous(), found_lse.contiguous())
             del found, found_lse
         by_head = (group.num_heads, -1, rows)
+        if sparse is not None:
+            assert looked is None and sparse_layer is not None
+            by_query = [x.view(*by_head, *x.shape[2:])[:, :, :tokens] for x in (q, total, lse)]
+            pieces = partial(self._pages_in_pieces, pages, group, num_pages)
+            sparse.attend_(sparse_layer, group.heads.start * self._spec.group, *by_query, num_pages, pieces)
         out.copy_(total.view(out.shape[1], rows, out.shape[2])[:, :tokens].permute(1, 0, 2))
         del total
         if looked is not None:
@@ -143,6 +158,24 @@ class PagedPrefill:
         yield from self._ranges(pages, group, 0, self._fmt.pooled_pages(seq_len))
         k, v = pages.tail_tokens(seq_len)
         yield k[heads], v[heads]
+
+    def _exact(self, pages: PagedHeads, group: HeadGroup, seq_len: int) -> Iterator[Run]:
+        """What `_past` gives beside the pages."""
+        for k, v in (pages.sink_tokens(seq_len), pages.tail_tokens(seq_len)):
+            yield k[group.heads], v[group.heads]
+
+    def _pages_in_pieces(
+        self, pages: PagedHeads, group: HeadGroup, count: int, part: slice
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of the first `count` pages of some of the group's heads, in pieces of as many tokens as those
+        of all its heads have; the newest pages come last."""
+        assert self._spec.prefill is not None
+        first = group.heads.start
+        some = replace(group, heads=slice(first + part.start, first + part.stop))
+        border = max(0, count - self._spec.prefill.newest)
+        runs = chain(self._ranges(pages, some, 0, border), self._ranges(pages, some, border, count))
+        scratch = self._scratch[:, : self._scratch.shape[1] // group.num_heads * some.num_heads]
+        return past_pieces(runs, some.num_heads, self._fmt, scratch, self._kernels.dequantize_pages)
 
     def _ranges(self, pages: PagedHeads, group: HeadGroup, first: int, stop: int) -> Iterator[PageView]:
         """Pages [first, stop) as the device can read them, those on the host first."""

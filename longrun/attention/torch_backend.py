@@ -10,6 +10,7 @@ from longrun.attention.looked import LookedTokens
 from longrun.attention.prefill import PagedPrefill, PrefillKernels
 from longrun.attention.rotation import HeadRotation
 from longrun.attention.selected_pages import PageSelector
+from longrun.attention.sparse_past import SparsePast, TileKernels
 from longrun.attention.window import WindowAttention
 from longrun.cache.dual import DualCache
 from longrun.cache.pages import PagedHeads
@@ -18,6 +19,7 @@ from longrun.kernels import page_view
 from longrun.kernels.cpu_pages import CpuPageKernels
 from longrun.kernels.dense_attention import attention_with_lse, merge_partial
 from longrun.kernels.page_view import ExactTokens
+from longrun.kernels.tile_attention import attend_tiles_reference, choose_tiles_reference, score_tiles_reference
 from longrun.quant.page_codec import exact_dtype
 from longrun.specs.attention_spec import AttentionSpec
 
@@ -35,6 +37,9 @@ class TorchAttention:
         compute_dtype: dtype of q and of the result.
         kernels: compiled CPU kernels for quantized pages, or None for plain torch.
         selector: chooses the pages that a decode step reads; None reads all.
+
+    Attributes:
+        sparse: what reads the past of chunks that are read sparsely; None where none is.
     """
 
     def __init__(
@@ -51,7 +56,13 @@ class TorchAttention:
         dequantize = kernels.dequantize_pages if kernels is not None and compiled else page_view.dequantize_pages
         self._window_attention = WindowAttention()
         used = PrefillKernels(attention_with_lse, _merge_partial_, dequantize, self._window_attention)
-        self._prefill_pages = PagedPrefill(spec, fmt, compute_dtype, cache.device, used)
+        self.sparse = None
+        if spec.sparse_bytes():
+            tiles = TileKernels(
+                score_tiles_reference, choose_tiles_reference, attend_tiles_reference, attention_with_lse
+            )
+            self.sparse = SparsePast(spec, fmt.page_size, cache.device, tiles)
+        self._prefill_pages = PagedPrefill(spec, fmt, compute_dtype, cache.device, used, sparse=self.sparse)
 
     def run(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """See `Attention.run`."""
@@ -61,7 +72,8 @@ class TorchAttention:
             self.cache.append(layer_idx, k, v, step.start)
             out = self._decode(layer_idx, q, step.start, step.selects).reshape(q.shape).to(q.dtype)
         else:
-            out = self._prefill(pages, ring, q, k.to(q.dtype), v.to(q.dtype), step.start)
+            sparse_layer = layer_idx if step.sparse else None
+            out = self._prefill(pages, ring, q, k.to(q.dtype), v.to(q.dtype), step.start, sparse_layer=sparse_layer)
             self.cache.append(layer_idx, k, v, step.start)
         return self._unrotated(pages, out)
 
@@ -128,13 +140,15 @@ class TorchAttention:
 
     def _prefill(
         self, pages: PagedHeads | None, ring: Ring | None, q: Tensor, k: Tensor, v: Tensor, start: int,
-        looked: LookedTokens | None = None,
+        looked: LookedTokens | None = None, sparse_layer: int | None = None,
     ) -> Tensor:  # fmt: skip
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         heads = 0 if pages is None else pages.num_heads
         split = heads * self.group
         if pages is not None:
-            self._prefill_pages.run(pages, q[:, :split], k[:heads], v[:heads], start, out[:, :split], looked)
+            self._prefill_pages.run(
+                pages, q[:, :split], k[:heads], v[:heads], start, out[:, :split], looked, sparse_layer
+            )
         if ring is not None:
             shape = (q.shape[0], -1, self.group, q.shape[2])
             self._window_attention(

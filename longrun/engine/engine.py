@@ -13,7 +13,9 @@ from longrun.allocation import failed_allocations
 from longrun.attention.interface import Attention, Step
 from longrun.attention.look_back import LookBack, Looks
 from longrun.attention.looked import LookedTokens
+from longrun.attention.sparse_past import SparsePast
 from longrun.cache.dual import CacheMark, DualCache
+from longrun.engine.chunks import NOWHERE, chunk_lengths
 from longrun.errors import SessionError, logits_not_finite
 from longrun.interrupts import deferred_signals
 from longrun.model.decoder import Decoder
@@ -35,22 +37,23 @@ class Engine:
         chunk_size: the most tokens of one forward pass in prefill.
         decode_step: runs the steps of a single token; without it they are chunks of one token.
         selects: decode steps select pages. Chunks read all of them, so that one of a single token is no decode step.
+        sparse: the attention's, where chunks may be read sparsely.
     """
 
     def __init__(
         self, decoder: Decoder, rotary: RotaryTable, attention: Attention, cache: DualCache, chunk_size: int,
-        decode_step: DecodeGraph | DecodeCalls | None = None, selects: bool = False,
+        decode_step: DecodeGraph | DecodeCalls | None = None, selects: bool = False, sparse: SparsePast | None = None,
     ) -> None:  # fmt: skip
         self.decoder, self.rotary, self.attention = decoder, rotary, attention
         self.cache, self.chunk_size = cache, chunk_size
-        self.decode_step, self._selects = decode_step, selects
+        self.decode_step, self._selects, self.sparse = decode_step, selects, sparse
         self._broken: str | None = None
         self._proven = False
 
     @failed_allocations("in the middle of a step")
     def run(
-        self, token_ids: Tensor, all_positions: bool = False, on_chunk: Callable[[int, Tensor], None] | None = None,
-        one_by_one: bool = False,
+        self, token_ids: Tensor, all_positions: bool = False,
+        on_chunk: Callable[[int, bool, Tensor], None] | None = None, one_by_one: bool = False, sparse: range = NOWHERE,
     ) -> Tensor:  # fmt: skip
         """Append tokens to the sequence, chunk by chunk.
 
@@ -59,8 +62,9 @@ class Engine:
         Args:
             token_ids: int64 [n] in host memory, n >= 1; the caller has checked the capacity.
             all_positions: logits of every position (they all stand in memory) instead of the last one.
-            on_chunk: called after each chunk with its number of tokens and its logits.
+            on_chunk: called after each chunk with its number of tokens, whether it was read sparsely, and its logits.
             one_by_one: every token is a decode step.
+            sparse: positions at which chunks may be read sparsely, see `longrun.engine.chunks`; one document.
 
         Returns:
             float32 [n, vocab_size] with all_positions, else [1, vocab_size] of the last position.
@@ -71,17 +75,23 @@ class Engine:
             CheckpointError: the first step gave logits that are not finite; `on_chunk` is not called.
         """
         self.check_whole()
-        rope_seq_len = self.cache.seq_len + len(token_ids)
-        rows = []
-        for chunk in token_ids.split(1 if one_by_one else self.chunk_size):
+        start = self.cache.seq_len
+        rope_seq_len = start + len(token_ids)
+        if sparse:
+            assert self.sparse is not None and not one_by_one
+            self.sparse.levels.begin()
+        rows, done = [], 0
+        for size, is_sparse in chunk_lengths(start, len(token_ids), 1 if one_by_one else self.chunk_size, sparse):
+            chunk = token_ids[done : done + size]
             with deferred_signals():
-                if one_by_one or (len(chunk) == 1 and not self._selects):
+                if one_by_one or (size == 1 and not self._selects):
                     forward = partial(self._forward_one, int(chunk), rope_seq_len)
                 else:
-                    forward = partial(self._forward, chunk, rope_seq_len, all_positions)
-                logits = self._step(len(chunk), forward)
+                    forward = partial(self._forward, chunk, rope_seq_len, all_positions, sparse=is_sparse)
+                logits = self._step(size, forward)
                 if on_chunk is not None:
-                    on_chunk(len(chunk), logits)
+                    on_chunk(size, is_sparse, logits)
+            done += size
             rows = [*rows, logits] if all_positions else [logits]
         return torch.cat(rows)
 
@@ -163,12 +173,14 @@ class Engine:
             return self._forward(torch.tensor([token_id]), rope_seq_len, selects=True)
         return self.decode_step.run(token_id, rope_seq_len, ahead)[None]
 
-    def _forward(self, chunk: Tensor, rope_seq_len: int, all_positions: bool = False, selects: bool = False) -> Tensor:
+    def _forward(
+        self, chunk: Tensor, rope_seq_len: int, all_positions: bool = False, selects: bool = False, sparse: bool = False
+    ) -> Tensor:
         if self.decode_step is not None:
             self.decode_step.invalidate()
         start = self.cache.seq_len
         cos, sin = self.rotary.cos_sin(start, len(chunk), rope_seq_len)
-        step = Step(start, len(chunk), cos, sin, selects)
+        step = Step(start, len(chunk), cos, sin, selects, sparse)
         hidden = self.decoder.forward(chunk.to(self.decoder.device), step, self.attention, all_positions=all_positions)
         return self.decoder.logits(hidden.view(-1, hidden.shape[-1]))
 

@@ -16,6 +16,7 @@ from longrun.attention.selected_pages import PageSelector
 from longrun.attention.torch_backend import TorchAttention
 from longrun.cache.dual import DualCache
 from longrun.cache.pinned_pool import PinnedMemory
+from longrun.engine.chunks import NOWHERE
 from longrun.engine.decode_calls import DecodeCalls
 from longrun.engine.engine import Engine
 from longrun.errors import ConfigError
@@ -66,11 +67,11 @@ def build_engine(parts: Parts, plan: Plan) -> Engine:
         selector = PageSelector(plan.attention, decoder.device, score_pages, choose_pages)
     if kernels is None:
         attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, None, selector)
-        return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, None, selects)
+        return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, None, selects, attention.sparse)
     attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, kernels.pages, selector)
     decode = CpuDecode(attention, decoder.compute_dtype, kernels)
     calls = DecodeCalls(decoder, parts.rotary_host, decode, kernels.linear)
-    return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, calls, selects)
+    return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, calls, selects, attention.sparse)
 
 
 def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
@@ -92,7 +93,9 @@ def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
     attention = CudaAttention(cache, plan.attention, decoder.compute_dtype, kernels)
     with _naming_kernels():
         graph = DecodeGraph(decoder, parts.rotary_host, attention.decode, capture=kernels.on_gpu)
-        engine = Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, graph, plan.attention.selects)
+        engine = Engine(
+            decoder, parts.rotary, attention, cache, plan.chunk_size, graph, plan.attention.selects, attention.sparse
+        )
         if kernels.on_gpu:
             _reserve_activations(plan)
             _warm_up(engine)
@@ -123,11 +126,15 @@ def _naming_kernels() -> Iterator[None]:
 def _warm_up(engine: Engine) -> None:
     """Compile what prefill needs on a short text, and forget it, so that a kernel that does not compile fails now."""
     empty = engine.cache.mark()
-    chunk = min(_WARM_TOKENS, engine.chunk_size, engine.cache.spec.capacity // 2)
-    for _ in range(2):
+    passes = 2 if engine.sparse is None else 3
+    chunk = min(_WARM_TOKENS, engine.chunk_size, engine.cache.spec.capacity // passes)
+    for done in range(passes):
         if chunk > 1:
-            engine.run(torch.zeros(chunk, dtype=torch.int64))
+            sparse = range(engine.cache.seq_len, engine.cache.spec.capacity) if done == 2 else NOWHERE
+            engine.run(torch.zeros(chunk, dtype=torch.int64), sparse=sparse)
     engine.cache.rewind(empty)
+    if engine.sparse is not None:
+        engine.sparse.levels.reset()
     torch.cuda.synchronize()
 
 

@@ -18,6 +18,7 @@ class SessionMark:
 
     cache: CacheMark
     num_tokens: int
+    sparse_tokens: int
     logits: Tensor | None
     generator_state: Tensor
 
@@ -40,7 +41,9 @@ class SessionMarks:
                 f"one back with release()"
             )
         logits = None if sequence.logits is None else sequence.logits.clone()
-        mark = SessionMark(sequence.cache.mark(), sequence.num_tokens, logits, sequence.generator.get_state())
+        mark = SessionMark(
+            sequence.cache.mark(), sequence.num_tokens, sequence.sparse_tokens, logits, sequence.generator.get_state()
+        )
         self._marks.add(mark)
         return mark
 
@@ -67,6 +70,7 @@ class SessionMarks:
         sequence.cache.rewind(mark.cache)
         sequence.engine.rewound()
         del sequence.ids[mark.num_tokens :]
+        sequence.sparse_tokens = mark.sparse_tokens
         sequence.logits = None if mark.logits is None else mark.logits.clone()
         sequence.generator.set_state(mark.generator_state)
         for later in [other for other in self._marks if other.num_tokens > mark.num_tokens]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longrun.cache.dual import DualCache
+from longrun.engine.chunks import NOWHERE, sparse_positions
 from longrun.engine.engine import Engine
 from longrun.errors import ContextFullError
 from longrun.interrupts import deferred_signals
@@ -22,6 +23,7 @@ class TokenSequence:
     Attributes:
         ids: array of int32, every token so far. The last one may have been chosen but not yet run: it *waits*.
         logits: float32 [vocab_size], of the last token in the cache; None before the first one.
+        sparse_tokens: how many of the tokens were read sparsely.
         generator: where chance comes from; it starts with a seed of its own.
     """
 
@@ -29,6 +31,7 @@ class TokenSequence:
         self.engine = engine
         self.ids = array("i")
         self.logits: Tensor | None = None
+        self.sparse_tokens = 0
         self.generator = torch.Generator().manual_seed(secrets.randbits(63))
 
     @property
@@ -58,7 +61,7 @@ class TokenSequence:
 
     def append(
         self, token_ids: Tensor, all_positions: bool = False, after_chunk: Callable[[int, int], None] | None = None,
-        one_by_one: bool = False,
+        one_by_one: bool = False, sparse: bool = False,
     ) -> Tensor:  # fmt: skip
         """Run the token that waits and `token_ids`, chunk by chunk; each chunk counts before any signal takes effect.
 
@@ -66,6 +69,7 @@ class TokenSequence:
             token_ids: int64 [n] in host memory, n >= 1.
             all_positions, one_by_one: see `Engine.run`.
             after_chunk: called after every chunk with (tokens done, tokens in all).
+            sparse: the tokens are a document, which may be read sparsely where the engine does that.
 
         Returns:
             The logits of `Engine.run`.
@@ -78,17 +82,20 @@ class TokenSequence:
         self.check_room(len(token_ids))
         if num_waiting:
             token_ids = torch.cat((torch.tensor(self.ids[-1:], dtype=torch.int64), token_ids))
-        done = 0
+        done, where = 0, NOWHERE
+        if sparse and not one_by_one and self.engine.sparse is not None:
+            where = sparse_positions(self.engine.sparse.prefill, self.cache.seq_len + len(token_ids))
 
-        def on_chunk(count: int, logits: Tensor) -> None:
+        def on_chunk(count: int, is_sparse: bool, logits: Tensor) -> None:
             nonlocal done
             self.ids.extend(token_ids[max(done, num_waiting) : done + count].tolist())
             self.logits = logits[-1]
+            self.sparse_tokens += count if is_sparse else 0
             done += count
             if after_chunk is not None:
                 after_chunk(done, len(token_ids))
 
-        return self.engine.run(token_ids, all_positions, on_chunk, one_by_one)
+        return self.engine.run(token_ids, all_positions, on_chunk, one_by_one, where)
 
     def take_waiting(self, ahead: bool = False) -> None:
         """Run the token that waits, if one does.

@@ -25,6 +25,7 @@ from longrun.session.marks import SessionMark, SessionMarks
 from longrun.session.passages import Passage
 from longrun.session.sequence import TokenSequence
 from longrun.specs.hot_counts import HotCounts
+from longrun.specs.prefill_counts import PrefillCounts
 
 if TYPE_CHECKING:
     from longrun.session.manifest import SessionIdentity
@@ -86,6 +87,18 @@ class Session:
         return None if self.cache.hot is None else self.cache.hot.counts()
 
     @property
+    def sparse_tokens(self) -> int:
+        """Tokens of the session that were read sparsely; for ever, also where the session is loaded to read exactly."""
+        return self._sequence.sparse_tokens
+
+    @property
+    def prefill_counts(self) -> PrefillCounts | None:
+        """What this session read of the past where it read sparsely, and the attention caught; None where it reads all.
+        Rewinding does not take anything back. Waits for the device."""
+        sparse = self._engine.sparse
+        return None if sparse is None else sparse.levels.counts()
+
+    @property
     def logits(self) -> Tensor | None:
         """float32 [vocab_size] that predict the next token; None before the first prefill."""
         self._sequence.take_waiting()
@@ -100,8 +113,9 @@ class Session:
         return self._sequence.common_prefix(token_id_tensor(token_ids, self.vocab_size))
 
     def prefill(
-        self, token_ids: Sequence[int] | Tensor, progress: Progress | None = None, one_by_one: bool = False
-    ) -> Tensor:
+        self, token_ids: Sequence[int] | Tensor, progress: Progress | None = None, one_by_one: bool = False,
+        sparse: bool = True,
+    ) -> Tensor:  # fmt: skip
         """Append tokens, chunk by chunk; a session that is attached to a folder is saved after each.
 
         Args:
@@ -109,6 +123,8 @@ class Session:
             progress: called with (tokens done, tokens in all) after every chunk.
             one_by_one: take each token in as `generate` does, slower: with `select` it reads the pages selected for it,
                 where a chunk reads all. A session that is attached is saved at the end.
+            sparse: the tokens are a document, which is read as `prefill` of the runtime says. False reads them exactly,
+                which questions about a document should be; without sparse prefill there is no difference.
 
         Returns:
             float32 [vocab_size], logits of the last position.
@@ -120,6 +136,7 @@ class Session:
         """
         callback(progress, "progress")
         flag(one_by_one, "one_by_one")
+        flag(sparse, "sparse")
         new = token_id_tensor(token_ids, self.vocab_size)
 
         def after_chunk(done: int, total: int) -> None:
@@ -129,7 +146,7 @@ class Session:
             if progress is not None:
                 progress(done, total)
 
-        return self._sequence.append(new, after_chunk=after_chunk, one_by_one=one_by_one)[-1]
+        return self._sequence.append(new, after_chunk=after_chunk, one_by_one=one_by_one, sparse=sparse)[-1]
 
     def score(self, token_ids: Sequence[int] | Tensor, one_by_one: bool = False) -> Tensor:
         """Append known tokens and return how they were predicted (teacher forcing).
