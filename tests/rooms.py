@@ -123,7 +123,7 @@ ROOMS = (
     Room(
         "engine",
         ("longrun.engine", "longrun.engine.*"),
-        ("model", "attention", "attention interface", "cache"),
+        ("model", "attention", "attention interface", "cache", "specs"),
         ("torch",),
     ),
     Room(
