@@ -33,6 +33,7 @@ from longrun.specs.prefill_spec import PrefillSpec
         ({"least": 0.2, "cap": 0.1}, "least 0.2 is outside the range: give a number from 0 to 0.1"),
         ({"cap": 1.1}, "cap 1.1 is outside the range"),
         ({"rows": 3}, "rows '3' is unknown: use 1 or 2 or 4 or 8"),
+        ({"correct": 1}, "correct 1 is neither True nor False"),
         ({"rows": 16}, "rows '16' is unknown: use 1 or 2 or 4 or 8"),
     ],
 )

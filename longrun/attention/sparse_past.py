@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from longrun.attention.tile_levels import TileLevels
+from longrun.kernels.dense_attention import merge_partial
 from longrun.specs.attention_spec import AttentionSpec
 from longrun.specs.prefill_spec import TILE
 from longrun.specs.tile_batches import TileBatches
 
-DENSE_EVERY = 4  # tiles; the middle query of one of so many attends to everything
+DENSE_EVERY = 4  # tiles; the middle query of one of so many attends to everything, of every one where that corrects it
 
 Pieces = Callable[[slice], Iterator[tuple[Tensor, Tensor]]]
 
@@ -77,6 +78,7 @@ class SparsePast:
         heads_at_once, tiles_at_once = batches.sizes(self._workspace.numel())
         read = torch.zeros(num_heads, group, dtype=torch.int64, device=q.device)
         caught, rows = lse.new_zeros(num_heads, group), 0
+        stride = TILE if self.prefill.correct else DENSE_EVERY * TILE
         left = self.levels.left[layer_idx, first_head : first_head + num_heads * group].view(num_heads, group)
         for head in range(0, num_heads, heads_at_once):
             part = slice(head, min(head + heads_at_once, num_heads))
@@ -85,7 +87,7 @@ class SparsePast:
                 queries = slice(tile * TILE, (tile + tiles_at_once) * TILE)
                 at = part, slice(None), queries
                 lists, counts = self._choose(q[at], lse[at], left[part], pages, pieces(part))
-                asked = slice((TILE // 2 - queries.start) % (DENSE_EVERY * TILE), None, DENSE_EVERY * TILE)
+                asked = slice((TILE // 2 - queries.start) % stride, None, stride)
                 shares = self._read(q[at], total[at], lse[at], lists, counts, asked, pieces(part))
                 read[part] += counts.sum(dim=2)
                 caught[part] += shares.sum(dim=2)
@@ -133,19 +135,41 @@ class SparsePast:
         pieces: Iterator[tuple[Tensor, Tensor]],
     ) -> Tensor:  # fmt: skip
         """Attend to the listed pages; of the queries `asked`, attend to all, and give the share of their attention that
-        was caught: float32 [num_kv_heads, group, rows]."""
+        was caught: float32 [num_kv_heads, group, rows]. Their results correct their tiles where the spec wants it."""
         of_dense = q[:, :, asked]
         packed, dense_lse = of_dense.flatten(1, 2).contiguous(), lse[:, :, asked].clone()
+        dense = total[:, :, asked].clone() if self.prefill.correct else None
         at = 0
         for k, v in pieces:
             self._kernels.attend_tiles_(
                 q, k, v, lists, counts, at, total, lse, self._softmax_scale, page_size=self._page_size
             )
             if packed.shape[1]:
-                found = self._kernels.dense_attention(packed, k, v, False, self._softmax_scale)[1]
-                dense_lse = torch.logaddexp(dense_lse, found.view(dense_lse.shape))
+                found, found_lse = self._kernels.dense_attention(packed, k, v, False, self._softmax_scale)
+                found_lse = found_lse.view(dense_lse.shape)
+                if dense is None:
+                    dense_lse = torch.logaddexp(dense_lse, found_lse)
+                else:
+                    dense, dense_lse = merge_partial(dense, dense_lse, found.view(dense.shape).float(), found_lse)
             at += k.shape[1] // self._page_size
+        if dense is not None:
+            correct_tiles_(total, dense)
         return (lse[:, :, asked] - dense_lse).clamp_(max=0).exp_()
+
+
+def correct_tiles_(total: Tensor, dense: Tensor) -> None:
+    """Add to every tile what its middle row differs by from attention to everything (arXiv 2505.11254).
+
+    Args:
+        total: float32 [num_kv_heads, group, n, head_dim], of tiles from the first query on, overwritten. A last tile
+            without a middle row stays as it is.
+        dense: float32 [num_kv_heads, group, rows, head_dim], of the middle rows.
+    """
+    errors = dense - total[:, :, TILE // 2 :: TILE]
+    whole = total.shape[2] // TILE
+    total[:, :, : whole * TILE].unflatten(2, (whole, TILE)).add_(errors[:, :, :whole, None])
+    if errors.shape[2] > whole:
+        total[:, :, whole * TILE :].add_(errors[:, :, whole:])
 
 
 def tile_means(x: Tensor, count: int) -> Tensor:

@@ -134,7 +134,8 @@ class AttentionSpec:
         Torch: contiguous q, k, v, two partial outputs with their log-sum-exp, keys and values repeated over the query
         group, the bands of streaming heads and finite reaches with their masks, and what tiles choose and read in
         one piece. Fused: of the retrieval heads, q, one partial output and the float32 sum with their log-sum-exp, and
-        keys and values on their way into pages; tiles need less than the partial output, which is gone by then.
+        keys and values on their way into pages; tiles and what corrects them need less than the partial output, which
+        is gone by then.
         """
         if self.fused:
             heads = self.max_retrieval_heads
@@ -159,13 +160,15 @@ class AttentionSpec:
 
     def _tile_bytes(self) -> int:
         """Of `longrun.kernels.tile_attention`: products of rows and keys or shares of pages, a few times over; keys and
-        values that one tile reads of a piece, and its products."""
+        values that one tile reads of a piece, and its products; a row for every tile that corrects it, a few times."""
         if self.prefill is None or not self.max_retrieval_heads:
             return 0
-        rows = self.max_retrieval_heads * self.group * -(-self.chunk_size // TILE) * self.prefill.rows
+        tiles = self.max_retrieval_heads * self.group * -(-self.chunk_size // TILE)
+        rows = tiles * self.prefill.rows
         chosen = rows * max(self.scratch_tokens, self.listed_pages)
         read = self.scratch_tokens * (2 * self.head_dim * (4 + self.compute_itemsize) + 4 * TILE * 4)
-        return 4 * 4 * min(TILE_ELEMENTS, chosen) + read
+        correcting = 6 * 4 * tiles * self.head_dim if self.prefill.correct else 0
+        return 4 * 4 * min(TILE_ELEMENTS, chosen) + read + correcting
 
     def _reach_bytes(self) -> int:
         """Keys and values of the longest reach in a row, and those of a tile."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longrun.arguments import choice, integer, number
+from longrun.arguments import choice, flag, integer, number
 from longrun.errors import InputError, quoted
 
 TILE = 128
@@ -29,6 +29,8 @@ class PrefillSpec:
             the same share, and `mass` plays no part.
         cap: share of the past's pages that a tile reads at most, above 0; 1 for no limit. `floor` wins.
         rows: means of a tile's queries by which it chooses, of `ROWS_PER_TILE`.
+        correct: the middle query of every tile reads all, and what it differs by is added to the tile's other queries
+            (delta correction, arXiv 2505.11254).
 
     Raises:
         InputError: a value out of its range.
@@ -42,6 +44,7 @@ class PrefillSpec:
     least: float = 0.05
     cap: float = 0.25
     rows: int = 1
+    correct: bool = False
 
     def __post_init__(self) -> None:
         if number(self.mass, "mass", 0, 1, above=True) == 1:
@@ -57,6 +60,7 @@ class PrefillSpec:
         number(self.least, "least", 0, self.cap)
         if integer(self.rows, "rows", 1) not in ROWS_PER_TILE:
             choice(str(self.rows), "rows", [str(rows) for rows in ROWS_PER_TILE])
+        flag(self.correct, "correct")
 
     def least_pages(self, pages: int) -> int:
         """How many of the past's `pages` a tile reads at least."""
