@@ -113,19 +113,18 @@ def choose_tiles_reference(
     total = torch.logaddexp(own_lse, scores.float().logsumexp(dim=2))
     shares = torch.exp2((scores.float() - total[..., None]) * math.log2(math.e)).mean(dim=1)
     others = shares[:, : entries - held]
-    levels = others.log2().clamp(LOWEST, 0.0)
+    levelled = others.clamp(min=2.0**LOWEST)
     low, high = (torch.full_like(left, x) for x in (LOWEST, -LOWEST / 2**STEPS))
-    enough = (others.sum(dim=1) < left) & (floor <= 0) | (cap <= 0)
+    enough = ((others.sum(dim=1) < left) & (floor <= 0)) | (cap <= 0)
     low = low.where(~enough, high)
     for step in range(1, STEPS + 1):
         middle = low - LOWEST / 2**step
-        above = levels >= middle[:, None]
+        above = levelled >= torch.exp2(middle)[:, None]
         count, missing = above.sum(dim=1), others.where(~above, 0.0).sum(dim=1)
         reached = (count >= cap) | ((missing < left) & (count >= floor))
         low = middle.where(reached & ~enough, low)
-    high = low - LOWEST / 2**STEPS
-    above, tied = levels >= high[:, None], levels >= low[:, None]
-    tied &= ~above
+    above = levelled >= torch.exp2(low - LOWEST / 2**STEPS)[:, None]
+    tied = (levelled >= torch.exp2(low)[:, None]) & ~above
     wanted = torch.where(others.where(~above, 0.0).sum(dim=1) < left, max(floor, 0), cap)
     cut = (above.sum(dim=1) + tied.sum(dim=1) - wanted).clamp(min=0)
     chosen = torch.ones_like(shares, dtype=torch.bool)
