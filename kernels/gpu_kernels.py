@@ -35,7 +35,10 @@ from longrun.kernels.ring_decode import ring_decode, ring_decode_reference
 from longrun.kernels.rope_store import rope_store, rope_store_reference
 from longrun.kernels.rotary import rotary_, rotary_reference
 from longrun.kernels.silu_mul import silu_mul_, silu_mul_reference
+from longrun.kernels.tile_attend import attend_tiles_
 from longrun.kernels.tile_attention import attend_tiles_reference, choose_tiles_reference, score_tiles_reference
+from longrun.kernels.tile_choose import choose_tiles
+from longrun.kernels.tile_score import score_tiles
 from longrun.kernels.unrotate import unrotate, unrotate_reference
 from longrun.kernels.vector_linear import vector_linear, vector_linear_reference
 from longrun.quant.digest_format import DigestFormat
@@ -128,9 +131,9 @@ def load_gpu_kernels(
         rotary_=rotary_,
         silu_mul_=silu_mul_,
         vector_linear=partial(vector_linear, overlap=overlap),
-        score_tiles=score_tiles_reference,
-        choose_tiles=choose_tiles_reference,
-        attend_tiles_=attend_tiles_reference,
+        score_tiles=score_tiles,
+        choose_tiles=choose_tiles,
+        attend_tiles_=attend_tiles_,
         score_pages=None if select is None else select.score_pages,
         choose_pages=None if select is None else select.choose_pages,
         hot_lookup=None if hot is None else hot.hot_lookup,

@@ -18,9 +18,9 @@ from torch import Tensor
 from longrun.quant.kv_format import GPU_PAGE_SIZE
 
 TILE = 128
-LOWEST, STEPS = -32.0, 14
-"""Thresholds of a choice: logarithms to base 2 of a page's share of all attention, between LOWEST and 0, found by
-STEPS halvings. Shares closer than 2^-9 there (0.14%) are ties; so are all below 2^LOWEST."""
+LOWEST, HIGHEST, STEPS = -31.0, 1.0, 14
+"""Thresholds of a choice: logarithms to base 2 of a page's share of all attention, from LOWEST to HIGHEST, which no
+share reaches, found by STEPS halvings. Shares closer than 2^-9 there (0.14%) are ties; so are all below 2^LOWEST."""
 _SCORES_AT_ONCE = 2**24  # of a head: bounds the products that the reference holds
 
 
@@ -114,16 +114,13 @@ def choose_tiles_reference(
     shares = torch.exp2((scores.float() - total[..., None]) * math.log2(math.e)).mean(dim=1)
     others = shares[:, : entries - held]
     levelled = others.clamp(min=2.0**LOWEST)
-    low, high = (torch.full_like(left, x) for x in (LOWEST, -LOWEST / 2**STEPS))
-    enough = ((others.sum(dim=1) < left) & (floor <= 0)) | (cap <= 0)
-    low = low.where(~enough, high)
-    for step in range(1, STEPS + 1):
-        middle = low - LOWEST / 2**step
-        above = levelled >= torch.exp2(middle)[:, None]
+    low, width = torch.full_like(left, LOWEST), HIGHEST - LOWEST
+    for _ in range(STEPS):
+        width /= 2
+        above = levelled >= torch.exp2(low + width)[:, None]
         count, missing = above.sum(dim=1), others.where(~above, 0.0).sum(dim=1)
-        reached = (count >= cap) | ((missing < left) & (count >= floor))
-        low = middle.where(reached & ~enough, low)
-    above = levelled >= torch.exp2(low - LOWEST / 2**STEPS)[:, None]
+        low += width * ((count >= cap) | ((missing < left) & (count >= floor)))
+    above = levelled >= torch.exp2(low + width)[:, None]
     tied = (levelled >= torch.exp2(low)[:, None]) & ~above
     wanted = torch.where(others.where(~above, 0.0).sum(dim=1) < left, max(floor, 0), cap)
     cut = (above.sum(dim=1) + tied.sum(dim=1) - wanted).clamp(min=0)

@@ -4,18 +4,10 @@ import math
 
 import pytest
 import torch
+from tile_case import NAN, choose, every_entry, random_scores, shares_of
 
 from longrun.kernels.dense_attention import merge_partial, reference_attention_with_lse
-from longrun.kernels.tile_attention import (
-    LOWEST,
-    STEPS,
-    TILE,
-    attend_tiles_reference,
-    choose_tiles_reference,
-    score_tiles_reference,
-)
-
-NAN = float("nan")
+from longrun.kernels.tile_attention import LOWEST, attend_tiles_reference, score_tiles_reference
 
 
 def chosen_by_sorting(shares, left, floor, cap, newest):
@@ -29,32 +21,6 @@ def chosen_by_sorting(shares, left, floor, cap, newest):
         chosen.add(entry)
         missing -= shares[entry].item()
     return chosen
-
-
-def shares_of(scores, own_lse):
-    """float64 [T, P]."""
-    everything = torch.cat((own_lse[..., None], scores), dim=2).double()
-    return torch.softmax(everything, dim=2)[..., 1:].mean(dim=1)
-
-
-def choose(scores, own_lse, left, floor, cap, newest, kernel=choose_tiles_reference):
-    tiles = len(scores)
-    device = scores.device
-    lists = torch.full((tiles, cap + 3), -7, dtype=torch.int32, device=device)
-    counts = torch.full((tiles,), -7, dtype=torch.int32, device=device)
-    missed = torch.full((tiles,), NAN, device=device)
-    left = torch.as_tensor(left, device=device).float().expand(tiles).contiguous()
-    kernel(scores.clone(), own_lse, left, floor, cap, newest, lists, counts, missed)
-    found = [row[:n].tolist() for row, n in zip(lists, counts.tolist(), strict=True)]
-    assert all((row[n:] == -7).all() for row, n in zip(lists, counts.tolist(), strict=True))
-    assert all(row == sorted(row) for row in found)
-    return [set(row) for row in found], missed
-
-
-def random_scores(tiles, rows, entries, seed=0, spread=3.0, device="cpu"):
-    g = torch.Generator().manual_seed(seed)
-    scores = (spread * torch.randn(tiles, rows, entries, generator=g)).half()
-    return scores.to(device), (math.log(max(entries, 2)) + torch.randn(tiles, rows, generator=g)).to(device)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
@@ -102,7 +68,6 @@ def test_a_choice_of_few_entries():
     one = torch.full((1, 1, 4), -60000.0).half()
     one[0, 0, 1] = 60000.0  # a share of 1
     assert choose(one, torch.zeros(1, 1), 0.1, 0, 2, 0)[0] == [{1}]
-    assert STEPS >= 10
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
@@ -128,12 +93,6 @@ def case(tokens, heads, group, pages, dim=64, page_size=64, dtype=torch.float32,
     k, v = torch.randn(2, heads, pages * page_size, dim, generator=g, device=device).to(dtype)
     total = torch.randn(heads, group, tokens, dim, generator=g, device=device)
     return q, k, v, total, torch.randn(heads, group, tokens, generator=g, device=device) + 3
-
-
-def every_entry(heads, group, tokens, pages):
-    tiles = -(-tokens // TILE)
-    lists = torch.arange(pages, dtype=torch.int32).expand(heads, group, tiles, pages).contiguous()
-    return lists, torch.full((heads, group, tiles), pages, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("pieces", [[6], [1, 3, 2]])
