@@ -21,7 +21,7 @@ TILE = 128
 LOWEST, HIGHEST, STEPS = -31.0, 1.0, 14
 """Thresholds of a choice: logarithms to base 2 of a page's share of all attention, from LOWEST to HIGHEST, which no
 share reaches, found by STEPS halvings. Shares closer than 2^-9 there (0.14%) are ties; so are all below 2^LOWEST."""
-_SCORES_AT_ONCE = 2**24  # of a head: bounds the products that the reference holds
+_SCORES_AT_ONCE = 2**24  # bounds the products and shares that the references hold
 
 
 def check_score_tiles(rows: Tensor, k: Tensor, scores: Tensor, first_page: int, page_size: int) -> int:
@@ -103,6 +103,13 @@ def choose_tiles_reference(
         missed: float32 [T], contiguous: sum of the shares of the entries that were not chosen.
     """
     check_choose_tiles(scores, own_lse, left, floor, cap, newest, lists, counts, missed)
+    at_once = max(1, _SCORES_AT_ONCE // max(1, scores.shape[1] * scores.shape[2]))
+    if len(scores) > at_once:
+        for part in (slice(first, first + at_once) for first in range(0, len(scores), at_once)):
+            choose_tiles_reference(
+                scores[part], own_lse[part], left[part], floor, cap, newest, lists[part], counts[part], missed[part]
+            )
+        return
     entries, device = scores.shape[2], scores.device
     if entries == 0:
         counts.zero_()

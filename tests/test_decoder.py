@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from allocation_peak import allocation_peak
 from reference import ReferenceAttention, visible
 from tiny_models import FAMILIES, ROPES, save_tiny, tiny_model
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from longrun.attention.interface import Step
 from longrun.config.model_config import ModelConfig
@@ -210,26 +209,11 @@ def test_activation_bytes_are_the_measured_peak(tmp_path, shape, chunk_size, wei
         decoder.logits(decoder.forward(ids, step, _Copy()))
 
     one_step()
-    peak = _allocation_peak(one_step, tmp_path)
+    peak = allocation_peak(one_step, tmp_path)
     itemsize = decoder.compute_dtype.itemsize
     copies = bf16_product_copy_bytes() if itemsize == 2 else 0
     promised = activation_bytes(config, chunk_size, itemsize, weight_format, product_copy=copies)
     assert 0.75 * promised <= peak <= 1.02 * promised
-
-
-def _allocation_peak(function, tmp_path: Path) -> int:
-    """Largest sum of live CPU allocations while `function` runs, as torch's allocator reports them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    trace = tmp_path / "trace.json"
-    profiler.export_chrome_trace(str(trace))
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    assert events
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
-    return peak
 
 
 def test_weight_bytes_equal_the_arithmetic(tmp_path):

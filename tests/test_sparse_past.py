@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from allocation_peak import allocation_peak
 from sparse_case import ALL, BACKENDS, DIM, GROUP, KV_HEADS, make, random_tokens, read, rms_ratio, spied
 
 pytest.importorskip("triton", reason="the GPU backend needs Triton, which is optional without a GPU")
 
+from longrun.attention.interface import Step
 from longrun.attention.sparse_past import tile_means
 from longrun.attention.tile_levels import LEAST_LEFT, TileLevels
 from longrun.kernels.tile_attention import TILE as KERNELS_TILE
@@ -276,3 +278,21 @@ def test_what_is_held_is_planned(backend):
     assert attention.sparse.nbytes == attention.spec.sparse_bytes() > 0
     assert make(backend, None, 900).sparse is None
     assert make(backend, FEW, 900, reaches=((), ())).sparse is None
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "page_size", "scratch", "rows"),
+    [(6_000, 1000, 16, 2048, 1), (6_000, 1000, 16, 2048, 8), (3_000, 1300, 64, 4096, 8), (1_000, 2000, 64, 256, 1)],
+)
+def test_a_sparse_chunk_stays_within_the_planned_activations(tmp_path, start, size, page_size, scratch, rows):
+    """Choosing, scoring, reading and the chunk itself are the most in turn."""
+    shape = {"kv": "fp32", "page_size": page_size, "scratch": scratch, "reaches": ((ALL_TOKENS,) * KV_HEADS,)}
+    attention = make("torch", PrefillSpec(rows=rows), start + size, chunk_size=max(size, 1000), **shape)
+    tokens = random_tokens(start + size)
+    read(attention, *tokens, [(1000, False)] * (start // 1000))
+    given = [x[0, start:].clone() for x in tokens]
+    step = Step(start, size, None, None, sparse=True)
+    peak = allocation_peak(lambda: attention.run(0, *given, step), tmp_path)
+    spec = attention.spec
+    assert peak <= spec.activation_bytes()
+    assert peak > 0.4 * spec.activation_bytes() > 0.4 * replace(spec, prefill=None).activation_bytes()

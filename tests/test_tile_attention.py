@@ -139,3 +139,11 @@ def test_an_empty_side_adds_nothing():
     expected, expected_lse = reference_attention_with_lse(q[0], k, v, False, 0.125)
     torch.testing.assert_close(total[0], expected)
     torch.testing.assert_close(lse[0], expected_lse)
+
+
+def test_choosing_in_parts_is_choosing_at_once(monkeypatch):
+    scores, own_lse = random_scores(11, 2, 70)
+    whole, missed = choose(scores, own_lse, 0.2, 3, 40, 2)
+    monkeypatch.setattr("longrun.kernels.tile_attention._SCORES_AT_ONCE", 3 * 2 * 70)
+    parts, missed_in_parts = choose(scores, own_lse, 0.2, 3, 40, 2)
+    assert parts == whole and torch.equal(missed, missed_in_parts)

@@ -159,16 +159,19 @@ class AttentionSpec:
         return masks * self.compute_itemsize
 
     def _tile_bytes(self) -> int:
-        """Of `longrun.kernels.tile_attention`: products of rows and keys or shares of pages, a few times over; keys and
-        values that one tile reads of a piece, and its products; a row for every tile that corrects it, a few times."""
+        """Of `longrun.kernels.tile_attention`, whose operations come one after the other: products of rows and keys;
+        shares of pages, a few times over; keys and values that one tile reads of a piece, and its products. And a row
+        for every tile that corrects it, a few times."""
         if self.prefill is None or not self.max_retrieval_heads:
             return 0
-        tiles = self.max_retrieval_heads * self.group * -(-self.chunk_size // TILE)
+        tiles = self.group * -(-self.chunk_size // TILE)  # of a KV head
         rows = tiles * self.prefill.rows
-        chosen = rows * max(self.scratch_tokens, self.listed_pages)
-        read = self.scratch_tokens * (2 * self.head_dim * (4 + self.compute_itemsize) + 4 * TILE * 4)
-        correcting = 6 * 4 * tiles * self.head_dim if self.prefill.correct else 0
-        return 4 * 4 * min(TILE_ELEMENTS, chosen) + read + correcting
+        scoring = 9 * min(TILE_ELEMENTS, rows * self.scratch_tokens)
+        compared = min(TILE_ELEMENTS, self.max_retrieval_heads * rows * self.listed_pages)
+        choosing = (8 * self.prefill.rows + 36) * compared // self.prefill.rows
+        reading = self.scratch_tokens * (2 * self.head_dim * (4 + self.compute_itemsize) + 4 * TILE * 4)
+        correcting = 6 * 4 * self.max_retrieval_heads * tiles * self.head_dim if self.prefill.correct else 0
+        return max(scoring, choosing, reading) + correcting
 
     def _reach_bytes(self) -> int:
         """Keys and values of the longest reach in a row, and those of a tile."""
