@@ -38,7 +38,15 @@ def once(*works, captured=True, prepare=None, **more):
 
 
 if INTERPRETED:
-    from longrun.kernels import hot_pages, page_choose, page_decode, page_score, page_view, vector_linear
+    from longrun.kernels import (
+        hot_pages,
+        page_choose,
+        page_decode,
+        page_score,
+        page_view,
+        tile_attention,
+        vector_linear,
+    )
     from scripts.bench import (
         bench_fused_kernels,
         bench_hot_pages,
@@ -46,6 +54,7 @@ if INTERPRETED:
         bench_page_kernels,
         bench_select,
         bench_streaming_kernels,
+        bench_tiles,
         bench_vector_linear,
         kernel_rows,
     )
@@ -54,7 +63,7 @@ if INTERPRETED:
     def small(monkeypatch):
         modules = (
             bench_fused_kernels, bench_hot_pages, bench_kernels, bench_page_kernels, bench_select,
-            bench_streaming_kernels, bench_vector_linear,
+            bench_streaming_kernels, bench_tiles, bench_vector_linear,
         )  # fmt: skip
         for module in modules:
             monkeypatch.setattr(module, "gpu_times", once)
@@ -156,7 +165,30 @@ if INTERPRETED:
         ]  # fmt: skip
         assert rows[0]["flops"] == 4 * 16 * 128 * 32 * 384 and rows[2]["bytes"] == 2 * 4 * 384 * 128 * 2
 
+    def test_interpreted_tiles(monkeypatch, capsys):
+        """By the references, which tests of their own compare with the kernels, and one cut of the work that fails."""
+
+        def attend(*inputs, config=None):
+            if config is not None and config.pages == 2:
+                raise ValueError("out of resource")
+            tile_attention.attend_tiles_reference(*inputs)
+
+        monkeypatch.setattr(bench_tiles, "attend_tiles_", attend)
+        monkeypatch.setattr(bench_tiles, "score_tiles", tile_attention.score_tiles_reference)
+        monkeypatch.setattr(bench_tiles, "dequantize_pages", page_view.dequantize_pages)
+        for name, value in {"HEADS": 1, "GROUP": 2, "PIECE": 64 * 50, "TUNED": bench_tiles.TUNED[::10]}.items():
+            monkeypatch.setattr(bench_tiles, name, value)
+        rows = list(bench_tiles.measure(64 * 120, 200, tune=True))
+        assert [row["kernel"] for row in rows] == [
+            "dequantize", "score_tiles", "dense attention", "choose_tiles", "attend_tiles_", "choose_tiles",
+            "attend_tiles_", "attend_tiles_ tuning", *["choose_tiles", "attend_tiles_"] * 2,
+        ]  # fmt: skip
+        assert rows[-1]["flops"] == 2 * 2 * 30 * 4 * 128 * 64 * 128 and rows[1]["flops"] == 4 * 120 * 2 * 64 * 128
+        assert rows[2]["flops"] == 4 * 2 * 200 * 128 * 120 * 64
+        assert rows[-1]["details"]["of_dense_rate"] == pytest.approx(rows[-1]["flops"] / rows[2]["flops"] * 120 / 50)
+        assert "ValueError: out of resource" in capsys.readouterr().out
+
 
 @not_interpreted
 def test_the_kernel_benchmarks_run_interpreted():
-    assert interpreted_tests(__file__) == 7
+    assert interpreted_tests(__file__) == 8

@@ -7,7 +7,8 @@ import torch
 from tile_case import NAN, choose, every_entry, random_scores, shares_of
 
 from longrun.kernels.dense_attention import merge_partial, reference_attention_with_lse
-from longrun.kernels.tile_attention import LOWEST, attend_tiles_reference, score_tiles_reference
+from longrun.kernels.tile_attention import LOWEST, TILE, attend_tiles_reference, score_tiles_reference
+from longrun.specs import prefill_spec
 
 
 def chosen_by_sorting(shares, left, floor, cap, newest):
@@ -147,3 +148,7 @@ def test_choosing_in_parts_is_choosing_at_once(monkeypatch):
     monkeypatch.setattr("longrun.kernels.tile_attention._SCORES_AT_ONCE", 3 * 2 * 70)
     parts, missed_in_parts = choose(scores, own_lse, 0.2, 3, 40, 2)
     assert parts == whole and torch.equal(missed, missed_in_parts)
+
+
+def test_tiles_of_the_spec_are_the_kernels():
+    assert prefill_spec.TILE == TILE

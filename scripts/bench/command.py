@@ -102,6 +102,9 @@ def add_formats(sub: argparse.ArgumentParser, common: ModuleType) -> None:
 
 def add_kernels(sub: argparse.ArgumentParser, common: ModuleType) -> None:
     sub.add_argument("--only", metavar="NAME,...", help="some of the kernel benchmarks (default: all)")
+    sub.add_argument("--tokens", default="1,048,576", help="tokens of the past that `tiles` chooses from")
+    sub.add_argument("--chunk", default="32,768", help="tokens of the chunk that `tiles` reads it for")
+    sub.add_argument("--tune", action="store_true", help="`tiles` times its attention in many cuts of the work as well")
     common.add_json_option(sub)
 
 
