@@ -67,8 +67,8 @@ def check_scores(rows, heads, dim, pages, dtype, kernel, rows_dtype=None, first_
     score_tiles_reference(means, k, expected, first_page, 3 * dim**-0.5)
     part = slice(first_page, first_page + pages)
     assert found[:, :, :first_page].isnan().all() and found[:, :, first_page + pages :].isnan().all()
-    # half a step of float16 at 8, and rows that are rounded to bfloat16
-    limit = 0.005 if dtype != torch.bfloat16 and rows_dtype is None else 0.05
+    # a step of float16 from 16 on, as rounding falls on either side; and rows that are rounded to bfloat16
+    limit = 0.016 if dtype != torch.bfloat16 and rows_dtype is None else 0.05
     assert (found[:, :, part].float() - expected[:, :, part].float()).abs().max() < limit
 
 
