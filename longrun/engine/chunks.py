@@ -10,8 +10,8 @@ NOWHERE = range(0)
 
 
 def sparse_positions(spec: PrefillSpec, stop: int) -> range:
-    """Positions at which chunks of a document that ends at `stop` may be read sparsely."""
-    return range(spec.dense_tokens, stop - spec.dense_end)
+    """Positions at which chunks of a document that ends at `stop` may be read sparsely: those that have a past."""
+    return range(max(1, spec.dense_tokens), stop - spec.dense_end)
 
 
 def chunk_lengths(start: int, count: int, chunk_size: int, sparse: range = NOWHERE) -> Iterator[tuple[int, bool]]:

@@ -54,6 +54,7 @@ class Engine:
     def run(
         self, token_ids: Tensor, all_positions: bool = False,
         on_chunk: Callable[[int, bool, Tensor], None] | None = None, one_by_one: bool = False, sparse: range = NOWHERE,
+        goes_on: bool = False,
     ) -> Tensor:  # fmt: skip
         """Append tokens to the sequence, chunk by chunk.
 
@@ -65,6 +66,7 @@ class Engine:
             on_chunk: called after each chunk with its number of tokens, whether it was read sparsely, and its logits.
             one_by_one: every token is a decode step.
             sparse: positions at which chunks may be read sparsely, see `longrun.engine.chunks`; one document.
+            goes_on: it is the one whose beginning the last call read.
 
         Returns:
             float32 [n, vocab_size] with all_positions, else [1, vocab_size] of the last position.
@@ -79,7 +81,8 @@ class Engine:
         rope_seq_len = start + len(token_ids)
         if sparse:
             assert self.sparse is not None and not one_by_one
-            self.sparse.levels.begin()
+            if not goes_on:
+                self.sparse.levels.begin()
         rows, done = [], 0
         for size, is_sparse in chunk_lengths(start, len(token_ids), 1 if one_by_one else self.chunk_size, sparse):
             chunk = token_ids[done : done + size]

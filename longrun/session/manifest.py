@@ -95,7 +95,8 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A session as it was saved. `sha256` is the manifest's own checksum."""
+    """A session as it was saved. `sha256` is the manifest's own checksum; `sparse_tokens` of its tokens were read
+    sparsely, none in older ones."""
 
     identity: dict[str, Any]
     seq_len: int
@@ -104,6 +105,7 @@ class Manifest:
     state: StoredFile
     pages: tuple[StoredFile, ...]
     extra: dict[str, Any]
+    sparse_tokens: int = 0
     version: int = VERSION
     sha256: str = ""
 
@@ -195,7 +197,7 @@ def _checked(fields: dict[str, Any], sha256: str) -> Manifest:
     return Manifest(
         _of_type(fields, "identity", dict), seq_len, num_tokens, capacity,
         _stored_file(fields.get("state"), _STATE_NAME), tuple(pages), _of_type(fields, "extra", dict),
-        fields["version"], sha256,
+        _whole({"sparse_tokens": 0, **fields}, "sparse_tokens", 0, num_tokens), fields["version"], sha256,
     )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ class SessionMarks:
         sequence.cache.rewind(mark.cache)
         sequence.engine.rewound()
         del sequence.ids[mark.num_tokens :]
-        sequence.sparse_tokens = mark.sparse_tokens
+        sequence.sparse_tokens, sequence.unread_stop = mark.sparse_tokens, None
         sequence.logits = None if mark.logits is None else mark.logits.clone()
         sequence.generator.set_state(mark.generator_state)
         for later in [other for other in self._marks if other.num_tokens > mark.num_tokens]:

@@ -24,6 +24,8 @@ class TokenSequence:
         ids: array of int32, every token so far. The last one may have been chosen but not yet run: it *waits*.
         logits: float32 [vocab_size], of the last token in the cache; None before the first one.
         sparse_tokens: how many of the tokens were read sparsely.
+        unread_stop: position at which the document ends of which the last call said that more is to come; otherwise
+            None.
         generator: where chance comes from; it starts with a seed of its own.
     """
 
@@ -32,6 +34,7 @@ class TokenSequence:
         self.ids = array("i")
         self.logits: Tensor | None = None
         self.sparse_tokens = 0
+        self.unread_stop: int | None = None
         self.generator = torch.Generator().manual_seed(secrets.randbits(63))
 
     @property
@@ -61,7 +64,7 @@ class TokenSequence:
 
     def append(
         self, token_ids: Tensor, all_positions: bool = False, after_chunk: Callable[[int, int], None] | None = None,
-        one_by_one: bool = False, sparse: bool = False,
+        one_by_one: bool = False, sparse: bool = False, more: int = 0,
     ) -> Tensor:  # fmt: skip
         """Run the token that waits and `token_ids`, chunk by chunk; each chunk counts before any signal takes effect.
 
@@ -70,6 +73,7 @@ class TokenSequence:
             all_positions, one_by_one: see `Engine.run`.
             after_chunk: called after every chunk with (tokens done, tokens in all).
             sparse: the tokens are a document, which may be read sparsely where the engine does that.
+            more: tokens of the document that later calls append.
 
         Returns:
             The logits of `Engine.run`.
@@ -82,9 +86,11 @@ class TokenSequence:
         self.check_room(len(token_ids))
         if num_waiting:
             token_ids = torch.cat((torch.tensor(self.ids[-1:], dtype=torch.int64), token_ids))
-        done, where = 0, NOWHERE
+        done, where, goes_on = 0, NOWHERE, False
         if sparse and not one_by_one and self.engine.sparse is not None:
-            where = sparse_positions(self.engine.sparse.prefill, self.cache.seq_len + len(token_ids))
+            stop = self.cache.seq_len + len(token_ids) + more
+            where, goes_on = sparse_positions(self.engine.sparse.prefill, stop), self.unread_stop == stop
+            self.unread_stop = stop if more else None
 
         def on_chunk(count: int, is_sparse: bool, logits: Tensor) -> None:
             nonlocal done
@@ -95,7 +101,7 @@ class TokenSequence:
             if after_chunk is not None:
                 after_chunk(done, len(token_ids))
 
-        return self.engine.run(token_ids, all_positions, on_chunk, one_by_one, where)
+        return self.engine.run(token_ids, all_positions, on_chunk, one_by_one, where, goes_on)
 
     def take_waiting(self, ahead: bool = False) -> None:
         """Run the token that waits, if one does.

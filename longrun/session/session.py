@@ -114,7 +114,7 @@ class Session:
 
     def prefill(
         self, token_ids: Sequence[int] | Tensor, progress: Progress | None = None, one_by_one: bool = False,
-        sparse: bool = True,
+        sparse: bool = True, more: int = 0,
     ) -> Tensor:  # fmt: skip
         """Append tokens, chunk by chunk; a session that is attached to a folder is saved after each.
 
@@ -125,6 +125,8 @@ class Session:
                 where a chunk reads all. A session that is attached is saved at the end.
             sparse: the tokens are a document, which is read as `prefill` of the runtime says. False reads them exactly,
                 which questions about a document should be; without sparse prefill there is no difference.
+            more: tokens of the same document that later calls append: of a document its last tokens are read exactly,
+                and those are then not this call's.
 
         Returns:
             float32 [vocab_size], logits of the last position.
@@ -137,6 +139,7 @@ class Session:
         callback(progress, "progress")
         flag(one_by_one, "one_by_one")
         flag(sparse, "sparse")
+        more = integer(more, "more")
         new = token_id_tensor(token_ids, self.vocab_size)
 
         def after_chunk(done: int, total: int) -> None:
@@ -146,7 +149,7 @@ class Session:
             if progress is not None:
                 progress(done, total)
 
-        return self._sequence.append(new, after_chunk=after_chunk, one_by_one=one_by_one, sparse=sparse)[-1]
+        return self._sequence.append(new, after_chunk=after_chunk, one_by_one=one_by_one, sparse=sparse, more=more)[-1]
 
     def score(self, token_ids: Sequence[int] | Tensor, one_by_one: bool = False) -> Tensor:
         """Append known tokens and return how they were predicted (teacher forcing).
@@ -323,7 +326,10 @@ class Session:
             found["logits"] = sequence.logits.cpu()
         return found
 
-    def restore(self, token_ids: Tensor, logits: Tensor | None, generator_state: Tensor, extra: dict[str, Any]) -> None:
+    def restore(
+        self, token_ids: Tensor, logits: Tensor | None, generator_state: Tensor, extra: dict[str, Any],
+        sparse_tokens: int = 0,
+    ) -> None:  # fmt: skip
         """Restore what `snapshot` gave; the cache has been filled already."""
         sequence = self._sequence
         assert not sequence.ids
@@ -332,6 +338,7 @@ class Session:
             sequence.ids.extend(token_ids.tolist())
             sequence.logits = None if logits is None else logits.to(self.cache.device)
             sequence.generator.set_state(generator_state)
+            sequence.sparse_tokens = sparse_tokens
             self.extra = extra
 
     def adopt_store(self, store: SessionStore) -> None:

@@ -155,7 +155,7 @@ class SessionStore:
             written.append(path)
             manifest = Manifest(
                 vars(session.identity).copy(), session.seq_len, session.num_tokens, session.capacity,
-                write_state(path, session), tuple(pages), session.extra,
+                write_state(path, session), tuple(pages), session.extra, session.sparse_tokens,
             )  # fmt: skip
             data, sha256 = manifest.encoded()
             write_whole(self.folder / MANIFEST, data)
@@ -260,7 +260,10 @@ class SavedSession:
         restore_pages(self.folder, self.manifest.pages, session.cache, self.seq_len)
         session.cache.load_state({name[6:]: x for name, x in state.items() if name.startswith("cache.")})
         session.cache.seq_len = self.seq_len
-        session.restore(state["token_ids"], state.get("logits"), state["generator"], self.manifest.extra)
+        session.restore(
+            state["token_ids"], state.get("logits"), state["generator"], self.manifest.extra,
+            self.manifest.sparse_tokens,
+        )  # fmt: skip
         store = SessionStore(self.folder)
         store.adopt(self.manifest)
         return store

@@ -32,6 +32,11 @@ class PrefillCounts:
         """Mean share of attention caught, over all dense rows, layers and heads; None where there was none."""
         return _share(self.caught, self.rows)
 
+    @property
+    def sums(self) -> tuple[float, float, float, float]:
+        """`read`, `pages`, `caught` and `rows` over all layers and heads."""
+        return _sum(self.read), _sum(self.pages), _sum(self.caught), _sum(self.rows)
+
     def since(self, earlier: PrefillCounts) -> PrefillCounts:
         """What came after `earlier`, of the same session."""
         return PrefillCounts(*(_less(getattr(self, name), getattr(earlier, name)) for name in _NAMES))
