@@ -41,7 +41,17 @@ class StdoutLost(BaseException):
 
 # By which a run is made smaller; see `longrun.plan.search`.
 PLAN_OPTIONS = frozenset(
-    {"--ctx", "--retrieval-ratio", "--kv-bytes", "--weights", "--kv", "--chunk-size", "--select", "--hot-pool"}
+    {
+        "--ctx",
+        "--retrieval-ratio",
+        "--kv-bytes",
+        "--weights",
+        "--kv",
+        "--chunk-size",
+        "--select",
+        "--hot-pool",
+        "--prefill",
+    }
 )
 
 

@@ -19,6 +19,9 @@ recent_size = 1
 page_size = 128
 [prefill]
 chunk_size = 4096
+mode = "sparse"
+mass = 0.9
+dense_tokens = 0
 [decode]
 pages_per_head = 128
 selector = "top"
@@ -36,6 +39,9 @@ def test_every_key_is_read():
         recent_size=1,
         page_size=128,
         chunk_size=4096,
+        prefill_mode="sparse",
+        prefill_mass=0.9,
+        prefill_dense=0,
         pages_per_head=128,
         selector="top",
         source="mine",
@@ -97,7 +103,7 @@ def test_unreadable_files(tmp_path):
         ("[memory]\ndevice_bytes = 1", ["[memory] device_bytes is", "did you mean gpu?"]),
         ("[memory]\ngpu_bytes = 1", ["[memory] gpu_bytes is", "did you mean gpu?"]),
         ("wieghts = 'int4'", ["outside every section", "(nearest: [weights], which has format)"]),
-        ("prefil = 64", ["[memory], [weights], [kv], [prefill], [decode] (nearest: [prefill], which has chunk_size)"]),
+        ("prefil = 64", ["[memory], [weights], [kv], [prefill], [decode] (nearest: [prefill], which has chunk_size, "]),
         (
             "zzz = 3",
             ["zzz = 3 stands outside every section", "[memory], [weights], [kv], [prefill], [decode] (nearest: ["],
@@ -124,6 +130,18 @@ def test_unreadable_files(tmp_path):
         ("[memory]\ngpu = '80 GB'\n[kv]\nsink_size = -1", ["[kv] sink_size = -1", "at least 0"]),
         ("[memory]\ngpu = '80 GB'\n[kv]\nrecent_size = 0", ["[kv] recent_size = 0", "at least 1"]),
         ("[memory]\ngpu = '80 GB'\n[kv]\nrecent_size = 2.0", ["[kv] recent_size = 2.0", "whole number"]),
+        (
+            "[memory]\ngpu = '80 GB'\n[prefill]\nmode = 'dense'",
+            ['[prefill] mode = "dense"', "use one of exact, sparse"],
+        ),
+        ("[memory]\ngpu = '80 GB'\n[prefill]\nmode = 1", ["[prefill] mode = 1", "use one of exact, sparse"]),
+        ("[memory]\ngpu = '80 GB'\n[prefill]\nmass = 1", ["[prefill] mass = 1", "above 0 and below 1"]),
+        ("[memory]\ngpu = '80 GB'\n[prefill]\nmass = 0.0", ["[prefill] mass = 0.0", "above 0 and below 1"]),
+        ("[memory]\ngpu = '80 GB'\n[prefill]\nmass = nan", ["[prefill] mass = nan", "above 0 and below 1"]),
+        ("[memory]\ngpu = '80 GB'\n[prefill]\nmass = '0.9'", ['[prefill] mass = "0.9"', "above 0 and below 1"]),
+        ("[memory]\ngpu = '80 GB'\n[prefill]\nmass = true", ["[prefill] mass = true", "above 0 and below 1"]),
+        ("[memory]\ngpu = '80 GB'\n[prefill]\ndense_tokens = -1", ["[prefill] dense_tokens = -1", "at least 0"]),
+        ("[memory]\ngpu = '80 GB'\n[prefill]\ndense_tokens = '64K'", ['[prefill] dense_tokens = "64K"', "whole"]),
         ("[memory]\ngpu = '80 GB'\n[decode]\npages_per_head = 4", ["[decode] pages_per_head = 4", "at least 5"]),
         (
             "[memory]\ngpu = '80 GB'\n[decode]\npages_per_head = '128'",

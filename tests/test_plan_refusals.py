@@ -102,7 +102,7 @@ def test_every_advice_followed_to_the_letter_fits(seed, tmp_path, capsys):
     memory["host"] = draw.choice([0, 1000, 10**8, 10**10])
     tables = {"weights": {"format": draw.choice(["fp32", "bf16", "nf4", "int4"])}}
     tables["kv"] = {"format": draw.choice(["k5v3", "bf16"]), "recent_size": draw.choice([16, 256, 32768])}
-    tables["prefill"] = {"chunk_size": draw.choice([64, 1024, 32768])}
+    tables["prefill"] = {"chunk_size": draw.choice([64, 1024, 32768]), "mode": draw.choice(["exact", "sparse"])}
     tables["decode"] = {"pages_per_head": draw.choice(["off", 512])}
 
     def write_budget():
@@ -118,6 +118,7 @@ def test_every_advice_followed_to_the_letter_fits(seed, tmp_path, capsys):
         tables["kv"]["format"] = "bf16"  # quantized pages are not served there, and must not be advised
     if shape["head_dim"] == 96 or tables["kv"]["format"] == "bf16":
         tables["decode"]["pages_per_head"] = "off"  # refused in its own words
+        tables["prefill"]["mode"] = "exact"
     write_budget()
     command = ["--model", str(tmp_path), "--budget", str(tmp_path / "budget.toml"), "--device", device]
     command += ["--ctx", str(draw.choice([1000, 50_000, 10**6, 10**7]))]

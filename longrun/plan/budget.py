@@ -4,7 +4,7 @@
     [weights] format = "int4"
     [kv]      format = "k5v3", retrieval_ratio = 0.5, sink_size = 128, recent_size = 256, page_size = 64;
               kv_bytes = "8 GB" or "25%" instead of retrieval_ratio; keep = 700 or "system"
-    [prefill] chunk_size = 32768
+    [prefill] chunk_size = 32768, mode = "exact" or "sparse", mass = 0.95, dense_tokens = 131072
     [decode]  pages_per_head = 128, "25%" or "off", selector = "top", hot_pool = "2 GB" or "off"
 
 Everything but `[memory] gpu` may be left out; `Budget` says what it is then. `gpu` has no second name: on a CPU, too,
@@ -26,6 +26,7 @@ from longrun.files.user_files import parse_toml, read_text
 from longrun.paths import user_path
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, PAGE_SIZES, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.specs.prefill_spec import DEFAULT_PREFILL, PREFILL_MODES, PrefillSpec
 from longrun.specs.selection_spec import DEFAULT_NEWEST, DEFAULT_SELECTOR, SELECTORS, share_of_pages
 from longrun.units import parse_bytes, share_of
 
@@ -41,7 +42,12 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "keep": "keep",
         "page_size": "page_size",
     },
-    "prefill": {"chunk_size": "chunk_size"},
+    "prefill": {
+        "chunk_size": "chunk_size",
+        "mode": "prefill_mode",
+        "mass": "prefill_mass",
+        "dense_tokens": "prefill_dense",
+    },
     "decode": {"pages_per_head": "pages_per_head", "selector": "selector", "hot_pool": "hot_pool"},
 }
 SYSTEM = "system"
@@ -73,6 +79,9 @@ class Budget:
             many as stand before a chat's first message. Default None: the sinks alone.
         page_size: tokens of a page, one of `PAGE_SIZES`. Default 64.
         chunk_size: the most tokens of one prefill step. Default 1024.
+        prefill_mode: how texts are read, one of `PREFILL_MODES`. Default None: exactly.
+        prefill_mass, prefill_dense: where texts are read sparsely, `PrefillSpec.mass` and `dense_tokens`, or None
+            (default) for those of `prefill_base`.
         pages_per_head: the most pages of a retrieval head that a decode step reads, or a share of those that the head
             holds then, like "25%" (no fewer than 64), or "off". Default None: all.
         selector: which pages these are, one of `SELECTORS`. Default "top".
@@ -95,6 +104,10 @@ class Budget:
     keep: int | str | None = None
     page_size: int = 64
     chunk_size: int = 1024
+    prefill_mode: str | None = None
+    prefill_mass: float | None = None
+    prefill_dense: int | None = None
+    prefill_base: PrefillSpec = DEFAULT_PREFILL
     pages_per_head: int | str | None = None
     selector: str = DEFAULT_SELECTOR
     hot_pool: int | str | None = None
@@ -125,6 +138,15 @@ class Budget:
                 self._fail("keep", 'is no number of tokens: write one, or "system"')
             self._check_whole("keep", 0)
         self._check_whole("chunk_size", 1)
+        if self.prefill_mode is not None:
+            self._check_name("prefill_mode", PREFILL_MODES, "mode")
+        if self.prefill_mass is not None:
+            try:
+                replace(self.prefill_base, mass=self.prefill_mass)
+            except InputError:
+                self._fail("prefill_mass", "must be a number above 0 and below 1: 0.95 catches 95% of the attention")
+        if self.prefill_dense is not None:
+            self._check_whole("prefill_dense", 0)
         if self.pages_per_head not in (None, OFF):
             if not isinstance(self.pages_per_head, str):
                 self._check_whole("pages_per_head", LEAST_PAGES)

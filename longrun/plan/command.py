@@ -19,6 +19,7 @@ from longrun.plan.budget import Budget, shipped_budgets
 from longrun.plan.hot_pool import HOT_POOL_HELP, parse_hot_pool
 from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import NoFitError, make_plan
+from longrun.plan.prefill import add_prefill_options, budget_with_prefill
 from longrun.plan.report import print_plan
 from longrun.plan.selection import SELECT_HELP, parse_select
 from longrun.plan.shapes import SHAPES, config_of
@@ -26,6 +27,7 @@ from longrun.plan.split import KEEP_HELP, KV_BYTES_HELP, budget_by_hand, choose_
 from longrun.plan.times import predict
 from longrun.quant.kv_format import KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.specs.prefill_spec import parse_dense_tokens
 from longrun.units import parse_tokens
 
 
@@ -48,6 +50,9 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
         pages_per_head=None if options.select is None else parse_select(options.select, "--select"),
         hot_pool=None if options.hot_pool is None else parse_hot_pool(options.hot_pool, "--hot-pool"),
     )
+    dense = options.prefill_dense
+    dense = None if dense is None else parse_dense_tokens(dense, "--prefill-dense")
+    budget = budget_with_prefill(budget, options.prefill, options.prefill_mass, dense)
     capacity = None if options.ctx is None else parse_tokens(options.ctx, "--ctx")
     device_type = options.device or ("cpu" if options.budget == "cpu" else "cuda")
     if device_type == "cuda":
@@ -111,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", metavar="N", help=f"{KEEP_HELP} (default: the budget's, else the head map's sinks)")
     parser.add_argument("--select", metavar="N|P%|off", help=f"{SELECT_HELP} (default: the budget's, else off)")
     parser.add_argument("--hot-pool", metavar="SIZE|off", help=f"{HOT_POOL_HELP} (default: the budget's, else off)")
+    add_prefill_options(parser)
     parser.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's)")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
     parser.add_argument(

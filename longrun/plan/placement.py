@@ -122,6 +122,16 @@ class PlanSettings:
         return rounding_bytes(model_weight_tensors(self.config, self.weight_format, self.device_type))
 
     @property
+    def keeping_heads(self) -> int:
+        """Retrieval heads that keep every token."""
+        reaches = self.split.retrieval_reaches
+        return sum(reach == ALL_TOKENS for row in reaches for reach in row) if reaches else self.split.total_retrieval
+
+    def reads_sparsely(self, capacity: int) -> bool:
+        """Whether any of `capacity` tokens may be read sparsely."""
+        return self.prefill is not None and self.keeping_heads > 0 and self.prefill.serves(capacity)
+
+    @property
     def itemsize(self) -> int:
         """Bytes of an activation element."""
         return compute_itemsize(self.weight_format, self.device_type)
@@ -283,7 +293,7 @@ def _attention_spec(settings: PlanSettings, capacity: int) -> AttentionSpec:
         streams=min(split.num_retrieval) < config.num_kv_heads,
         selection=settings.selection,
         listed_pages=PageFormat(settings.kv_format, page_size, config.head_dim).pooled_pages(capacity),
-        prefill=settings.prefill,
+        prefill=settings.prefill if settings.reads_sparsely(capacity) else None,
     )
 
 
@@ -329,7 +339,7 @@ def _cache_spec(
     page_format = PageFormat(settings.kv_format, settings.page_size, settings.config.head_dim)
     counts, reaches, selection = settings.split.num_retrieval, settings.split.retrieval_reaches, settings.selection
     pages = page_format.pooled_pages(capacity) if sum(counts) else 0
-    keeping = any(reach == ALL_TOKENS for row in reaches for reach in row) if reaches else True
+    keeping = settings.keeping_heads > 0
     on_device = int(pages * device_share) if keeping else pages
     if most_pages is not None:
         on_device = min(on_device, most_pages)
@@ -339,8 +349,7 @@ def _cache_spec(
         most_fetched = max(2 * max(counts), FETCH_BYTES // page_format.payload_bytes)
         fetch_pages = min(2 * max(counts) * (pages - on_device), most_fetched)
         if settings.hot_bytes and digest is not None:
-            heads = sum(reach == ALL_TOKENS for row in reaches for reach in row) if reaches else sum(counts)
-            hot_slots = min(pages, settings.hot_bytes // (heads * page_format.payload_bytes))
+            hot_slots = min(pages, settings.hot_bytes // (settings.keeping_heads * page_format.payload_bytes))
     return CacheSpec(
         retrieval_heads=counts,
         num_kv_heads=settings.config.num_kv_heads,

@@ -20,6 +20,7 @@ from longrun.plan.budget import Budget
 from longrun.plan.hot_pool import check_hot_bytes, hot_bytes_of, hot_pool_notes
 from longrun.plan.key_biases import key_bias_warnings
 from longrun.plan.placement import DEFAULT_WEIGHT_FORMAT, Placement, PlanItem, PlanSettings, place
+from longrun.plan.prefill import prefill_facts, prefill_notes, prefill_of
 from longrun.plan.reaches import allocated_split
 from longrun.plan.search import Suggestion, largest_capacity, shortfall, suggest
 from longrun.plan.selection import selection_of
@@ -160,6 +161,7 @@ class Plan:
                 "hot_per_head": cache.hot_slots,
             },
             "selection": None if self.attention.selection is None else asdict(self.attention.selection),
+            "prefill": prefill_facts(self.attention),
             "items": [asdict(item) for item in self.items],
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
@@ -207,7 +209,8 @@ def make_plan(
         NoFitError: the budget does not hold it; with the shortfall and what would fit.
         PlanError: a capacity that the model's own sliding window or the page tables do not allow.
         InputError: the split keeps more first tokens than the capacity, or the budget selects pages where that is not
-            served (`longrun.plan.selection`), or has a hot pool without use or of too few bytes.
+            served (`longrun.plan.selection`) or reads sparsely where that is not (`longrun.plan.prefill`), or has a hot
+            pool without use or of too few bytes.
     """
     capacity = None if capacity is None else parse_tokens(capacity, "capacity")
     choice(device_type, "device_type", ("cpu", "cuda"))
@@ -234,6 +237,7 @@ def make_plan(
         serves=serves,
         selection=selection,
         hot_bytes=hot_bytes_of(budget, selection),
+        prefill=prefill_of(budget, config, device_type),
     )
     max_capacity = largest_capacity(settings)
     warnings = []
@@ -274,7 +278,7 @@ def make_plan(
         host_budget=budget.host_bytes,
         budget_source=budget.source,
         warnings=tuple(warnings),
-        notes=(*chosen.notes, *hot_pool_notes(settings, placement)),
+        notes=(*chosen.notes, *hot_pool_notes(settings, placement), *prefill_notes(settings, placement)),
         kv_bytes_given=chosen.kv_bytes,
     )
 

@@ -31,6 +31,7 @@ def print_plan(plan: Plan, console: Console, speeds: Speeds | None = None) -> No
         f"prefill in chunks of {plan.chunk_size:,}; budget {escape(plan.budget_source)}",
         f"{heads_line(plan.cache)} ({escape(plan.split_note)})",
         *selection_lines(plan.attention),
+        *prefill_lines(plan.attention),
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
@@ -89,6 +90,21 @@ def selection_lines(attention: AttentionSpec) -> list[str]:
     return [
         f"a decoded token reads {share}at most {most:,} of each retrieval head's {listed:,} pages, chosen by their "
         f"digests"
+    ]
+
+
+def prefill_lines(attention: AttentionSpec) -> list[str]:
+    """How long documents are read, where that is not exactly."""
+    spec = attention.prefill
+    if spec is None:
+        return []
+    from_token = f"from token {spec.dense_tokens:,} on" if spec.dense_tokens else "throughout"
+    read = f"the {100 * spec.cap:.3g}% of the pages that hold most"
+    if spec.least < spec.cap:
+        read = f"{100 * spec.least:.3g}% to {100 * spec.cap:.3g}% of the pages, as many as hold {100 * spec.mass:.4g}%"
+    return [
+        f"documents are read sparsely {from_token}, the last {spec.dense_end:,} tokens excepted: heads that keep all "
+        f"tokens read {read} of the attention"
     ]
 
 

@@ -17,6 +17,7 @@ from longrun.quant.kv_format import (
     QUANTIZED_KV_FORMATS,
 )
 from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.specs.prefill_spec import EXACT
 from longrun.units import format_bytes
 
 MAX_CAPACITY = 10**9  # where to stop looking: without retrieval heads the cache does not grow at all
@@ -28,7 +29,8 @@ class Suggestion:
     """One change that makes the plan fit (for the capacity: the most that fits).
 
     Attributes:
-        setting: ctx (the capacity), retrieval_ratio, kv_bytes, weights, kv, chunk_size, hot_pool, select, host or gpu.
+        setting: ctx (the capacity), retrieval_ratio, kv_bytes, weights, kv, chunk_size, hot_pool, select, prefill, host
+            or gpu.
         value: what to set it to, in tokens or bytes where it is one.
         words: the advice in words; option: the same as options of a command, empty where no option does it.
     """
@@ -103,10 +105,11 @@ def suggest(
         _smaller_chunk(settings, capacity),
         _no_hot_pool(settings, capacity),
         _no_selection(settings, capacity),
+        _exact_prefill(settings, capacity),
     ]
     if fewer_kv_bytes is None:
         found[:0] = [_smaller_capacity(settings, least), _fewer_retrieval_heads(settings, capacity, resplits)]
-        found.insert(-3, _quantized_pages(settings, capacity))
+        found.insert(-4, _quantized_pages(settings, capacity))
     else:
         found.insert(0, _fewer_kv_bytes(settings, capacity, fewer_kv_bytes, kv_bytes))
     if not any(found):
@@ -250,6 +253,13 @@ def _no_selection(settings: PlanSettings, capacity: int) -> Suggestion | None:
     if settings.selection is None or not fits(replace(settings, selection=None), capacity):
         return None
     return Suggestion("select", "off", "decoding that reads all pages", "--select off")
+
+
+def _exact_prefill(settings: PlanSettings, capacity: int) -> Suggestion | None:
+    """Without the memory in which tiles choose their pages."""
+    if settings.prefill is None or not fits(replace(settings, prefill=None), capacity):
+        return None
+    return Suggestion("prefill", EXACT, "documents read exactly", f"--prefill {EXACT}")
 
 
 def _smaller_chunk(settings: PlanSettings, capacity: int) -> Suggestion | None:

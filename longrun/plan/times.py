@@ -13,6 +13,7 @@ from typing import Any
 from longrun.machine.speeds import Speeds
 from longrun.plan.plan import Plan
 from longrun.quant.weight_format import is_quantized
+from longrun.specs.prefill_spec import TILE, PrefillSpec
 from longrun.units import format_bytes, format_seconds, format_tokens
 
 # On a GPU: the linears of a chunk, with norms, RoPE, rotation and the cache's work beside them; a chunk's attention
@@ -24,6 +25,10 @@ _LINK = 0.92
 
 # On a CPU: one token's weights, of reading memory; bf16 and nf4 from single runs.
 _CPU_LINEARS = {"fp32": 0.76, "bf16": 0.50, "int8": 0.47, "int4": 0.43, "nf4": 0.36}
+
+# Of sparse reading, until it is measured: the share of the pages of the past that a tile reads where it may, and the
+# speed of attention to chosen pages beside that of dense attention.
+_TILE_SHARE, _TILE_SPEED = 0.1, 0.5
 
 _MOST_STEPS = 128  # of a long context as many chunks are computed, evenly spread
 
@@ -39,6 +44,7 @@ class Times:
         host_bytes: of pages in host memory, which every token moves to the device.
         speeds: what this was computed from.
         with_hot_pool: those of them that stand in the hot pool are not moved; the times count none there.
+        tile_share: share of the past's pages that sparse reading is assumed to read; None where all are read.
     """
 
     capacity: int
@@ -47,6 +53,7 @@ class Times:
     host_bytes: int
     speeds: Speeds
     with_hot_pool: bool = False
+    tile_share: float | None = None
 
     def line(self) -> str:
         """As a person reads it."""
@@ -54,9 +61,10 @@ class Times:
         link = (
             f"; each moves {most}{format_bytes(self.host_bytes)} of pages from host memory" if self.host_bytes else ""
         )
+        assumed = "" if self.tile_share is None else f" if {self.tile_share:.0%} of the pages hold what is looked for"
         return (
-            f"reading {format_tokens(self.capacity)} tokens takes about {format_seconds(self.read_s)}, each token "
-            f"after them about {format_seconds(self.token_ms / 1e3)} ({self.speeds.origin}){link}"
+            f"reading {format_tokens(self.capacity)} tokens takes about {format_seconds(self.read_s)}{assumed}, each "
+            f"token after them about {format_seconds(self.token_ms / 1e3)} ({self.speeds.origin}){link}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,38 +79,58 @@ def predict(plan: Plan, speeds: Speeds | None) -> Times | None:
         return None
     read, token = read_seconds(plan, speeds, plan.capacity), token_seconds(plan, speeds, plan.capacity)
     hot = plan.cache.hot_slots > 0
-    return Times(plan.capacity, read, 1e3 * token, host_bytes(plan, plan.capacity), speeds, hot)
+    spec = plan.attention.prefill
+    share = None if spec is None else _tile_share(spec)
+    return Times(plan.capacity, read, 1e3 * token, host_bytes(plan, plan.capacity), speeds, hot, share)
 
 
 def read_seconds(plan: Plan, speeds: Speeds, num_tokens: int) -> float:
-    """Seconds of reading `num_tokens` tokens in the plan's chunks."""
+    """Seconds of reading `num_tokens` tokens in the plan's chunks, as one document."""
+    spec = plan.attention.prefill
+    if spec is None or not spec.serves(num_tokens):
+        return _steps_seconds(plan, speeds, num_tokens, num_tokens)
+    last = min(spec.dense_end, plan.chunk_size)
+    end = _chunk_seconds(plan, speeds, last, num_tokens - (spec.dense_end + last) / 2) * spec.dense_end / last
+    return _steps_seconds(plan, speeds, num_tokens - spec.dense_end, spec.dense_tokens) + end
+
+
+def _steps_seconds(plan: Plan, speeds: Speeds, num_tokens: int, dense_tokens: int) -> float:
+    """Chunks of `num_tokens` tokens, sparse from `dense_tokens` on."""
     chunks = -(-num_tokens // plan.chunk_size)
     steps = min(chunks, _MOST_STEPS)
     tokens = num_tokens / chunks
     seconds = 0.0
     for step in range(steps):
         past = max(0.0, (step + 0.5) * num_tokens / steps - tokens / 2)
-        seconds += _chunk_seconds(plan, speeds, tokens, past) * chunks / steps
+        seconds += _chunk_seconds(plan, speeds, tokens, past, past >= dense_tokens) * chunks / steps
     return seconds
 
 
-def _chunk_seconds(plan: Plan, speeds: Speeds, tokens: float, past: float) -> float:
-    """A chunk after `past` tokens."""
+def _chunk_seconds(plan: Plan, speeds: Speeds, tokens: float, past: float, sparse: bool = False) -> float:
+    """A chunk after `past` tokens; a sparse one reads the past twice, to choose and to attend."""
     cache, work, page = plan.cache, plan.work, plan.cache.page_format
     group = plan.attention.num_qo_heads // plan.attention.num_kv_heads
     pairs = cache.paged_tokens(past + tokens / 2) + cache.ring_tokens(past + tokens)
+    passes, spec = 1, plan.attention.prefill
+    if sparse and spec is not None:
+        passes = 2
+        pairs -= cache.keeping_heads * past * (1 - _tile_share(spec) / _TILE_SPEED - spec.rows / (2 * TILE))
     attention = 4 * page.head_dim * group * tokens * pairs / speeds.attention_tflops / 1e12
     on_gpu = plan.device_type == "cuda"
     linears = 2 * work.linear_weights * tokens / speeds.matmul_tflops / 1e12 / (_CHUNK_LINEARS if on_gpu else 1)
     dense = 2 * work.dense_bytes if is_quantized(plan.weight_format) else 0
     # A page is read, and written and read once more as exact keys and values.
     past_page = page.page_bytes / page.page_size + 4 * page.head_dim * page.exact_itemsize
-    moved = work.linear_bytes + dense + cache.paged_tokens(past) * past_page
+    moved = work.linear_bytes + dense + passes * cache.paged_tokens(past) * past_page
     on_device = cache.device_pages_per_head * page.page_size
     on_host = cache.keeping_heads * max(0.0, past - on_device) * page.payload_bytes / page.page_size
-    link = on_host / speeds.link_gb_s / 1e9
+    link = passes * on_host / speeds.link_gb_s / 1e9
     seconds = linears + attention + moved / speeds.memory_gb_s / 1e9
     return max(seconds, link / _LINK) if on_gpu else seconds + link
+
+
+def _tile_share(spec: PrefillSpec) -> float:
+    return min(spec.cap, max(spec.least, _TILE_SHARE))
 
 
 def token_seconds(plan: Plan, speeds: Speeds, seq_len: int) -> float:

@@ -11,17 +11,20 @@ from longrun.model.reorder import reordered, reordered_bytes
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import choose_split
+from longrun.plan.prefill import budget_with_prefill
 from longrun.plan.split import budget_by_hand
 from longrun.runtime.head_map_check import other_model_notices
 from longrun.runtime.memory_checks import check_free_memory
 from longrun.runtime.setup import Setup
+from longrun.specs.prefill_spec import PrefillSpec
 
 
 @failed_allocations("while a runtime was derived")
 def derived(
     setup: Setup, head_map: HeadMap | HeadSplit | str | Path | None, retrieval_ratio: float | None,
     kv_bytes: int | str | None, kv_format: str | None, chunk_size: int | None, capacity: int, keep: int | None,
-    select: int | str | None, hot_pool: int | str | None,
+    select: int | str | None, hot_pool: int | str | None, prefill: PrefillSpec | str | None, prefill_mass: float | None,
+    prefill_dense: int | str | None,
 ) -> Setup:  # fmt: skip
     """`setup` with what is given in place of its own; see `Runtime.derive`.
 
@@ -32,6 +35,7 @@ def derived(
     budget = setup.budget.override(
         kv_format=kv_format, chunk_size=chunk_size, keep=keep, pages_per_head=select, hot_pool=hot_pool
     )
+    budget = budget_with_prefill(budget, prefill, prefill_mass, prefill_dense)
     if setup.plan.device_type == "cuda" and setup.compiled_kernels:
         check_kernel_shapes(config, budget)
     wanted = replace(setup, budget=budget)

@@ -30,6 +30,7 @@ from longrun.plan.budget import SYSTEM, Budget
 from longrun.plan.hot_pool import parse_hot_pool
 from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import ChosenSplit, Plan, choose_split, make_plan
+from longrun.plan.prefill import budget_with_prefill
 from longrun.plan.selection import parse_select
 from longrun.plan.split import budget_by_hand, parse_keep
 from longrun.runtime import gpu_checks
@@ -44,6 +45,7 @@ from longrun.session.manifest import SessionIdentity
 from longrun.session.store import SavedSession, is_session, saved_keep, saved_reaches
 from longrun.specs.cache_spec import MARKS
 from longrun.specs.model_bytes import TOKEN_SLICES
+from longrun.specs.prefill_spec import PrefillSpec
 from longrun.units import parse_tokens
 
 if TYPE_CHECKING:
@@ -67,6 +69,9 @@ def load(
     keep: int | str | None = None,
     select: int | str | None = None,
     hot_pool: int | str | None = None,
+    prefill: PrefillSpec | str | None = None,
+    prefill_mass: float | None = None,
+    prefill_dense: int | str | None = None,
     chunk_size: int | None = None,
     device_share: float = 1.0,
     compiled_kernels: bool = True,
@@ -107,10 +112,14 @@ def load(
         keep: first tokens of the text that no head drops, whatever its window or reach; 0 for the head map's sinks
             alone. "system" is what `system_size` says. Default: the budget's.
         select: pages of every retrieval head that a decode step reads, at most, or a share of those that it holds then,
-            like "25%" (no fewer than 64): those that fit its query; "off" for all. Texts are read
-            exactly in any case. Default: the budget's (off where it says nothing).
+            like "25%" (no fewer than 64): those that fit its query; "off" for all. It changes nothing of how texts are
+            read. Default: the budget's (off where it says nothing).
         hot_pool: bytes (or a text like "2 GB") of a GPU's memory that keep the host pages which `select` chose lately;
             "off": they are read in place, as they are elsewhere. Changes no answer. Default: the budget's, else off.
+        prefill: "sparse", or a `PrefillSpec`: of a long document most chunks read only the pages of the past that hold
+            most of their attention; "exact": all. Default: the budget's (exact where it says nothing).
+        prefill_mass, prefill_dense: with "sparse", `PrefillSpec.mass` and `dense_tokens` (also a text like "64K").
+            Default: the budget's.
         chunk_size: the most tokens of one prefill step; default: the budget's.
         device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
             rest goes to the host pool although the device has room.
@@ -168,6 +177,7 @@ def load(
         pages_per_head=None if select is None else parse_select(select),
         hot_pool=None if hot_pool is None else parse_hot_pool(hot_pool),
     )
+    limits = budget_with_prefill(limits, prefill, prefill_mass, prefill_dense)
     limits, session_notices = _with_keep_of(session, limits)
     if limits.kv_bytes is not None:
         marks = MARKS

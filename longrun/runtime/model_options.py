@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from longrun.arguments import COUNT, SHARE
 from longrun.hub.find import MODEL_HELP, add_download_option, add_yarn_option
 from longrun.plan.hot_pool import HOT_POOL_HELP, parse_hot_pool
+from longrun.plan.prefill import add_prefill_options
 from longrun.plan.selection import SELECT_HELP, parse_select
 from longrun.plan.split import KEEP_HELP, KV_BYTES_HELP, parse_keep
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.specs.cache_spec import MARKS
+from longrun.specs.prefill_spec import parse_dense_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +59,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     model.add_argument("--select", metavar="N|P%|off", help=f"{SELECT_HELP} (default: the budget's, else off)")
     model.add_argument("--hot-pool", metavar="SIZE|off", help=f"{HOT_POOL_HELP} (default: the budget's, else off)")
+    add_prefill_options(model)
     model.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's, else {DEFAULT_KV_FORMAT})")
     model.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
     model.add_argument("--chunk-size", type=COUNT, metavar="N", help="tokens of a prefill step (default: the budget's)")
@@ -91,6 +94,7 @@ def load_model(
     from longrun.model.choice import DEMO_CONTEXT
     from longrun.runtime.load import load
 
+    dense = args.prefill_dense
     if capacity is None and choice.notice is not None:
         capacity = DEMO_CONTEXT
     return load(
@@ -108,6 +112,9 @@ def load_model(
         keep=None if args.keep is None else parse_keep(args.keep, "--keep"),
         select=None if args.select is None else parse_select(args.select, "--select"),
         hot_pool=None if args.hot_pool is None else parse_hot_pool(args.hot_pool, "--hot-pool"),
+        prefill=args.prefill,
+        prefill_mass=args.prefill_mass,
+        prefill_dense=None if dense is None else parse_dense_tokens(dense, "--prefill-dense"),
         chunk_size=args.chunk_size,
         marks=marks,
         serves=serves,

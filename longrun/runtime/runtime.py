@@ -21,6 +21,7 @@ from longrun.runtime.memory_checks import check_free_memory
 from longrun.runtime.setup import Setup
 from longrun.session.session import Session
 from longrun.session.store import SavedSession
+from longrun.specs.prefill_spec import PrefillSpec
 from longrun.text.encoder import TextEncoder, leading_ids
 from longrun.text.json_answers import JsonAnswers, JsonRule, response_schema
 from longrun.text.stream import AnswerText, text_pieces
@@ -200,6 +201,9 @@ class Runtime:
         keep: int | str | None = None,
         select: int | str | None = None,
         hot_pool: int | str | None = None,
+        prefill: PrefillSpec | str | None = None,
+        prefill_mass: float | None = None,
+        prefill_dense: int | str | None = None,
     ) -> Runtime:
         """Another runtime over the same weights, in a moment: what is not given stays as it is here.
 
@@ -220,6 +224,7 @@ class Runtime:
             keep: first tokens that no head drops, see `longrun.load`; not "system".
             select, hot_pool: pages of every retrieval head that a decode step reads, and the memory for those of them
                 that stand on the host, or "off"; see `longrun.load`.
+            prefill, prefill_mass, prefill_dense: how long documents are read, see `longrun.load`.
 
         Raises:
             PlanError: what is left of the budget, or the machine's free memory, cannot hold it.
@@ -233,5 +238,8 @@ class Runtime:
         chosen = None if select is None else parse_select(select)
         hot = None if hot_pool is None else parse_hot_pool(hot_pool)
         return Runtime(
-            derived(self._setup, split, retrieval_ratio, kv_bytes, kv_format, chunk_size, capacity, kept, chosen, hot)
-        )
+            derived(
+                self._setup, split, retrieval_ratio, kv_bytes, kv_format, chunk_size, capacity, kept, chosen, hot,
+                prefill, prefill_mass, prefill_dense,
+            )
+        )  # fmt: skip

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 from longrun.arguments import choice, flag, integer, number
 from longrun.errors import InputError, quoted
+from longrun.units import parse_tokens
+
+EXACT, SPARSE = "exact", "sparse"
+PREFILL_MODES = (EXACT, SPARSE)
+"""How texts are read: every chunk reads all of the past, or long documents as a `PrefillSpec` says."""
 
 TILE = 128
 """Consecutive queries of one query head that choose their pages together."""
@@ -62,6 +67,10 @@ class PrefillSpec:
             choice(str(self.rows), "rows", [str(rows) for rows in ROWS_PER_TILE])
         flag(self.correct, "correct")
 
+    def serves(self, capacity: int) -> bool:
+        """Whether any token of a text of `capacity` tokens may be read sparsely."""
+        return capacity > self.dense_tokens + self.dense_end
+
     def least_pages(self, pages: int) -> int:
         """How many of the past's `pages` a tile reads at least."""
         return min(pages, max(self.floor, int(self.least * pages)))
@@ -69,3 +78,17 @@ class PrefillSpec:
     def most_pages(self, pages: int) -> int:
         """How many of the past's `pages` a tile reads at most."""
         return min(pages, max(self.floor, int(self.cap * pages)))
+
+
+DEFAULT_PREFILL = PrefillSpec()
+
+
+def parse_dense_tokens(tokens: int | str, what: str = "prefill_dense") -> int:
+    """Tokens, 0 or more, written as a context is.
+
+    Raises:
+        InputError: no such number.
+    """
+    if tokens == 0 or (isinstance(tokens, str) and tokens.strip() == "0"):
+        return 0
+    return parse_tokens(tokens, what)
