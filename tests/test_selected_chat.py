@@ -48,9 +48,9 @@ def reads(monkeypatch):
     """Tokens given to `Session.prefill`, and whether one by one."""
     found, prefill = [], Session.prefill
 
-    def noted(self, token_ids, progress=None, one_by_one=False):
+    def noted(self, token_ids, progress=None, one_by_one=False, **more):
         found.append((len(token_ids), one_by_one))
-        return prefill(self, token_ids, progress, one_by_one)
+        return prefill(self, token_ids, progress, one_by_one, **more)
 
     monkeypatch.setattr(Session, "prefill", noted)
     return found

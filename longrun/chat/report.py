@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from longrun.chat.answer import Answer
 from longrun.plan.pages_read import pages_read, selection_facts
+from longrun.plan.prefill import prefill_facts
 from longrun.units import format_bytes
 
 if TYPE_CHECKING:
     from longrun.session.session import Session
     from longrun.specs.hot_counts import HotCounts
+
+
+def sparse_line(session: Session) -> str | None:
+    """How much of the session was read sparsely, and what of the past that read in this process; None for nothing."""
+    if not session.sparse_tokens:
+        return None
+    counts = session.prefill_counts
+    more = "" if counts is None or counts.read_share is None else f" ({counts.line()})"
+    return f"{session.sparse_tokens:,} of them read sparsely{more}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,9 @@ class TurnReport:
             parts.append(read.line())
         if self.hot is not None:
             parts.append(self.hot.line())
-        parts.append(f"context {self.session.num_tokens:,} of {self.session.capacity:,}")
+        sparsely = sparse_line(self.session)
+        how = "" if sparsely is None else f", {sparsely}"
+        parts.append(f"context {self.session.num_tokens:,} of {self.session.capacity:,}{how}")
         if self.answer.seed is not None:
             parts.append(f"seed {self.answer.seed}")
         return "; ".join(parts)
@@ -91,10 +103,20 @@ class TurnReport:
             },
             "cache_bytes": self.session.cache_bytes,
             "selection": self._selection(),
+            "prefill": self._prefill(),
             "hot_pool": None if self.hot is None else self.hot.to_dict(),
             "split_hash": self.session.plan.split_hash,
             "plan": self.session.plan.to_dict(),
         }
+
+    def _prefill(self) -> dict[str, Any] | None:
+        """How much of the session was read sparsely, how, and what that read of the past; None where nothing was and
+        nothing would be."""
+        facts, counts = prefill_facts(self.session.plan.attention), self.session.prefill_counts
+        if facts is None and not self.session.sparse_tokens:
+            return None
+        read = None if counts is None else counts.to_dict()
+        return {"sparse_tokens": self.session.sparse_tokens, "settings": facts, "read": read}
 
     def _selection(self) -> dict[str, Any] | None:
         """What decode steps select, and how much the last one read; None where they read everything."""

@@ -16,7 +16,7 @@ from rich.markup import escape
 from longrun.chat.answer import INTERRUPTED, AnswerOptions, stream_answer
 from longrun.chat.conversation import Conversation
 from longrun.chat.progress import PrefillProgress
-from longrun.chat.report import TurnReport
+from longrun.chat.report import TurnReport, sparse_line
 from longrun.chat.sources import AnswerSources
 from longrun.chat.turns import AnswerCut, Reading
 from longrun.documents.document import Document
@@ -179,15 +179,17 @@ class ChatRunner:
             self._prefilled = (self.session.num_tokens - before, time.perf_counter() - started, reading.resumed_at)
 
     def _read_tokens(self, reading: Reading, progress: Callable[[int, int], None]) -> None:
-        """Read documents in chunks, and the question with them or token by token."""
+        """Read documents in chunks, as the plan says; the question in full, in chunks or token by token."""
         ids = reading.token_ids
-        asked = self.conversation.question_at(reading) if self._select_question else len(ids)
+        apart = self._select_question or self.session.plan.attention.prefill is not None
+        asked = self.conversation.question_at(reading) if apart else len(ids)
         if asked:
             self.session.prefill(ids[:asked], lambda done, total: progress(done, total + len(ids) - asked))
         if asked < len(ids):
             self.session.prefill(
-                ids[asked:], lambda done, total: progress(asked + done, asked + total), one_by_one=True
-            )
+                ids[asked:], lambda done, total: progress(asked + done, asked + total), self._select_question,
+                sparse=False,
+            )  # fmt: skip
 
     def answer(self, emit: Callable[[str], None], keep_unfinished: bool) -> TurnReport:
         """Answer the question that was read, and save where a folder is kept up to date.
@@ -299,7 +301,9 @@ class ChatRunner:
         session, documents = self.session, self.conversation.documents
         read = f"; documents: {', '.join(documents)}" if documents else ""
         unread = f"; {self.conversation.unread:,} tokens are still unread" if self.conversation.unread else ""
-        return f"{session.num_tokens:,} of {session.capacity:,} tokens used{read}{unread}"
+        sparsely = sparse_line(session)
+        how = "" if sparsely is None else f", {sparsely}"
+        return f"{session.num_tokens:,} of {session.capacity:,} tokens used{how}{read}{unread}"
 
     def _describe(self, folder: Path) -> str:
         cut = "; the last answer was cut: /continue resumes it" if self.conversation.cut_answer else ""
