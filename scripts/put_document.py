@@ -30,6 +30,7 @@ from longrun.documents.html_text import is_html
 from longrun.documents.left_out import LeftOut
 from longrun.documents.pdf_text import is_pdf
 from longrun.errors import InputError, LongrunError, short_path
+from longrun.specs.prefill_spec import PREFILL_MODES
 
 _POLL_SECONDS = 0.5
 
@@ -85,13 +86,16 @@ def note(console: Console, text: str) -> None:
     console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
-def put(client: httpx.Client, name: str, raw: bytes, kind: str, console: Console) -> dict[str, Any]:
+def put(
+    client: httpx.Client, name: str, raw: bytes, kind: str, console: Console, prefill: str | None = None
+) -> dict[str, Any]:
     """Put the document and wait until it is read, with a bar; returns its status.
 
     Raises:
         LongrunError: the server refuses it, or cannot read it.
     """
-    told = _answer(client.put(f"/documents/{name}", content=raw, headers={"Content-Type": kind}))
+    how = {} if prefill is None else {"prefill": prefill}
+    told = _answer(client.put(f"/documents/{name}", content=raw, headers={"Content-Type": kind}, params=how))
     for notice in told["notices"]:
         note(console, notice)
     columns = (
@@ -131,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--name", help="of the document (default: the first path's)")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="default: http://127.0.0.1:8000/v1")
+    parser.add_argument("--prefill", choices=PREFILL_MODES, help="how it is read (default: as the server reads)")
     args = parser.parse_args(argv)
     raw, kind, left_out = packed(args.paths)
     console = Console(stderr=True)
@@ -141,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     root = args.url.rstrip("/").removesuffix("/v1")
     try:
         with httpx.Client(base_url=root, headers=headers, timeout=600) as client:
-            put(client, name, raw, kind, console)
+            put(client, name, raw, kind, console, args.prefill)
             models = _answer(client.get("/v1/models"))["data"]
     except httpx.HTTPError as error:
         raise InputError(f"no server answers at {args.url} ({error}): start one, or name it by --url") from error

@@ -108,10 +108,10 @@ def test_reading_shows_how_far_and_can_be_stopped(
 ) -> None:
     read, steps, go_on = Session.prefill, [], threading.Event()
 
-    def held(self: Session, token_ids: Any, progress: Any = None) -> Any:
+    def held(self: Session, token_ids: Any, progress: Any = None, **how: Any) -> Any:
         steps.append(len(token_ids))
         assert len(steps) == 1 or go_on.wait(20)
-        return read(self, token_ids, progress)
+        return read(self, token_ids, progress, **how)
 
     question = "how far was it? " * 60
     total = len(kept.prompt_ids(user(question.strip())))

@@ -62,9 +62,9 @@ def count_reading(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of every prefill from now on."""
     read, counts = Session.prefill, []
 
-    def counted(self: Session, token_ids: Any, progress: Any = None) -> Any:
+    def counted(self: Session, token_ids: Any, progress: Any = None, **how: Any) -> Any:
         counts.append(len(token_ids))
-        return read(self, token_ids, progress)
+        return read(self, token_ids, progress, **how)
 
     monkeypatch.setattr(Session, "prefill", counted)
     return counts
@@ -127,12 +127,12 @@ def test_reading_goes_on_where_the_server_ended(
     """With a template that writes the time, which a document's prompts keep: that of its being put."""
     read, steps, held, go_on = Session.prefill, [], threading.Event(), threading.Event()
 
-    def slow(self: Session, ids: Any, progress: Any = None) -> Any:
+    def slow(self: Session, ids: Any, progress: Any = None, **how: Any) -> Any:
         steps.append(len(ids))
         if len(steps) == 2:
             held.set()
             assert go_on.wait(20)
-        return read(self, ids, progress)
+        return read(self, ids, progress, **how)
 
     model = tmp_path / "model"
     shutil.copytree(chat_model, model)
@@ -167,12 +167,12 @@ def test_reading_gives_way_to_who_waits_and_reads_nothing_twice(
     monkeypatch.setattr("longrun.server.answerer.TURN_SECONDS", 0.0)
     read, steps, reading, go_on = Session.prefill, [], threading.Event(), threading.Event()
 
-    def held(self: Session, token_ids: Any, progress: Any = None) -> Any:
+    def held(self: Session, token_ids: Any, progress: Any = None, **how: Any) -> Any:
         steps.append(len(token_ids))
         if len(steps) == 1:
             reading.set()
             assert go_on.wait(20)
-        return read(self, token_ids, progress)
+        return read(self, token_ids, progress, **how)
 
     with serve(chat_model, documents=tmp_path / "kept") as served:
         other = served.prompt_ids(user("hello"))
@@ -284,10 +284,10 @@ def test_a_deleted_document_is_not_read_on_and_one_of_other_settings_says_so(
         put_and_wait(served, "book", TEXT)
         read, reading, go_on = Session.prefill, threading.Event(), threading.Event()
 
-        def held(self: Session, token_ids: Any, progress: Any = None) -> Any:
+        def held(self: Session, token_ids: Any, progress: Any = None, **how: Any) -> Any:
             reading.set()
             assert go_on.wait(20)
-            return read(self, token_ids, progress)
+            return read(self, token_ids, progress, **how)
 
         monkeypatch.setattr(Session, "prefill", held)
         put(served, "other", TEXT[::-1])

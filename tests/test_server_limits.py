@@ -42,9 +42,9 @@ def test_reading_stops_when_the_client_leaves_and_goes_on_where_it_stopped(
 ) -> None:
     prefill = Session.prefill
 
-    def slow(session: Session, *arguments: object) -> object:
+    def slow(session: Session, *arguments: object, **how: object) -> object:
         time.sleep(0.2)
-        return prefill(session, *arguments)
+        return prefill(session, *arguments, **how)
 
     monkeypatch.setattr(Session, "prefill", slow)
     monkeypatch.setattr("longrun.server.reading.STEP_SECONDS", 0.001)  # steps of one page
@@ -62,9 +62,9 @@ def test_reading_stops_when_the_client_leaves_and_goes_on_where_it_stopped(
 def test_a_stream_without_news_is_kept_alive_by_comments(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     prefill = Session.prefill
 
-    def slow(session: Session, *arguments: object) -> object:
+    def slow(session: Session, *arguments: object, **how: object) -> object:
         time.sleep(1)
-        return prefill(session, *arguments)
+        return prefill(session, *arguments, **how)
 
     monkeypatch.setattr(Session, "prefill", slow)
     monkeypatch.setattr("longrun.server.http.PING_SECONDS", 0.2)
@@ -167,7 +167,7 @@ def test_a_defect_in_one_request_does_not_harm_the_next(served: Served, monkeypa
     body = {"model": NAME, "prompt": "what is next", "max_tokens": 5}
     before = served.client().completions.create(**body).choices[0].text
     prefill = Session.prefill
-    monkeypatch.setattr(Session, "prefill", lambda *_: 1 // 0)
+    monkeypatch.setattr(Session, "prefill", lambda *_, **__: 1 // 0)
     answer = served.post("/v1/completions", body | {"prompt": "another one"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert "ZeroDivision" not in answer.text

@@ -39,7 +39,7 @@ def test_status_is_the_plan_and_what_is_in_use(kept: Served) -> None:
     kept.post("/v1/chat/completions", {"messages": user("how many ships " * 20), "max_tokens": 9})
     told = httpx.get(f"{kept.root}/status").json()
     tokens = kept.health()["session_tokens"]
-    assert told["context"] == {"tokens": tokens, "capacity": 2000} and tokens > 300
+    assert told["context"] == {"tokens": tokens, "capacity": 2000, "sparse_tokens": 0} and tokens > 300
     # 3 layers of 3 heads of 16, keys and values, in float32
     assert told["memory"]["cache"]["filled"] == tokens * 9 * 16 * 2 * 4 < told["memory"]["cache"]["planned"]
     items = {item["name"]: item["bytes"] for item in told["memory"]["items"]}

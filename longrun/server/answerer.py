@@ -24,6 +24,7 @@ from longrun.server.jobs import (
     Piece,
     Progress,
     PromptScores,
+    ReadSparsely,
 )
 from longrun.server.prefix import PrefixMarks
 from longrun.server.reading import StepSizes, read_steps, reads_whole, scored_at_once
@@ -60,6 +61,11 @@ class Answerer:
     def num_tokens(self) -> int:
         """Tokens that the session holds."""
         return self._session.num_tokens
+
+    @property
+    def sparse_tokens(self) -> int:
+        """Those of them that were read sparsely."""
+        return self._session.sparse_tokens
 
     @property
     def hot_counts(self) -> HotCounts | None:
@@ -102,7 +108,7 @@ class Answerer:
     def _read(self, job: Job) -> int:
         """Read what the session does not hold of the prompt; returns the number of tokens that it held."""
         ids, session, began = job.ask.token_ids, self._session, time.perf_counter()
-        if self._whole:
+        if self._whole or (job.ask.exact and session.sparse_tokens):
             self._marks.forget()
         turn = max(TURN_SECONDS, _TURN_LOADS * self._load(job))
         start, places = self._marks.resume(ids)
@@ -117,17 +123,20 @@ class Answerer:
                 raise Cancelled
 
         def read(first: int, stop: int) -> None:
-            session.prefill(ids[first:stop])
+            before = session.prefill_counts if job.ask.saves else None
+            session.prefill(ids[first:stop], sparse=job.ask.sparse, more=len(ids) - stop)
             if stop in places:
                 self._marks.take()
             save()
+            if before is not None and (counts := session.prefill_counts) is not None:
+                job.emit(ReadSparsely(session.sparse_tokens, counts.since(before)))
             tell(stop)
             if job.ask.saves and stop < len(ids) and time.perf_counter() - reads > turn and self._others_wait():
                 raise GaveWay
 
         tell(cached)
         if self._whole:
-            session.prefill(ids, lambda done, _: tell(done))
+            session.prefill(ids, lambda done, _: tell(done), sparse=job.ask.sparse)
         elif start == len(ids):
             save()
         else:
@@ -135,14 +144,17 @@ class Answerer:
         return cached
 
     def _load(self, job: Job) -> float:
-        """Put the saved session that the prompt begins with in the place of this one, where that one holds more;
-        returns the seconds that it took, 0 where nothing was loaded."""
+        """Put the saved session that the prompt begins with in the place of this one, where that one holds more, or was
+        read in another way; returns the seconds that it took, 0 where nothing was loaded."""
         kept, began = job.ask.kept, time.perf_counter()
         if kept is None:
             return 0.0
         with kept.lock:
             saved = kept.open(self._runtime.identity)
-            if saved is None or self._marks.reach(job.ask.token_ids) >= saved.manifest.num_tokens:
+            if saved is None:
+                return 0.0
+            same = saved.manifest.sparse_tokens == self._session.sparse_tokens
+            if same and self._marks.reach(job.ask.token_ids) >= saved.manifest.num_tokens:
                 return 0.0
             self._marks.forget()
             kept.restore(saved, self._session)

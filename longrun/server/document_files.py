@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from longrun.files.user_files import read_object
 from longrun.files.whole_file import fresh_path, sync_folder, write_whole
 from longrun.paths import user_path
 from longrun.server.openai_errors import RequestError
+from longrun.specs.prefill_spec import EXACT, PREFILL_MODES
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 _LEFT = re.compile(r"\..+\.[0-9a-f]{12}\.(made|gone)")
@@ -53,6 +55,9 @@ class Record:
         created: seconds since 1970; the time that its prompts write, so that its session stays their beginning.
         notices: sentences about what of the body is not in its text.
         ready: all of it was read.
+        prefill: how it is read, one of `PREFILL_MODES`: "exact" means that nothing of it was read sparsely.
+        sparse_counts: of what was read sparsely since the server last started: pages read, pages of the past, the
+            attention that dense rows caught, such rows; empty where nothing was.
     """
 
     sha256: str
@@ -61,6 +66,8 @@ class Record:
     created: int
     notices: list[str] = field(default_factory=list)
     ready: bool = False
+    prefill: str = EXACT
+    sparse_counts: list[float] = field(default_factory=list)
 
 
 class DocumentFiles:
@@ -171,11 +178,19 @@ class DocumentFiles:
         path, advice = self._folder / name / _RECORD, "remove the folder it stands in, and put the document again"
         data = read_object(path, InputError, advice)
         kinds = {"sha256": str, "bytes": int, "tokens": int, "created": int, "notices": list, "ready": bool}
+        kinds |= {"prefill": str, "sparse_counts": list}
+        data = {"prefill": EXACT, "sparse_counts": []} | data  # which older records lack
         sound = data.keys() == kinds.keys() and all(type(data[key]) is kind for key, kind in kinds.items())
         sound = sound and all(type(notice) is str for notice in data["notices"])
+        sound = sound and data["prefill"] in PREFILL_MODES and _are_counts(data["sparse_counts"])
         if not sound or not _DIGEST.fullmatch(data["sha256"]) or min(data["bytes"], data["tokens"]) < 0:
             raise InputError(f"{short_path(path)} is no record of a document: {advice}")
         return Record(**data)
+
+
+def _are_counts(values: list[object]) -> bool:
+    numbers = all(type(value) in (int, float) and 0 <= value < math.inf for value in values)
+    return len(values) in (0, 4) and numbers
 
 
 def _text_name(sha256: str) -> str:

@@ -33,11 +33,12 @@ class DocumentRoutes:
         return PlainTextResponse(text, headers={"X-Content-Type-Options": "nosniff"})
 
     async def put(self, request: Request) -> Response:
-        """Take one, or other content for one; it is read later."""
+        """Take one, or other content for one; it is read later, as ?prefill= says."""
         name, kind = _name(request), content_type(request)
         with self._service.admitted():
             raw = await read_body(request, self._service.limits, KINDS)
-            told, changed = await self._service.aside(lambda: self._documents.put(name, raw, kind))
+            prefill = request.query_params.get("prefill")
+            told, changed = await self._service.aside(lambda: self._documents.put(name, raw, kind, prefill))
         return JSONResponse(told, 202 if changed else 200)
 
     async def delete(self, request: Request) -> Response:

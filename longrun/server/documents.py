@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longrun.errors import InputError, LongrunError
+from longrun.errors import InputError, LongrunError, quoted
 from longrun.server.document_files import DocumentFiles, Record, storing
 from longrun.server.document_prompts import document_ids, text_of
-from longrun.server.jobs import Ask, Event, Failed, Finished, Job, Loaded, Progress, StoppedError
+from longrun.server.jobs import Ask, Event, Failed, Finished, Job, Loaded, Progress, ReadSparsely, StoppedError
 from longrun.server.kept import KeptSession
 from longrun.server.openai_errors import RequestError
 from longrun.server.reading import reads_whole
+from longrun.specs.prefill_spec import EXACT, PREFILL_MODES, SPARSE
 
 if TYPE_CHECKING:
     from longrun.runtime.runtime import Runtime
@@ -35,7 +36,7 @@ class _Document:
 
     Attributes:
         record, kept: what is on disk.
-        done: tokens that were read.
+        done: tokens that were read; sparse: those of them that were read sparsely.
         error: why it failed.
         job: the one that reads it.
     """
@@ -45,6 +46,7 @@ class _Document:
     kept: KeptSession
     state: str = QUEUED
     done: int = 0
+    sparse: int = 0
     error: str | None = None
     job: Job | None = None
 
@@ -106,31 +108,39 @@ class Documents:
         """Of those that are ready."""
         return sorted(document.name for document in list(self._table.values()) if document.state == READY)
 
-    def put(self, name: str, raw: bytes, kind: str) -> tuple[dict[str, Any], bool]:
+    def put(self, name: str, raw: bytes, kind: str, prefill: str | None = None) -> tuple[dict[str, Any], bool]:
         """Store a document and queue its reading.
 
         Args:
             name: a checked one.
             kind: what `raw` is, one of `KINDS`.
+            prefill: how it is to be read, one of `PREFILL_MODES`; None as the document of this name was, or else as
+                the server reads. What was read exactly is not read again to be read sparsely.
 
         Returns:
             Its status, and whether there was anything to do: the same text again changes nothing.
 
         Raises:
             InputError: see `text_of`.
-            RequestError: it is too large, does not fit into the context, or cannot be stored.
+            RequestError: it is too large, does not fit into the context, or cannot be stored; or it is to be read
+                in a way that is unknown, or not this server's.
             QueueFullError, StoppedError: it was stored but not queued.
         """
+        self._check_prefill(prefill)
         text, notices = text_of(raw, kind, name, self._unpacked_bytes)
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         old = self._table.get(name)
-        if old is not None and old.record.sha256 == sha256 and old.state != FAILED:
+        mode = prefill or (self._mode if old is None else old.record.prefill)
+        again = old is not None and old.record.prefill == SPARSE and mode == EXACT
+        if old is not None and old.record.sha256 == sha256 and old.state != FAILED and not again:
             return self.status(name), False
-        grown = old is not None and self._begins(old, text)
+        grown = old is not None and not again and self._begins(old, text)
         created = old.record.created if old is not None and grown else int(time.time())
         ids, prompt_tokens = document_ids(self._prompts, text, created)
         self._check_room(prompt_tokens)
-        document = self._document(name, Record(sha256, len(raw), len(ids), created, list(notices)))
+        counts = old.record.sparse_counts if old is not None and grown else []
+        record = Record(sha256, len(raw), len(ids), created, list(notices), prefill=mode, sparse_counts=counts)
+        document = self._document(name, record)
         with storing(name), self._lock:
             if old is None:
                 self._files.create(name, document.record, text)
@@ -169,6 +179,7 @@ class Documents:
             "tokens_done": document.done,
             "created": document.record.created,
             "notices": document.record.notices,
+            "reading": _told_reading(document),
             "error": document.error,
         }
 
@@ -212,6 +223,23 @@ class Documents:
         with storing(name), self._lock:
             return self._files.text(name, document.record)
 
+    @property
+    def _mode(self) -> str:
+        """How the server reads."""
+        return EXACT if self._runtime.plan.attention.prefill is None else SPARSE
+
+    def _check_prefill(self, prefill: str | None) -> None:
+        """Raises RequestError: no way to read, or sparsely where the server has no memory for that."""
+        if prefill not in (None, *PREFILL_MODES):
+            told = f"prefill {quoted(prefill)} is unknown: use {' or '.join(PREFILL_MODES)}"
+            raise RequestError(told, "invalid_value", "prefill")
+        if prefill == SPARSE != self._mode:
+            raise RequestError(
+                f"this server reads exactly: leave prefill={SPARSE} out, or start it with --prefill {SPARSE} and a "
+                f"context that has use for it",
+                "unsupported_value", "prefill",
+            )  # fmt: skip
+
     def _find(self, name: str) -> _Document:
         document = self._table.get(name)
         if document is None:
@@ -232,6 +260,7 @@ class Documents:
         except LongrunError as error:
             document.state, document.error = FAILED, str(error)
             return
+        document.sparse = 0 if saved is None else saved.manifest.sparse_tokens
         if record.ready and saved is not None and saved.manifest.num_tokens == record.tokens:
             document.state, document.done = READY, record.tokens
 
@@ -251,7 +280,8 @@ class Documents:
         def emit(event: Event) -> None:
             self._heard(document, event)
 
-        document.job = Job(Ask(ids, 0, kept=document.kept, saves=True), emit)
+        exact = document.record.prefill == EXACT
+        document.job = Job(Ask(ids, 0, kept=document.kept, saves=True, sparse=not exact, exact=exact), emit)
         try:
             self._worker.submit(document.job)
         except LongrunError as error:
@@ -264,6 +294,11 @@ class Documents:
             document.state, document.done = READING, event.processed
         elif isinstance(event, Loaded):
             event.report()
+        elif isinstance(event, ReadSparsely):
+            document.sparse = event.tokens
+            held = document.record.sparse_counts or [0.0] * 4
+            counts = [one + more for one, more in zip(held, event.counts.sums, strict=True)]
+            document.record = replace(document.record, sparse_counts=counts)
         elif isinstance(event, Finished):
             self._finish(document)
         elif isinstance(event, Failed) and not isinstance(event.error, StoppedError):
@@ -282,3 +317,14 @@ class Documents:
                 document.state, document.error = FAILED, f"its record cannot be written ({error.strerror or error})"
                 return
             document.state = READY
+
+
+def _told_reading(document: _Document) -> dict[str, Any]:
+    """How it is read; shares of the past's pages and of the attention are of what was read sparsely, null before."""
+    read, pages, caught, rows = document.record.sparse_counts or [0.0] * 4
+    return {
+        "prefill": document.record.prefill,
+        "sparse_tokens": document.sparse,
+        "read_share": read / pages if pages else None,
+        "caught_share": caught / rows if rows else None,
+    }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from longrun.engine.token_rule import TokenRule
     from longrun.server.kept import KeptSession
     from longrun.session.passages import Passage
+    from longrun.specs.prefill_counts import PrefillCounts
 
 STOP, LENGTH = "stop", "length"
 """Why an answer ended: the model's own end or a stop string; its number of tokens."""
@@ -50,6 +51,8 @@ class Ask:
         saves: save into `kept` what is read, after every step.
         rule: which tokens the answer may have; None allows all.
         sources: name the passages that the answer looked at by these; None does not look.
+        sparse: what is read of the prompt may be read sparsely, where the server does that.
+        exact: nothing of the prompt may have been read sparsely before, either; of what is not in `kept`.
     """
 
     token_ids: list[int]
@@ -64,6 +67,8 @@ class Ask:
     saves: bool = False
     rule: TokenRule | None = None
     sources: PassageNames | None = None
+    sparse: bool = True
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,19 @@ class Loaded:
     def report(self) -> None:
         """A line on stderr, the server's log."""
         print(f"loaded a document's session of {self.tokens:,} tokens in {self.seconds:.2f} s", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class ReadSparsely:
+    """How a document was read, after a step.
+
+    Attributes:
+        tokens: of the session, that were read sparsely, in this step or before.
+        counts: what the step read of the past.
+    """
+
+    tokens: int
+    counts: PrefillCounts
 
 
 @dataclass(frozen=True)
@@ -138,7 +156,7 @@ class Failed:
     error: Exception
 
 
-Event = Progress | Loaded | PromptScores | Piece | LookedAt | Finished | Failed
+Event = Progress | Loaded | ReadSparsely | PromptScores | Piece | LookedAt | Finished | Failed
 
 
 class Cancelled(Exception):

@@ -139,7 +139,7 @@ class Service:
         sources = await self._sources(request, ids, lambda: chat_sources(self._runtime, ids, texts, given, document))
         return Ask(
             ids, room, request.sampling, request.seed, request.stops, request.scored, kept=kept, rule=rule,
-            sources=sources,
+            sources=sources, sparse=kept is None,
         )  # fmt: skip
 
     async def text_ask(self, request: TextRequest, prompt: str | list[int]) -> tuple[Ask, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from longrun.plan.prefill import prefill_facts
 from longrun.plan.report import heads_line
 from longrun.plan.times import host_bytes
 from longrun.runtime.memory_checks import bytes_in_use
@@ -50,7 +51,8 @@ class Status:
                 "page_size": plan.page_size,
                 "chunk_size": plan.chunk_size,
             },
-            "context": {"tokens": tokens, "capacity": plan.capacity},
+            "context": {"tokens": tokens, "capacity": plan.capacity, "sparse_tokens": worker.sparse_tokens},
+            "prefill": prefill_facts(plan.attention),
             "queue": {"running": worker.num_running, "waiting": worker.num_waiting, "most": worker.most_waiting},
             "body_bytes": self._body_bytes,
             "last": {

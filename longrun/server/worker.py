@@ -96,6 +96,11 @@ class Worker:
         return 0 if self._answerer is None else self._answerer.num_tokens
 
     @property
+    def sparse_tokens(self) -> int:
+        """Those of them that were read sparsely."""
+        return 0 if self._answerer is None else self._answerer.sparse_tokens
+
+    @property
     def is_alive(self) -> bool:
         return self._thread.is_alive() and self._failed is None
 
