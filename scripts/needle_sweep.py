@@ -30,10 +30,12 @@ from longrun.needles.needles import Haystack, NeedlePrompt, NeedleQuestion, buil
 from longrun.paths import path_option
 from longrun.plan.budget import OFF
 from longrun.plan.pages_read import selection_facts
+from longrun.plan.prefill import add_prefill_options, prefill_facts
 from longrun.plan.selection import SELECT_HELP, SELECT_QUESTION_HELP, parse_select
 from longrun.plan.split import KEEP_HELP, KV_BYTES_HELP, parse_keep
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.specs.prefill_spec import EXACT, parse_dense_tokens
 from longrun.units import parse_tokens
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep", metavar="N", help=KEEP_HELP)
     parser.add_argument("--select", metavar="N|P%|off", help=SELECT_HELP)
     parser.add_argument("--select-question", action="store_true", help=SELECT_QUESTION_HELP)
+    add_prefill_options(parser)
     parser.add_argument("--kv", choices=KV_FORMATS, help="KV page format (default: the budget's)")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="default: the budget's")
     parser.add_argument("--budget", metavar="NAME_OR_FILE")
@@ -119,9 +122,18 @@ def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "keep": None if arguments.keep is None else parse_keep(arguments.keep, "--keep"),
         "select": None if arguments.select is None else parse_select(arguments.select, "--select"),
         "select_question": arguments.select_question or None,
+        "prefill": arguments.prefill,
+        "prefill_mass": arguments.prefill_mass,
+        "prefill_dense": dense_tokens(arguments),
         "yarn": arguments.yarn,
         "chunk_size": None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
     }
+
+
+def dense_tokens(arguments: argparse.Namespace) -> int | None:
+    """Of --prefill-dense. Raises InputError where it is none."""
+    given = arguments.prefill_dense
+    return None if given is None else parse_dense_tokens(given, "--prefill-dense")
 
 
 def ask(
@@ -140,7 +152,7 @@ def put_questions(
     answers = []
     for question in questions:
         session.rewind(document_end)
-        session.prefill(question.token_ids, one_by_one=questions_one_by_one)
+        session.prefill(question.token_ids, one_by_one=questions_one_by_one, sparse=False)
         asked = session.mark()
         generated = list(session.generate(max_new_tokens=len(question.expected_ids) + SPARE_TOKENS))
         session.rewind(asked)
@@ -234,19 +246,24 @@ def decoder(runtime: Runtime) -> Callable[[list[int]], str]:
 
 def read_document(
     session: Session, prompt: NeedlePrompt, progress: Callable[[int, int], None]
-) -> tuple[Any, dict[str, float]]:
-    """The mark at the document's end, and how long reading took (the mark waits for the GPU)."""
+) -> tuple[Any, dict[str, Any]]:
+    """The mark at the document's end, how long reading took (the mark waits for the GPU), and where it is read sparsely
+    how much of it and what that read."""
     start = time.perf_counter()
     session.prefill(prompt.document_ids, progress=progress)
     document_end = session.mark()
     seconds = time.perf_counter() - start
     speed = len(prompt.document_ids) / seconds
-    return document_end, {"prefill_seconds": round(seconds, 3), "prefill_tokens_per_s": round(speed, 1)}
+    read = {"prefill_seconds": round(seconds, 3), "prefill_tokens_per_s": round(speed, 1)}
+    counts = session.prefill_counts
+    if counts is not None:
+        read["read_sparsely"] = {"sparse_tokens": session.sparse_tokens, **counts.to_dict()}
+    return document_end, read
 
 
 def record(
     setting: str, length: int, depth: float, prompt: NeedlePrompt, session: Session, answers: list[dict[str, Any]],
-    seconds: float, read: dict[str, float],
+    seconds: float, read: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """A finished cell as results.json holds it."""
     return {
@@ -293,6 +310,9 @@ def load_runtime(
         kv_bytes=None if control else arguments.kv_bytes,
         keep=None if control else arguments.keep,
         select=OFF if control else arguments.select,
+        prefill=EXACT if control else arguments.prefill,
+        prefill_mass=None if control else arguments.prefill_mass,
+        prefill_dense=None if control else dense_tokens(arguments),
         chunk_size=None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
         on_head_map=on_head_map,
     )
@@ -314,6 +334,7 @@ def describe(runtime: Runtime) -> dict[str, Any]:
         "device": runtime.plan.device_type,
         "chunk_size": runtime.plan.chunk_size,
         "selection": selection_facts(runtime.plan),
+        "prefill": prefill_facts(runtime.plan.attention),
     }
 
 

@@ -187,7 +187,8 @@ def test_an_adapters_digest_stands_for_it_in_a_fingerprint(model: Path, adapter:
 def test_a_benchmark_records_the_notice_without_folders(model: Path, other: Path, measure) -> None:
     args = argparse.Namespace(
         model=other, head_map=measure(), retrieval_ratio=0.4, kv_bytes=None, select=None, hot_pool=None,
-        budget="cpu", kv="fp32", weight_format=None, device="cpu", chunk_size=None,
+        budget="cpu", kv="fp32", weight_format=None, device="cpu", chunk_size=None, prefill=None, prefill_mass=None,
+        prefill_dense=None, prefill_share=None,
     )  # fmt: skip
     settings = bench_common.describe(bench_common.load_runtime(args, 300), args)
     assert any(text.startswith("head map plain was made for mine and not for theirs") for text in settings["notices"])

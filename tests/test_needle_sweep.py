@@ -239,7 +239,9 @@ class ScriptedSession:
     def __init__(self, answer: list[int], forced: list[int]) -> None:
         self.answer, self.forced, self.fed = answer, forced, []
 
-    def prefill(self, token_ids, progress=None, one_by_one=False):
+    prefill_counts = None
+
+    def prefill(self, token_ids, progress=None, one_by_one=False, sparse=True):
         self.fed += token_ids
 
     def mark(self):

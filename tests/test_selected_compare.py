@@ -63,9 +63,9 @@ def test_answers_are_read_token_by_token(planted, monkeypatch, select_question):
     for name in ("prefill", "score"):
         method = getattr(Session, name)
 
-        def noted(self, token_ids, *more, one_by_one=False, method=method, name=name):
+        def noted(self, token_ids, *more, one_by_one=False, method=method, name=name, **others):
             asked.append((name, len(token_ids) > 100, one_by_one))
-            return method(self, token_ids, *more, one_by_one=one_by_one)
+            return method(self, token_ids, *more, one_by_one=one_by_one, **others)
 
         monkeypatch.setattr(Session, name, noted)
     items = measure_retrieval(runtime, row, Opened.of(runtime, row, 700), documents, lambda name: None)["items"]

@@ -112,6 +112,8 @@ def panel_title(name: str, setting: str, described: dict[str, Any]) -> str:
     heads += f", {finite} of finite reach" if finite else ""
     selection = described.get("selection")
     read = f", {pages_text(selection)} read" if selection else ""
+    prefill = described.get("prefill")
+    read += f", read sparsely ({100 * prefill['mass']:.4g}%)" if prefill else ""
     return f"{name}, {setting}\n{heads}\n{described['kv_format']} pages{read}, {described['weight_format']} weights"
 
 

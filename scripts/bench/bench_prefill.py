@@ -15,8 +15,11 @@ from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
 from longrun.needles.needles import Haystack, NeedlePrompt, build_prompt, make_needles
 from longrun.patterns.head_split import HeadSplit
+from longrun.plan.plan import Plan
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Progress
+from longrun.specs.prefill_counts import PrefillCounts
+from longrun.specs.prefill_spec import TILE
 from longrun.units import ALL_TOKENS
 from scripts.bench.bench_common import (
     MemoryWatch,
@@ -65,20 +68,33 @@ def prefill_flops(config: ModelConfig, split: HeadSplit, num_tokens: int) -> dic
 
 def ideal_seconds(flops: dict[str, float], ceilings: dict[str, Any]) -> float:
     """What the operations of `prefill_flops` take at the speeds of `measure_ceilings`."""
-    attention = flops["retrieval_attention"] + flops["streaming_attention"]
+    attention = flops["retrieval_attention"] + flops["streaming_attention"] + flops.get("choosing", 0.0)
     return (flops["linear"] / ceilings["matmul_tflops"] + attention / ceilings["attention_tflops"]) / 1e12
 
 
+def sparse_flops(flops: dict[str, float], plan: Plan, counts: PrefillCounts) -> dict[str, float]:
+    """`prefill_flops` without the pages that tiles left out, and with the products by which they chose."""
+    spec, head_dim = plan.attention.prefill, plan.attention.head_dim
+    assert spec is not None
+    read, pages = (sum(map(sum, table)) * plan.page_size for table in (counts.read, counts.pages))
+    attention = flops["retrieval_attention"] - 4.0 * head_dim * TILE * (pages - read)
+    return flops | {"retrieval_attention": attention, "choosing": 2.0 * head_dim * spec.rows * pages}
+
+
 def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceilings: dict, memory: MemoryWatch) -> dict:
-    """Read one text in a session of its own; with needles also ask for them."""
+    """Read one text in a session of its own; with needles also ask for them. Where it is read sparsely the row says how
+    much of it, what that read and caught, and its operations are those that were done."""
     device = torch.device(args.device)
     depth = parse_depths(args.depth, args.needles)
     prompt, token_ids = make_text(runtime, length, depth, args)
     memory.start()
     session = runtime.new_session(length + SPARE_TOKENS)
-    empty = session.mark()
-    session.prefill(token_ids[: WARM_CHUNKS * session.plan.chunk_size])
+    empty, spec, warm = session.mark(), session.plan.attention.prefill, WARM_CHUNKS * session.plan.chunk_size
+    if spec is not None:
+        warm += spec.dense_tokens + spec.dense_end
+    session.prefill(token_ids[:warm])
     session.rewind(empty)
+    before = session.prefill_counts
     ends, progress = chunk_clock(device)
     start = time.perf_counter()
     answers = None
@@ -86,10 +102,17 @@ def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceiling
         session.prefill(token_ids, progress=progress)
     else:
         answers = ask_needles(session, prompt, runtime, progress)
+    flops, sparsely = prefill_flops(runtime.config, runtime.split, len(token_ids)), {}
+    counts = session.prefill_counts
+    if counts is not None and before is not None:
+        counts = counts.since(before)
+        sparsely = {"read_sparsely": {"sparse_tokens": session.sparse_tokens, **counts.to_dict()}}
+        sparsely["dense_flops"], flops = flops, sparse_flops(flops, session.plan, counts)
     return {
         "tokens": len(token_ids),
         "chunk_size": session.plan.chunk_size,
-        **reading_rates(runtime.config, runtime.split, len(token_ids), ends[-1] - start, ceilings),
+        **reading_rates(flops, len(token_ids), ends[-1] - start, ceilings),
+        **sparsely,
         "chunk_seconds": [end - begin for begin, end in zip([start, *ends], ends, strict=False)],
         "cache_bytes": session.cache_bytes,
         "memory": memory.measure(session.plan),
@@ -109,9 +132,8 @@ def chunk_clock(device: torch.device) -> tuple[list[float], Progress]:
     return ends, progress
 
 
-def reading_rates(config: ModelConfig, split: HeadSplit, num_tokens: int, seconds: float, ceilings: dict) -> dict:
-    """Speed of reading `num_tokens` in `seconds`, alone and as shares of the ceilings."""
-    flops = prefill_flops(config, split, num_tokens)
+def reading_rates(flops: dict[str, float], num_tokens: int, seconds: float, ceilings: dict) -> dict:
+    """Speed of reading `num_tokens` with these operations in `seconds`, alone and as shares of the ceilings."""
     tflops = sum(flops.values()) / seconds / 1e12
     return {
         "seconds": seconds,
@@ -212,7 +234,9 @@ def run(args: argparse.Namespace) -> int:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows as a person reads them."""
-    found = Table("runner", "tokens", "seconds", "tokens/s", "TFLOP/s", "of matmul", "of both", "needles", "memory")
+    found = Table(
+        "runner", "tokens", "seconds", "tokens/s", "TFLOP/s", "of matmul", "of both", "pages read", "needles", "memory"
+    )
     for row in rows:
         start = (row["runner"], tokens_text(row["length"]))
         if "error" in row:
@@ -222,8 +246,16 @@ def table(rows: list[dict[str, Any]]) -> Table:
         if "tflops" in row:
             needles = f"{row['exact']} of {len(row['needles'])}" if "needles" in row else "-"
             more = (
-                figure(row["tflops"], 1), percent(row["of_matmul"]), percent(row["of_matmul_and_attention"]), needles,
-                memory_text(row["memory"]),
+                figure(row["tflops"], 1), percent(row["of_matmul"]), percent(row["of_matmul_and_attention"]),
+                _pages_read(row), needles, memory_text(row["memory"]),
             )  # fmt: skip
         found.add_row(*start, figure(row["seconds"]), figure(row["tokens_per_s"], 0), *more)
     return found
+
+
+def _pages_read(row: dict[str, Any]) -> str:
+    """Of the past, and the attention that they caught."""
+    found = row.get("read_sparsely", {})
+    if found.get("read_share") is None:
+        return "-"
+    return f"{percent(found['read_share'])} ({percent(found['caught_share'])} caught)"

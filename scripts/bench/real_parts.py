@@ -27,7 +27,7 @@ from longrun.session.session import Session
 from longrun.specs.model_bytes import model_weight_bytes
 from scripts.bench.bench_common import MemoryWatch, describe, load_runtime, parse_lengths, peak_resident, synchronize
 from scripts.bench.bench_decode import WARM_TOKENS, decoded_tokens, floor, timed_decode
-from scripts.bench.bench_prefill import chunk_clock, reading_rates
+from scripts.bench.bench_prefill import chunk_clock, prefill_flops, reading_rates
 from scripts.bench.bench_transformers import TransformersPeer
 from scripts.bench.ceilings import measure_ceilings
 from scripts.bench.real_text import CodeChat, Question, as_questions, read_code
@@ -89,7 +89,8 @@ def read(runtime: Runtime, session: Session, token_ids: torch.Tensor, ceilings: 
     ends, progress = chunk_clock(device)
     start = time.perf_counter()
     session.prefill(token_ids, progress=progress)
-    rates = reading_rates(runtime.config, runtime.split, len(token_ids), ends[-1] - start, ceilings)
+    flops = prefill_flops(runtime.config, runtime.split, len(token_ids))
+    rates = reading_rates(flops, len(token_ids), ends[-1] - start, ceilings)
     return {"chunk_size": session.plan.chunk_size, **rates}
 
 
@@ -178,7 +179,7 @@ def transformers_part(args: argparse.Namespace, ceilings: dict[str, Any]) -> Fou
         if "error" in row:
             yield "row", row
             continue
-        row |= reading_rates(config, split, length, row["seconds"], ceilings)
+        row |= reading_rates(prefill_flops(config, split, length), length, row["seconds"], ceilings)
         yield "row", row | floor({"weights": weights, "cache": row["kv_bytes"]}, row["ms"]["median"], ceilings)
         for question in chat.asked(as_questions(args.question, args.expect), length):
             answer = peer.answer(chat.question_ids(question), folder.eos_token_ids)

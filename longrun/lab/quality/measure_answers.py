@@ -16,7 +16,7 @@ import torch
 from longrun.lab.quality.answers import is_finished
 from longrun.lab.quality.asked import MOST_ANSWER_TOKENS, AskedDocument, AskedQuestion
 from longrun.lab.quality.eviction import end_prompt
-from longrun.lab.quality.measures import Clock, Opened, cache_bytes, read_prompt
+from longrun.lab.quality.measures import Clock, Opened, cache_bytes, read_facts, read_prompt
 from longrun.lab.quality.settings import Row
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
@@ -38,9 +38,10 @@ def measure_asked(
     Returns:
         `items`: one a question (task, kind, document, question, depth, exact, token_accuracy, answer_nll: nats a token
         of the expected answer, the answer expected and what was chosen; with `alone` also `known`: right without the
-        document), `kv`: bytes at the end of a prompt, and speeds.
+        document), `kv`: bytes at the end of a prompt, and speeds; of a row that reads sparsely `read_sparsely`.
     """
     session, clock, items, kv = opened.session, Clock(), [], {}
+    before = session.prefill_counts
     for document in documents:
         known = [alone and _is_known(runtime, opened, one, clock) for one in document.questions]
         session.rewind(opened.empty)
@@ -52,7 +53,7 @@ def measure_asked(
 
             def ask(token_ids: Sequence[int] = question.token_ids) -> None:
                 session.rewind(document_end)  # noqa: B023 - called within this turn of the loop
-                session.prefill(token_ids, one_by_one=row.select_question)
+                session.prefill(token_ids, one_by_one=row.select_question, sparse=False)
                 end_prompt(session)
 
             ask()
@@ -67,7 +68,7 @@ def measure_asked(
             )  # fmt: skip
         session.release(document_end)
         on_document(document.name)
-    return {"items": items, "kv": kv, **clock.speeds()}
+    return {"items": items, "kv": kv, **read_facts(session, before), **clock.speeds()}
 
 
 def _is_known(runtime: Runtime, opened: Opened, question: AskedQuestion, clock: Clock) -> bool:
@@ -77,7 +78,7 @@ def _is_known(runtime: Runtime, opened: Opened, question: AskedQuestion, clock: 
 
     def ask() -> None:
         opened.session.rewind(opened.empty)
-        opened.session.prefill(question.alone_ids)
+        opened.session.prefill(question.alone_ids, sparse=False)
 
     ask()
     return _answer(runtime, opened.session, question, ask, clock)["exact"]

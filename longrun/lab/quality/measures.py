@@ -28,6 +28,7 @@ from longrun.lab.quality.settings import Row
 from longrun.lab.quality.tasks import TEXT_TASK, TaskDocument
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session, SessionMark
+from longrun.specs.prefill_counts import PrefillCounts
 
 PIECE = 32  # tokens scored at a time: with INT4 pages a piece sees its own keys exact, with TOVA it is evicted whole
 BLOCK = 32  # predicted tokens that make one item of the text task
@@ -103,9 +104,11 @@ def measure_retrieval(
 
     Returns:
         `items`: one a question (task, document, depth, exact, token_accuracy, answer expected and the greedy choices
-        along it), `kv`: bytes at the end of a prompt, and speeds.
+        along it), `kv`: bytes at the end of a prompt, and speeds; of a row
+        that reads sparsely `read_sparsely`: what that read of the past.
     """
     session, clock, items, kv = opened.session, Clock(), [], {}
+    before = session.prefill_counts
     for document in documents:
         session.rewind(opened.empty)
         read_prompt(session, document.prompt.document_ids, clock)
@@ -114,7 +117,7 @@ def measure_retrieval(
         document_end = session.mark()
         for question, task in zip(document.prompt.questions, document.tasks, strict=True):
             session.rewind(document_end)
-            session.prefill(question.token_ids, one_by_one=row.select_question)
+            session.prefill(question.token_ids, one_by_one=row.select_question, sparse=False)
             end_prompt(session)
             kv = kv or cache_bytes(session.cache, row.simulates)
             chosen, after = greedy_choices(session, question.expected_ids, row.select is not None)
@@ -133,7 +136,7 @@ def measure_retrieval(
             )
         session.release(document_end)
         on_document(document.name)
-    return {"items": items, "kv": kv, **clock.speeds()}
+    return {"items": items, "kv": kv, **read_facts(session, before), **clock.speeds()}
 
 
 def measure_text(
@@ -155,9 +158,11 @@ def measure_text(
 
     Returns:
         `items`: one for each 32 predicted tokens (document, block, tokens; means of nll in nats, of KL(reference ||
-        row) in nats, and of top-1 agreement), `kv` bytes where scoring began, and speeds.
+        row) in nats, and of top-1 agreement), `kv` bytes where scoring began, and speeds; of a row
+        that reads sparsely `read_sparsely`: what that read of the past.
     """
     session, clock, items, kv = opened.session, Clock(), [], {}
+    before = session.prefill_counts
     for number, token_ids in enumerate(documents):
         session.rewind(opened.empty)
         split = len(token_ids) - score_tokens
@@ -178,7 +183,7 @@ def measure_text(
             for block in compare_blocks(own, reference.load(length, number, own.device), token_ids[split:])
         ]
         on_document(f"{kind}/{number}")
-    return {"items": items, "kv": kv, **clock.speeds()}
+    return {"items": items, "kv": kv, **read_facts(session, before), **clock.speeds()}
 
 
 def compare_blocks(own: Tensor, reference: Tensor, token_ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -257,6 +262,12 @@ def read_prompt(session: Session, token_ids: Sequence[int], clock: Clock) -> Non
     logits = session.prefill(token_ids)
     float(logits[0])  # waits for a GPU
     clock.note("prefill", len(token_ids), time.perf_counter() - start)
+
+
+def read_facts(session: Session, before: PrefillCounts | None) -> dict[str, Any]:
+    """What came after `before`, as a result records it; empty where nothing is read sparsely."""
+    counts = session.prefill_counts
+    return {} if counts is None or before is None else {"read_sparsely": counts.since(before).to_dict()}
 
 
 def greedy_choices(session: Session, expected: Sequence[int], one_by_one: bool = False) -> tuple[list[int], int]:

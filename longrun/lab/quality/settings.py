@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from longrun.arguments import integer
+from longrun.arguments import choice, integer
 from longrun.errors import InputError, quoted
 from longrun.files.user_files import parse_toml, read_text
 from longrun.lab.eviction_attention import TOVA
@@ -20,11 +20,17 @@ from longrun.patterns.baseline_maps import inverted_map, random_map, streaming_m
 from longrun.patterns.head_map import DEFAULT_RECENT_SIZE, DEFAULT_SINK_SIZE, HeadMap, HeadSplit
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, QUANTIZED_KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
+from longrun.specs.prefill_spec import PREFILL_MODES, SPARSE, PrefillSpec, parse_dense_tokens
 from longrun.specs.selection_spec import DEFAULT_NEWEST, share_of_pages
 from longrun.units import parse_bytes
 
 REFERENCE = "reference"
 SYSTEM = "system"  # a row's keep, see `Row`
+_SPARSE_FIELDS = {
+    "prefill_mass": "mass", "prefill_dense": "dense_tokens", "prefill_end": "dense_end", "prefill_least": "least",
+    "prefill_cap": "cap", "prefill_rows": "rows", "prefill_correct": "correct",
+}  # fmt: skip
+"""A row's fields that say how documents are read sparsely, as `PrefillSpec` names them."""
 _METHODS = (TOVA, *RULE_NAMES)
 _EVICTION = re.compile(rf"({'|'.join(_METHODS)}):(\d+(?:\.\d+)?)(%?)(@document)?".replace("SEED", r"\d{1,9}"))
 
@@ -73,6 +79,9 @@ class Row:
             each tested length. Shares and bytes count them.
         select: pages of every retrieval head that a decode step reads, as `longrun.load` takes it; answers and scored
             texts are then read token by token. select_question: questions, too.
+        prefill: "sparse" for documents that are read sparsely, questions and scored texts exactly; prefill_mass and the
+            other fields of that beginning then are those of `PrefillSpec` (dense_tokens is prefill_dense, dense_end
+            prefill_end).
         chunk_size: tokens of a prefill step, None for the comparison's. It changes rounding alone, so the reference's
             settings with another one show what numbers of this size mean.
 
@@ -94,6 +103,14 @@ class Row:
     keep: int | str | None = None
     select: int | str | None = None
     select_question: bool = False
+    prefill: str | None = None
+    prefill_mass: float | None = None
+    prefill_dense: int | str | None = None
+    prefill_end: int | None = None
+    prefill_least: float | None = None
+    prefill_cap: float | None = None
+    prefill_rows: int | None = None
+    prefill_correct: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -126,6 +143,7 @@ class Row:
             if self.keep != SYSTEM and (isinstance(self.keep, str) or self.keep < 1):
                 raise InputError(f"row {self.name}: keep {quoted(self.keep)} is neither system nor a number above 0")
         self._check_selection(kind)
+        self._check_prefill(kind)
         if self.chunk_size is not None and self.chunk_size < 1:
             raise InputError(f"row {self.name}: chunk_size {self.chunk_size} must be at least 1")
         if self.evicts is not None:
@@ -148,6 +166,23 @@ class Row:
             raise InputError(f"row {self.name}: select needs kv {' or '.join(QUANTIZED_KV_FORMATS)}, not {self.kv}")
         if kind == "streaming":
             raise InputError(f"row {self.name}: head_map streaming has no pages to select: leave select out")
+
+    def _check_prefill(self, kind: str) -> None:
+        if self.prefill is not None:
+            choice(self.prefill, f"row {self.name}: prefill", PREFILL_MODES)
+        given = [name for name in _SPARSE_FIELDS if getattr(self, name) not in (None, False)]
+        if self.prefill != SPARSE:
+            if given:
+                raise InputError(f"row {self.name}: {given[0]} is for prefill {SPARSE}: give that as well")
+            return
+        if kind == "streaming":
+            raise InputError(f"row {self.name}: head_map streaming has no pages to choose: leave prefill out")
+        if self.evicts is not None or self.simulates is not None:
+            raise InputError(f"row {self.name}: evicting and simulated caches read exactly: leave prefill out")
+        try:
+            self.sparse  # noqa: B018 - it raises
+        except InputError as error:
+            raise InputError(f"row {self.name}: {error}") from error
 
     def _check_sizes(self, kind: str) -> None:
         """Of ratio, share and bytes at most one, and one that goes with the head map and the window."""
@@ -173,6 +208,21 @@ class Row:
                 parse_bytes(self.kv_bytes, f"row {self.name}: kv_bytes")
             elif rest or not re.fullmatch(r"\d+(\.\d+)?", number) or not 0 < float(number) <= 100:
                 raise InputError(f"row {self.name}: kv_bytes {quoted(self.kv_bytes)} is no share: write 25%, or 400MB")
+
+    @property
+    def sparse(self) -> PrefillSpec | None:
+        """How documents are read, where that is sparsely. Raises InputError where a value is out of its range."""
+        if self.prefill != SPARSE:
+            return None
+        named = {name: getattr(self, field) for field, name in _SPARSE_FIELDS.items()}
+        if self.prefill_dense is not None:
+            named["dense_tokens"] = parse_dense_tokens(self.prefill_dense)
+        return PrefillSpec(**{name: value for name, value in named.items() if value is not None})
+
+    @property
+    def read_exactly(self) -> Row:
+        """The row without what it says of sparse reading."""
+        return replace(self, prefill=None, **{name: Row.__dataclass_fields__[name].default for name in _SPARSE_FIELDS})
 
     @property
     def by_length(self) -> bool:
@@ -262,6 +312,8 @@ class Row:
         if self.select is not None:
             pages = self.select if isinstance(self.select, str) else f"{self.select:,}"
             what += f", select {pages}{' with questions' if self.select_question else ''}"
+        if self.prefill == SPARSE:
+            what += ", read sparsely"
         weights = f", {self.weights} weights" if self.weights else ""
         varied = ", varied window" if self._has_window and self.kv_share is None else ""
         return f"{what}, {self.kv}{weights}{varied}{self._chunks}"
@@ -296,9 +348,10 @@ class Row:
         return HeadMap.load(self.head_map).with_window(self.sink_size, self.recent_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields, JSON-able; of a map's folder the path as given. Without `keep`, `select` and `select_question`
-        where they are not used, as before there were such."""
-        newer = {name for name in ("keep", "select", "select_question") if not getattr(self, name)}
+        """Its fields, JSON-able; of a map's folder the path as given. Without `keep`, `select`, `prefill` and what goes
+        with them where they are not used, as before there were such."""
+        newer = {"keep", "select", "select_question", "prefill", *_SPARSE_FIELDS}
+        newer = {name for name in newer if getattr(self, name) in (None, False)}
         return {name: value for name, value in asdict(self).items() if name not in newer}
 
 
@@ -379,6 +432,14 @@ _TYPES = {
     "keep": (int, str),
     "select": (int, str),
     "select_question": bool,
+    "prefill": str,
+    "prefill_mass": (int, float),
+    "prefill_dense": (int, str),
+    "prefill_end": int,
+    "prefill_least": (int, float),
+    "prefill_cap": (int, float),
+    "prefill_rows": int,
+    "prefill_correct": bool,
 }
 
 
