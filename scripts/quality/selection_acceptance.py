@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,7 +44,13 @@ from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
 from longrun.specs.selection_spec import DEFAULT_NEWEST
 from scripts.quality.compare import release_memory
-from scripts.quality.selection_runs import add_model_options, load_unselected, run_facts
+from scripts.quality.selection_runs import (
+    add_model_options,
+    decoded_rows,
+    load_unselected,
+    run_facts,
+    with_last_rows,
+)
 
 DRAFT = 8
 
@@ -57,11 +63,6 @@ class Found:
     written: Tensor
     log_probs: Tensor
     ms: float
-
-
-def with_last_rows(text: AnsweredText, count: int) -> AnsweredText:
-    """The text looked at where the last `count` tokens of its document are predicted."""
-    return replace(text, text_rows=torch.arange(text.document_length - 1 - count, text.document_length - 1))
 
 
 def write(session: Session, count: int) -> list[int]:
@@ -82,17 +83,7 @@ def predictions(session: Session, text: AnsweredText, written: Sequence[int], se
     likeliest = session.score(written, one_by_one=True).argmax(-1).cpu()
     session.rewind(before)
     session.release(before)
-    parts, seconds = [], 0.0
-    for rows in (text.text_rows, *(rows for _, rows in text.answers)):
-        begin, end = int(rows[0]) + 1, int(rows[-1]) + 2
-        if begin > session.num_tokens:
-            session.prefill(text.ids[session.num_tokens : begin], one_by_one=select_question)
-        began = time.perf_counter()
-        scored = session.score(text.ids[begin:end], one_by_one=True)
-        parts.append(scored.cpu().log_softmax(-1))
-        if rows is text.text_rows:
-            seconds = time.perf_counter() - began
-    return Found(likeliest, torch.cat(parts), 1e3 * seconds / len(text.text_rows))
+    return Found(likeliest, *decoded_rows(session, text, select_question))
 
 
 def mean_run(same: Tensor) -> float:
