@@ -19,6 +19,7 @@ from longrun.lab.planted import make_planted_model
 from longrun.lab.synthetic_session import make_synthetic
 from longrun.patterns.head_map import HeadMap
 from scripts.bench import (
+    bench_chunks,
     bench_common,
     bench_decode,
     bench_kernel_table,
@@ -168,6 +169,35 @@ def test_prefill_of_random_tokens_beside_transformers(model, capsys, tmp_path, q
     assert peer["tokens_per_s"] > 0 and "error" not in peer
 
 
+def test_chunks_are_timed_exact_and_sparse_behind_random_content(model, capsys, tmp_path, quick):
+    argv = ("--device", "cpu", "--chunk-size", "256", "--lengths", "4K,8K", "--shares", "all,20%,50%", "--chunks", "2")
+    result = run(capsys, tmp_path, "chunks", "--model", model, *argv)
+    rows = {(row["share"], row["length"]): row for row in result["rows"]}
+    assert len(rows) == 6 and all(len(row["chunk_seconds"]) == 2 and row["synthetic"] for row in rows.values())
+    assert rows["all", 4000]["read_share"] is None and rows["all", 4000]["against_exact"] == 1
+    pages = (8000 + 256) // 64
+    assert rows[0.2, 8000]["read_share"] == pytest.approx(0.2, abs=2 / pages)
+    assert rows[0.5, 8000]["read_share"] == pytest.approx(0.5, abs=2 / pages)
+    assert 0 < rows[0.2, 8000]["caught_share"] < rows[0.5, 8000]["caught_share"] < 1
+    exact, sparse = rows["all", 8000], rows[0.2, 8000]
+    assert sparse["against_exact"] == pytest.approx(exact["seconds"] / sparse["seconds"])
+    assert "estimated_seconds_of_text" in exact and "estimated_seconds_of_text" not in rows["all", 4000]
+    for shares in ("0", "120%", "few"):
+        with pytest.raises(InputError, match=f"--shares '{shares}' is no share"):
+            bench.main(["chunks", "--model", str(model), *argv, "--shares", shares])
+
+
+def test_what_a_text_takes_is_the_sum_over_its_chunks():
+    """Chunks of 10 tokens behind n take 1 + n / 100 seconds: 200 tokens take 20 chunks, 2 seconds each on average."""
+    rows = [
+        {"share": share, "length": length, "chunk_size": 10, "chunk_seconds": [x, x], "seconds": 2 * x}
+        for share, length, x in (("all", 100, 2.0), ("all", 200, 3.0), (0.5, 100, 1.0), (0.5, 200, 1.5))
+    ]
+    bench_chunks.with_ratios(rows)
+    assert [row["against_exact"] for row in rows] == [1, 1, 2, 2]
+    assert [row.get("estimated_seconds_of_text") for row in rows] == [None, pytest.approx(40), None, pytest.approx(20)]
+
+
 def test_an_offloaded_session_is_compared_with_a_resident_one(model, capsys, tmp_path, quick):
     argv = ("--length", "60K", "--gpu-budget", "482 MB", "--chunk-size", "64", "--synthetic-cache")
     result = run(capsys, tmp_path, "offload", "--model", model, *DECODE, *argv, "--compare-resident")
@@ -240,6 +270,7 @@ def test_a_peer_without_memory_is_a_row(model, capsys, tmp_path, quick, monkeypa
     [
         ["decode"],
         ["prefill"],
+        ["chunks"],
         ["offload", "--gpu-budget", "20 GiB"],
         ["formats"],
         ["real"],
