@@ -310,6 +310,7 @@ def load_runtime(
         kv_bytes=None if control else arguments.kv_bytes,
         keep=None if control else arguments.keep,
         select=OFF if control else arguments.select,
+        select_from=None if arguments.select is None else 0,
         prefill=EXACT if control else arguments.prefill,
         prefill_mass=None if control else arguments.prefill_mass,
         prefill_dense=None if control else dense_tokens(arguments),

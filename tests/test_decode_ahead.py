@@ -38,9 +38,9 @@ class Launches:
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, launch = 0, engine.decode_step._launch
 
-        def counted() -> None:
+        def counted(start: int) -> None:
             self.count += 1
-            launch()
+            launch(start)
 
         monkeypatch.setattr(engine.decode_step, "_launch", counted)
 

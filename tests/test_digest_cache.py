@@ -144,7 +144,8 @@ def model(tmp_path_factory):
 
 def load(model, pages_per_head=None, **options):
     settings = {"device": "cpu", "ctx": CAPACITY, "head_map": mixed_map(), "device_share": 0.5, **options}
-    return longrun.load(model, BUDGET.override(pages_per_head=pages_per_head), **settings)
+    budget = BUDGET.override(pages_per_head=pages_per_head, select_from=None if pages_per_head is None else 0)
+    return longrun.load(model, budget, **settings)
 
 
 @pytest.mark.parametrize("compiled_kernels", [True, False])
@@ -170,7 +171,10 @@ def test_a_session_is_saved_without_digests_and_loaded_with_or_without_them(mode
         again.prefill(ids[:200])
         again.cache.check()
     saved = [Manifest.read(tmp_path / f"s{n}").identity["selection"] for n in (0, 1)]
-    assert saved == [None, {"pages_per_head": 6, "selector": "top", "lam": 0.25, "newest": 4, "share": 0.0}]
+    assert saved == [
+        None,
+        {"pages_per_head": 6, "selector": "top", "lam": 0.25, "newest": 4, "share": 0.0, "select_from": 0},
+    ]
     assert plain.identity == selecting.identity
     sizes = [sum(path.stat().st_size for path in (tmp_path / f"s{n}").glob("pages-*")) for n in (0, 1)]
     assert sizes[0] == sizes[1] > 0

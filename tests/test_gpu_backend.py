@@ -38,13 +38,27 @@ def rms_ratio(actual, expected):
     return ((actual.double() - expected.double()).pow(2).mean() / expected.double().pow(2).mean()).sqrt().item()
 
 
-def engines(folder, scores="mixed", device_share=1.0, chunk_size=100, kernels=None, kv="int4", select=None, **changes):
+def engines(
+    folder,
+    scores="mixed",
+    device_share=1.0,
+    chunk_size=100,
+    kernels=None,
+    kv="int4",
+    select=None,
+    select_from=0,
+    **changes,
+):
     """The fused engine over reference kernels, and the plain torch one, of the same checkpoint and split."""
     config = ModelConfig.from_dir(folder)
     head_map = HeadMap.from_scores(SCORES[scores], sink_size=16, recent_size=48)
     split = head_map.split(threshold=0.5)
     budget = Budget.load("rtx4090-24g").override(
-        kv_format=kv, weight_format="fp32", chunk_size=chunk_size, pages_per_head=select
+        kv_format=kv,
+        weight_format="fp32",
+        chunk_size=chunk_size,
+        pages_per_head=select,
+        select_from=None if select is None else select_from,
     )
     permutation = [split.permutation(layer_idx) for layer_idx in range(config.num_layers)]
     rotary = RotaryTable(RopeParameters.from_dir(folder), config.head_dim)

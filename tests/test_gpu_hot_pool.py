@@ -21,7 +21,7 @@ def folder(request, tmp_path_factory):
 
 def session_of(folder, slots, count=560, device_share=0.0):
     """A session whose hot pool has so many slots a head; None: without one."""
-    options = {"kv": "k5v3", "select": SELECT, "device_share": device_share}
+    options = {"kv": "k5v3", "select": SELECT, "select_from": 0, "device_share": device_share}
     runtime = load(folder, "cuda", **options)
     if slots is not None:
         cache = runtime.plan.cache

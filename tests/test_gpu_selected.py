@@ -22,6 +22,7 @@ def folder(request, tmp_path_factory):
 
 
 def after(folder, select, count=560, **options):
+    options.setdefault("select_from", None if select is None else 0)
     runtime = load(folder, "cuda", select=select, **{"kv": "k5v3", **options})
     session = runtime.new_session()
     session.prefill(IDS[:count])

@@ -100,6 +100,23 @@ def test_a_step_thrown_away_counts_nothing_and_changes_no_answer(folder, right):
     ahead.cache.check()
 
 
+def test_steps_that_read_all_pages_count_nothing(folder):
+    """Up to 512 tokens heads have six pages: below the seven from which on steps select."""
+    engine = engine_of(folder, SELECT + 2, select_from=7)
+    session = Session(engine, None, None, frozenset())
+    session.prefill(IDS[:480])
+    mark = session.mark()
+    session.score(IDS[480:512], one_by_one=True)
+    assert sum(session.hot_counts.pages) == 0
+    session.score(IDS[512:530], one_by_one=True)
+    counts = session.hot_counts
+    assert sum(counts.pages) > 0
+    session.rewind(mark)
+    session.score(IDS[480:500], one_by_one=True)
+    assert session.hot_counts == counts
+    engine.cache.check()
+
+
 def test_rewinds_and_other_pages_behind_them(folder):
     """Pages that were dropped come again with another content, on the host as well."""
     found = []
@@ -210,14 +227,14 @@ def test_where_it_is_left_out_a_note_says_why():
 
 def test_on_a_cpu_host_pages_are_read_in_place(tmp_path):
     save_tiny(tmp_path, "llama", **SHAPE)
-    file = Budget(10**9, 10**9, weight_format="fp32", page_size=16, pages_per_head=6, hot_pool=10**7)
+    file = Budget(10**9, 10**9, weight_format="fp32", page_size=16, pages_per_head=6, select_from=0, hot_pool=10**7)
     runtime = longrun.load(tmp_path, file, device="cpu", ctx=900, device_share=0.3)
     assert runtime.plan.cache.host_pages and not runtime.plan.cache.hot_slots
     assert "the hot pool of 10.0 MB is left out: host pages are read in place here" in runtime.notices
     without = longrun.load(tmp_path, file, device="cpu", ctx=900, device_share=0.3, hot_pool="off")
     assert not any("hot pool" in notice for notice in without.notices)
     few = longrun.load(tmp_path, file, device="cpu", ctx=90, device_share=0.3)
-    assert "the hot pool of 10.0 MB is left out: no head has more pages than a step reads" in few.notices
+    assert "the hot pool of 10.0 MB is left out: no step leaves out a page" in few.notices
 
 
 def test_what_is_refused(tmp_path):

@@ -57,6 +57,7 @@ def plan_of(settings: dict, capacity: int, **more: object) -> Plan:
         weight_format=more.get("weight_format", settings["weight_format"]),
         kv_format=more.get("kv_format", settings["kv_format"]),
         chunk_size=settings["chunk_size"],
+        pages_per_head=more.get("pages_per_head"),
     )
     split = head_map.with_window(settings["sink_size"], settings["recent_size"]).split(ratio)
     assert split.total_retrieval == settings["retrieval_heads"]

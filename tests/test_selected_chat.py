@@ -58,7 +58,7 @@ def reads(monkeypatch):
 
 @pytest.mark.parametrize("select_question", [False, True])
 def test_a_question_is_read_token_by_token_where_that_is_asked_for(planted, text_file, reads, select_question):
-    runtime = longrun.load(planted.path, ctx=4000, chunk_size=256, device="cpu", select=6)
+    runtime = longrun.load(planted.path, ctx=4000, chunk_size=256, device="cpu", select=6, select_from=0)
     said = io.StringIO()
     runner = ChatRunner(
         runtime, AnswerOptions(max_new_tokens=4), Console(file=said, width=300), select_question=select_question
@@ -84,7 +84,7 @@ def test_statistics_of_the_hot_pool_are_those_of_the_answer(planted, text_file, 
     """Of a session that has one, which only a GPU's has."""
     counts = iter([HotCounts((4, 4), (4, 3), 100), HotCounts((9, 9), (6, 5), 100)])
     monkeypatch.setattr(Session, "hot_counts", property(lambda self: next(counts)))
-    runtime = longrun.load(planted.path, ctx=4000, chunk_size=256, device="cpu", select=6)
+    runtime = longrun.load(planted.path, ctx=4000, chunk_size=256, device="cpu", select=6, select_from=0)
     runner = ChatRunner(runtime, AnswerOptions(max_new_tokens=2), Console(file=io.StringIO()))
     runner.read([read_document(text_file)], ask(0))
     report = runner.answer(lambda text: None, keep_unfinished=False)

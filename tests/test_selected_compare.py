@@ -57,7 +57,7 @@ def test_runtimes_of_rows_select(tmp_path):
 @pytest.mark.parametrize("select_question", [False, True])
 def test_answers_are_read_token_by_token(planted, monkeypatch, select_question):
     row = Row("few", select=8, select_question=select_question)
-    runtime = longrun.load(planted.path, "cpu", "full", device="cpu", ctx=900, select=8)
+    runtime = longrun.load(planted.path, "cpu", "full", device="cpu", ctx=900, select=8, select_from=0)
     documents = list(retrieval_documents(runtime.tokenizer, Haystack.generated(3), "several", 600, [0.5], 1, 3))
     asked = []
     for name in ("prefill", "score"):
@@ -75,7 +75,7 @@ def test_answers_are_read_token_by_token(planted, monkeypatch, select_question):
 
 def test_a_selected_token_reads_fewer_bytes(tmp_path):
     save_tiny(tmp_path, "llama", **SHAPE)
-    session = longrun.load(tmp_path, "cpu", device="cpu", ctx=1000, select=5).new_session()
+    session = longrun.load(tmp_path, "cpu", device="cpu", ctx=1000, select=5, select_from=0).new_session()
     session.prefill(torch.zeros(900, dtype=torch.int64))
     plan, cache = session.plan, session.cache
     spec, heads = cache.spec, 9

@@ -45,6 +45,7 @@ def one_layer(tmp_path_factory):
 
 def load(folder, select=None, head_map=MIXED, ctx=CTX, **options):
     budget = Budget(10**9, host_bytes=10**9, weight_format="fp32", page_size=PAGE, chunk_size=130)
+    options.setdefault("select_from", None if select is None else 0)
     return longrun.load(folder, budget, head_map, device="cpu", ctx=ctx, select=select, **options)
 
 
@@ -135,6 +136,39 @@ def test_a_share_grows_with_the_text(one_layer, compiled):
             assert [len(numbers) for numbers in lists(runtime, session)] == [read] * 3
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_short_texts_are_read_whole(folder, compiled):
+    """Up to 352 tokens heads have 20 pages; 353 are 21, from which on steps select."""
+    dense, some = (
+        load(folder, select, compiled_kernels=compiled, select_from=begin) for select, begin in ((None, None), (6, 21))
+    )
+    rows = [after(runtime, 300).score(IDS[300:400], one_by_one=True) for runtime in (dense, some)]
+    assert torch.equal(rows[0][:53], rows[1][:53]) and not torch.equal(*(row[53:] for row in rows))
+    rows = [
+        after(runtime, 360).score(IDS[360:400], one_by_one=True)
+        for runtime in (load(folder, 6, compiled_kernels=compiled), some)
+    ]
+    assert torch.equal(*rows)
+    chunks = [torch.stack([after(runtime, 340).prefill(IDS[340:341])]) for runtime in (dense, some)]
+    assert torch.equal(*chunks)
+    session = after(some, 340)
+    assert (
+        pages_read(session.plan, 340).line()
+        == "20 of 20 pages a head read (100.0% of its tokens): steps select from 21 pages a head on"
+    )
+    assert pages_read(session.plan, 353).read == 6
+
+
+def test_a_cpu_selects_from_where_it_saves_time(folder):
+    own = load(folder, 12, select_from=None)
+    selection = own.plan.attention.selection
+    assert selection.select_from == 21 and own.plan.attention.selects  # 12 + 0.41 x 21 <= 21
+    assert load(folder, 6, select_from=None).plan.attention.selection.select_from == 11
+    assert own.derive(select_from=0).plan.attention.selection.select_from == 0
+    whole = load(folder, 40, select_from=None).plan  # 54 pages at most
+    assert whole.attention.selection.select_from == 68 and not whole.attention.selects and whole.cache.digest is None
+
+
 def test_streaming_heads_are_as_before(one_layer):
     """One layer: its heads' outputs in turn, retrieval heads first."""
     found = []
@@ -205,14 +239,14 @@ def test_the_bytes_are_those_planned(folder):
 
 def test_settings_go_all_the_way(folder):
     base = load(folder)
-    derived = base.derive(select=7)
+    derived = base.derive(select=7, select_from=0)
     assert derived.plan.attention.selection.pages_per_head == 7
     assert derived.derive(chunk_size=50).plan.attention.selection.pages_per_head == 7
     assert derived.derive(select="off").plan.attention.selection is base.plan.attention.selection is None
     assert torch.equal(
         after(derived, 500).score(IDS[500:540], True), after(load(folder, 7), 500).score(IDS[500:540], True)
     )
-    file = Budget(10**9, weight_format="fp32", page_size=PAGE, pages_per_head=7)
+    file = Budget(10**9, weight_format="fp32", page_size=PAGE, pages_per_head=7, select_from=0)
     assert longrun.load(folder, file, device="cpu", ctx=CTX).plan.attention.selection.pages_per_head == 7
     assert longrun.load(folder, file, device="cpu", ctx=CTX, select="off").plan.attention.selection is None
     assert longrun.load(folder, file, device="cpu", ctx=CTX, select="9").plan.attention.selection.pages_per_head == 9
@@ -284,7 +318,7 @@ def test_a_planted_model_finds_its_needles_in_few_pages(tmp_path, monkeypatch, c
         monkeypatch.setattr(backend, "score_pages", score_pages)
         later = lambda self, *given, score_pages=score_pages, **more: partial(score_pages, *given, **more)  # noqa: E731
         monkeypatch.setattr(CpuSelect, "prepare_score", later)
-        runtime = longrun.load(planted.path, ctx=6200, select=8, device_share=0.5, **options)
+        runtime = longrun.load(planted.path, ctx=6200, select=8, select_from=0, device_share=0.5, **options)
         prompt = build_prompt(runtime.tokenizer, Haystack.generated(3), make_needles(4, 3), 6000, [0.1, 0.35, 0.6, 0.8])
         session = runtime.new_session()
         session.prefill(prompt.document_ids)

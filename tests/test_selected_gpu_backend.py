@@ -55,14 +55,39 @@ def by_number(q, view, digest, *, out, **_):
 def test_few_pages_agree_with_the_torch_backend(folder, scores, share, monkeypatch):
     monkeypatch.setattr("longrun.runtime.backend.score_pages", by_number)
     fused, plain = engines(folder, scores, share, select=5, kernels=replace(reference_kernels(), score_pages=by_number))
+    rows = [decoded(engine) for engine in (fused, plain)]
     fetched = fused.attention.decode._host_parts
     assert not any(fetched(idx, pages) for idx, (pages, _) in enumerate(fused.cache.layers) if pages is not None)
-    rows = [decoded(engine) for engine in (fused, plain)]
     fused.cache.check()
     assert share == 1.0 or fused.cache.spec.host_pages
     assert rms_ratio(*rows) < 8 * TOLERANCE
     dense = decoded(engines(folder, scores, share)[1])
     assert rms_ratio(rows[0], dense) > 20 * TOLERANCE
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_short_texts_are_read_whole(folder, share, ahead):
+    """Up to 512 tokens heads have six pages, and steps select from seven on; host pages are fetched until then."""
+
+    def written(engine, count, stop):
+        engine.run(IDS[:count])
+        rows, selected = [], []
+        for token in IDS[count:stop].tolist():
+            rows.append(engine.run_one(token, ahead))
+            selected.append(engine.attention.decode._selects)
+        return torch.stack(rows), selected
+
+    dense, some = (engines(folder, "full", share, select=select, select_from=7)[0] for select in (None, 5))
+    (expected, _), (found, selected) = (written(engine, 400, 540) for engine in (dense, some))
+    assert torch.equal(found[:112], expected[:112]) and not torch.equal(found[112:], expected[112:])
+    if not ahead:  # a step launched ahead is the one after
+        assert selected == [False] * 112 + [True] * 28
+    forced, some = (engines(folder, "full", share, select=5, select_from=begin)[0] for begin in (0, 7))
+    (expected, _), (found, selected) = (written(engine, 520, 560) for engine in (forced, some))
+    assert torch.equal(found, expected) and all(selected)
+    dense.run(IDS[540:541])
+    assert dense.cache.seq_len == 541
 
 
 def test_pages_are_read_where_they_stand(folder):

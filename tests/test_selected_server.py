@@ -21,7 +21,8 @@ def test_tokens_of_answers_select_pages(tmp_path: Path, monkeypatch: pytest.Monk
     messages = user("a longer text " * 60)  # 860 tokens, so twelve pages
     for select, read in ((5, [5, 5, 5]), ("off", None)):
         chosen.clear()
-        with serve(save_chat_model(tmp_path / str(select), head_dim=64), kv_format="k5v3", select=select) as served:
+        options = {"kv_format": "k5v3", "select": select, "select_from": 0}
+        with serve(save_chat_model(tmp_path / str(select), head_dim=64), **options) as served:
             for _ in range(2):  # the second time the prompt is there already
                 served.client().chat.completions.create(model=NAME, messages=messages, max_tokens=20)
         # of 20 tokens the last is not taken in, and a prompt's never select: three layers of 19 steps

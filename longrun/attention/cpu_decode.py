@@ -29,6 +29,7 @@ class CpuDecode(FusedDecode):
     Attributes:
         state: what the token is.
         calls: where `decode` puts the calls that attend; whoever runs them sets it before.
+        selects: whether those calls select pages; set before, too.
     """
 
     def __init__(self, attention: TorchAttention, compute_dtype: torch.dtype, kernels: CpuKernels) -> None:
@@ -43,6 +44,11 @@ class CpuDecode(FusedDecode):
         self._q, self._result = torch.zeros(2, *shape, dtype=compute_dtype)
         self._out, self._lse = torch.zeros(shape), torch.zeros(self._spec.num_qo_heads)
         self.calls: list[Callable[[], object]] = []
+        self.selects = False
+
+    def selects_at(self, start: int) -> bool:
+        """Whether the step of the token at position `start` selects pages."""
+        return self._spec.selects_with(self.cache.spec.page_format.pooled_pages(start + 1))
 
     def begin_decode(self, start: int, cos: np.ndarray, sin: np.ndarray) -> None:
         """Make room for the token at position `start`, the cache's length, and describe it.
@@ -98,7 +104,8 @@ class CpuDecode(FusedDecode):
             return
         exact = ExactTokens(pages.sink_k, pages.sink_v, pages.tail_k, pages.tail_v, self.state.lengths)
         view, selector = self.cache.view(layer_idx), self._attention.selector
-        if selector is not None:
+        if self.selects:
+            assert selector is not None
             if self._spec.group <= CPU_MAX_GROUP:
                 self.calls += selector.prepare(self._kernels.select, q, view, pages)
             else:

@@ -27,12 +27,12 @@ from longrun.specs.attention_spec import AttentionSpec
 class CudaDecode(FusedDecode):
     """One token's attention over a `DualCache` with quantized pages; all buffers are allocated here.
 
-    Pages on the device are read in place; pages in host memory are fetched ahead of the layer that needs them. Where
-    pages are selected, those in host memory are read in place, or with a hot pool through it.
+    Pages on the device are read in place; pages in host memory are fetched ahead of the layer that needs them. In a
+    pass that selects pages, those in host memory are read in place, or with a hot pool through it.
 
     Args:
         fetcher: brings host pages to the device.
-        selector: chooses the pages that are read; None reads all.
+        selector: chooses the pages that a pass which selects reads; None: no pass does.
         compute_dtype: of the projection's output and of the result.
 
     Attributes:
@@ -50,6 +50,7 @@ class CudaDecode(FusedDecode):
         self._rotates_values = fmt.rotates_values
         self._signs = random_signs(spec.head_dim).to(device) if fmt.rotates_keys else None
         self._fetched: Iterator[PageView] = iter(())
+        self._selects = False
         self.state = DecodeState(spec.head_dim, device)
         shape = (spec.num_qo_heads, spec.head_dim)
         self._q = torch.zeros(shape, dtype=compute_dtype, device=device)
@@ -87,12 +88,24 @@ class CudaDecode(FusedDecode):
         cache.describe(start + 1)
         self.state.fill(token_id, cache.place_of(start), cos, sin)
 
-    def decode_pass(self, layers: Callable[[Callable[..., Tensor]], Tensor]) -> Tensor:
+    @property
+    def passes(self) -> tuple[bool, ...]:
+        """What `selects` of `decode_pass` may be."""
+        return (False,) if self._selector is None else (False, True)
+
+    def selects_at(self, start: int) -> bool:
+        """Whether the pass of the token at position `start` selects pages."""
+        return self._spec.selects_with(self.cache.spec.page_format.pooled_pages(start + 1))
+
+    def decode_pass(self, layers: Callable[[Callable[..., Tensor]], Tensor], selects: bool) -> Tensor:
         """Run `layers` with this backend's decode, host pages being fetched ahead from layer to layer.
 
         Args:
             layers: called with `FusedDecode.decode`; must call it once a layer, in order.
+            selects: the pass reads selected pages, without fetching any, instead of all.
         """
+        assert selects in self.passes
+        self._selects = selects
         host_views = (
             part
             for layer_idx, (pages, _) in enumerate(self.cache.layers)
@@ -108,7 +121,7 @@ class CudaDecode(FusedDecode):
         """The layer's pages on the host that are fetched, as many at a time as are fetched at once: as many parts as
         there may ever be, since a graph is captured once."""
         most = self.cache.spec.host_pages_per_head
-        if not most or self._selector is not None:
+        if not most or self._selects:
             return []
         per_round, view = self._fetcher.per_round(pages.num_heads), self.cache.view(layer_idx, HOST)
         return [view.part(first, per_round) for first in range(0, most, per_round)]
@@ -146,7 +159,8 @@ class CudaDecode(FusedDecode):
             self._kernels.decode_attention, q, softmax_scale=self._softmax_scale, workspace=self._workspaces[heads]
         )
         exact = ExactTokens(pages.sink_k, pages.sink_v, pages.tail_k, pages.tail_v, self.state.lengths)
-        if self._selector is not None:
+        if self._selects:
+            assert self._selector is not None
             view = self.cache.view(layer_idx)
             self._selector.choose(q, view, pages)
             decode(self._through_hot_pool(layer_idx, self._selector.chosen(view)), exact, out=out, lse=lse)

@@ -4,6 +4,7 @@ compiled code."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from longrun.model.rope import RotaryTable
 
 
 class DecodeCalls:
-    """The decoder's step for a single token.
+    """The decoder's step for a single token. Where steps select pages there are two lists of calls, one that selects
+    and one that reads all: the token's position says which of them runs.
 
     Args:
         rotary: cos and sin in host memory.
@@ -28,11 +30,17 @@ class DecodeCalls:
         self._buffers: dict[int, Tensor] = {}
         self._hidden = torch.zeros(1, decoder.config.hidden_size, dtype=decoder.compute_dtype)
         self._threads = 0
-        self._logits = self._hidden
+        self._prepared: dict[bool, tuple[list[Callable[[], object]], Tensor]] = {}
 
-    def _prepare(self) -> None:
-        self._threads, self._attention.calls = torch.get_num_threads(), []
-        self._logits = self._decoder.layers_of_one(self._hidden, self._prepare_linear, self._attention.decode)
+    def _calls(self, selects: bool) -> tuple[list[Callable[[], object]], Tensor]:
+        """The calls of a step, with as many threads as now, and where they leave the logits."""
+        if self._threads != torch.get_num_threads():
+            self._threads, self._prepared = torch.get_num_threads(), {}
+        if selects not in self._prepared:
+            self._attention.calls, self._attention.selects = [], selects
+            logits = self._decoder.layers_of_one(self._hidden, self._prepare_linear, self._attention.decode)
+            self._prepared[selects] = self._attention.calls, logits
+        return self._prepared[selects]
 
     def _prepare_linear(self, x: Tensor, linear: Any, out: Tensor | None = None, **options: Any) -> Tensor:
         """`vector_linear`, later. Layers follow each other, so that one memory serves all results of a size."""
@@ -54,14 +62,13 @@ class DecodeCalls:
         Returns:
             float32 [vocab_size], a copy.
         """
-        if self._threads != torch.get_num_threads():
-            self._prepare()
         start = self._attention.cache.seq_len
+        calls, logits = self._calls(self._attention.selects_at(start))
         self._attention.begin_decode(start, *self._rotary.cos_sin_of(start, rope_seq_len))
         self._hidden.copy_(self._decoder.embedding_of(token_id))
-        for call in self._attention.calls:
+        for call in calls:
             call()
-        return self._logits[0].to(torch.float32, copy=True)
+        return logits[0].to(torch.float32, copy=True)
 
     def next_token_id(self) -> None:
         """The likeliest next token is not looked for."""

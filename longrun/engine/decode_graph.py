@@ -29,6 +29,10 @@ class DecodeGraph:
     token will: its slot in the tails and in the rings (there over a token that has just left every window); and it may
     bring pages to the hot pool, where it does not count.
 
+    Where steps select pages there are two graphs, one that selects and one that reads all: the token's position says
+    which of them runs. They use the same buffers, one after the other, and share the memory of what lives only within a
+    step.
+
     Args:
         decoder: with fused kernels.
         rotary: cos and sin in host memory.
@@ -45,7 +49,8 @@ class DecodeGraph:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._has_best = False
         self._ahead_at: int | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._selects = False  # the step that was launched last
+        self._captured: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._logits: Tensor | None = None
         if capture:
             self._capture()
@@ -55,21 +60,25 @@ class DecodeGraph:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # kernels are compiled and libraries set up before the capture
-            for _ in range(2):
-                self._forward()
+            for selects in self._attention.passes:
+                for _ in range(2):
+                    self._forward(selects)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = self._forward()
+        pool = torch.cuda.graph_pool_handle()
+        for selects in self._attention.passes:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                logits = self._forward(selects)
+            self._captured[selects] = graph, logits
 
     def _describe(self, token_id: int | None, start: int, rope_seq_len: int) -> None:
         cos, sin = self._rotary.cos_sin_of(start, rope_seq_len)
         self._attention.begin_decode(token_id, start, cos, sin)
 
-    def _forward(self) -> Tensor:
-        token_id = self._attention.state.token_id
-        logits = self._attention.decode_pass(lambda decode: self._decoder.forward_one(token_id, decode)).view(-1)
+    def _forward(self, selects: bool) -> Tensor:
+        token_id, attention = self._attention.state.token_id, self._attention
+        logits = attention.decode_pass(lambda decode: self._decoder.forward_one(token_id, decode), selects).view(-1)
         self._best.find(logits)
         return logits
 
@@ -92,11 +101,11 @@ class DecodeGraph:
         start = self._attention.cache.seq_len
         if self._ahead_at != start or self.next_token_id() != token_id:
             self._describe(token_id, start, rope_seq_len)
-            self._launch()
+            self._launch(start)
         self._ahead_at = None
         assert self._logits is not None
         logits = self._logits.clone()
-        if self._attention.cache.hot is not None:
+        if self._selects and self._attention.cache.hot is not None:
             self._attention.cache.hot.count_step()
         self._host_best.words.copy_(self._best.words, non_blocking=True)
         if self._copied is not None:
@@ -104,7 +113,7 @@ class DecodeGraph:
         self._has_best = True
         if ahead and self._attention.cache.takes_in_place(start + 1):
             self._describe(None, start + 1, rope_seq_len + 1)
-            self._launch()
+            self._launch(start + 1)
             self._ahead_at = start + 1
         return logits
 
@@ -125,15 +134,17 @@ class DecodeGraph:
         """Something else changed the cache: a step launched ahead does not count, the next token is unknown."""
         self._ahead_at, self._has_best = None, False
 
-    def _launch(self) -> None:
-        if self._graph is None:
-            self._logits = self._forward()
+    def _launch(self, start: int) -> None:
+        self._selects = self._attention.selects_at(start)
+        if self._captured:
+            graph, self._logits = self._captured[self._selects]
+            graph.replay()
         else:
-            self._graph.replay()
+            self._logits = self._forward(self._selects)
 
     def replay(self) -> None:
-        """The GPU's part of a step alone, for timing: every replay takes the token that the one before it found, at the
-        same place, so the newest token's keys and values are no longer that token's."""
-        assert self._graph is not None
+        """The GPU's part of the last step alone, for timing: every replay takes the token that the one before it found,
+        at the same place, so the newest token's keys and values are no longer that token's."""
+        assert self._captured
         self.invalidate()
-        self._graph.replay()
+        self._captured[self._selects][0].replay()

@@ -36,17 +36,19 @@ class Engine:
         cache: the sequence's dual cache.
         chunk_size: the most tokens of one forward pass in prefill.
         decode_step: runs the steps of a single token; without it they are chunks of one token.
-        selects: decode steps select pages. Chunks read all of them, so that one of a single token is no decode step.
+        selects_at: whether the decode step of the token at a position selects pages; without it none does. Chunks read
+            all of them, so that one of a single token is no decode step where that would select.
         sparse: the attention's, where chunks may be read sparsely.
     """
 
     def __init__(
         self, decoder: Decoder, rotary: RotaryTable, attention: Attention, cache: DualCache, chunk_size: int,
-        decode_step: DecodeGraph | DecodeCalls | None = None, selects: bool = False, sparse: SparsePast | None = None,
+        decode_step: DecodeGraph | DecodeCalls | None = None, selects_at: Callable[[int], bool] | None = None,
+        sparse: SparsePast | None = None,
     ) -> None:  # fmt: skip
         self.decoder, self.rotary, self.attention = decoder, rotary, attention
         self.cache, self.chunk_size = cache, chunk_size
-        self.decode_step, self._selects, self.sparse = decode_step, selects, sparse
+        self.decode_step, self._selects_at, self.sparse = decode_step, selects_at, sparse
         self._broken: str | None = None
         self._proven = False
 
@@ -87,7 +89,7 @@ class Engine:
         for size, is_sparse in chunk_lengths(start, len(token_ids), 1 if one_by_one else self.chunk_size, sparse):
             chunk = token_ids[done : done + size]
             with deferred_signals():
-                if one_by_one or (size == 1 and not self._selects):
+                if one_by_one or (size == 1 and not self._selects_next()):
                     forward = partial(self._forward_one, int(chunk), rope_seq_len)
                 else:
                     forward = partial(self._forward, chunk, rope_seq_len, all_positions, sparse=is_sparse)
@@ -170,6 +172,10 @@ class Engine:
             raise
         self.cache.advance(num_tokens)
         return logits
+
+    def _selects_next(self) -> bool:
+        """Whether a decode step would select pages."""
+        return self._selects_at is not None and self._selects_at(self.cache.seq_len)
 
     def _forward_one(self, token_id: int, rope_seq_len: int, ahead: bool = False) -> Tensor:
         if self.decode_step is None:

@@ -5,7 +5,7 @@
     [kv]      format = "k5v3", retrieval_ratio = 0.5, sink_size = 128, recent_size = 256, page_size = 64;
               kv_bytes = "8 GB" or "25%" instead of retrieval_ratio; keep = 700 or "system"
     [prefill] chunk_size = 32768, mode = "exact" or "sparse", mass = 0.95, dense_tokens = 131072
-    [decode]  pages_per_head = 128, "25%" or "off", selector = "top", hot_pool = "2 GB" or "off"
+    [decode]  pages_per_head = 128, "25%" or "off", selector = "top", select_from = 0, hot_pool = "2 GB" or "off"
 
 Everything but `[memory] gpu` may be left out; `Budget` says what it is then. `gpu` has no second name: on a CPU, too,
 it is the memory of the compute device (`Budget.device_bytes`).
@@ -48,7 +48,12 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "mass": "prefill_mass",
         "dense_tokens": "prefill_dense",
     },
-    "decode": {"pages_per_head": "pages_per_head", "selector": "selector", "hot_pool": "hot_pool"},
+    "decode": {
+        "pages_per_head": "pages_per_head",
+        "selector": "selector",
+        "select_from": "select_from",
+        "hot_pool": "hot_pool",
+    },
 }
 SYSTEM = "system"
 """What `keep` may say instead of a number: as many tokens as the system prompt has."""
@@ -85,6 +90,8 @@ class Budget:
         pages_per_head: the most pages of a retrieval head that a decode step reads, or a share of those that the head
             holds then, like "25%" (no fewer than 64), or "off". Default None: all.
         selector: which pages these are, one of `SELECTORS`. Default "top".
+        select_from: pages of a head from which on decode steps select; below so many all are read. Default None: from
+            where selecting saves time (`longrun.plan.crossover`); 0: always.
         hot_pool: bytes of a GPU's memory that keep the host pages which decode steps chose lately, or "off". Default
             None: host pages are read in place.
         source: file or name that error messages and the plan show.
@@ -110,6 +117,7 @@ class Budget:
     prefill_base: PrefillSpec = DEFAULT_PREFILL
     pages_per_head: int | str | None = None
     selector: str = DEFAULT_SELECTOR
+    select_from: int | None = None
     hot_pool: int | str | None = None
     source: str = "budget"
 
@@ -153,6 +161,8 @@ class Budget:
             else:
                 self._check_share_of_pages("pages_per_head")
         self._check_name("selector", SELECTORS, "selector")
+        if self.select_from is not None:
+            self._check_whole("select_from", 0)
         if self.hot_pool not in (None, OFF):
             if isinstance(self.hot_pool, str):
                 self._fail("hot_pool", 'is no number of bytes: write one, or "off"')

@@ -21,7 +21,7 @@ from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import NoFitError, make_plan
 from longrun.plan.prefill import add_prefill_options, budget_with_prefill
 from longrun.plan.report import print_plan
-from longrun.plan.selection import SELECT_HELP, parse_select
+from longrun.plan.selection import SELECT_FROM_HELP, SELECT_HELP, parse_select, parse_select_from
 from longrun.plan.shapes import SHAPES, config_of
 from longrun.plan.split import KEEP_HELP, KV_BYTES_HELP, budget_by_hand, choose_split, parse_keep
 from longrun.plan.times import predict
@@ -48,6 +48,7 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
     budget = budget.override(
         keep=None if options.keep is None else parse_keep(options.keep, "--keep"),
         pages_per_head=None if options.select is None else parse_select(options.select, "--select"),
+        select_from=None if options.select_from is None else parse_select_from(options.select_from, "--select-from"),
         hot_pool=None if options.hot_pool is None else parse_hot_pool(options.hot_pool, "--hot-pool"),
     )
     dense = options.prefill_dense
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-bytes", metavar="SIZE", help=KV_BYTES_HELP)
     parser.add_argument("--keep", metavar="N", help=f"{KEEP_HELP} (default: the budget's, else the head map's sinks)")
     parser.add_argument("--select", metavar="N|P%|off", help=f"{SELECT_HELP} (default: the budget's, else off)")
+    parser.add_argument("--select-from", metavar="N", help=SELECT_FROM_HELP)
     parser.add_argument("--hot-pool", metavar="SIZE|off", help=f"{HOT_POOL_HELP} (default: the budget's, else off)")
     add_prefill_options(parser)
     parser.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's)")

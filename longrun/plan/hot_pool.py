@@ -71,7 +71,7 @@ def hot_pool_notes(settings: PlanSettings, placement: Placement) -> tuple[str, .
     if not placement.cache.host_pages:
         why = "no page stands on the host"
     elif not placement.attention.selects:
-        why = "no head has more pages than a step reads"
+        why = "no step leaves out a page"
     else:
         why = "host pages are read in place here"
     return (f"the hot pool of {format_bytes(settings.hot_bytes)} is left out: {why}",)

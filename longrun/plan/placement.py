@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from longrun.config.model_config import ModelConfig
+from longrun.machine.speeds import DATA_SHEETS, Speeds
 from longrun.patterns.head_map import HeadSplit
+from longrun.plan.crossover import crossover_pages
 from longrun.quant.kv_format import QUANTIZED_KV_FORMATS, PageFormat
 from longrun.quant.weight_format import is_quantized
 from longrun.specs.attention_spec import DEFAULT_SCRATCH_TOKENS, AttentionSpec
@@ -85,6 +87,8 @@ class PlanSettings:
         marks: points of a session to come back to that have memory of their own.
         serves: for `longrun.server`, whose own libraries then have a line (on the CPU: other memory is not planned).
         selection: what a decode step reads of the pages; None is all.
+        select_from: pages of a head from which on it selects; None: from where that saves time.
+        speeds: of the GPU, for telling where that is.
         hot_bytes: device memory for host pages that were chosen lately, where the GPU's kernels select among some.
         prefill: which pages of the past a document's chunks read; None is all.
         bf16_product_copy: on the CPU, bytes an element that a bf16 product holds besides its result, see
@@ -107,6 +111,8 @@ class PlanSettings:
     marks: int = MARKS
     serves: bool = False
     selection: Selection | None = None
+    select_from: int | None = None
+    speeds: Speeds = DATA_SHEETS["H100"]
     hot_bytes: int = 0
     prefill: PrefillSpec | None = None
 
@@ -198,12 +204,25 @@ class Placement:
 
 def place(settings: PlanSettings, capacity: int) -> Placement:
     """Place a cache of `capacity` tokens: as many pages of every retrieval head on the device as it leaves room for,
-    the others (the oldest) on the host. Pages of finite reaches all stand on the device.
+    the others (the oldest) on the host. Pages of finite reaches all stand on the device. Where no step would select, as
+    reading all takes less time up to the capacity, pages have no digests.
 
     Raises:
         PlanError: more pages than page tables can name.
         ConfigError: a page format that cannot hold the model's heads.
     """
+    placement, selection, select_from = _place(settings, capacity), settings.selection, settings.select_from
+    if selection is None or not placement.attention.selects:
+        return placement
+    if select_from is None:
+        select_from = crossover_pages(placement.cache, selection, settings.device_type, settings.speeds)
+    if select_from > placement.attention.listed_pages:
+        placement = _place(replace(settings, selection=None), capacity)
+    selection = replace(selection, select_from=select_from)
+    return replace(placement, attention=replace(placement.attention, selection=selection))
+
+
+def _place(settings: PlanSettings, capacity: int) -> Placement:
     attention = _attention_spec(settings, capacity)
     cache = _cache_spec(settings, capacity, device_share=settings.device_share)
     if cache.host_pages:

@@ -17,13 +17,14 @@ from longrun.errors import InputError, PlanError, shortened
 from longrun.machine.processor import bf16_product_copy_bytes
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.budget import Budget
+from longrun.plan.crossover import data_sheet
 from longrun.plan.hot_pool import check_hot_bytes, hot_bytes_of, hot_pool_notes
 from longrun.plan.key_biases import key_bias_warnings
 from longrun.plan.placement import DEFAULT_WEIGHT_FORMAT, Placement, PlanItem, PlanSettings, place
 from longrun.plan.prefill import prefill_facts, prefill_notes, prefill_of
 from longrun.plan.reaches import allocated_split
 from longrun.plan.search import Suggestion, largest_capacity, shortfall, suggest
-from longrun.plan.selection import selection_of
+from longrun.plan.selection import select_from_of, selection_of
 from longrun.plan.split import ChosenSplit, choose_split
 from longrun.quant.kv_format import PageFormat
 from longrun.specs.attention_spec import AttentionSpec
@@ -236,6 +237,8 @@ def make_plan(
         marks=integer(marks, "marks", 1, MOST_MARKS),
         serves=serves,
         selection=selection,
+        select_from=select_from_of(budget),
+        speeds=data_sheet(budget.source),
         hot_bytes=hot_bytes_of(budget, selection),
         prefill=prefill_of(budget, config, device_type),
     )

@@ -17,6 +17,7 @@ from longrun.plan.search import MAX_CAPACITY
 from longrun.plan.times import predict
 from longrun.specs.attention_spec import AttentionSpec
 from longrun.specs.cache_spec import CacheSpec
+from longrun.specs.selection_spec import select_from_text
 from longrun.units import ALL_TOKENS, format_bytes, format_tokens
 
 _NOTE_WIDTH = 17  # with its padding; what is longer is wrapped
@@ -81,15 +82,18 @@ def selection_lines(attention: AttentionSpec) -> list[str]:
         return []
     selection, listed, most = attention.selection, attention.listed_pages, attention.most_read_pages
     least = f" (at least {selection.pages_per_head:,} pages)" if selection.share else ""
-    if not attention.selects:
+    if selection.pages_of(listed) == listed:
         return [
             f"a decoded token reads all pages: no head has more than {listed:,}, and select {selection.asked}{least} "
             f"allows so many"
         ]
+    if not attention.selects:
+        return [f"a decoded token reads all pages: no head has more than {listed:,}, and {select_from_text(selection)}"]
+    begin = f"; {select_from_text(selection)}" if selection.select_from else ""
     share = f"{selection.asked} of the pages that a head holds then{least}, " if selection.share else ""
     return [
         f"a decoded token reads {share}at most {most:,} of each retrieval head's {listed:,} pages, chosen by their "
-        f"digests"
+        f"digests{begin}"
     ]
 
 

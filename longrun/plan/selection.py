@@ -15,6 +15,10 @@ SELECT_HELP = (
     "for each token of an answer a retrieval head reads at most N pages, or P%% of those that it holds then (no fewer "
     "than 64), those that fit the query; off: all"
 )
+SELECT_FROM_HELP = (
+    "with --select: pages that a head must hold; below so many all are read (default: from where selecting saves time; "
+    "0: always select)"
+)
 SELECT_QUESTION_HELP = "with --select: questions, too, read the selected pages alone, a token at a time (default: all)"
 
 
@@ -36,6 +40,33 @@ def parse_select(select: int | str, what: str = "select") -> int | str:
             )
         select = int(select)
     return integer(select, what, LEAST_PAGES)
+
+
+def parse_select_from(pages: int | str, what: str = "select_from") -> int:
+    """Pages of a head from which on steps select; 0 is always.
+
+    Raises:
+        InputError: no whole number, or a negative one.
+    """
+    if isinstance(pages, str):
+        if not (pages.isascii() and pages.isdecimal() and len(pages) <= 15):
+            raise InputError(f"{what} {quoted(pages)} is no number of pages: write it like 2000, or 0 for always")
+        pages = int(pages)
+    return integer(pages, what)
+
+
+def select_from_of(budget: Budget) -> int | None:
+    """From how many pages on the budget's steps select; None: from where that saves time.
+
+    Raises:
+        InputError: given for steps that read all pages.
+    """
+    if budget.select_from is not None and budget.pages_per_head is None:
+        raise InputError(
+            f"select_from {budget.select_from:,} is for decode steps that select pages, and these read all: give "
+            f"select N as well"
+        )
+    return budget.select_from
 
 
 def selection_of(budget: Budget, config: ModelConfig, split: HeadSplit) -> Selection | None:

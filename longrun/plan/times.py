@@ -11,17 +11,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from longrun.machine.speeds import Speeds
+from longrun.plan.crossover import CPU_SCORE, LINK, select_seconds
 from longrun.plan.plan import Plan
 from longrun.quant.weight_format import is_quantized
 from longrun.specs.prefill_spec import TILE, PrefillSpec
 from longrun.units import format_bytes, format_seconds, format_tokens
 
 # On a GPU: the linears of a chunk, with norms, RoPE, rotation and the cache's work beside them; a chunk's attention
-# reaches what attention alone does. Of one token: the linears by format; what a layer's launches cost; host pages.
+# reaches what attention alone does. Of one token: the linears by format; what a layer's launches cost.
 _CHUNK_LINEARS = 0.72
 _TOKEN_LINEARS = {"bf16": 0.90, "int8": 0.83, "int4": 0.75, "nf4": 0.57}
 _LAYER_SECONDS = 20e-6
-_LINK = 0.92
 
 # On a CPU: one token's weights, of reading memory; bf16 and nf4 from single runs.
 _CPU_LINEARS = {"fp32": 0.76, "bf16": 0.50, "int8": 0.47, "int4": 0.43, "nf4": 0.36}
@@ -126,7 +126,7 @@ def _chunk_seconds(plan: Plan, speeds: Speeds, tokens: float, past: float, spars
     on_host = cache.keeping_heads * max(0.0, past - on_device) * page.payload_bytes / page.page_size
     link = passes * on_host / speeds.link_gb_s / 1e9
     seconds = linears + attention + moved / speeds.memory_gb_s / 1e9
-    return max(seconds, link / _LINK) if on_gpu else seconds + link
+    return max(seconds, link / LINK) if on_gpu else seconds + link
 
 
 def _tile_share(spec: PrefillSpec) -> float:
@@ -138,13 +138,18 @@ def token_seconds(plan: Plan, speeds: Speeds, seq_len: int) -> float:
     cache, work = plan.cache, plan.work
     memory = speeds.memory_gb_s * 1e9
     link = host_bytes(plan, seq_len) / speeds.link_gb_s / 1e9
+    held = cache.held_pages(seq_len)
+    unread = held - _read_pages(plan, seq_len)
     if plan.device_type == "cuda":
         linears = work.linear_bytes / _TOKEN_LINEARS[plan.weight_format]
-        others = work.other_bytes + cache.filled_bytes(seq_len) - _unread_bytes(plan, seq_len)
-        return max((linears + others) / memory + cache.num_layers * _LAYER_SECONDS, link / _LINK)
+        others = work.other_bytes + cache.filled_bytes(seq_len) - unread * cache.page_format.page_bytes
+        seconds = (linears + others) / memory + cache.num_layers * _LAYER_SECONDS
+        if unread:  # chosen pages are read from the host where attention waits for them
+            return seconds + select_seconds(cache, held, speeds.memory_gb_s) + link / LINK
+        return max(seconds, link / LINK)
     group = plan.attention.num_qo_heads // plan.attention.num_kv_heads
-    unread = (cache.held_pages(seq_len) - _read_pages(plan, seq_len)) * cache.page_format.page_size
-    pairs = group * (cache.paged_tokens(seq_len) - unread + cache.ring_tokens(seq_len))
+    spared = (unread - (CPU_SCORE * held if unread else 0)) * cache.page_format.page_size
+    pairs = group * (cache.paged_tokens(seq_len) - spared + cache.ring_tokens(seq_len))
     attention = 4 * cache.page_format.head_dim * pairs / speeds.attention_tflops / 1e12
     weights = (work.linear_bytes + work.other_bytes) / memory / _CPU_LINEARS[plan.weight_format]
     return weights + attention + link
@@ -164,10 +169,3 @@ def _read_pages(plan: Plan, seq_len: int) -> int:
     selection = plan.attention.selection
     held = plan.cache.held_pages(seq_len)
     return held if selection is None else plan.cache.read_pages(seq_len, selection)
-
-
-def _unread_bytes(plan: Plan, seq_len: int) -> int:
-    """Bytes of the pages that a token leaves out, less those of the digests by which they are chosen."""
-    cache, held = plan.cache, plan.cache.held_pages(seq_len)
-    digests = 0 if cache.digest is None else held * cache.digest.page_bytes
-    return (held - _read_pages(plan, seq_len)) * cache.page_format.page_bytes - digests

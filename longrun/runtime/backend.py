@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,16 +62,21 @@ def build_engine(parts: Parts, plan: Plan) -> Engine:
     decoder = parts.decoder
     cache = DualCache(plan.cache, decoder.device)
     _check_bytes(cache, plan)
-    kernels, selector, selects = parts.cpu_kernels, None, plan.attention.selects
-    if selects:
+    kernels, selector, selects_at = parts.cpu_kernels, None, _selects_at(plan)
+    if plan.attention.selects:
         selector = PageSelector(plan.attention, decoder.device, score_pages, choose_pages)
     if kernels is None:
         attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, None, selector)
-        return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, None, selects, attention.sparse)
+        return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, None, selects_at, attention.sparse)
     attention = TorchAttention(cache, plan.attention, decoder.compute_dtype, kernels.pages, selector)
     decode = CpuDecode(attention, decoder.compute_dtype, kernels)
     calls = DecodeCalls(decoder, parts.rotary_host, decode, kernels.linear)
-    return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, calls, selects, attention.sparse)
+    return Engine(decoder, parts.rotary, attention, cache, plan.chunk_size, calls, selects_at, attention.sparse)
+
+
+def _selects_at(plan: Plan) -> Callable[[int], bool]:
+    """Whether the decode step of the token at a position selects pages."""
+    return lambda start: plan.attention.selects_with(plan.cache.page_format.pooled_pages(start + 1))
 
 
 def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
@@ -94,7 +99,7 @@ def _build_gpu_engine(parts: Parts, plan: Plan) -> Engine:
     with _naming_kernels():
         graph = DecodeGraph(decoder, parts.rotary_host, attention.decode, capture=kernels.on_gpu)
         engine = Engine(
-            decoder, parts.rotary, attention, cache, plan.chunk_size, graph, plan.attention.selects, attention.sparse
+            decoder, parts.rotary, attention, cache, plan.chunk_size, graph, _selects_at(plan), attention.sparse
         )
         if kernels.on_gpu:
             _reserve_activations(plan)

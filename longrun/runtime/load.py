@@ -31,7 +31,7 @@ from longrun.plan.hot_pool import parse_hot_pool
 from longrun.plan.kernels import check_kernel_shapes
 from longrun.plan.plan import ChosenSplit, Plan, choose_split, make_plan
 from longrun.plan.prefill import budget_with_prefill
-from longrun.plan.selection import parse_select
+from longrun.plan.selection import parse_select, parse_select_from
 from longrun.plan.split import budget_by_hand, parse_keep
 from longrun.runtime import gpu_checks
 from longrun.runtime.auto_head_map import DEFAULT_RATIO, AutoHeadMap, assumed_losses, auto_head_map, kept_folder
@@ -68,6 +68,7 @@ def load(
     kv_bytes: int | str | None = None,
     keep: int | str | None = None,
     select: int | str | None = None,
+    select_from: int | None = None,
     hot_pool: int | str | None = None,
     prefill: PrefillSpec | str | None = None,
     prefill_mass: float | None = None,
@@ -114,6 +115,8 @@ def load(
         select: pages of every retrieval head that a decode step reads, at most, or a share of those that it holds then,
             like "25%" (no fewer than 64): those that fit its query; "off" for all. It changes nothing of how texts are
             read. Default: the budget's (off where it says nothing).
+        select_from: pages that a head which keeps all tokens must hold for steps to select; below so many all are read.
+            0: always. Default: the budget's, else from where selecting saves time.
         hot_pool: bytes (or a text like "2 GB") of a GPU's memory that keep the host pages which `select` chose lately;
             "off": they are read in place, as they are elsewhere. Changes no answer. Default: the budget's, else off.
         prefill: "sparse", or a `PrefillSpec`: of a long document most chunks read only the pages of the past that hold
@@ -175,6 +178,7 @@ def load(
     limits = limits.override(
         keep=None if keep is None else parse_keep(keep),
         pages_per_head=None if select is None else parse_select(select),
+        select_from=None if select_from is None else parse_select_from(select_from),
         hot_pool=None if hot_pool is None else parse_hot_pool(hot_pool),
     )
     limits = budget_with_prefill(limits, prefill, prefill_mass, prefill_dense)

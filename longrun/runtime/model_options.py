@@ -12,7 +12,7 @@ from longrun.arguments import COUNT, SHARE
 from longrun.hub.find import MODEL_HELP, add_download_option, add_yarn_option
 from longrun.plan.hot_pool import HOT_POOL_HELP, parse_hot_pool
 from longrun.plan.prefill import add_prefill_options
-from longrun.plan.selection import SELECT_HELP, parse_select
+from longrun.plan.selection import SELECT_FROM_HELP, SELECT_HELP, parse_select, parse_select_from
 from longrun.plan.split import KEEP_HELP, KV_BYTES_HELP, parse_keep
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
@@ -58,6 +58,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "budget's, else the head map's sinks)",
     )  # fmt: skip
     model.add_argument("--select", metavar="N|P%|off", help=f"{SELECT_HELP} (default: the budget's, else off)")
+    model.add_argument("--select-from", metavar="N", help=SELECT_FROM_HELP)
     model.add_argument("--hot-pool", metavar="SIZE|off", help=f"{HOT_POOL_HELP} (default: the budget's, else off)")
     add_prefill_options(model)
     model.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's, else {DEFAULT_KV_FORMAT})")
@@ -111,6 +112,7 @@ def load_model(
         kv_bytes=args.kv_bytes,
         keep=None if args.keep is None else parse_keep(args.keep, "--keep"),
         select=None if args.select is None else parse_select(args.select, "--select"),
+        select_from=None if args.select_from is None else parse_select_from(args.select_from, "--select-from"),
         hot_pool=None if args.hot_pool is None else parse_hot_pool(args.hot_pool, "--hot-pool"),
         prefill=args.prefill,
         prefill_mass=args.prefill_mass,

@@ -13,7 +13,7 @@ from longrun.engine.engine import Engine
 from longrun.errors import InputError, quoted, short_path
 from longrun.patterns.head_map import HeadMap, HeadSplit
 from longrun.plan.hot_pool import parse_hot_pool
-from longrun.plan.selection import parse_select
+from longrun.plan.selection import parse_select, parse_select_from
 from longrun.plan.split import parse_keep
 from longrun.runtime.backend import build_engine
 from longrun.runtime.derive import derived
@@ -200,6 +200,7 @@ class Runtime:
         kv_bytes: int | str | None = None,
         keep: int | str | None = None,
         select: int | str | None = None,
+        select_from: int | None = None,
         hot_pool: int | str | None = None,
         prefill: PrefillSpec | str | None = None,
         prefill_mass: float | None = None,
@@ -222,8 +223,8 @@ class Runtime:
                 `longrun.load`. Without it reaches stay as they are here; with a `split` or ratio every head kept keeps
                 all tokens.
             keep: first tokens that no head drops, see `longrun.load`; not "system".
-            select, hot_pool: pages of every retrieval head that a decode step reads, and the memory for those of them
-                that stand on the host, or "off"; see `longrun.load`.
+            select, select_from, hot_pool: pages of every retrieval head that a decode step reads, from how many on, and
+                the memory for those of them that stand on the host; see `longrun.load`.
             prefill, prefill_mass, prefill_dense: how long documents are read, see `longrun.load`.
 
         Raises:
@@ -236,10 +237,11 @@ class Runtime:
         if isinstance(kept, str):
             raise InputError(f"keep {kept} is counted while a model is loaded: give a number of tokens")
         chosen = None if select is None else parse_select(select)
+        begin = None if select_from is None else parse_select_from(select_from)
         hot = None if hot_pool is None else parse_hot_pool(hot_pool)
         return Runtime(
             derived(
-                self._setup, split, retrieval_ratio, kv_bytes, kv_format, chunk_size, capacity, kept, chosen, hot,
-                prefill, prefill_mass, prefill_dense,
+                self._setup, split, retrieval_ratio, kv_bytes, kv_format, chunk_size, capacity, kept, chosen, begin,
+                hot, prefill, prefill_mass, prefill_dense,
             )
         )  # fmt: skip

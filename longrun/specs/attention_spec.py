@@ -80,12 +80,17 @@ class AttentionSpec:
 
     @property
     def selects(self) -> bool:
-        """Whether a head may ever have more pages than a decode step reads."""
+        """Whether a decode step may ever read fewer pages than a head has."""
         return self.leaves_out(self.listed_pages)
 
     def leaves_out(self, num_pages: int) -> bool:
         """Whether a decode step reads fewer than `num_pages` pages of a head that holds so many."""
-        return self.selection is not None and self.selection.pages_of(num_pages) < num_pages
+        selection = self.selection
+        return selection is not None and selection.selects_at(num_pages) and selection.pages_of(num_pages) < num_pages
+
+    def selects_with(self, num_pages: int) -> bool:
+        """Whether the step of a cache with a selector selects, where a head that keeps every token has `num_pages`."""
+        return self.selects and self.selection is not None and self.selection.selects_at(num_pages)
 
     @property
     def most_read_pages(self) -> int:

@@ -225,7 +225,9 @@ class CacheSpec:
         return self.keeping_heads * self.page_format.pooled_pages(seq_len) + finite
 
     def read_pages(self, seq_len: int, selection: Selection) -> int:
-        """Pages of all heads that a decode step reads at `seq_len` tokens where it selects."""
+        """Pages of all heads that a decode step reads at `seq_len` tokens."""
+        if not selection.selects_at(self.page_format.pooled_pages(seq_len)):
+            return self.held_pages(seq_len)
         finite = sum(selection.pages_of(reach.held_pages(seq_len)) for reach in self._finite)
         return self.keeping_heads * selection.pages_of(self.page_format.pooled_pages(seq_len)) + finite
 

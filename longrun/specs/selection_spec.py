@@ -16,6 +16,7 @@ SELECTORS = ("top",)
 DEFAULT_SELECTOR, DEFAULT_LAM, DEFAULT_NEWEST = "top", 0.25, 4
 SHARE_STEPS = 10_000  # of a head's pages: a share is a whole number of them
 SHARE_LEAST_PAGES = 64  # that a head reads where a share of its pages is fewer
+NEVER = 2**31 - 1  # as `select_from`: selecting saves no time at any length
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Selection:
     """A decoded token reads at most `pages_per_head` pages of every retrieval head, or with `share` that part of the
     pages which the head holds then, where it is more; chosen by their digests.
 
-    A head that holds no more pages than that reads all of them, which is the same answer as without selection. Where
-    nothing selects, there is None in place of a `Selection`.
+    A head that holds no more pages than that reads all of them, which is the same answer as without selection; so do
+    all heads where those that keep every token hold fewer than `select_from`. Where nothing selects, there is None in
+    place of a `Selection`.
 
     Attributes:
         pages_per_head: pages that a head reads at most, `newest` included; more than `newest`.
@@ -32,6 +34,7 @@ class Selection:
         lam: how much of a group's range counts beside its mean (`quant.digest_format`); 0 counts only the mean.
         newest: how many of the newest pages are always read.
         share: 0 to 1, in hundredths of a percent; the number of pages is rounded up.
+        select_from: pages from which on steps select; 0: always.
 
     Raises:
         InputError: a value out of its range, or an unknown selector.
@@ -42,6 +45,7 @@ class Selection:
     lam: float = DEFAULT_LAM
     newest: int = DEFAULT_NEWEST
     share: float = 0.0
+    select_from: int = 0
 
     def __post_init__(self) -> None:
         integer(self.newest, "newest")
@@ -49,6 +53,7 @@ class Selection:
         choice(self.selector, "selector", SELECTORS)
         number(self.lam, "lam", 0)
         number(self.share, "share", 0, 1)
+        integer(self.select_from, "select_from")
 
     @classmethod
     def of_share(cls, share: float, selector: str = DEFAULT_SELECTOR) -> Selection:
@@ -65,8 +70,12 @@ class Selection:
         """As `--select` says it."""
         return f"{100 * self.share:g}%" if self.share else f"{self.pages_per_head:,}"
 
+    def selects_at(self, num_pages: int) -> bool:
+        """Whether a step selects, by the pages of a head that keeps every token."""
+        return num_pages >= self.select_from
+
     def pages_of(self, held: int) -> int:
-        """Pages that a head reads of `held`."""
+        """Pages that a head reads of `held` where a step selects."""
         return min(held, max(self.pages_per_head, -(-held * self.share_steps // SHARE_STEPS)))
 
     def digest_format(self, page_format: PageFormat) -> DigestFormat:
@@ -90,6 +99,13 @@ def pages_text(selection: Mapping[str, Any] | None) -> str:
         return "all pages a head"
     share = selection.get("share")
     return f"{100 * share:g}% of the pages a head" if share else f"{selection['pages_per_head']:,} pages a head"
+
+
+def select_from_text(selection: Selection) -> str:
+    """From which length on steps select, in words."""
+    if selection.select_from == NEVER:
+        return "selecting saves no time at any length"
+    return f"steps select from {selection.select_from:,} pages a head on"
 
 
 def share_of_pages(text: object, what: str) -> float | None:

@@ -120,8 +120,8 @@ def load_runtime(
         prefill = PrefillSpec(least=args.prefill_share, cap=args.prefill_share)
     return longrun.load(
         args.model, budget, head_map, args.kv, args.weight_format, args.device, ctx=capacity, retrieval_ratio=ratio,
-        kv_bytes=args.kv_bytes, select=args.select, hot_pool=args.hot_pool, prefill=prefill,
-        prefill_mass=args.prefill_mass,
+        kv_bytes=args.kv_bytes, select=args.select, select_from=None if args.select is None else 0,
+        hot_pool=args.hot_pool, prefill=prefill, prefill_mass=args.prefill_mass,
         prefill_dense=None if dense is None else parse_dense_tokens(dense, "--prefill-dense"),
         chunk_size=args.chunk_size, yarn=yarn, **(hooks or {}),
     )  # fmt: skip

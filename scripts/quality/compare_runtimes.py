@@ -54,7 +54,7 @@ def comparison_budget(name: str | None, device: str | None, chunk_size: int | No
     budget = Budget.load(name or gpu_checks.default_budget(device)).override(chunk_size=chunk_size)
     budget = replace(
         budget, retrieval_ratio=None, sink_size=None, recent_size=None, keep=None, pages_per_head=None,
-        prefill_mode=None, prefill_mass=None, prefill_dense=None,
+        select_from=None, prefill_mode=None, prefill_mass=None, prefill_dense=None,
     )  # fmt: skip
     return budget if name else replace(budget, weight_format=None)
 
@@ -136,7 +136,7 @@ class Runtimes:
             return self._load(row, head_map, row.retrieval_ratio)
         return self._base(row, weights).derive(
             head_map, row.stored_kv, row.chunk_size, ctx=self._capacity, retrieval_ratio=row.retrieval_ratio,
-            keep=row.keep, select=row.select, prefill=row.sparse,
+            keep=row.keep, select=row.select, select_from=row.select_from, prefill=row.sparse,
         )  # fmt: skip
 
     def _weights(self, row: Row) -> str:
@@ -168,8 +168,9 @@ class Runtimes:
             if split is None:
                 return None
             made = base.derive(
-                split, row.stored_kv, row.chunk_size, ctx=capacity, select=row.select, prefill=row.sparse
-            )
+                split, row.stored_kv, row.chunk_size, ctx=capacity, select=row.select, select_from=row.select_from,
+                prefill=row.sparse,
+            )  # fmt: skip
             head_map = row.make_map(config.num_layers, config.num_kv_heads)
             assert isinstance(head_map, HeadMap)
             adapter = None if self._adapter is None else Path(self._adapter)
@@ -179,7 +180,7 @@ class Runtimes:
             head_map = row.make_map(config.num_layers, config.num_kv_heads)
             return base.derive(
                 head_map, row.stored_kv, row.chunk_size, ctx=capacity, retrieval_ratio=row.retrieval_ratio, keep=keep,
-                select=row.select, prefill=row.sparse,
+                select=row.select, select_from=row.select_from, prefill=row.sparse,
             )  # fmt: skip
         full = base.derive(_FULL, row.stored_kv, row.chunk_size, ctx=capacity)
         size, losses = row.bytes_at(full.plan.cache.kv_bytes), with_sinks(HeadMap.load(row.head_map), keep).reach_losses
@@ -189,12 +190,12 @@ class Runtimes:
             return None
         return base.derive(
             row.head_map, row.stored_kv, row.chunk_size, ctx=capacity, kv_bytes=size, keep=keep, select=row.select,
-            prefill=row.sparse,
+            select_from=row.select_from, prefill=row.sparse,
         )  # fmt: skip
 
     def _load(self, row: Row, head_map: HeadMap | str, ratio: float | None) -> Runtime:
         return longrun.load(
             self._folder, self._budget.override(chunk_size=row.chunk_size), head_map, row.stored_kv, row.weights,
             self._device, ctx=self._capacity, adapter=self._adapter, yarn=self._yarn, retrieval_ratio=ratio,
-            keep=row.keep, select=row.select, prefill=row.sparse,
+            keep=row.keep, select=row.select, select_from=row.select_from, prefill=row.sparse,
         )  # fmt: skip

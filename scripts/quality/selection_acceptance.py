@@ -116,7 +116,7 @@ def measure(
             for row, own in zip(rows[1:], judged[1:], strict=True):
                 del session, runtime
                 release_memory()
-                runtime = base.derive(ctx=capacity, select=row["pages"])
+                runtime = base.derive(ctx=capacity, select=row["pages"], select_from=0)
                 session = runtime.load_session(folder)
                 row["selection"] = selection_facts(session.plan)
                 found = predictions(session, text, written, args.select_question)

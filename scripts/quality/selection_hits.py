@@ -126,7 +126,7 @@ def measure(base: Runtime, texts: Sequence[AnsweredText], select: int, tokens: i
     for text in texts:
         choices = Choices()
         with choices.noted():
-            runtime = base.derive(ctx=capacity, select=select)
+            runtime = base.derive(ctx=capacity, select=select, select_from=0)
             session = runtime.new_session()
             for kind, pools in record(session, text, choices, [n * select for n in SIZES], tokens).items():
                 found[kind].append(pools)

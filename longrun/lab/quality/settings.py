@@ -152,6 +152,11 @@ class Row:
             if self.kv in QUANTIZED_KV_FORMATS or self.simulates is not None:
                 raise InputError(f"row {self.name}: evicting caches hold exact tokens: use kv bf16")
 
+    @property
+    def select_from(self) -> int | None:
+        """Steps of a row that selects do so at any length, also where reading all takes less time."""
+        return None if self.select is None else 0
+
     def _check_selection(self, kind: str) -> None:
         if self.select is None:
             if self.select_question:
