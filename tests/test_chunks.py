@@ -18,6 +18,8 @@ def test_by_hand():
     assert cut(0, 3000) == [(400, False)] * 3 + [(400, True)] * 3 + [(300, True), (300, False)]
     assert cut(1000, 2500) == [(400, True)] * 5 + [(200, True), (300, False)]
     assert cut(990, 1000) == [(400, False), (300, True), (300, False)]
+    from_the_first = PrefillSpec(dense_tokens=0, dense_end=300)
+    assert cut(0, 1500, spec=from_the_first) == [(400, False), (400, True), (400, True), (300, False)]
     assert cut(5000, 300) == [(300, False)]
     assert cut(5000, 300 + TILE) == [(TILE, True), (300, False)]
     assert cut(5000, 300 + TILE - 1) == [(400, False), (27, False)]  # less than a tile
