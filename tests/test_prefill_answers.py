@@ -73,9 +73,9 @@ def test_what_a_random_model_loses(tmp_path):
     assert 1e-6 < lost["50%"] < lost["20%"] and len(set(lost.values())) == len(names)
     assert abs(lost["20-100% mass 0.9"]) < lost["50%"]
     assert lost["20% + select 12"] > lost["exact + select 12"] > 1e-6
-    # chunks of two tiles begin at 256, ... 1280, with 2, 6, 10, 14 and 18 pages before them beside the sink page
+    # behind the first chunk, those of two tiles have 2, 6, 10, 14 and 18 pages before them beside the sink page
     assert row["20%"]["read_share"] == pytest.approx((2 + 2 + 2 + 2 + 3) / (2 + 6 + 10 + 14 + 18))
-    assert row["20%"]["sparse_tokens"] == 1501 - 50 and row["20%"]["prefill"]["cap"] == 0.2
+    assert row["20%"]["sparse_tokens"] == 1501 - 50 - 256 and row["20%"]["prefill"]["cap"] == 0.2
     assert row["exact fp32"]["kv_format"] == "fp32" and "prefill" not in row["exact fp32"]
     assert row["20% + select 12"]["selection"]["pages_per_head"] == 12
 
@@ -96,7 +96,7 @@ def test_script_runs(options, tmp_path, capsys):
     assert found["chunk"] == 512 and found["prose"] == 1 and len(found["lengths"][0]["text_tokens"]) == 2
     assert exact["setting"] == "exact" and few["known"] == exact["known"] >= 8 and few["kept"] <= few["known"]
     assert few["prefill"]["correct"] and 0.1 < few["read_share"] < 0.25 and few["caught_share"] < 0.9
-    assert few["sparse_tokens"] > 6000 and len(few["read_seconds"]) == len(exact["read_seconds"]) == 2
+    assert few["sparse_tokens"] > 5000 and len(few["read_seconds"]) == len(exact["read_seconds"]) == 2
     assert "10% correct" in capsys.readouterr().out
 
 
