@@ -68,6 +68,7 @@ _BUDGET = Budget(device_bytes=2 * 10**9, kv_format="fp32", weight_format="fp32",
 _TOML = (
     '[memory]\ngpu = "3 GB"\nhost = "0.5 GiB"\n[weights]\nformat = "int8"\n[kv]\nformat = "int4"\n'
     "retrieval_ratio = 0.5\nsink_size = 64\nrecent_size = 128\npage_size = 64\n[prefill]\nchunk_size = 256\n"
+    'mode = "sparse"\nmass = 0.9\ndense_tokens = 64\n'
 )
 _TOLERANCE = 2e-3
 
@@ -309,6 +310,9 @@ _FIELDS = {
     "kv.recent_size": "recent_size",
     "kv.page_size": "page_size",
     "prefill.chunk_size": "chunk_size",
+    "prefill.mode": "prefill_mode",
+    "prefill.mass": "prefill_mass",
+    "prefill.dense_tokens": "prefill_dense",
     "decode.pages_per_head": "pages_per_head",
     "decode.selector": "selector",
 }

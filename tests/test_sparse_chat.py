@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 
 import pytest
@@ -124,8 +125,11 @@ def test_asking_many_questions_tells_how_the_texts_were_read(planted, text_file,
     from longrun.chat.ask import Asker
     from longrun.chat.questions import Question
 
-    runner = make_runner(planted, prefill=SPEC)
-    asker = Asker(runner, lambda text: None, lambda text: None, False)
+    runner, lines = make_runner(planted, prefill=SPEC), []
+    asker = Asker(runner, lines.append, lambda text: None, True)
     assert asker.run([read_document(text_file)], [Question(ask(0)), Question(ask(1))])
-    said = runner._console.file.getvalue()
-    assert said.count("of them read sparsely (") == 2
+    assert runner._console.file.getvalue().count("of them read sparsely (") == 2
+    told = [json.loads(line)["prefill"] for line in lines]
+    assert told[0] == told[1] and told[0]["sparse_tokens"] == runner.session.sparse_tokens
+    assert told[0]["read"].keys() == {"pages_read", "pages", "read_share", "caught_share"}
+    assert told[0]["read"]["caught_share"] == runner.session.prefill_counts.caught_share

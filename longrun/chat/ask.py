@@ -75,8 +75,8 @@ class Asker:
         self._runner.tell(f"[{report.line()}; ended by {report.answer.stop_reason}]")
         if self._json:
             result = report.to_dict()
-            looked_at = {"looked_at": self._runner.looked_at()}
-            self._line(question, {name: result[name] for name in _REPORTED} | looked_at)
+            more = {"prefill": _without_heads(result["prefill"]), "looked_at": self._runner.looked_at()}
+            self._line(question, {name: result[name] for name in _REPORTED} | more)
         return report
 
     def _failed(self, question: Question | InputError, error: LongrunError) -> None:
@@ -86,3 +86,11 @@ class Asker:
 
     def _line(self, question: Question, result: dict[str, Any]) -> None:
         self._out(json.dumps({"question": question.text or None, "id": question.id, **result}) + "\n")
+
+
+def _without_heads(prefill: dict[str, Any] | None) -> dict[str, Any] | None:
+    """How the texts were read, without a table of all heads in every line."""
+    if prefill is None or prefill["read"] is None:
+        return prefill
+    read = {name: value for name, value in prefill["read"].items() if not name.endswith("_by_head")}
+    return prefill | {"read": read}

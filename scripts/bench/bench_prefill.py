@@ -17,7 +17,7 @@ from longrun.needles.needles import Haystack, NeedlePrompt, build_prompt, make_n
 from longrun.patterns.head_split import HeadSplit
 from longrun.plan.plan import Plan
 from longrun.runtime.runtime import Runtime
-from longrun.session.session import Progress
+from longrun.session.session import Progress, Session
 from longrun.specs.prefill_counts import PrefillCounts
 from longrun.specs.prefill_spec import TILE
 from longrun.units import ALL_TOKENS
@@ -102,17 +102,10 @@ def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceiling
         session.prefill(token_ids, progress=progress)
     else:
         answers = ask_needles(session, prompt, runtime, progress)
-    flops, sparsely = prefill_flops(runtime.config, runtime.split, len(token_ids)), {}
-    counts = session.prefill_counts
-    if counts is not None and before is not None:
-        counts = counts.since(before)
-        sparsely = {"read_sparsely": {"sparse_tokens": session.sparse_tokens, **counts.to_dict()}}
-        sparsely["dense_flops"], flops = flops, sparse_flops(flops, session.plan, counts)
     return {
         "tokens": len(token_ids),
         "chunk_size": session.plan.chunk_size,
-        **reading_rates(flops, len(token_ids), ends[-1] - start, ceilings),
-        **sparsely,
+        **session_rates(runtime, session, len(token_ids), ends[-1] - start, ceilings, before),
         "chunk_seconds": [end - begin for begin, end in zip([start, *ends], ends, strict=False)],
         "cache_bytes": session.cache_bytes,
         "memory": memory.measure(session.plan),
@@ -142,6 +135,22 @@ def reading_rates(flops: dict[str, float], num_tokens: int, seconds: float, ceil
         "tflops": tflops,
         "of_matmul": tflops / ceilings["matmul_tflops"],
         "of_matmul_and_attention": ideal_seconds(flops, ceilings) / seconds,
+    }
+
+
+def session_rates(
+    runtime: Runtime, session: Session, num_tokens: int, seconds: float, ceilings: dict, before: PrefillCounts | None
+) -> dict:
+    """`reading_rates` of a session that read `num_tokens`; where it read sparsely, by the operations that were done,
+    with what it has read since the counts `before`."""
+    flops, counts = prefill_flops(runtime.config, runtime.split, num_tokens), session.prefill_counts
+    if counts is None or before is None:
+        return reading_rates(flops, num_tokens, seconds, ceilings)
+    counts = counts.since(before)
+    return {
+        **reading_rates(sparse_flops(flops, session.plan, counts), num_tokens, seconds, ceilings),
+        "dense_flops": flops,
+        "read_sparsely": {"sparse_tokens": session.sparse_tokens, **counts.to_dict()},
     }
 
 

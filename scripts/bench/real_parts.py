@@ -27,7 +27,7 @@ from longrun.session.session import Session
 from longrun.specs.model_bytes import model_weight_bytes
 from scripts.bench.bench_common import MemoryWatch, describe, load_runtime, parse_lengths, peak_resident, synchronize
 from scripts.bench.bench_decode import WARM_TOKENS, decoded_tokens, floor, timed_decode
-from scripts.bench.bench_prefill import chunk_clock, prefill_flops, reading_rates
+from scripts.bench.bench_prefill import chunk_clock, prefill_flops, reading_rates, session_rates
 from scripts.bench.bench_transformers import TransformersPeer
 from scripts.bench.ceilings import measure_ceilings
 from scripts.bench.real_text import CodeChat, Question, as_questions, read_code
@@ -86,11 +86,10 @@ def read(runtime: Runtime, session: Session, token_ids: torch.Tensor, ceilings: 
     device, empty = session.cache.device, session.mark()
     session.prefill(token_ids if device.type == "cuda" else token_ids[:CPU_WARM_TOKENS])
     session.rewind(empty)
-    ends, progress = chunk_clock(device)
+    before, (ends, progress) = session.prefill_counts, chunk_clock(device)
     start = time.perf_counter()
     session.prefill(token_ids, progress=progress)
-    flops = prefill_flops(runtime.config, runtime.split, len(token_ids))
-    rates = reading_rates(flops, len(token_ids), ends[-1] - start, ceilings)
+    rates = session_rates(runtime, session, len(token_ids), ends[-1] - start, ceilings, before)
     return {"chunk_size": session.plan.chunk_size, **rates}
 
 
@@ -98,7 +97,7 @@ def answers(runtime: Runtime, session: Session, chat: CodeChat, length: int, arg
     """Ask what the text answers, always at the end of the text, where the session stands again afterwards."""
     mark = session.mark()
     for question in chat.asked(as_questions(args.question, args.expect), length):
-        session.prefill(chat.question_ids(question))
+        session.prefill(chat.question_ids(question), sparse=False)
         yield judged(question, "".join(runtime.stream(session, ANSWER_TOKENS)))
         session.rewind(mark)
     session.release(mark)

@@ -87,7 +87,9 @@ function draw(told) {
   const part = (name) => item.querySelector(`.${name}`);
   const unread = told.state === "queued" || told.state === "reading";
   part("state").textContent = STATES[told.state];
-  part("size").textContent = `${count(told.tokens)} tokens, ${bytes(told.bytes)}`;
+  const sparse = told.reading.sparse_tokens;
+  const how = sparse ? `, ${count(sparse)} of them read sparsely` : "";
+  part("size").textContent = `${count(told.tokens)} tokens${how}, ${bytes(told.bytes)}`;
   part("reading").hidden = !unread;
   Object.assign(part("bar"), { max: Math.max(told.tokens, 1), value: told.tokens_done });
   part("eta").textContent = `${count(told.tokens_done)} of ${count(told.tokens)} tokens${eta(past, told)}`;
