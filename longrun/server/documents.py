@@ -9,13 +9,14 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrun.errors import InputError, LongrunError, quoted
 from longrun.server.document_files import DocumentFiles, Record, storing
 from longrun.server.document_prompts import document_ids, text_of
+from longrun.server.document_state import FAILED, QUEUED, READING, READY, Document
 from longrun.server.jobs import Ask, Event, Failed, Finished, Job, Loaded, Progress, ReadSparsely, StoppedError
 from longrun.server.kept import KeptSession
 from longrun.server.openai_errors import RequestError
@@ -26,29 +27,6 @@ if TYPE_CHECKING:
     from longrun.runtime.runtime import Runtime
     from longrun.server.worker import Worker
     from longrun.text.chat_prompt import ChatPrompts
-
-QUEUED, READING, READY, FAILED = "queued", "reading", "ready", "failed"
-
-
-@dataclass
-class _Document:
-    """One document's state.
-
-    Attributes:
-        record, kept: what is on disk.
-        done: tokens that were read; sparse: those of them that were read sparsely.
-        error: why it failed.
-        job: the one that reads it.
-    """
-
-    name: str
-    record: Record
-    kept: KeptSession
-    state: str = QUEUED
-    done: int = 0
-    sparse: int = 0
-    error: str | None = None
-    job: Job | None = None
 
 
 class Documents:
@@ -79,7 +57,7 @@ class Documents:
         self._unpacked_bytes = unpacked_bytes
         self._files = DocumentFiles(folder)
         self._lock = threading.Lock()  # for files and for who stands in the table
-        self._table: dict[str, _Document] = {}
+        self._table: dict[str, Document] = {}
         try:
             for name, record in self._files.found().items():
                 self._table[name] = self._document(name, record)
@@ -169,19 +147,7 @@ class Documents:
         Raises:
             RequestError: there is none of this name.
         """
-        document = self._find(name)
-        return {
-            "object": "document",
-            "name": name,
-            "state": document.state,
-            "bytes": document.record.bytes,
-            "tokens": document.record.tokens,
-            "tokens_done": document.done,
-            "created": document.record.created,
-            "notices": document.record.notices,
-            "reading": _told_reading(document),
-            "error": document.error,
-        }
+        return self._find(name).told()
 
     def all(self) -> list[dict[str, Any]]:
         """The status of each, by name."""
@@ -240,7 +206,7 @@ class Documents:
                 "unsupported_value", "prefill",
             )  # fmt: skip
 
-    def _find(self, name: str) -> _Document:
+    def _find(self, name: str) -> Document:
         document = self._table.get(name)
         if document is None:
             raise RequestError(
@@ -248,10 +214,10 @@ class Documents:
             )
         return document
 
-    def _document(self, name: str, record: Record) -> _Document:
-        return _Document(name, record, KeptSession(name, self._files.session(name), self._lock))
+    def _document(self, name: str, record: Record) -> Document:
+        return Document(name, record, KeptSession(name, self._files.session(name), self._lock))
 
-    def _settle(self, document: _Document) -> None:
+    def _settle(self, document: Document) -> None:
         """The state of one that an earlier server has left; its own fault becomes its state."""
         record = document.record
         try:
@@ -264,19 +230,19 @@ class Documents:
         if record.ready and saved is not None and saved.manifest.num_tokens == record.tokens:
             document.state, document.done = READY, record.tokens
 
-    def _begins(self, old: _Document, text: str) -> bool:
+    def _begins(self, old: Document, text: str) -> bool:
         """Whether the text begins with the old one, so that its session can be continued; what failed is read anew."""
         try:
             return old.state != FAILED and text.startswith(self._files.text(old.name, old.record))
         except (LongrunError, OSError, ValueError):
             return False
 
-    def _retire(self, document: _Document) -> None:
+    def _retire(self, document: Document) -> None:
         document.kept.retired = True
         if document.job is not None:
             document.job.cancel()
 
-    def _submit(self, document: _Document, ids: list[int]) -> None:
+    def _submit(self, document: Document, ids: list[int]) -> None:
         def emit(event: Event) -> None:
             self._heard(document, event)
 
@@ -288,24 +254,21 @@ class Documents:
             document.state, document.error, document.job = FAILED, str(error), None
             raise
 
-    def _heard(self, document: _Document, event: Event) -> None:
+    def _heard(self, document: Document, event: Event) -> None:
         """On the worker's thread."""
         if isinstance(event, Progress):
             document.state, document.done = READING, event.processed
         elif isinstance(event, Loaded):
             event.report()
         elif isinstance(event, ReadSparsely):
-            document.sparse = event.tokens
-            held = document.record.sparse_counts or [0.0] * 4
-            counts = [one + more for one, more in zip(held, event.counts.sums, strict=True)]
-            document.record = replace(document.record, sparse_counts=counts)
+            document.read_sparsely(event)
         elif isinstance(event, Finished):
             self._finish(document)
         elif isinstance(event, Failed) and not isinstance(event.error, StoppedError):
             told = str(event.error) if isinstance(event.error, LongrunError) else "a defect of longrun stopped it"
             document.state, document.error, document.job = FAILED, told, None
 
-    def _finish(self, document: _Document) -> None:
+    def _finish(self, document: Document) -> None:
         with self._lock:
             if document.kept.retired:
                 return
@@ -317,14 +280,3 @@ class Documents:
                 document.state, document.error = FAILED, f"its record cannot be written ({error.strerror or error})"
                 return
             document.state = READY
-
-
-def _told_reading(document: _Document) -> dict[str, Any]:
-    """How it is read; shares of the past's pages and of the attention are of what was read sparsely, null before."""
-    read, pages, caught, rows = document.record.sparse_counts or [0.0] * 4
-    return {
-        "prefill": document.record.prefill,
-        "sparse_tokens": document.sparse,
-        "read_share": read / pages if pages else None,
-        "caught_share": caught / rows if rows else None,
-    }
