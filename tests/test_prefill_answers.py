@@ -83,7 +83,7 @@ def test_what_a_random_model_loses(tmp_path):
 @pytest.fixture(scope="module")
 def options(planted):
     return [
-        "--model", str(planted.path), "--device", "cpu", "--lengths", "4500", "--tokens", "24", "--chunk", "512",
+        "--model", str(planted.path), "--device", "cpu", "--lengths", "4500", "--tokens", "24", "--chunk", "600",
         "--dense-end", "64", "--floor", "4", "--kv", "k5v3",
     ]  # fmt: skip
 
@@ -111,3 +111,5 @@ def test_the_time_is_over(options, tmp_path):
 def test_nothing_is_read_sparsely(options):
     with pytest.raises(InputError, match=r"'10%' reads all of .* tokens in full"):
         prefill_answers.main([*options, "--prose", "0", "--settings", "10%", "--dense", "4300"])
+    with pytest.raises(InputError, match="--chunk 127 is less than a tile: give at least 128"):
+        prefill_answers.main([*options, "--chunk", "127"])

@@ -42,7 +42,7 @@ from longrun.plan.pages_read import selection_facts
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
-from longrun.specs.prefill_spec import EXACT, PrefillSpec
+from longrun.specs.prefill_spec import EXACT, TILE, PrefillSpec
 from longrun.units import parse_tokens
 from scripts.quality.compare import release_memory
 from scripts.quality.selection_runs import add_model_options, decoded_rows, load_unselected, run_facts, with_last_rows
@@ -230,7 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_model_options(parser)
     parser.add_argument("--prose", type=whole(), default=1, help="texts of prose, besides")
     parser.add_argument("--tokens", type=COUNT, default=512, help="of the document's end, predicted")
-    parser.add_argument("--chunk", default="8K", help="tokens read together; what lies before them is the past")
+    parser.add_argument(
+        "--chunk", default="8K", help="tokens read together, in whole tiles of 128; what lies before them is the past"
+    )
     parser.add_argument("--dense", default="0", metavar="TOKENS", help="chunks that begin before this token read all")
     parser.add_argument("--dense-end", type=COUNT, default=PrefillSpec.dense_end, help="newest tokens that read all")
     parser.add_argument("--floor", type=COUNT, default=PrefillSpec.floor, help="pages that a tile reads at least")
@@ -242,7 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     spec = PrefillSpec(dense_tokens=dense, dense_end=args.dense_end, floor=args.floor, least=0.0)
     names = [name.strip() for name in args.settings.split(";") if name.strip()]
     settings = [Setting.of(name, spec) for name in names if name != EXACT]
-    chunk = parse_tokens(args.chunk, "--chunk")
+    chunk = parse_tokens(args.chunk, "--chunk") // TILE * TILE
+    if not chunk:
+        raise InputError(f"--chunk {args.chunk} is less than a tile: give at least {TILE}")
     lengths, base = load_unselected(args)
     result: dict[str, Any] = {
         "benchmark": "prefill answers", **run_facts(args, base), "prose": args.prose, "chunk": chunk, "lengths": [],
