@@ -10,6 +10,7 @@ from longrun.attention.cuda_backend import CudaAttention
 from longrun.attention.interface import Step
 from longrun.attention.torch_backend import TorchAttention
 from longrun.cache.dual import DualCache
+from longrun.cache.page_movers import KernelPageMover
 from longrun.kernels.gpu_kernels import reference_kernels
 from longrun.quant.kv_format import PageFormat
 from longrun.specs.attention_spec import AttentionSpec
@@ -24,9 +25,10 @@ BACKENDS = ("torch", "cuda")
 
 def make(
     backend, prefill, capacity, kv="int4", device_share=1.0, page_size=16, reaches=((ALL_TOKENS,) * 3,), scratch=160,
-    dtype=torch.float32, chunk_size=None,
+    dtype=torch.float32, chunk_size=None, kernels=None, device="cpu",
 ):  # fmt: skip
-    """A backend with one row of `reaches` a layer: heads beyond them stream."""
+    """A backend with one row of `reaches` a layer: heads beyond them stream. The GPU's runs over reference kernels
+    where no others are given."""
     fmt = PageFormat(kv, page_size, DIM)
     pages, heads = fmt.pooled_pages(capacity), tuple(map(len, reaches))
     finite = any(reach < ALL_TOKENS for row in reaches for reach in row)
@@ -39,10 +41,12 @@ def make(
         fused=fused, fetch_table_pages=2 * pages * max(heads) if fused else 0, head_counts=len(set(heads)),
         num_layers=len(reaches), listed_pages=pages, prefill=prefill,
     )  # fmt: skip
-    cache = DualCache(spec, torch.device("cpu"))
-    if fused:
-        return CudaAttention(cache, shape, dtype, reference_kernels())
-    return TorchAttention(cache, shape, dtype, None)
+    if not fused:
+        return TorchAttention(DualCache(spec, torch.device(device)), shape, dtype, None)
+    kernels = kernels or reference_kernels()
+    mover = KernelPageMover(kernels.store_pages, kernels.copy_pages, kernels.digest_pages, kernels.on_gpu)
+    host = torch.zeros(spec.host_pages, fmt.payload_bytes, dtype=torch.uint8, pin_memory=kernels.on_gpu)
+    return CudaAttention(DualCache(spec, torch.device(device), mover, host), shape, dtype, kernels)
 
 
 def random_tokens(n, layers=1, seed=0):
