@@ -99,3 +99,22 @@ def page_values(scores: Tensor, meant: Tensor) -> Tensor:
     """
     totals = scores.where(meant[:, None], -torch.inf).logsumexp(dim=2, keepdim=True)
     return (scores - (totals / NORM_STEP).round() * NORM_STEP).amax(dim=1)
+
+
+def chosen_shares(scores: Tensor, view: PageView, pages: Tensor, counts: Tensor) -> Tensor:
+    """float32 [num_heads]: the share that the chosen pages have in the scored attention of each head, mean over its
+    queries; 1 for a head without pages. For statistics: it waits for the device, head by head.
+
+    Args:
+        scores: float32 [num_heads, group, max_entries], see `score_pages`.
+        view: the candidates that were scored.
+        pages, counts: int32, what `choose_pages` wrote.
+    """
+    shares = torch.ones(view.num_heads, device=scores.device)
+    begins, lengths, chosen = (numbers.tolist() for numbers in (view.begins, view.num_entries(), counts))
+    for head, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
+        if length:
+            listed = view.pages[head, begin + view.skip : begin + view.skip + length]
+            read = torch.isin(listed, pages[head, : chosen[head]])
+            shares[head] = (scores[head, :, :length].softmax(dim=1) * read).sum(dim=1).mean()
+    return shares

@@ -37,6 +37,33 @@ def test_as_long_as_all_pages_are_chosen_it_is_dense_attention(folder, kv):
     assert all(same[:flushes]) and not any(same[flushes:])
 
 
+@pytest.mark.parametrize("device_share", [1.0, 0.4])
+def test_short_texts_are_read_whole_by_a_graph_of_their_own(folder, device_share):
+    """Up to 512 tokens heads have six pages; steps select from seven on. A rewind goes back to the other graph."""
+    sessions = [after(folder, n, 460, select_from=f, device_share=device_share)[1] for n, f in ((None, None), (5, 7))]
+    marks = [session.mark() for session in sessions]
+    for _ in range(2):
+        rows = [session.score(IDS[460:600], one_by_one=True) for session in sessions]
+        assert torch.equal(rows[0][: 512 - 460], rows[1][: 512 - 460])
+        assert not torch.equal(rows[0][-1], rows[1][-1])
+        for session, mark in zip(sessions, marks, strict=True):
+            session.rewind(mark)
+    answers = [list(session.generate(50, eos=False)) for session in sessions]  # ahead
+    assert answers[0] == answers[1]
+    forced = after(folder, 5, 560, device_share=device_share)[1]
+    some = after(folder, 5, 560, select_from=7, device_share=device_share)[1]
+    assert torch.equal(*(session.score(IDS[560:600], one_by_one=True) for session in (forced, some)))
+
+
+def test_an_estimate_of_what_pages_hold_changes_no_answer(folder):
+    asked, other = (after(folder, 5, 500, device_share=0.4)[1] for _ in range(2))
+    for token in IDS[500:570]:
+        caught = asked.caught_mass()
+        assert (caught is None) == (asked.seq_len % 64 == 0) and (caught is None or 0 < caught.share < 1)
+        assert torch.equal(*(session.prefill(token[None], one_by_one=True) for session in (asked, other)))
+    asked.cache.check()
+
+
 @pytest.mark.parametrize("device_share", [1.0, 0.4, 0.0])
 def test_the_graph_chooses_what_the_references_choose(folder, device_share):
     """Of the last layer with pages, whose queries and buffers a step leaves behind."""

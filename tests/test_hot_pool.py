@@ -100,6 +100,20 @@ def test_a_step_thrown_away_counts_nothing_and_changes_no_answer(folder, right):
     ahead.cache.check()
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_estimate_of_what_pages_hold_counts_nothing_and_changes_no_answer(folder, ahead):
+    plain, asked = (engine_of(folder, SELECT + 1) for _ in range(2))
+    for engine in (plain, asked):
+        engine.run(IDS[:500])
+    for token in IDS[500:560].tolist():
+        shares = asked.caught_mass(token)
+        assert (shares is None) == (asked.cache.seq_len % 64 == 0)
+        assert shares is None or all(0 < share < 1 for heads in shares for share in heads)
+        assert torch.equal(plain.run_one(token), asked.run_one(token, ahead))
+    assert plain.cache.hot.counts().pages == asked.cache.hot.counts().pages
+    asked.cache.check()
+
+
 def test_steps_that_read_all_pages_count_nothing(folder):
     """Up to 512 tokens heads have six pages: below the seven from which on steps select."""
     engine = engine_of(folder, SELECT + 2, select_from=7)

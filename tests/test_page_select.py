@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from page_views import listed, scattered_view
-from selected_pages import CASES, Case, check_choice, make, poisoned_scores, random_scores
+from selected_pages import CASES, Case, check_choice, chosen_by_hand, make, poisoned_scores, random_scores
 
-from longrun.kernels.page_choose import Budget, choose_pages
+from longrun.kernels.page_choose import Budget, choose_pages, chosen_shares
 from longrun.kernels.page_score import score_pages
 from longrun.kernels.page_view import PageView, decode_attention, view_of_all
 from longrun.quant.digest_format import DigestFormat
@@ -167,6 +167,22 @@ def test_everything_chosen_reads_the_list_itself():
     made = replace(view, pages=pages_out, begins=torch.zeros_like(view.begins), counts=counts_out)
     q = torch.randn(2, 2, 64, generator=torch.Generator().manual_seed(0))
     assert all(map(torch.equal, decode_attention(q, made, None), decode_attention(q, view, None)))
+
+
+@pytest.mark.parametrize("part", [{}, {"skip": 3, "limit": 40}, {"shared": True}])
+def test_the_share_of_what_was_chosen(part):
+    """By hand, query by query; scores of other entries are NaN."""
+    view = scattered_view(PageFormat("int4", 64, 64), (60, 0, 7), **part)
+    scores = random_scores(view, 3)
+    pages, counts = torch.full((3, 12), -7, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    choose_pages(scores, view, budget=Budget(9), newest=2, pages_out=pages, counts_out=counts)
+    shares = chosen_shares(scores, view, pages, counts)
+    for head, numbers in enumerate(chosen_by_hand(view, scores, 9, 2)):
+        mass = scores[head, :, : len(every := listed(view, head))].double().exp()
+        read = [every.index(page) for page in numbers]
+        expected = (mass[:, read].sum(1) / mass.sum(1)).mean() if every else 1.0
+        assert shares[head].item() == pytest.approx(float(expected), rel=1e-5)
+    assert shares[0] < 0.95 and (shares[1] == 1 or part.get("shared"))
 
 
 def test_wrong_arguments_are_refused():

@@ -9,6 +9,7 @@ import pytest
 from chat_tokenizers import CHATML, byte_tokenizer
 from planted_chat import ask
 from rich.console import Console
+from test_chat_loop import Chat
 from test_conversation import ListSession, document
 
 import longrun
@@ -77,7 +78,18 @@ def test_a_question_is_read_token_by_token_where_that_is_asked_for(planted, text
     selection = report.to_dict()["selection"]
     assert (selection["pages_held"], selection["pages_read"], selection["share_of_tokens"]) == (held, 6, share)
     assert (selection["pages_per_head"], selection["selector"]) == (6, "top")
+    caught = selection["caught_mass"]
+    assert caught["estimated_by"] == "digests" and len(caught["by_layer"]) == runtime.plan.cache.num_layers
+    assert 0 < caught["share"] <= 1
     assert report.to_dict()["hot_pool"] is None and "hot pool" not in report.line()
+
+
+def test_stats_estimate_what_chosen_pages_hold(planted, text_file):
+    for select, said in ((6, True), ("off", False)):
+        chat = Chat(longrun.load(planted.path, ctx=4000, chunk_size=256, device="cpu", select=select, select_from=0))
+        told = chat.type(f"/file {text_file}", ask(0), "/stats")
+        assert ("pages that the next step chooses: they hold about" in told) == said
+        assert not said or "of the attention to pages, as digests estimate it" in told
 
 
 def test_statistics_of_the_hot_pool_are_those_of_the_answer(planted, text_file, monkeypatch):

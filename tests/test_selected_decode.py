@@ -10,6 +10,7 @@ import torch
 from tiny_models import save_tiny
 
 import longrun
+from longrun.engine.decode_calls import DecodeCalls
 from longrun.errors import ConfigError, InputError
 from longrun.kernels.cpu_select import CpuSelect
 from longrun.kernels.page_view import dequantize_pages
@@ -57,8 +58,11 @@ def after(runtime, count):
 
 def lists(runtime, session, layer_idx=0):
     """The page numbers that each head of the layer that ran last read."""
-    attention = runtime.engine(session).attention
-    chosen = attention.selector.chosen(session.cache.view(layer_idx))
+    return lists_of(runtime.engine(session).attention, session.cache.view(layer_idx))
+
+
+def lists_of(attention, view):
+    chosen = attention.selector.chosen(view)
     return [row[:count].tolist() for row, count in zip(chosen.pages, chosen.counts.tolist(), strict=True)]
 
 
@@ -345,6 +349,48 @@ def test_the_compiled_kernels_choose_what_the_references_choose(folder, tmp_path
     save_tiny(tmp_path, "llama", **SHAPE | {"hidden_size": 576}, num_attention_heads=9, num_key_value_heads=1)
     session = after(load(tmp_path, 8, "full"), 600)
     assert session.prefill(IDS[600:640], one_by_one=True).isfinite().all()
+
+
+@pytest.mark.parametrize(("compiled", "step"), [(True, DecodeCalls), (False, type(None))])
+def test_what_chosen_pages_are_estimated_to_hold(folder, compiled, step):
+    """By the scores and lists that the step itself leaves of the last layer; asking changes no answer."""
+    asked, other = (after(load(folder, 8, "full", compiled_kernels=compiled), 501) for _ in range(2))
+    assert isinstance(asked._engine.decode_step, step)
+    found = []
+    for _ in range(20):
+        caught = asked.caught_mass()
+        found.append(caught)
+        token = int(asked.logits.argmax())
+        rows = [session.prefill(torch.tensor([token]), one_by_one=True) for session in (asked, other)]
+        assert torch.equal(*rows)
+        if caught is not None:
+            attention = asked._engine.attention
+            scores, view = attention.selector._scores, asked.cache.view(2)
+            listed = view.pages[0, : int(view.counts[0])].tolist()
+            mass = scores[:3, :, : len(listed)].double().exp()
+            chosen = lists_of(attention, view)
+            expected = [
+                (of[:, [listed.index(page) for page in pages]].sum(1) / of.sum(1)).mean()
+                for of, pages in zip(mass, chosen, strict=True)
+            ]
+            assert caught.by_layer[2] == pytest.approx([float(share) for share in expected], rel=1e-4)
+            assert [len(heads) for heads in caught.by_layer] == [3, 3, 3] and 0.1 < caught.share < 0.99
+    asked.cache.check()
+    assert [caught is None for caught in found] == [(501 + n) % PAGE == 0 for n in range(20)]
+
+
+def test_what_is_not_estimated(folder):
+    session = load(folder, 8).new_session()
+    assert session.caught_mass() is None
+    session.prefill(IDS[:30])
+    assert (
+        after(load(folder), 500).caught_mass() is None
+        and after(load(folder, 8, select_from=40), 500).caught_mass() is None
+    )
+    every = after(load(folder, 40), 500).caught_mass()
+    assert every.share == pytest.approx(1) and every.line() == (
+        "they hold about 100.0% of the attention to pages, as digests estimate it"
+    )
 
 
 def test_an_attached_session_is_saved_once_after_tokens_read_one_by_one(folder, tmp_path, monkeypatch):

@@ -60,12 +60,12 @@ class CudaAttention:
             )
             self.sparse = SparsePast(spec, fmt.page_size, device, tiles)
         self._prefill_pages = PagedPrefill(spec, fmt, compute_dtype, device, used, fetcher, pads_chunks, self.sparse)
-        selector = None
+        self.selector: PageSelector | None = None
         if spec.selects:
             assert kernels.score_pages is not None and kernels.choose_pages is not None
             room = ChoiceWorkspace.empty(spec.max_retrieval_heads, spec.group, spec.listed_pages, device)
-            selector = PageSelector(spec, device, kernels.score_pages, kernels.choose_pages, room)
-        self.decode = CudaDecode(cache, spec, compute_dtype, kernels, fetcher, selector)
+            self.selector = PageSelector(spec, device, kernels.score_pages, kernels.choose_pages, room)
+        self.decode = CudaDecode(cache, spec, compute_dtype, kernels, fetcher, self.selector)
 
     def run(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """See `Attention.run`."""

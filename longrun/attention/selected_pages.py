@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from longrun.cache.pages import PagedHeads
-from longrun.kernels.page_choose import Budget
+from longrun.kernels.page_choose import Budget, chosen_shares
 from longrun.kernels.page_view import PageView
 from longrun.kernels.prepared_call import PreparedCall
 from longrun.specs.attention_spec import AttentionSpec
@@ -42,6 +43,7 @@ class PageSelector:
         heads, most = spec.max_retrieval_heads, spec.most_read_pages
         self._scores = torch.zeros(heads, spec.group, spec.listed_pages, device=device)
         self._pages = torch.zeros(heads, most, dtype=torch.int32, device=device)
+        self._watched: list[list[float]] | None = None
         self._begins, self._counts = torch.zeros(2, heads, dtype=torch.int32, device=device)
 
     @property
@@ -71,10 +73,29 @@ class PageSelector:
             scores, view, budget=self._budget, newest=selection.newest, pages_out=self._pages[:heads],
             counts_out=self._counts[:heads], **scratch,
         )  # fmt: skip
+        if self._watched is not None:
+            self._watch(view)
+
+    @contextmanager
+    def watched(self) -> Iterator[list[list[float]]]:
+        """While this is open, every layer that chooses leaves the shares of `chosen_shares` by head in the list: steps
+        that are run, or prepared and run, but not captured ones."""
+        self._watched = found = []
+        try:
+            yield found
+        finally:
+            self._watched = None
+
+    def _watch(self, view: PageView) -> None:
+        assert self._watched is not None
+        heads = view.num_heads
+        shares = chosen_shares(self._scores[:heads], view, self._pages[:heads], self._counts[:heads])
+        self._watched.append(shares.tolist())
 
     def prepare(self, select: CpuSelect, q: Tensor, view: PageView, pages: PagedHeads) -> list[PreparedCall]:
         """`choose` by the CPU's compiled kernels, as calls to be run for every token."""
         heads, selection, scores = view.num_heads, self._selection, self._scores[: view.num_heads]
+        watch = [] if self._watched is None else [PreparedCall(self._watch, view)]
         return [
             select.prepare_score(
                 q, view, pages.digest, lam=selection.lam, softmax_scale=self._softmax_scale, out=scores
@@ -83,4 +104,15 @@ class PageSelector:
                 scores, view, budget=self._budget, newest=selection.newest, pages_out=self._pages[:heads],
                 counts_out=self._counts[:heads],
             ),
+            *watch,
         ]  # fmt: skip
+
+
+class Selects(Protocol):
+    """Attention whose decode steps may select pages.
+
+    Attributes:
+        selector: chooses them; None where no step selects.
+    """
+
+    selector: PageSelector | None

@@ -204,6 +204,9 @@ class ChatLoop:
         self._tell(self._runner.status())
         if self._runner.last_report is not None:
             self._tell(self._runner.last_report.line())
+        caught = self._runner.session.caught_mass()
+        if caught is not None:
+            self._tell(f"pages that the next step chooses: {caught.line()}")
 
     def _emit(self, text: str) -> None:
         self._out.write(text)

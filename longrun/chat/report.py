@@ -119,9 +119,14 @@ class TurnReport:
         return {"sparse_tokens": self.session.sparse_tokens, "settings": facts, "read": read}
 
     def _selection(self) -> dict[str, Any] | None:
-        """What decode steps select, and how much the last one read; None where they read everything."""
+        """What decode steps select, how much the last one read, and what the next one's pages are estimated to hold;
+        None where they read everything."""
         plan = self.session.plan
         facts, read = selection_facts(plan), pages_read(plan, self.session.seq_len)
         if facts is None or read is None:
             return None
-        return facts | {"pages_held": read.held, "pages_read": read.read, "share_of_tokens": read.share}
+        caught = self.session.caught_mass()
+        return facts | {
+            "pages_held": read.held, "pages_read": read.read, "share_of_tokens": read.share,
+            "caught_mass": None if caught is None else caught.to_dict(),
+        }  # fmt: skip

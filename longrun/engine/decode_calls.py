@@ -37,10 +37,13 @@ class DecodeCalls:
         if self._threads != torch.get_num_threads():
             self._threads, self._prepared = torch.get_num_threads(), {}
         if selects not in self._prepared:
-            self._attention.calls, self._attention.selects = [], selects
-            logits = self._decoder.layers_of_one(self._hidden, self._prepare_linear, self._attention.decode)
-            self._prepared[selects] = self._attention.calls, logits
+            self._prepared[selects] = self._prepare(selects)
         return self._prepared[selects]
+
+    def _prepare(self, selects: bool) -> tuple[list[Callable[[], object]], Tensor]:
+        self._attention.calls, self._attention.selects = [], selects
+        logits = self._decoder.layers_of_one(self._hidden, self._prepare_linear, self._attention.decode)
+        return self._attention.calls, logits
 
     def _prepare_linear(self, x: Tensor, linear: Any, out: Tensor | None = None, **options: Any) -> Tensor:
         """`vector_linear`, later. Layers follow each other, so that one memory serves all results of a size."""
@@ -64,11 +67,22 @@ class DecodeCalls:
         """
         start = self._attention.cache.seq_len
         calls, logits = self._calls(self._attention.selects_at(start))
+        self._run(calls, token_id, rope_seq_len)
+        return logits[0].to(torch.float32, copy=True)
+
+    @torch.inference_mode()
+    def try_next(self, token_id: int, rope_seq_len: int) -> None:
+        """Run the next step for what it leaves in buffers, with calls of its own; see `DecodeGraph.try_next`."""
+        start = self._attention.cache.seq_len
+        assert self._attention.cache.takes_in_place(start)
+        self._run(self._prepare(self._attention.selects_at(start))[0], token_id, rope_seq_len)
+
+    def _run(self, calls: list[Callable[[], object]], token_id: int, rope_seq_len: int) -> None:
+        start = self._attention.cache.seq_len
         self._attention.begin_decode(start, *self._rotary.cos_sin_of(start, rope_seq_len))
         self._hidden.copy_(self._decoder.embedding_of(token_id))
         for call in calls:
             call()
-        return logits[0].to(torch.float32, copy=True)
 
     def next_token_id(self) -> None:
         """The likeliest next token is not looked for."""

@@ -117,6 +117,16 @@ class DecodeGraph:
             self._ahead_at = start + 1
         return logits
 
+    @torch.inference_mode()
+    def try_next(self, token_id: int, rope_seq_len: int) -> None:
+        """Run the next step for what it leaves in buffers, without a graph; it does not count. As one launched ahead it
+        writes only where the next token will, so there must be room for that (`DualCache.takes_in_place`)."""
+        self.invalidate()
+        start = self._attention.cache.seq_len
+        assert self._attention.cache.takes_in_place(start)
+        self._describe(token_id, start, rope_seq_len)
+        self._forward(self._attention.selects_at(start))
+
     def next_token_id(self) -> int | None:
         """The likeliest token after the last `run`, waiting for that step to end; None where unknown: before the first
         `run` and after `invalidate`.

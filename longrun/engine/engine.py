@@ -13,6 +13,7 @@ from longrun.allocation import failed_allocations
 from longrun.attention.interface import Attention, Step
 from longrun.attention.look_back import LookBack, Looks
 from longrun.attention.looked import LookedTokens
+from longrun.attention.selected_pages import Selects
 from longrun.attention.sparse_past import SparsePast
 from longrun.cache.dual import CacheMark, DualCache
 from longrun.engine.chunks import NOWHERE, chunk_lengths
@@ -152,6 +153,34 @@ class Engine:
         attention = LookBack(backend, self.cache.layers_at(mark), looked, check)
         self.decoder.forward(token_ids.to(device), step, attention)
         return looked.sums.cpu()
+
+    @failed_allocations("while it was estimated what chosen pages hold")
+    @torch.inference_mode()
+    def caught_mass(self, token_id: int) -> tuple[tuple[float, ...], ...] | None:
+        """What the pages that the next step would choose hold of the attention; the sequence stays as it is.
+
+        Args:
+            token_id: which that step takes in.
+
+        Returns:
+            By layer and retrieval head, see `CaughtMass`; None where that step selects no pages, or where a page of the
+            cache has to be closed before it.
+
+        Raises:
+            SessionError: as `run`.
+            PlanError: memory ran out.
+        """
+        self.check_whole()
+        start, selector = self.cache.seq_len, cast(Selects, self.attention).selector
+        if selector is None or not self._selects_next() or not self.cache.takes_in_place(start):
+            return None
+        with deferred_signals(), selector.watched() as found:
+            if self.decode_step is None:
+                self._forward(torch.tensor([token_id]), start + 1, selects=True)
+            else:
+                self.decode_step.try_next(token_id, start + 1)
+        shares = iter(found)
+        return tuple(() if pages is None else tuple(next(shares)) for pages, _ in self.cache.layers) if found else None
 
     def check_whole(self) -> None:
         """Raises SessionError where a step failed half way, until the cache is brought back to an earlier state."""

@@ -117,6 +117,12 @@ class TokenSequence:
             with deferred_signals():
                 self.logits = self.engine.run_one(self.ids[-1], ahead)
 
+    def next_token_id(self) -> int | None:
+        """The token that waits, or else the likeliest; None before the first one."""
+        if self.num_waiting:
+            return self.ids[-1]
+        return None if self.logits is None else int(self.logits.argmax())
+
     def check_room(self, count: int) -> None:
         """Raises ContextFullError where the cache has no room for the token that waits and `count` more."""
         count, seq_len, capacity = count + self.num_waiting, self.cache.seq_len, self.cache.spec.capacity

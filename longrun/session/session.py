@@ -24,6 +24,7 @@ from longrun.session.look_back import looked_at
 from longrun.session.marks import SessionMark, SessionMarks
 from longrun.session.passages import Passage
 from longrun.session.sequence import TokenSequence
+from longrun.specs.caught_mass import CaughtMass
 from longrun.specs.hot_counts import HotCounts
 from longrun.specs.prefill_counts import PrefillCounts
 
@@ -85,6 +86,19 @@ class Session:
     def hot_counts(self) -> HotCounts | None:
         """What the decode steps of this session chose of host pages; None without a hot pool. Waits for the device."""
         return None if self.cache.hot is None else self.cache.hot.counts()
+
+    def caught_mass(self) -> CaughtMass | None:
+        """How much of the attention to pages those hold that the next decode step would choose, as their digests
+        estimate it: the step is run once more than it counts, for the token that waits or else for the likeliest. None
+        before the first token, where that step selects nothing, and at the one length in page_size at which it closes a
+        page.
+
+        Raises:
+            SessionError, PlanError: as `score`.
+        """
+        token_id = self._sequence.next_token_id()
+        found = None if token_id is None else self._engine.caught_mass(token_id)
+        return None if found is None else CaughtMass(found)
 
     @property
     def sparse_tokens(self) -> int:
