@@ -11,14 +11,13 @@ Work: 4 * TILE * page_size * head_dim operations for every listed page of every 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from longrun.kernels.tile_attend_hopper import attend_tiles_overlapped
 from longrun.kernels.tile_attention import TILE, check_attend_tiles
 from longrun.kernels.tile_page import check_piece, check_served, has_copy_unit, load_page, page_descriptor
 from longrun.quant.kv_format import GPU_PAGE_SIZE
@@ -36,8 +35,6 @@ class AttendConfig:
         pages: pages of an iteration, 1 or 2.
         described: single pages are copied by Hopper's copy unit, which knows the piece by a descriptor; otherwise
             threads copy them.
-        overlapped: bfloat16 on Hopper is served by `tile_attend_hopper`; this kernel does the tiles that it leaves.
-            block_m, pages and described play no part.
     """
 
     block_m: int = TILE
@@ -45,7 +42,6 @@ class AttendConfig:
     num_warps: int = 8
     num_stages: int = 2
     described: bool = False
-    overlapped: bool = False
 
 
 def default_config(q: Tensor) -> AttendConfig:
@@ -132,7 +128,7 @@ def _attend(
 # one compilation for all pieces and chunks of a sequence
 @triton.jit(do_not_specialize=["num_tokens", "first_page", "pages"])
 def attend_tiles_kernel(
-    q, k, v, lists, counts, total, lse, undone,
+    q, k, v, lists, counts, total, lse,
     q_head_stride, q_group_stride, q_token_stride, k_head_stride, v_head_stride,
     list_head_stride, list_group_stride, list_tile_stride, count_head_stride, count_group_stride, count_tile_stride,
     total_head_stride, total_group_stride, total_token_stride, lse_head_stride, lse_group_stride, lse_token_stride,
@@ -140,17 +136,13 @@ def attend_tiles_kernel(
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, PAGES: tl.constexpr,
     DESCRIBED: tl.constexpr, LIMIT: tl.constexpr, SEARCHED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (part of a tile, query head of the group, KV head). undone: None, or int8 with the strides of `counts`:
-    only tiles where it is not 0 are done. LIMIT: sum of a row's weights up to which they may be relative to what was
-    found before; 0: never."""
+    """Program (part of a tile, query head of the group, KV head). LIMIT: sum of a row's weights up to which they may be
+    relative to what was found before; 0: never."""
     PARTS: tl.constexpr = TILE // BLOCK_M
     tile = (tl.program_id(0) // PARTS).to(tl.int64)
     member, head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     lists += head * list_head_stride + member * list_group_stride + tile * list_tile_stride
-    count_at = head * count_head_stride + member * count_group_stride + tile * count_tile_stride
-    count = tl.load(counts + count_at)
-    if undone is not None:
-        count = tl.where(tl.load(undone + count_at) == 0, 0, count)
+    count = tl.load(counts + head * count_head_stride + member * count_group_stride + tile * count_tile_stride)
     begin = _first_of(lists, count, first_page, SEARCHED)
     stop = _first_of(lists, count, first_page + pages, SEARCHED)
     if begin == stop:
@@ -225,38 +217,21 @@ def attend_tiles_(
     """
     check_attend_tiles(q, k, v, lists, counts, first_page, total, lse, page_size)
     check_served(q.shape[3], page_size)
+    heads, group, tokens, dim = q.shape
+    pages = k.shape[1] // page_size
     assert softmax_scale > 0, softmax_scale  # the largest score is taken before scaling
     assert lists.shape[3] <= _SEARCHED**2, lists.shape
     for x in (k, v):
         check_piece(x)
-    if min(*q.shape, k.shape[1], lists.shape[3]) == 0:
+    if min(heads, group, tokens, pages, lists.shape[3]) == 0:
         return
-    config, undone = config or default_config(q), None
-    if config.overlapped:
-        assert q.dtype == torch.bfloat16, q.dtype
-        counts = counts.contiguous()
-        undone = torch.zeros_like(counts, dtype=torch.int8)
-        attend_tiles_overlapped(
-            q, k, v, lists, counts, first_page, total, lse, undone, softmax_scale, page_size, _LIMIT[q.dtype],
-            config.num_warps, config.num_stages,
-        )  # fmt: skip
-        config = replace(default_config(q), overlapped=False)
-    attend_listed(q, k, v, lists, counts, first_page, total, lse, undone, softmax_scale, page_size, config)
-
-
-def attend_listed(
-    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, counts: Tensor, first_page: int, total: Tensor, lse: Tensor,
-    undone: Tensor | None, softmax_scale: float, page_size: int, config: AttendConfig,
-) -> None:  # fmt: skip
-    """`attend_tiles_` by this file's kernel, of arguments that it has checked; of the tiles that int8 `undone`, shape
-    and strides of `counts`, names, if it is not None."""
-    heads, group, tokens, dim = q.shape
+    config = config or default_config(q)
     described = config.described and config.pages == 1
     of_k, of_v = (page_descriptor(x, page_size) for x in (k, v)) if described else (k, v)
     attend_tiles_kernel[(triton.cdiv(tokens, config.block_m), group, heads)](
-        q, of_k, of_v, lists, counts, total, lse, undone,
+        q, of_k, of_v, lists, counts, total, lse,
         *q.stride()[:3], k.stride(0), v.stride(0), *lists.stride()[:3], *counts.stride(), *total.stride()[:3],
-        *lse.stride(), tokens, first_page, k.shape[1] // page_size, softmax_scale * math.log2(math.e),
+        *lse.stride(), tokens, first_page, pages, softmax_scale * math.log2(math.e),
         HEAD_DIM=dim, PAGE_SIZE=page_size, BLOCK_M=config.block_m, TILE=TILE, PAGES=config.pages, DESCRIBED=described,
         LIMIT=_LIMIT[q.dtype], SEARCHED=_SEARCHED, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps, num_stages=config.num_stages,

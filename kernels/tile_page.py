@@ -16,8 +16,7 @@ from longrun.quant.kv_format import GPU_HEAD_DIMS, GPU_PAGE_SIZE
 def load_page(x, head, head_stride, page, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DESCRIBED: tl.constexpr):
     """[PAGE_SIZE, HEAD_DIM] of a head; `x` is a pointer, or with DESCRIBED what `page_descriptor` made."""
     if DESCRIBED:
-        row = head * (head_stride // HEAD_DIM) + page * PAGE_SIZE
-        found = x.load([row.to(tl.int32), 0])
+        found = x.load([head * (head_stride // HEAD_DIM) + page * PAGE_SIZE, 0])
     else:
         in_page = tl.arange(0, PAGE_SIZE)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
         place = x + head.to(tl.int64) * head_stride + page.to(tl.int64) * (PAGE_SIZE * HEAD_DIM)
@@ -31,18 +30,13 @@ def check_piece(x: Tensor) -> None:
     assert x.stride()[1:] == (x.shape[2], 1) and x.shape[1] * x.shape[2] < 2**31, (x.shape, x.stride())
 
 
-def rows_of_heads(x: Tensor) -> int:
-    """Tokens of a piece in which the heads stand one behind the other, with what is between them."""
+def page_descriptor(x: Tensor, page_size: int) -> TensorDescriptor:
+    """Pages of a piece for Hopper's copy unit: all heads as one list of tokens."""
     heads, tokens, dim = x.shape
     assert x.stride(0) % dim == 0, x.stride()
     rows = (heads - 1) * (x.stride(0) // dim) + tokens
     assert rows < 2**31, rows
-    return rows
-
-
-def page_descriptor(x: Tensor, page_size: int) -> TensorDescriptor:
-    """Pages of a piece for Hopper's copy unit: all heads as one list of tokens."""
-    return TensorDescriptor(x, [rows_of_heads(x), x.shape[2]], [x.shape[2], 1], [page_size, x.shape[2]])
+    return TensorDescriptor(x, [rows, dim], [dim, 1], [page_size, dim])
 
 
 def has_copy_unit(x: Tensor) -> bool:

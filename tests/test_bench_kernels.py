@@ -180,8 +180,8 @@ if INTERPRETED:
             monkeypatch.setattr(bench_tiles, name, value)
         rows = list(bench_tiles.measure(64 * 120, 200, tune=True))
         assert [row["kernel"] for row in rows] == [
-            "dequantize", "score_tiles", "dense attention", "dense rows", "choose_tiles", "attend_tiles_",
-            "choose_tiles", "attend_tiles_", "attend_tiles_ tuning", *["choose_tiles", "attend_tiles_"] * 2,
+            "dequantize", "score_tiles", "dense attention", "choose_tiles", "attend_tiles_", "choose_tiles",
+            "attend_tiles_", "attend_tiles_ tuning", *["choose_tiles", "attend_tiles_"] * 2,
         ]  # fmt: skip
         assert rows[-1]["flops"] == 2 * 2 * 30 * 4 * 128 * 64 * 128 and rows[1]["flops"] == 4 * 120 * 2 * 64 * 128
         assert rows[2]["flops"] == 4 * 2 * 200 * 128 * 120 * 64

@@ -170,7 +170,7 @@ def compiled(kernel, constants, capability, described, **options):
     page = f"tensordesc<bf16[{PAGE}, {constants['HEAD_DIM']}]>"
     pointers = {"q": "*bf16", "rows": "*bf16", "scores": "*fp16", "lists": "*i32", "counts": "*i32"}
     pointers |= {"k": page, "v": page} if described else {"k": "*bf16", "v": "*bf16"}
-    pointers |= {"total": "*fp32", "lse": "*fp32", "undone": "*i8", "scale_log2": "fp32"}
+    pointers |= {"total": "*fp32", "lse": "*fp32", "scale_log2": "fp32"}
     types = {name: pointers.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
     names = list(types)
     even = [i for i, name in enumerate(names) if types[name][0] == "*" or "stride" in name]
@@ -190,8 +190,6 @@ def test_attention_compiles_without_spilled_registers(tmp_path, dim, capability,
         "HEAD_DIM": dim, "PAGE_SIZE": PAGE, "BLOCK_M": 128, "TILE": 128, "PAGES": 1, "DESCRIBED": config.described,
         "LIMIT": 2.0**90, "SEARCHED": 1024, "PRECISION": "tf32",
     }  # fmt: skip
-    if capability == 80:
-        constants["undone"] = None
     built = compiled(
         attend_tiles_kernel, constants, capability, config.described, num_warps=config.num_warps,
         num_stages=config.num_stages,

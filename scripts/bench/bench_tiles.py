@@ -31,7 +31,6 @@ from scripts.bench.kernel_rows import error_of, kernel_row
 
 HEADS, GROUP, HEAD_DIM, PAGE = 4, 4, 128, 64  # Llama-3-8B with half of its KV heads kept
 PIECE = 65_536  # tokens of each head that are dequantized at once
-DENSE_EVERY = 4  # tiles of which one query attends to everything, for the caught share
 SHARES, NEWEST = (0.05, 0.08, 0.15, 0.25), 4
 REPEATS = 5
 CHECKED = 1  # tiles of every query head that the reference reads, too
@@ -40,7 +39,6 @@ TUNED = (
     *(AttendConfig(num_warps=warps, num_stages=stages, described=True) for warps in (4, 8) for stages in (2, 3, 4)),
     *(AttendConfig(num_warps=warps, num_stages=stages) for warps, stages in ((4, 2), (8, 2), (8, 3))),
     *(AttendConfig(pages=2, num_stages=stages) for stages in (2, 3)),
-    *(AttendConfig(num_warps=w, num_stages=s, overlapped=True) for w, s in ((8, 2), (8, 3), (8, 4), (4, 2))),
 )
 
 
@@ -94,11 +92,6 @@ class Chunk:
         for first, _, k, v in self.pieces():
             attend_tiles_(self.q, k, v, lists, counts, first, self.total, self.lse, self.scale, config=config)
 
-    def ask(self, q: Tensor) -> None:
-        """Dense attention of some queries to the whole past."""
-        for _, _, k, v in self.pieces():
-            attention_with_lse(q, k, v, False, self.scale)
-
     def clear(self) -> None:
         self.total.zero_()
         self.lse.zero_()
@@ -134,11 +127,6 @@ def measure(past: int = 2**20, tokens: int = 32_768, tune: bool = False) -> Iter
     dense_row = kernel_row("dense attention", shape, dense, flops=flops, ceiling="matrix product")
     yield dense_row
 
-    asked = chunk.q[:, :, TILE // 2 :: DENSE_EVERY * TILE].flatten(1, 2).contiguous()
-    flops = attention_operations(*asked.shape, chunk.pages * PAGE, False)
-    asking = timed(partial(chunk.ask, asked))
-    yield kernel_row("dense rows", shape, asking, flops=flops, ceiling="matrix product")
-
     for share in SHARES:
         lists, counts, choosing = chunk.choose(share)
         chosen = timed(choosing)
@@ -161,7 +149,7 @@ def measure(past: int = 2**20, tokens: int = 32_768, tune: bool = False) -> Iter
                 kernel="attend_tiles_" if config is None else "attend_tiles_ tuning", times=times, settings=settings
             )
             row["details"]["of_dense_rate"] = row["per_second"] / dense_row["per_second"]
-            whole = 2 * dequantized.seconds + sum(x.seconds for x in (scored, chosen, asking, times))
+            whole = 2 * dequantized.seconds + scored.seconds + chosen.seconds + times.seconds
             row["details"]["whole_of_dense_time"] = whole / (dense.seconds + dequantized.seconds)
             print(
                 f"{row['kernel']} {settings}: {row['per_second'] / 1e12:,.0f} TFLOP/s, "
