@@ -18,6 +18,7 @@ from longrun.plan.budget import Budget
 from longrun.plan.command import plan_command
 from longrun.plan.plan import NoFitError, make_plan
 from longrun.plan.prefill import budget_with_prefill
+from longrun.plan.report import prefill_lines
 from longrun.plan.shapes import config_of
 from longrun.plan.times import predict, read_seconds
 from longrun.specs.prefill_spec import PrefillSpec, parse_dense_tokens
@@ -125,6 +126,9 @@ def test_the_time_of_reading():
     dense_s, sparse_s = predict(exact, SPEEDS), predict(sparse, SPEEDS)
     assert sparse_s.read_s < 0.5 * dense_s.read_s and sparse_s.token_ms == dense_s.token_ms
     assert "if 10% of the pages hold what is looked for" in sparse_s.line() and "hold what" not in dense_s.line()
+    corrected = plan_8b(prefill=PrefillSpec(correct=True, least=0.2))
+    assert read_seconds(corrected, SPEEDS, 10**6) > 1.1 * sparse_s.read_s
+    assert "if 20% of the pages" in predict(corrected, SPEEDS).line()
     # texts that are too short for it take as long as ever
     assert read_seconds(sparse, SPEEDS, 133_000) == read_seconds(exact, SPEEDS, 133_000)
     # an attention of half the speed to a tenth of the pages: what is dense is the chunk itself, the start and the end
@@ -161,6 +165,11 @@ def test_the_plan_command(capsys):
         "25% of the pages, as many as hold 90% of the attention" in said
     )
     assert "sparse prefill" in said
+    equal = replace(PrefillSpec(), least=0.08, cap=0.08, correct=True)
+    assert prefill_lines(plan_8b(prefill=equal).attention) == [
+        "documents are read sparsely from token 131,072 on, the last 2,048 tokens excepted: heads that keep all tokens "
+        "read the 8% of the pages that hold most of the attention, corrected by each middle query"
+    ]
     assert plan_command([*shared, "--prefill", "sparse"]) == 0
     assert "documents are read sparsely from token 131,072 on, the last" in capsys.readouterr().out
     for arguments, said in (

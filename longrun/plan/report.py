@@ -108,7 +108,7 @@ def prefill_lines(attention: AttentionSpec) -> list[str]:
         read = f"{100 * spec.least:.3g}% to {100 * spec.cap:.3g}% of the pages, as many as hold {100 * spec.mass:.4g}%"
     return [
         f"documents are read sparsely {from_token}, the last {spec.dense_end:,} tokens excepted: heads that keep all "
-        f"tokens read {read} of the attention"
+        f"tokens read {read} of the attention{', corrected by each middle query' if spec.correct else ''}"
     ]
 
 

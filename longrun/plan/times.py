@@ -114,7 +114,9 @@ def _chunk_seconds(plan: Plan, speeds: Speeds, tokens: float, past: float, spars
     passes, spec = 1, plan.attention.prefill
     if sparse and spec is not None:
         passes = 2
-        pairs -= cache.keeping_heads * past * (1 - _tile_share(spec) / _TILE_SPEED - spec.rows / (2 * TILE))
+        pairs -= (
+            cache.keeping_heads * past * (1 - _tile_share(spec) / _TILE_SPEED - (spec.rows / 2 + spec.correct) / TILE)
+        )
     attention = 4 * page.head_dim * group * tokens * pairs / speeds.attention_tflops / 1e12
     on_gpu = plan.device_type == "cuda"
     linears = 2 * work.linear_weights * tokens / speeds.matmul_tflops / 1e12 / (_CHUNK_LINEARS if on_gpu else 1)
