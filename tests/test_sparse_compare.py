@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from scripts.bench import bench_prefill
 from scripts.bench import command as bench
 from scripts.quality import compare_runtimes as script
 
+ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"head_dim": 64, "hidden_size": 192, "intermediate_size": 192}
 SPEC = PrefillSpec(mass=0.9, dense_tokens=100, dense_end=100, newest=1, floor=2, least=0, cap=0.5)
 
@@ -67,6 +69,16 @@ def test_rows_name_how_documents_are_read(tmp_path):
     ):
         with pytest.raises(InputError, match=re.escape(words)):
             Row("r", **fields)
+
+
+def test_the_rows_that_are_shipped():
+    rows = {row.name: row for row in read_rows(ROOT / "scripts" / "quality" / "compare_prefill.toml")}
+    shares = {name: row.sparse.cap for name, row in rows.items() if row.sparse and row.sparse.least == row.sparse.cap}
+    assert set(shares.values()) == {0.08, 0.15, 0.25, 0.4}
+    assert all(name.startswith(f"{share:.0%}") for name, share in shares.items())
+    assert rows["8% corrected"].sparse == replace(rows["8%"].sparse, correct=True)
+    assert rows["8% corrected"].method == "full, read sparsely, corrected, k5v3, chunks of 4,096"
+    assert all(row.sparse.dense_tokens == 0 for row in rows.values() if row.sparse)
 
 
 def test_runtimes_of_rows_read_sparsely(tmp_path):

@@ -318,7 +318,7 @@ class Row:
             pages = self.select if isinstance(self.select, str) else f"{self.select:,}"
             what += f", select {pages}{' with questions' if self.select_question else ''}"
         if self.prefill == SPARSE:
-            what += ", read sparsely"
+            what += f", read sparsely{', corrected' if self.prefill_correct else ''}"
         weights = f", {self.weights} weights" if self.weights else ""
         varied = ", varied window" if self._has_window and self.kv_share is None else ""
         return f"{what}, {self.kv}{weights}{varied}{self._chunks}"
