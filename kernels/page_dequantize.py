@@ -114,13 +114,13 @@ def dequantize_kernel(
             _write_values(out, v_token_stride, payload + SIDE, scales, row, HEAD_DIM, PAGE_SIZE, KEY_BITS)
 
 
-def dequantize_pages(view: PageView, k_out: Tensor, v_out: Tensor, num_warps: int = 4) -> None:
+def dequantize_pages(view: PageView, k_out: Tensor, v_out: Tensor | None, num_warps: int = 4) -> None:
     """Write the listed pages' keys and values: what `page_view.dequantize_pages` writes, bit for bit.
 
     Args:
         view: pages of int4 or k5v3, page_size 64, head_dim 64 or 128; lists and lengths are read when the kernel runs.
         k_out, v_out: [num_heads, n * page_size, head_dim] with n at least the longest list, bfloat16, float16 or
-            float32; any strides of heads and tokens, channels contiguous.
+            float32; any strides of heads and tokens, channels contiguous. With v_out None only keys are written.
         num_warps: warps that share a page's keys, or its values.
 
     Raises:
@@ -129,13 +129,16 @@ def dequantize_pages(view: PageView, k_out: Tensor, v_out: Tensor, num_warps: in
     fmt = view.fmt
     check_triton_format(fmt)
     check_view(view)
+    sides = 2
+    if v_out is None:
+        sides, v_out = 1, k_out
     assert k_out.shape == v_out.shape and k_out.stride(2) == v_out.stride(2) == 1
     assert k_out.shape[0] == view.num_heads and k_out.shape[2] == fmt.head_dim
     count = min(k_out.shape[1] // fmt.page_size, view.limit)
     if count == 0:
         return
     assert view.index is not None
-    dequantize_kernel[(view.num_heads * count, 2)](
+    dequantize_kernel[(view.num_heads * count, sides)](
         k_out, v_out, view.storage, view.other, view.table, view.index, view.pages, view.begins, view.counts,
         k_out.stride(0), k_out.stride(1), v_out.stride(0), v_out.stride(1),
         view.table.stride(0), view.index.stride(0), view.pages.stride(0), view.skip, view.limit, count, view.other_slot,

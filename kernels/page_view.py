@@ -131,12 +131,12 @@ def _payloads(view: PageView, slots: Tensor) -> Tensor:
     return found
 
 
-def dequantize_pages(view: PageView, k_out: Tensor, v_out: Tensor) -> None:
+def dequantize_pages(view: PageView, k_out: Tensor, v_out: Tensor | None) -> None:
     """Write the listed pages' keys and values, entry e of head h to rows [e * page_size, (e + 1) * page_size).
 
     Args:
         k_out, v_out: [num_heads, n * page_size, head_dim] with n at least the longest list; rows beyond a head's own
-            list are left alone. Nothing is masked.
+            list are left alone. Nothing is masked. With v_out None only keys are written.
     """
     size = view.fmt.page_size
     for head in range(view.num_heads):
@@ -146,7 +146,8 @@ def dequantize_pages(view: PageView, k_out: Tensor, v_out: Tensor) -> None:
         index = None if view.index is None else view.index[head, pages]
         k, v = decode_pages(_payloads(view, view.table[head, pages].long()), index, view.fmt)
         k_out[head, : len(pages) * size].copy_(k.flatten(0, 1))
-        v_out[head, : len(pages) * size].copy_(v.flatten(0, 1))
+        if v_out is not None:
+            v_out[head, : len(pages) * size].copy_(v.flatten(0, 1))
 
 
 def decode_attention(

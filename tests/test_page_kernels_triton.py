@@ -88,6 +88,10 @@ def check_dequantize(name, lists, head_dim, dtype, device="cpu"):
     dense = torch.full_like(expected, float("nan"))
     dequantize_pages(in_order(view), *dense)
     assert same_bits(dense, expected)
+    for read in (dequantize_pages, page_view.dequantize_pages):
+        dense = torch.full_like(expected, float("nan"))
+        read(view, dense[0], None)
+        assert same_bits(dense[0], expected[0]) and dense[1].isnan().all()
 
 
 def steps(payload, fmt):

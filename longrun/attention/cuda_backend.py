@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -50,8 +52,9 @@ class CudaAttention:
             cache.fetch_buffer, spec.max_retrieval_heads, cache.spec.pages_per_head, kernels.fetch_pages, kernels.on_gpu
         )
         used = PrefillKernels(
-            kernels.dense_attention, kernels.merge_partial_, kernels.dequantize_pages, kernels.window_attention
-        )
+            kernels.dense_attention, kernels.merge_partial_, kernels.dequantize_pages, kernels.window_attention,
+            partial(kernels.dequantize_pages, v_out=None),
+        )  # fmt: skip
         pads_chunks = kernels.on_gpu and cudnn_serves(device)
         self.sparse = None
         if spec.sparse_bytes():

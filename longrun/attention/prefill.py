@@ -32,12 +32,14 @@ class PrefillKernels:
         dequantize_pages: `kernels.page_view.dequantize_pages`.
         window_attention: a chunk's heads of finite reach, as `kernels.banded_prefill.banded_prefill` with the past in
             order.
+        dequantize_keys: `dequantize_pages` of keys alone; None where there is no such thing.
     """
 
     dense_attention: Callable[..., tuple[Tensor, Tensor]]
     merge_partial_: Callable[..., None]
     dequantize_pages: Callable[[PageView, Tensor, Tensor], None]
     window_attention: Callable[..., None]
+    dequantize_keys: Callable[[PageView, Tensor], None] | None = None
 
 
 class PagedPrefill:
@@ -165,17 +167,20 @@ class PagedPrefill:
             yield k[group.heads], v[group.heads]
 
     def _pages_in_pieces(
-        self, pages: PagedHeads, group: HeadGroup, count: int, part: slice
+        self, pages: PagedHeads, group: HeadGroup, count: int, part: slice, keys_only: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values of the first `count` pages of some of the group's heads, in pieces of as many tokens as those
-        of all its heads have; the newest pages come last."""
+        of all its heads have; the newest pages come last. With `keys_only` the values may be anything."""
         assert self._spec.prefill is not None
         first = group.heads.start
         some = replace(group, heads=slice(first + part.start, first + part.stop))
         border = max(0, count - self._spec.prefill.newest)
         runs = chain(self._ranges(pages, some, 0, border), self._ranges(pages, some, border, count))
         scratch = self._scratch[:, : self._scratch.shape[1] // group.num_heads * some.num_heads]
-        return past_pieces(runs, some.num_heads, self._fmt, scratch, self._kernels.dequantize_pages)
+        dequantize, keys = self._kernels.dequantize_pages, self._kernels.dequantize_keys
+        if keys_only and keys is not None:
+            dequantize = lambda view, k, v: keys(view, k)  # noqa: E731
+        return past_pieces(runs, some.num_heads, self._fmt, scratch, dequantize)
 
     def _ranges(self, pages: PagedHeads, group: HeadGroup, first: int, stop: int) -> Iterator[PageView]:
         """Pages [first, stop) as the device can read them, those on the host first."""

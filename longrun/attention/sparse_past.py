@@ -17,7 +17,7 @@ from longrun.specs.tile_batches import TileBatches
 
 DENSE_EVERY = 4  # tiles; the middle query of one of so many attends to everything, of every one where that corrects it
 
-Pieces = Callable[[slice], Iterator[tuple[Tensor, Tensor]]]
+Pieces = Callable[[slice, bool], Iterator[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ class SparsePast:
             total: float32, shape of q, likewise; lse: float32 [num_kv_heads, group, n]: attention to everything but the
                 pages, normalised, and its log-sum-exp, finite. Both are overwritten.
             pages: of the past, at least 1, each of them for all heads.
-            pieces: keys and values of a slice of the KV heads, [heads, tokens, head_dim], whole pages, the newest last;
-                each call begins anew, and a piece is used up before the next is asked for.
+            pieces: keys and values of a slice of the KV heads, [heads, tokens, head_dim], whole pages, the newest last,
+                or with True behind the slice keys and anything; each call begins anew, and a piece is used up before
+                the next is asked for.
         """
         num_heads, group = q.shape[:2]
         batches = TileBatches(self.prefill, num_heads, group, q.shape[2], pages)
@@ -86,9 +87,9 @@ class SparsePast:
             for tile in range(0, batches.tiles, tiles_at_once):
                 queries = slice(tile * TILE, (tile + tiles_at_once) * TILE)
                 at = part, slice(None), queries
-                lists, counts = self._choose(q[at], lse[at], left[part], pages, pieces(part))
+                lists, counts = self._choose(q[at], lse[at], left[part], pages, pieces(part, True))
                 asked = slice((TILE // 2 - queries.start) % stride, None, stride)
-                shares = self._read(q[at], total[at], lse[at], lists, counts, asked, pieces(part))
+                shares = self._read(q[at], total[at], lse[at], lists, counts, asked, pieces(part, False))
                 read[part] += counts.sum(dim=2)
                 caught[part] += shares.sum(dim=2)
                 rows += shares.shape[2]
