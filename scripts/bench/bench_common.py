@@ -98,13 +98,13 @@ def release(device: torch.device) -> None:
 
 
 def load_runtime(
-    args: argparse.Namespace, capacity: int, hooks: dict[str, Callable[..., object]] | None = None,
+    args: argparse.Namespace, capacity: int, hooks: dict[str, Any] | None = None,
     yarn: float | None = None, **memory: int | None,
 ) -> Runtime:  # fmt: skip
     """The model as the options ask, planned for `capacity` tokens.
 
     Args:
-        hooks: `longrun.load`'s `on_plan` and the like; yarn: its `yarn`.
+        hooks: `longrun.load`'s `on_plan`, `device_share` and the like; yarn: its `yarn`.
         memory: device_bytes and host_bytes in place of the budget's, where they are not None.
     """
     head_map: HeadMap | Path | str = args.head_map or "full"

@@ -5,6 +5,7 @@
     python scripts/bench.py llama-cpp --model FILE --python FILE           longrun and llama.cpp in turn, on a CPU
     python scripts/bench.py decode --model DIR --lengths 128K,1M           ms a token, against the bytes' floor
     python scripts/bench.py prefill --model DIR --lengths 128K [--needles 3]    reading, against the compute ceilings
+    python scripts/bench.py prefill --model DIR --past 6M --lengths 128K        the same far into a text
     python scripts/bench.py chunks --model DIR --lengths 128K,1M --shares all,8%     single chunks, exact and sparse
     python scripts/bench.py offload --model DIR --gpu-budget "20 GiB"      decode with most pages in host memory
     python scripts/bench.py formats --model DIR --length 64K               reading, by weight format, in turns
@@ -26,7 +27,7 @@ from importlib import import_module
 from types import ModuleType
 
 from longrun import cli
-from longrun.arguments import COUNT, real, whole
+from longrun.arguments import COUNT, SHARE, real, whole
 from longrun.hub.find import add_model_option, find_model
 from longrun.paths import path_option
 
@@ -77,6 +78,11 @@ def add_prefill(sub: argparse.ArgumentParser, common: ModuleType) -> None:
     sub.add_argument(
         "--depth", default="0.5", metavar="D|D,D,...|spread",
         help="where the needles are hidden, 0 to 1: one depth, one a needle, or spread evenly from 0 to 1",
+    )  # fmt: skip
+    sub.add_argument("--past", metavar="TOKENS", help="read behind a synthetic cache of so many tokens")
+    sub.add_argument(
+        "--device-share", type=SHARE, default=1.0, metavar="S",
+        help="the most of a head's pages that stand on the device; the others go to the host (default: 1)",
     )  # fmt: skip
 
 
