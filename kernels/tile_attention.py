@@ -194,10 +194,10 @@ def attend_tiles_reference(
         products = q[head, group, part].to(exact) @ keys.T * softmax_scale
         found_lse = products.logsumexp(dim=1)
         found = torch.exp(products - found_lse[:, None]) @ values
-        _merge_(total[head, group, part], lse[head, group, part], found.float(), found_lse.float())
+        merge_found_(total[head, group, part], lse[head, group, part], found.float(), found_lse.float())
 
 
-def _merge_(total: Tensor, lse: Tensor, found: Tensor, found_lse: Tensor) -> None:
+def merge_found_(total: Tensor, lse: Tensor, found: Tensor, found_lse: Tensor) -> None:
     """`merge_partial.merge_partial_` into a side that may be empty; that file needs Triton."""
     seen = lse > float("-inf")  # NaN is empty as well
     before = lse.where(seen, float("-inf"))

@@ -17,9 +17,10 @@ from longrun.cache.pages import PagedHeads
 from longrun.cache.ring import Ring
 from longrun.kernels import page_view
 from longrun.kernels.cpu_pages import CpuPageKernels
+from longrun.kernels.cpu_tiles import attend_tiles_
 from longrun.kernels.dense_attention import attention_with_lse, merge_partial
 from longrun.kernels.page_view import ExactTokens
-from longrun.kernels.tile_attention import attend_tiles_reference, choose_tiles_reference, score_tiles_reference
+from longrun.kernels.tile_attention import choose_tiles_reference, score_tiles_reference
 from longrun.quant.page_codec import exact_dtype
 from longrun.specs.attention_spec import AttentionSpec
 
@@ -58,9 +59,7 @@ class TorchAttention:
         used = PrefillKernels(attention_with_lse, _merge_partial_, dequantize, self._window_attention)
         self.sparse = None
         if spec.sparse_bytes():
-            tiles = TileKernels(
-                score_tiles_reference, choose_tiles_reference, attend_tiles_reference, attention_with_lse
-            )
+            tiles = TileKernels(score_tiles_reference, choose_tiles_reference, attend_tiles_, attention_with_lse)
             self.sparse = SparsePast(spec, fmt.page_size, cache.device, tiles)
         self._prefill_pages = PagedPrefill(spec, fmt, compute_dtype, cache.device, used, sparse=self.sparse)
 
