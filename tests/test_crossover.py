@@ -112,13 +112,21 @@ def test_a_model_that_reads_all_pages_faster_reads_all_of_them():
         assert min(times, key=times.get) == "all"
         plan = plan_1_5b(length)
         assert plan.cache.digest is None and not plan.attention.selects and not plan.attention.selection_bytes()
-        (line,) = selection_lines(plan.attention)
+        assert not selection_lines(plan.attention)
+        (line,) = plan.notes
         assert re.fullmatch(
-            r"a decoded token reads all pages: no head has more than [\d,]+, and steps select .* on", line
+            r"select 26% has no effect: a decoded token reads all pages, as no head has more than [\d,]+, and steps "
+            r"select from [\d,]+ pages a head on \(select_from 0: always\)",
+            line,
         )
         assert plan.to_dict()["selection"]["select_from"] > plan.attention.listed_pages
         forced = plan_1_5b(length, select_from=0)
-        assert forced.attention.selects and forced.cache.digest and forced.device_bytes > plan.device_bytes
+        assert (
+            not forced.notes
+            and forced.attention.selects
+            and forced.cache.digest
+            and forced.device_bytes > plan.device_bytes
+        )
         assert "digests" in selection_lines(forced.attention)[0] and "select from" not in str(
             selection_lines(forced.attention)
         )

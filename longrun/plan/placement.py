@@ -212,7 +212,7 @@ def place(settings: PlanSettings, capacity: int) -> Placement:
         ConfigError: a page format that cannot hold the model's heads.
     """
     placement, selection, select_from = _place(settings, capacity), settings.selection, settings.select_from
-    if selection is None or not placement.attention.selects:
+    if selection is None or placement.cache.digest is None:  # no head has more pages than it may read
         return placement
     if select_from is None:
         select_from = crossover_pages(placement.cache, selection, settings.device_type, settings.speeds)

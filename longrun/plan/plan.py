@@ -24,7 +24,7 @@ from longrun.plan.placement import DEFAULT_WEIGHT_FORMAT, Placement, PlanItem, P
 from longrun.plan.prefill import prefill_facts, prefill_notes, prefill_of
 from longrun.plan.reaches import allocated_split
 from longrun.plan.search import Suggestion, largest_capacity, shortfall, suggest
-from longrun.plan.selection import select_from_of, selection_of
+from longrun.plan.selection import select_from_of, selection_notes, selection_of
 from longrun.plan.split import ChosenSplit, choose_split
 from longrun.quant.kv_format import PageFormat
 from longrun.specs.attention_spec import AttentionSpec
@@ -281,7 +281,12 @@ def make_plan(
         host_budget=budget.host_bytes,
         budget_source=budget.source,
         warnings=tuple(warnings),
-        notes=(*chosen.notes, *hot_pool_notes(settings, placement), *prefill_notes(settings, placement)),
+        notes=(
+            *chosen.notes,
+            *hot_pool_notes(settings, placement),
+            *selection_notes(placement.attention),
+            *prefill_notes(settings, placement),
+        ),
         kv_bytes_given=chosen.kv_bytes,
     )
 

@@ -88,7 +88,7 @@ def selection_lines(attention: AttentionSpec) -> list[str]:
             f"allows so many"
         ]
     if not attention.selects:
-        return [f"a decoded token reads all pages: no head has more than {listed:,}, and {select_from_text(selection)}"]
+        return []  # a note of the plan says why
     begin = f"; {select_from_text(selection)}" if selection.select_from else ""
     share = f"{selection.asked} of the pages that a head holds then{least}, " if selection.share else ""
     return [

@@ -9,7 +9,8 @@ from longrun.patterns.head_split import HeadSplit
 from longrun.plan.budget import LEAST_PAGES, OFF, Budget
 from longrun.quant.digest_format import DIGEST_HEAD_DIMS
 from longrun.quant.kv_format import QUANTIZED_KV_FORMATS
-from longrun.specs.selection_spec import Selection, share_of_pages
+from longrun.specs.attention_spec import AttentionSpec
+from longrun.specs.selection_spec import Selection, select_from_text, share_of_pages
 
 SELECT_HELP = (
     "for each token of an answer a retrieval head reads at most N pages, or P%% of those that it holds then (no fewer "
@@ -67,6 +68,17 @@ def select_from_of(budget: Budget) -> int | None:
             f"select N as well"
         )
     return budget.select_from
+
+
+def selection_notes(attention: AttentionSpec) -> tuple[str, ...]:
+    """Why no step selects although that was asked for, where heads have enough pages: texts are too short for it."""
+    selection, listed = attention.selection, attention.listed_pages
+    if selection is None or attention.selects or selection.pages_of(listed) == listed:
+        return ()
+    return (
+        f"select {selection.asked} has no effect: a decoded token reads all pages, as no head has more than "
+        f"{listed:,}, and {select_from_text(selection)} (select_from 0: always)",
+    )
 
 
 def selection_of(budget: Budget, config: ModelConfig, split: HeadSplit) -> Selection | None:
