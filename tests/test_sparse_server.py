@@ -14,6 +14,7 @@ from test_server_documents import TEXT, ask, status
 
 from longrun.session.session import Session
 from longrun.specs.prefill_spec import PrefillSpec
+from scripts import put_document
 
 SPEC = PrefillSpec(mass=0.5, dense_tokens=256, dense_end=200, newest=1, floor=2, least=0, cap=0.3)
 SETTINGS: dict[str, Any] = {"kv_format": "k5v3", "chunk_size": 128}
@@ -153,3 +154,13 @@ def test_records_that_no_server_wrote(sparse: Served, wrong: dict[str, Any], tmp
     sparse.serving.service.documents.close()
     with pytest.raises(InputError, match="is no record of a document"):
         DocumentFiles(tmp_path / "kept").found()
+
+
+def test_the_script_that_puts_documents(sparse: Served, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    shared = [str(tmp_path / "text.txt"), "--url", f"{sparse.root}/v1"]
+    put_document.main([*shared, "--name", "one"])
+    put_document.main([*shared, "--name", "two", "--prefill", "exact"])
+    assert capsys.readouterr().out.split() == [f"{NAME}@one", f"{NAME}@two"]
+    check_sparse(status(sparse, "one"))
+    assert status(sparse, "two")["reading"] == EXACTLY
