@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 
 import pytest
 from planted_chat import NEEDLES, ask, spaced
@@ -110,14 +111,16 @@ def test_a_session_that_was_read_sparsely_says_so_when_it_is_opened(planted, cha
     assert sparse > 1000
     runner.save(tmp_path / "kept")
     runner.session.detach()
-    shared = ["--ctx", "4K", "--session", tmp_path / "kept"]
-    for mode in ([], ["--prefill", "sparse", "--prefill-dense", "0"]):
-        done = chat(*shared, *mode, "--file", text_file, "--prompt", ask(0), "--max-new-tokens", "3", "--json")
+    for name, mode in (("exact", []), ("sparse", ["--prefill", "sparse", "--prefill-dense", "0"])):
+        for copy in (name, f"{name} stats"):  # a run owns its folder for as long as its session lives
+            shutil.copytree(tmp_path / "kept", tmp_path / copy)
+        asked = ["--file", text_file, "--prompt", ask(0), "--max-new-tokens", "3", "--json"]
+        done = chat("--ctx", "4K", "--session", tmp_path / name, *mode, *asked)
         assert done.status == 0, done.err
         assert f"{sparse:,} of them read sparsely; documents: {text_file}" in done.err
         assert done.result["prefill"]["sparse_tokens"] == sparse
         assert (done.result["prefill"]["settings"] is None) == (mode == [])
-        done = chat(*shared, stdin="/stats\n")
+        done = chat("--ctx", "4K", "--session", tmp_path / f"{name} stats", stdin="/stats\n")
         assert f"{sparse:,} of them read sparsely" in done.err
 
 
