@@ -25,6 +25,8 @@ def test_by_hand():
     assert cut(5000, 300 + TILE - 1) == [(400, False), (27, False)]  # less than a tile
     assert cut(5000, 400 + 300 + 50) == [(400, True), (350, False)]
     assert cut(0, 3000, 800, PrefillSpec(dense_tokens=0, dense_end=300))[:2] == [(800, False), (800, True)]  # no past
+    assert cut(5000, 1000, 1) == [(1, False)] * 1000  # decode steps
+    assert list(chunk_lengths(5000, 401, 400, range(1000, 9000))) == [(400, True), (1, False)]
     assert cut(5000, 1000, 64) == [(64, True)] * 9 + [(64, False)] * 6 + [(40, False)]
 
 
@@ -37,7 +39,7 @@ def test_any_cut(seed):
         at, found = start, cut(start, count, size, spec)
         for length, sparse in found:
             assert 0 < length <= size
-            inside = max(1, spec.dense_tokens) <= at and at + TILE <= start + count - spec.dense_end
+            inside = length > 1 and max(1, spec.dense_tokens) <= at and at + TILE <= start + count - spec.dense_end
             assert sparse == inside
             assert not sparse or at + length <= start + count - spec.dense_end
             at += length

@@ -18,7 +18,8 @@ def chunk_lengths(start: int, count: int, chunk_size: int, sparse: range = NOWHE
     """Lengths of consecutive chunks, and whether each is read sparsely.
 
     A chunk that begins in `sparse` is, and ends with it; one that begins elsewhere is as long as it may be, so that
-    texts without a sparse chunk are cut as if there was no such thing. A rest of less than a tile is not worth it.
+    texts without a sparse chunk are cut as if there was no such thing. A rest of less than a tile is not worth it, and
+    a chunk of one token is a decode step, which reads everything.
 
     Args:
         start: position of the first of `count` tokens.
@@ -28,5 +29,5 @@ def chunk_lengths(start: int, count: int, chunk_size: int, sparse: range = NOWHE
     while start < stop:
         is_sparse = sparse.start <= start <= sparse.stop - TILE
         size = min(chunk_size, (min(stop, sparse.stop) if is_sparse else stop) - start)
-        yield size, is_sparse
+        yield size, is_sparse and size > 1
         start += size
