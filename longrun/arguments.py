@@ -50,9 +50,11 @@ def number(
     high: float = math.inf,
     *,
     above: bool = False,
+    below: bool = False,
     error: type[LongrunError] = InputError,
 ) -> float:
-    """A finite real number from `low` to `high` (with `above`: above `low`); never a bool or a text.
+    """A finite real number from `low` to `high` (with `above`: above `low`, with `below`: below `high`); never a bool
+    or a text.
 
     Raises:
         error: another type, NaN, infinity, or outside the range.
@@ -63,9 +65,9 @@ def number(
     except OverflowError:
         found = math.inf
     if not math.isfinite(found):
-        raise error(f"{what} {quoted(value)} is not a finite number: give {_range(low, high, above)}")
-    if found > high or found < low or (above and found == low):
-        raise error(f"{what} {quoted(value)} is outside the range: give {_range(low, high, above)}")
+        raise error(f"{what} {quoted(value)} is not a finite number: give {_range(low, high, above, below)}")
+    if found > high or found < low or (above and found == low) or (below and found == high):
+        raise error(f"{what} {quoted(value)} is outside the range: give {_range(low, high, above, below)}")
     return found
 
 
@@ -124,15 +126,17 @@ def whole(low: int = 0, high: int = MAX_INTEGER) -> Callable[[str], int]:
     return read
 
 
-def real(low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
-    """The `type` of a command-line option that takes a finite number from `low` to `high` (`above`: above `low`)."""
+def real(
+    low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False
+) -> Callable[[str], float]:
+    """The `type` of a command-line option that takes a number as `number` does."""
 
     def read(text: str) -> float:
         try:
             value: Any = float(text)
         except ValueError:
             value = text
-        return _option(lambda: number(value, "value", low, high, above=above))
+        return _option(lambda: number(value, "value", low, high, above=above, below=below))
 
     return read
 
@@ -166,9 +170,9 @@ def _limit(high: int) -> str:
     return f"{high:,}" if high <= MAX_INTEGER else f"2**{high.bit_length()} - 1"
 
 
-def _range(low: float, high: float, above: bool) -> str:
-    if not above and -math.inf < low and high < math.inf:
+def _range(low: float, high: float, above: bool, below: bool) -> str:
+    if not above and not below and -math.inf < low and high < math.inf:
         return f"a number from {low:g} to {high:g}"
     least = "" if low == -math.inf else f"above {low:g}" if above else f"at least {low:g}"
-    most = "" if high == math.inf else f"at most {high:g}"
+    most = "" if high == math.inf else f"below {high:g}" if below else f"at most {high:g}"
     return f"a number {' and '.join(filter(None, (least, most)))}".rstrip()

@@ -45,8 +45,8 @@ def _parse(text: str, units: dict[str, int], what: str, example: str) -> int:
     return int(value)
 
 
-def parse_tokens(text: str | int, what: str = "token count") -> int:
-    """Token count from `8192`, `8,192` (as longrun prints it), `128K` (1K = 1,000) or `3.3M`; from 1 to `MAX_TOKENS`.
+def parse_tokens(text: str | int, what: str = "token count", least: int = 1) -> int:
+    """Token count from `8192`, `8,192` (as longrun prints it), `128K` (1K = 1,000) or `3.3M`; to `MAX_TOKENS`.
 
     Raises:
         InputError: neither a text nor an integer, an unknown unit, or a count out of range.
@@ -54,9 +54,9 @@ def parse_tokens(text: str | int, what: str = "token count") -> int:
     example = "8192, 128K or 3.3M"
     if isinstance(text, str) and re.fullmatch(r"\s*\d{1,3}(,\d{3})+\s*", text, re.ASCII):
         text = text.replace(",", "")
-    count = _parse(text, _TOKEN_UNITS, what, example) if isinstance(text, str) else integer(text, what, 1)
-    if count < 1:
-        raise InputError(f"{what} {quoted(text)} must be at least 1: write it like {example}")
+    count = _parse(text, _TOKEN_UNITS, what, example) if isinstance(text, str) else integer(text, what, least)
+    if count < least:
+        raise InputError(f"{what} {quoted(text)} must be at least {least}: write it like {example}")
     if count > MAX_TOKENS:
         raise InputError(f"{what} {quoted(text)} must be at most {MAX_TOKENS:,} tokens: write it like {example}")
     return count

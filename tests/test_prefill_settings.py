@@ -63,10 +63,10 @@ def test_what_is_given_by_hand_wins_over_the_file():
             "prefill_mass 0.9 is for sparse prefill, and texts are read exactly: give prefill sparse",
         ),
         ((None, None, "64K"), "prefill_dense '64K' is for sparse prefill"),
-        (("sparse", 1, None), "mass 1 is all attention"),
+        (("sparse", 1, None), "mass 1 is outside the range: give a number above 0 and below 1"),
         (("sparse", 0, None), "mass 0 is outside the range"),
         (("sparse", "much", None), "mass 'much' is not a finite number"),
-        (("sparse", None, -1), "prefill_dense -1 is too small"),
+        (("sparse", None, -1), "prefill_dense -1 is too small: it must be at least 0"),
         (("sparse", None, "many"), "prefill_dense 'many' is not a number with a known unit"),
         (("sparse", None, 1.5), "prefill_dense 1.5 is not an integer"),
         (("sparse", None, True), "prefill_dense True is not an integer"),
@@ -78,7 +78,7 @@ def test_what_cannot_be_used(given, said):
 
 
 def test_a_number_of_dense_tokens():
-    assert [parse_dense_tokens(tokens) for tokens in (0, "0", " 0 ", 5, "128K")] == [0, 0, 0, 5, 128_000]
+    assert [parse_dense_tokens(tokens) for tokens in (0, "0", " 0 ", "0K", 5, "128K")] == [0, 0, 0, 0, 5, 128_000]
 
 
 def test_what_is_not_served():
@@ -174,7 +174,6 @@ def test_the_plan_command(capsys):
     assert "documents are read sparsely from token 131,072 on, the last" in capsys.readouterr().out
     for arguments, said in (
         (["--prefill-mass", "0.9"], "prefill_mass 0.9 is for sparse prefill, and texts are read exactly"),
-        (["--prefill", "sparse", "--prefill-mass", "1"], "mass 1.0 is all attention"),
         (["--prefill", "sparse", "--prefill-dense", "x"], "--prefill-dense 'x' is not a number with a known unit"),
     ):
         with pytest.raises(InputError, match=re.escape(said)):

@@ -15,9 +15,9 @@ from longrun.specs.prefill_spec import PrefillSpec
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"mass": 0}, "mass 0 is outside the range: give a number above 0 and at most 1"),
-        ({"mass": 1}, "mass 1 is all attention"),
-        ({"mass": 1.0}, "mass 1.0 is all attention"),
+        ({"mass": 0}, "mass 0 is outside the range: give a number above 0 and below 1"),
+        ({"mass": 1}, "mass 1 is outside the range: give a number above 0 and below 1"),
+        ({"mass": 1.0}, "mass 1.0 is outside the range"),
         ({"mass": 1.5}, "mass 1.5 is outside the range"),
         ({"mass": -0.1}, "mass -0.1 is outside the range"),
         ({"mass": math.nan}, "mass nan is not a finite number"),

@@ -94,7 +94,7 @@ def test_the_command(chat, text_file, tmp_path):
     for arguments, words in (
         (["--prefill", "dense"], "argument --prefill: invalid choice: 'dense'"),
         (["--prefill", "sparse", "--prefill-mass", "0"], "argument --prefill-mass: value 0.0 is outside the range"),
-        (["--prefill", "sparse", "--prefill-mass", "1"], "mass 1.0 is all attention"),
+        (["--prefill", "sparse", "--prefill-mass", "1"], "argument --prefill-mass: value 1.0 is outside the range"),
         (["--prefill", "sparse", "--prefill-mass", "x"], "argument --prefill-mass: value 'x' is not a finite number"),
         (["--prefill", "sparse", "--prefill-dense", "-5"], "--prefill-dense '-5' is not a number with a known unit"),
         (["--prefill-mass", "0.9"], "prefill_mass 0.9 is for sparse prefill, and texts are read exactly"),

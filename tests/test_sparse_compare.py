@@ -54,7 +54,7 @@ def test_rows_name_how_documents_are_read(tmp_path):
         ({"prefill": True}, "prefill is True, which is of the wrong type"),
         ({"prefill_mass": 0.9}, "row r: prefill_mass is for prefill sparse: give that as well"),
         ({"prefill": "exact", "prefill_dense": 5}, "row r: prefill_dense is for prefill sparse"),
-        ({"prefill": "sparse", "prefill_mass": 1}, "row r: mass 1 is all attention"),
+        ({"prefill": "sparse", "prefill_mass": 1}, "row r: mass 1 is outside the range"),
         ({"prefill": "sparse", "prefill_mass": "0.9"}, "prefill_mass is '0.9', which is of the wrong type"),
         ({"prefill": "sparse", "prefill_dense": "x"}, "row r: prefill_dense 'x' is not a number with a known unit"),
         ({"prefill": "sparse", "prefill_dense": -1}, "row r: prefill_dense -1 is too small"),

@@ -25,7 +25,7 @@ _DENSE_HELP = (
 def add_prefill_options(parser: argparse._ActionsContainer) -> None:
     """Add --prefill, --prefill-mass and --prefill-dense."""
     parser.add_argument("--prefill", choices=PREFILL_MODES, help=f"{_HELP} (default: the budget's, else {EXACT})")
-    parser.add_argument("--prefill-mass", type=real(0, 1, above=True), metavar="SHARE", help=_MASS_HELP)
+    parser.add_argument("--prefill-mass", type=real(0, 1, above=True, below=True), metavar="SHARE", help=_MASS_HELP)
     parser.add_argument("--prefill-dense", metavar="TOKENS", help=_DENSE_HELP)
 
 

@@ -86,7 +86,7 @@ def parse_keep(keep: int | str, what: str = "keep") -> int | str:
     """
     if keep == SYSTEM:
         return SYSTEM
-    return 0 if type(keep) in (int, str) and str(keep) == "0" else parse_tokens(keep, what)
+    return parse_tokens(keep, what, 0)
 
 
 def budget_by_hand(budget: Budget, retrieval_ratio: float | None, kv_bytes: int | str | None) -> Budget:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longrun.arguments import choice, flag, integer, number
-from longrun.errors import InputError, quoted
 from longrun.units import parse_tokens
 
 EXACT, SPARSE = "exact", "sparse"
@@ -52,11 +51,7 @@ class PrefillSpec:
     correct: bool = False
 
     def __post_init__(self) -> None:
-        if number(self.mass, "mass", 0, 1, above=True) == 1:
-            raise InputError(
-                f"mass {quoted(self.mass)} is all attention, which only reading all pages catches: give a number below "
-                f"1, or read exactly"
-            )
+        number(self.mass, "mass", 0, 1, above=True, below=True)
         integer(self.dense_tokens, "dense_tokens")
         integer(self.dense_end, "dense_end", 1)
         integer(self.newest, "newest", 1)
@@ -89,6 +84,4 @@ def parse_dense_tokens(tokens: int | str, what: str = "prefill_dense") -> int:
     Raises:
         InputError: no such number.
     """
-    if tokens == 0 or (isinstance(tokens, str) and tokens.strip() == "0"):
-        return 0
-    return parse_tokens(tokens, what)
+    return parse_tokens(tokens, what, 0)

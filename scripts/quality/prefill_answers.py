@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=real(0), default=3600.0, help="after which no setting of a length is begun")
     parser.add_argument("--json", type=path_option, help="write the result here")
     args = parser.parse_args(argv)
-    dense = 0 if args.dense == "0" else parse_tokens(args.dense, "--dense")
+    dense = parse_tokens(args.dense, "--dense", 0)
     spec = PrefillSpec(dense_tokens=dense, dense_end=args.dense_end, floor=args.floor, least=0.0)
     names = [name.strip() for name in args.settings.split(";") if name.strip()]
     settings = [Setting.of(name, spec) for name in names if name != EXACT]
