@@ -196,6 +196,9 @@ def test_what_a_text_takes_is_the_sum_over_its_chunks():
     bench_chunks.with_ratios(rows)
     assert [row["against_exact"] for row in rows] == [1, 1, 2, 2]
     assert [row.get("estimated_seconds_of_text") for row in rows] == [None, pytest.approx(40), None, pytest.approx(20)]
+    twice = [dict(rows[0]), dict(rows[0])]  # a length that was given twice
+    bench_chunks.with_ratios(twice)
+    assert "estimated_seconds_of_text" not in twice[1]
 
 
 def test_an_offloaded_session_is_compared_with_a_resident_one(model, capsys, tmp_path, quick):

@@ -114,7 +114,7 @@ def with_ratios(rows: Sequence[dict[str, Any]]) -> None:
         exact = [other for other in exact if other["length"] == row["length"]]
         row["against_exact"] = exact[0]["seconds"] / row["seconds"] if exact else None
         shortest = min(same, key=lambda other: other["length"])
-        if shortest is row:
+        if shortest["length"] == row["length"]:
             continue
         by_chunk = [sum(one["chunk_seconds"]) / len(one["chunk_seconds"]) for one in (shortest, row)]
         slope = (by_chunk[1] - by_chunk[0]) / (row["length"] - shortest["length"])
