@@ -311,6 +311,7 @@ _FIELDS = {
     "kv.page_size": "page_size",
     "prefill.chunk_size": "chunk_size",
     "prefill.mode": "prefill_mode",
+    "prefill.share": "prefill_share",
     "prefill.mass": "prefill_mass",
     "prefill.dense_tokens": "prefill_dense",
     "decode.pages_per_head": "pages_per_head",

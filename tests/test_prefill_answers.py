@@ -16,14 +16,14 @@ from longrun.specs.prefill_spec import PrefillSpec
 from scripts.quality import prefill_answers
 from scripts.quality.prefill_answers import SETTINGS, Setting, rows_of
 
-BASE = PrefillSpec(dense_tokens=0, least=0.0)
+BASE = PrefillSpec(dense_tokens=0)
 
 
 def test_settings_by_hand():
     assert Setting.of("exact", BASE) == Setting("exact", None)
     assert Setting.of("exact bf16", BASE) == Setting("exact bf16", None, "bf16")
     assert Setting.of("exact + select 26%", BASE) == Setting("exact + select 26%", None, None, "26%")
-    assert Setting.of("8%", BASE).prefill == replace(BASE, least=0.08, cap=0.08)
+    assert Setting.of("8%", BASE).prefill == replace(BASE, cap=0.08)
     several = Setting.of("5-25% mass 0.9 rows 4 correct + select 128", BASE)
     assert several.prefill == replace(BASE, least=0.05, cap=0.25, mass=0.9, rows=4, correct=True)
     assert several.select == "128" and several.kv_format is None
@@ -33,7 +33,7 @@ def test_settings_by_hand():
 @pytest.mark.parametrize(
     "name",
     ["", "8", "x%", "8% mass", "8% mass x", "8% rows 1.5", "8% quickly", "exact fp8", "exact bf16 8%", "8% + 26%",
-     "8% + select", "+ select 26%", "-8%"],
+     "8% + select", "+ select 26%", "-8%", "8% mass 0.9", "5-25%", "25-5% mass 0.9"],
 )  # fmt: skip
 def test_words_that_are_no_setting(name):
     with pytest.raises(InputError, match=r"the setting .* is none"):
@@ -41,7 +41,8 @@ def test_words_that_are_no_setting(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("25-5%", "least 0.25 is outside"), ("8% rows 3", "rows '3' is unknown"), ("0%", "cap 0.0 is")]
+    ("name", "said"),
+    [("5-25% mass 1", "mass 1.0 is outside"), ("8% rows 3", "rows '3' is unknown"), ("0%", "cap 0.0 is")],
 )
 def test_values_that_prefill_refuses(name, said):
     with pytest.raises(InputError, match=said):
@@ -62,7 +63,7 @@ def test_what_a_random_model_loses(tmp_path):
         "100%", "100% correct", "20%", "20% correct", "20% rows 8", "50%", "20-100% mass 0.9", "exact fp32",
         "exact + select 12", "20% + select 12",
     )  # fmt: skip
-    spec = PrefillSpec(dense_tokens=0, dense_end=50, newest=1, floor=2, least=0.0)
+    spec = PrefillSpec(dense_tokens=0, dense_end=50, newest=1, floor=2)
     exact, *rows = rows_of(base, [text], [Setting.of(name, spec) for name in names], 256, spec, 600)
     row = dict(zip(names, rows, strict=True))
     assert exact["known"] == 0 and [one["setting"] for one in rows] == list(names)

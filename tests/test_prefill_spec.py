@@ -30,7 +30,7 @@ from longrun.specs.prefill_spec import PrefillSpec
         ({"floor": 3}, "floor 3 is too small: it must be at least 4"),
         ({"cap": 0}, "cap 0 is outside the range: give a number above 0 and at most 1"),
         ({"least": -0.01}, "least -0.01 is outside the range"),
-        ({"least": 0.2, "cap": 0.1}, "least 0.2 is outside the range: give a number from 0 to 0.1"),
+        ({"least": 1.2}, "least 1.2 is outside the range: give a number from 0 to 1"),
         ({"cap": 1.1}, "cap 1.1 is outside the range"),
         ({"rows": 3}, "rows '3' is unknown: use 1 or 2 or 4 or 8"),
         ({"correct": 1}, "correct 1 is neither True nor False"),
@@ -48,7 +48,7 @@ def test_values_at_the_edge() -> None:
 
 
 def test_pages_that_a_tile_reads_at_least_and_at_most() -> None:
-    spec = PrefillSpec(floor=16, least=0.05, cap=0.25)
+    spec = PrefillSpec(mass=0.9, floor=16, least=0.05, cap=0.25)
     assert [spec.most_pages(pages) for pages in (0, 5, 16, 17, 64, 67, 68, 4096)] == [0, 5, 16, 16, 16, 16, 17, 1024]
     assert [spec.least_pages(pages) for pages in (0, 5, 16, 17, 320, 339, 340, 4096)] == [0, 5, 16, 16, 16, 16, 17, 204]
     assert PrefillSpec(cap=1).most_pages(777) == 777
@@ -56,5 +56,6 @@ def test_pages_that_a_tile_reads_at_least_and_at_most() -> None:
 
 @pytest.mark.parametrize("pages", [0, 1, 15, 16, 17, 99, 100, 1001, 160_000])
 def test_the_same_share_for_every_tile(pages: int) -> None:
-    spec = PrefillSpec(least=0.08, cap=0.08)
-    assert spec.least_pages(pages) == spec.most_pages(pages)
+    """Without a mass, and where the least that it may ask for is more than the most."""
+    for spec in (PrefillSpec(cap=0.08), PrefillSpec(mass=0.9, least=0.2, cap=0.08)):
+        assert spec.least_pages(pages) == spec.most_pages(pages)

@@ -58,7 +58,7 @@ def test_rows_name_how_documents_are_read(tmp_path):
         ({"prefill": "sparse", "prefill_mass": "0.9"}, "prefill_mass is '0.9', which is of the wrong type"),
         ({"prefill": "sparse", "prefill_dense": "x"}, "row r: prefill_dense 'x' is not a number with a known unit"),
         ({"prefill": "sparse", "prefill_dense": -1}, "row r: prefill_dense -1 is too small"),
-        ({"prefill": "sparse", "prefill_least": 0.5}, "row r: least 0.5 is outside the range"),
+        ({"prefill": "sparse", "prefill_least": 1.5}, "row r: least 1.5 is outside the range"),
         ({"prefill": "sparse", "prefill_cap": 0}, "row r: cap 0 is outside the range"),
         ({"prefill": "sparse", "prefill_rows": 3}, "row r: rows '3' is unknown"),
         ({"prefill": "sparse", "prefill_end": 0}, "row r: dense_end 0 is too small"),
@@ -73,7 +73,7 @@ def test_rows_name_how_documents_are_read(tmp_path):
 
 def test_the_rows_that_are_shipped():
     rows = {row.name: row for row in read_rows(ROOT / "scripts" / "quality" / "compare_prefill.toml")}
-    shares = {name: row.sparse.cap for name, row in rows.items() if row.sparse and row.sparse.least == row.sparse.cap}
+    shares = {name: row.sparse.cap for name, row in rows.items() if row.sparse and row.sparse.mass is None}
     assert set(shares.values()) == {0.08, 0.15, 0.25, 0.4}
     assert all(name.startswith(f"{share:.0%}") for name, share in shares.items())
     assert rows["8% corrected"].sparse == replace(rows["8%"].sparse, correct=True)
@@ -176,10 +176,10 @@ def test_the_prefill_benchmark(tmp_path, capsys, monkeypatch):
     assert sparse["flops"]["retrieval_attention"] < dense["flops"]["retrieval_attention"]
     assert bench.main([*shared, "--prefill", "sparse", "--prefill-dense", "512", "--prefill-share", "0.3"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["settings"]["prefill"]["least"] == result["settings"]["prefill"]["cap"] == 0.3
+    assert (result["settings"]["prefill"]["cap"], result["settings"]["prefill"]["mass"]) == (0.3, None)
     for more, said in (
         (["--prefill-mass", "0.9"], "prefill_mass 0.9 is for sparse prefill"),
-        (["--prefill-share", "0.1"], "--prefill-share is for sparse prefill: give --prefill sparse as well"),
+        (["--prefill-share", "0.1"], "prefill_share '0.1' is for sparse prefill, and texts are read exactly"),
     ):
         with pytest.raises(InputError, match=re.escape(said)):
             bench.main([*shared, *more])

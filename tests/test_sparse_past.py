@@ -225,6 +225,12 @@ def test_caught_attention_by_hand():
     assert 0.3 < found.caught_share < 0.95
 
 
+def test_without_a_mass_nothing_is_left_and_nothing_steered():
+    levels = TileLevels(None, 2, 4, torch.device("cpu"))
+    levels.add(1, slice(1, 4), torch.full((3,), 7), 10, torch.tensor([0.0, 1.9, 2.0]), 2)
+    assert not levels.left.any() and levels.counts().read_share == pytest.approx(0.7)
+
+
 def test_levels_by_hand():
     levels = TileLevels(0.95, 2, 4, torch.device("cpu"))
     start = levels.left.clone()

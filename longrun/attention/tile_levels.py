@@ -21,14 +21,14 @@ class TileLevels:
     """By layer and query head, in the layer's order: levels and counts. Nothing here waits for the device but `counts`.
 
     Args:
-        mass: the share of attention that is to be caught.
+        mass: the share of attention that is to be caught; None leaves nothing, and steers nothing.
 
     Attributes:
         left: float32 [num_layers, num_qo_heads], the share that tiles may leave.
     """
 
-    def __init__(self, mass: float, num_layers: int, num_qo_heads: int, device: torch.device) -> None:
-        self._missable = 1 - mass
+    def __init__(self, mass: float | None, num_layers: int, num_qo_heads: int, device: torch.device) -> None:
+        self._missable = 0.0 if mass is None else 1 - mass
         shape = (num_layers, num_qo_heads)
         self.left = torch.full(shape, self._missable, device=device)
         self._read = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -62,7 +62,7 @@ class TileLevels:
         self._caught[layer_idx, heads] += caught
         self._pages[layer_idx, heads] += pages
         self._rows[layer_idx, heads] += rows
-        if rows:
+        if rows and self._missable:
             missed = (1 - caught / rows).clamp_(min=_NOTHING)
             change = (self._missable / missed).sqrt_().clamp_(1 / _STEP, _STEP)
             self.left[layer_idx, heads] *= change

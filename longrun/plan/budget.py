@@ -45,6 +45,7 @@ _SECTIONS: dict[str, dict[str, str]] = {
     "prefill": {
         "chunk_size": "chunk_size",
         "mode": "prefill_mode",
+        "share": "prefill_share",
         "mass": "prefill_mass",
         "dense_tokens": "prefill_dense",
     },
@@ -85,8 +86,8 @@ class Budget:
         page_size: tokens of a page, one of `PAGE_SIZES`. Default 64.
         chunk_size: the most tokens of one prefill step. Default 1024.
         prefill_mode: how texts are read, one of `PREFILL_MODES`. Default None: exactly.
-        prefill_mass, prefill_dense: where texts are read sparsely, `PrefillSpec.mass` and `dense_tokens`, or None
-            (default) for those of `prefill_base`.
+        prefill_share, prefill_mass, prefill_dense: where texts are read sparsely, `PrefillSpec.cap`, `mass` and
+            `dense_tokens`, or None (default) for those of `prefill_base`.
         pages_per_head: the most pages of a retrieval head that a decode step reads, or a share of those that the head
             holds then, like "25%" (no fewer than 64), or "off". Default None: all.
         selector: which pages these are, one of `SELECTORS`. Default "top".
@@ -112,6 +113,7 @@ class Budget:
     page_size: int = 64
     chunk_size: int = 1024
     prefill_mode: str | None = None
+    prefill_share: float | None = None
     prefill_mass: float | None = None
     prefill_dense: int | None = None
     prefill_base: PrefillSpec = DEFAULT_PREFILL
@@ -148,6 +150,11 @@ class Budget:
         self._check_whole("chunk_size", 1)
         if self.prefill_mode is not None:
             self._check_name("prefill_mode", PREFILL_MODES, "mode")
+        if self.prefill_share is not None:
+            try:
+                replace(self.prefill_base, cap=self.prefill_share)
+            except InputError:
+                self._fail("prefill_share", "must be a number above 0 and at most 1: 0.25 reads a quarter of the pages")
         if self.prefill_mass is not None:
             try:
                 replace(self.prefill_base, mass=self.prefill_mass)

@@ -53,7 +53,7 @@ def plan_command(argv: Sequence[str] | None = None) -> int:
     )
     dense = options.prefill_dense
     dense = None if dense is None else parse_dense_tokens(dense, "--prefill-dense")
-    budget = budget_with_prefill(budget, options.prefill, options.prefill_mass, dense)
+    budget = budget_with_prefill(budget, options.prefill, options.prefill_share, options.prefill_mass, dense)
     capacity = None if options.ctx is None else parse_tokens(options.ctx, "--ctx")
     device_type = options.device or ("cpu" if options.budget == "cpu" else "cuda")
     if device_type == "cuda":

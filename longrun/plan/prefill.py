@@ -13,51 +13,62 @@ from longrun.plan.budget import Budget
 from longrun.plan.placement import Placement, PlanSettings
 from longrun.quant.kv_format import GPU_HEAD_DIMS, QUANTIZED_KV_FORMATS
 from longrun.specs.attention_spec import AttentionSpec
-from longrun.specs.prefill_spec import EXACT, PREFILL_MODES, SPARSE, PrefillSpec, parse_dense_tokens
+from longrun.specs.prefill_spec import (
+    EXACT,
+    PREFILL_MODES,
+    SPARSE,
+    PrefillSpec,
+    parse_dense_tokens,
+    parse_prefill_share,
+)
 
 _HELP = "sparse: of a long document most chunks read only the pages that hold most of their attention"
-_MASS_HELP = f"with --prefill sparse: share of the attention to be caught, below 1 (default: {PrefillSpec.mass:g})"
+_SHARE_HELP = f"with --prefill sparse: share of the pages that is read (default: {100 * PrefillSpec.cap:g}%%)"
+_MASS_HELP = (
+    f"with --prefill sparse: of these pages, from {100 * PrefillSpec.least:g}%% on, as few as catch this share of the "
+    f"attention, below 1 (default: all of them)"
+)
 _DENSE_HELP = (
     f"with --prefill sparse: chunks that begin before this token read all (default: {PrefillSpec.dense_tokens:,})"
 )
 
 
 def add_prefill_options(parser: argparse._ActionsContainer) -> None:
-    """Add --prefill, --prefill-mass and --prefill-dense."""
+    """Add --prefill, --prefill-share, --prefill-mass and --prefill-dense."""
     parser.add_argument("--prefill", choices=PREFILL_MODES, help=f"{_HELP} (default: the budget's, else {EXACT})")
-    parser.add_argument("--prefill-mass", type=real(0, 1, above=True, below=True), metavar="SHARE", help=_MASS_HELP)
+    parser.add_argument("--prefill-share", metavar="SHARE", help=_SHARE_HELP)
+    parser.add_argument("--prefill-mass", type=real(0, 1, above=True, below=True), metavar="MASS", help=_MASS_HELP)
     parser.add_argument("--prefill-dense", metavar="TOKENS", help=_DENSE_HELP)
 
 
 def budget_with_prefill(
-    budget: Budget, prefill: PrefillSpec | str | None, mass: float | None, dense: int | str | None
-) -> Budget:
+    budget: Budget, prefill: PrefillSpec | str | None, share: float | str | None, mass: float | None,
+    dense: int | str | None,
+) -> Budget:  # fmt: skip
     """The budget where what is given by hand wins over what the file says.
 
     Args:
         prefill: a mode, or a `PrefillSpec`, which says everything.
-        mass, dense: `PrefillSpec.mass` and `dense_tokens`; dense also as text.
+        share, mass, dense: `PrefillSpec.cap`, `mass` and `dense_tokens`; share and dense also as text.
 
     Raises:
         InputError: an unknown mode, a value out of its range, or one that exact reading has no use for.
     """
     if isinstance(prefill, PrefillSpec):
         budget = replace(
-            budget,
-            prefill_mode=SPARSE,
-            prefill_mass=prefill.mass,
-            prefill_dense=prefill.dense_tokens,
-            prefill_base=prefill,
-        )
+            budget, prefill_mode=SPARSE, prefill_share=None, prefill_mass=None, prefill_dense=None, prefill_base=prefill
+        )  # fmt: skip
     elif prefill is not None:
         budget = replace(budget, prefill_mode=choice(prefill, "prefill", PREFILL_MODES))
-    given = {"prefill_mass": mass, "prefill_dense": dense}
+    given = {"prefill_share": share, "prefill_mass": mass, "prefill_dense": dense}
     useless = [name for name, value in given.items() if value is not None]
     if useless and budget.prefill_mode != SPARSE:
         raise InputError(
             f"{useless[0]} {quoted(given[useless[0]])} is for sparse prefill, and texts are read exactly: give prefill "
             f"{SPARSE} as well, or leave it out"
         )
+    if share is not None:
+        budget = replace(budget, prefill_share=parse_prefill_share(share))
     if mass is not None:
         budget = replace(budget, prefill_mass=PrefillSpec(mass=mass).mass)
     if dense is not None:
@@ -87,6 +98,7 @@ def prefill_of(budget: Budget, config: ModelConfig, device_type: str) -> Prefill
     base = budget.prefill_base
     return replace(
         base,
+        cap=base.cap if budget.prefill_share is None else budget.prefill_share,
         mass=base.mass if budget.prefill_mass is None else budget.prefill_mass,
         dense_tokens=base.dense_tokens if budget.prefill_dense is None else budget.prefill_dense,
     )

@@ -104,8 +104,9 @@ def prefill_lines(attention: AttentionSpec) -> list[str]:
         return []
     from_token = f"from token {spec.dense_tokens:,} on" if spec.dense_tokens else "throughout"
     read = f"the {100 * spec.cap:.3g}% of the pages that hold most"
-    if spec.least < spec.cap:
-        read = f"{100 * spec.least:.3g}% to {100 * spec.cap:.3g}% of the pages, as many as hold {100 * spec.mass:.4g}%"
+    if spec.mass is not None:
+        least = min(spec.least, spec.cap)
+        read = f"{100 * least:.3g}% to {100 * spec.cap:.3g}% of the pages, as many as hold {100 * spec.mass:.4g}%"
     return [
         f"documents are read sparsely {from_token}, the last {spec.dense_end:,} tokens excepted: heads that keep all "
         f"tokens read {read} of the attention{', corrected by each middle query' if spec.correct else ''}"

@@ -26,9 +26,10 @@ _LAYER_SECONDS = 20e-6
 # On a CPU: one token's weights, of reading memory; bf16 and nf4 from single runs.
 _CPU_LINEARS = {"fp32": 0.76, "bf16": 0.50, "int8": 0.47, "int4": 0.43, "nf4": 0.36}
 
-# Of sparse reading, until it is measured: the share of the pages of the past that a tile reads where it may, and the
-# speed of attention to chosen pages beside that of dense attention.
-_TILE_SHARE, _TILE_SPEED = 0.1, 0.5
+# Of sparse reading: the speed of attention to chosen pages, and of scoring all of them, beside dense attention's
+# (docs/results/h200-sparse-prefill-kernels.json: scoring takes 0.76% of its time, of its operations 1/256; choosing
+# 0.26%).
+_TILE_SPEED, _SCORE_SPEED, _CHOOSING = 0.83, 0.51, 0.0026
 
 _MOST_STEPS = 128  # of a long context as many chunks are computed, evenly spread
 
@@ -115,7 +116,9 @@ def _chunk_seconds(plan: Plan, speeds: Speeds, tokens: float, past: float, spars
     if sparse and spec is not None:
         passes = 2
         pairs -= (
-            cache.keeping_heads * past * (1 - _tile_share(spec) / _TILE_SPEED - (spec.rows / 2 + spec.correct) / TILE)
+            cache.keeping_heads
+            * past
+            * (1 - _tile_share(spec) / _TILE_SPEED - (spec.rows / 2 / _SCORE_SPEED + spec.correct) / TILE - _CHOOSING)
         )
     attention = 4 * page.head_dim * group * tokens * pairs / speeds.attention_tflops / 1e12
     on_gpu = plan.device_type == "cuda"
@@ -132,7 +135,8 @@ def _chunk_seconds(plan: Plan, speeds: Speeds, tokens: float, past: float, spars
 
 
 def _tile_share(spec: PrefillSpec) -> float:
-    return min(spec.cap, max(spec.least, _TILE_SHARE))
+    """Of the pages; where a mass decides, the middle of what it may be."""
+    return spec.cap if spec.mass is None else (min(spec.least, spec.cap) + spec.cap) / 2
 
 
 def token_seconds(plan: Plan, speeds: Speeds, seq_len: int) -> float:

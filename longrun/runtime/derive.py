@@ -24,7 +24,7 @@ def derived(
     setup: Setup, head_map: HeadMap | HeadSplit | str | Path | None, retrieval_ratio: float | None,
     kv_bytes: int | str | None, kv_format: str | None, chunk_size: int | None, capacity: int, keep: int | None,
     select: int | str | None, select_from: int | None, hot_pool: int | str | None, prefill: PrefillSpec | str | None,
-    prefill_mass: float | None, prefill_dense: int | str | None,
+    prefill_share: float | str | None, prefill_mass: float | None, prefill_dense: int | str | None,
 ) -> Setup:  # fmt: skip
     """`setup` with what is given in place of its own; see `Runtime.derive`.
 
@@ -36,7 +36,7 @@ def derived(
         kv_format=kv_format, chunk_size=chunk_size, keep=keep, pages_per_head=select, select_from=select_from,
         hot_pool=hot_pool,
     )  # fmt: skip
-    budget = budget_with_prefill(budget, prefill, prefill_mass, prefill_dense)
+    budget = budget_with_prefill(budget, prefill, prefill_share, prefill_mass, prefill_dense)
     if setup.plan.device_type == "cuda" and setup.compiled_kernels:
         check_kernel_shapes(config, budget)
     wanted = replace(setup, budget=budget)

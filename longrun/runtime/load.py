@@ -71,6 +71,7 @@ def load(
     select_from: int | None = None,
     hot_pool: int | str | None = None,
     prefill: PrefillSpec | str | None = None,
+    prefill_share: float | str | None = None,
     prefill_mass: float | None = None,
     prefill_dense: int | str | None = None,
     chunk_size: int | None = None,
@@ -121,8 +122,8 @@ def load(
             "off": they are read in place, as they are elsewhere. Changes no answer. Default: the budget's, else off.
         prefill: "sparse", or a `PrefillSpec`: of a long document most chunks read only the pages of the past that hold
             most of their attention; "exact": all. Default: the budget's (exact where it says nothing).
-        prefill_mass, prefill_dense: with "sparse", `PrefillSpec.mass` and `dense_tokens` (also a text like "64K").
-            Default: the budget's.
+        prefill_share, prefill_mass, prefill_dense: with "sparse", `PrefillSpec.cap` (also a text like "25%"), `mass`
+            and `dense_tokens` (also a text like "64K"). Default: the budget's.
         chunk_size: the most tokens of one prefill step; default: the budget's.
         device_share: the most of a retrieval head's pages that may stand in the device pool (0 to 1); below 1 the
             rest goes to the host pool although the device has room.
@@ -181,7 +182,7 @@ def load(
         select_from=None if select_from is None else parse_select_from(select_from),
         hot_pool=None if hot_pool is None else parse_hot_pool(hot_pool),
     )
-    limits = budget_with_prefill(limits, prefill, prefill_mass, prefill_dense)
+    limits = budget_with_prefill(limits, prefill, prefill_share, prefill_mass, prefill_dense)
     limits, session_notices = _with_keep_of(session, limits)
     if limits.kv_bytes is not None:
         marks = MARKS

@@ -17,7 +17,7 @@ from longrun.plan.split import KEEP_HELP, KV_BYTES_HELP, parse_keep
 from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.specs.cache_spec import MARKS
-from longrun.specs.prefill_spec import parse_dense_tokens
+from longrun.specs.prefill_spec import parse_dense_tokens, parse_prefill_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,6 +115,9 @@ def load_model(
         select_from=None if args.select_from is None else parse_select_from(args.select_from, "--select-from"),
         hot_pool=None if args.hot_pool is None else parse_hot_pool(args.hot_pool, "--hot-pool"),
         prefill=args.prefill,
+        prefill_share=None
+        if args.prefill_share is None
+        else parse_prefill_share(args.prefill_share, "--prefill-share"),
         prefill_mass=args.prefill_mass,
         prefill_dense=None if dense is None else parse_dense_tokens(dense, "--prefill-dense"),
         chunk_size=args.chunk_size,

@@ -203,6 +203,7 @@ class Runtime:
         select_from: int | None = None,
         hot_pool: int | str | None = None,
         prefill: PrefillSpec | str | None = None,
+        prefill_share: float | str | None = None,
         prefill_mass: float | None = None,
         prefill_dense: int | str | None = None,
     ) -> Runtime:
@@ -225,7 +226,7 @@ class Runtime:
             keep: first tokens that no head drops, see `longrun.load`; not "system".
             select, select_from, hot_pool: pages of every retrieval head that a decode step reads, from how many on, and
                 the memory for those of them that stand on the host; see `longrun.load`.
-            prefill, prefill_mass, prefill_dense: how long documents are read, see `longrun.load`.
+            prefill, prefill_share, prefill_mass, prefill_dense: how long documents are read, see `longrun.load`.
 
         Raises:
             PlanError: what is left of the budget, or the machine's free memory, cannot hold it.
@@ -242,6 +243,6 @@ class Runtime:
         return Runtime(
             derived(
                 self._setup, split, retrieval_ratio, kv_bytes, kv_format, chunk_size, capacity, kept, chosen, begin,
-                hot, prefill, prefill_mass, prefill_dense,
+                hot, prefill, prefill_share, prefill_mass, prefill_dense,
             )
         )  # fmt: skip

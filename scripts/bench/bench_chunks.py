@@ -62,7 +62,7 @@ def parse_shares(text: str) -> list[float | None]:
 
 def spec_of(share: float | None) -> PrefillSpec | None:
     """Every tile reads this share of the past's pages, from the text's beginning on; None reads all."""
-    return None if share is None else PrefillSpec(dense_tokens=0, least=share, cap=share)
+    return None if share is None else PrefillSpec(dense_tokens=0, cap=share)
 
 
 def read_chunks(session: Session, count: int, seed: int) -> list[float]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import longrun
-from longrun.arguments import SEED, SHARE, real
+from longrun.arguments import SEED, SHARE
 from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
 from longrun.hub.find import add_model_option
@@ -35,7 +35,7 @@ from longrun.plan.split import KV_BYTES_HELP
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.runtime.runtime import Runtime
-from longrun.specs.prefill_spec import SPARSE, PrefillSpec, parse_dense_tokens
+from longrun.specs.prefill_spec import parse_dense_tokens
 from longrun.units import format_bytes, format_tokens, parse_tokens
 
 DEFAULT_BUDGETS = {"cpu": "cpu", "cuda": "h100-80g"}
@@ -55,10 +55,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--select", metavar="N|P%|off", help=SELECT_HELP)
     parser.add_argument("--hot-pool", metavar="SIZE|off", help=HOT_POOL_HELP)
     add_prefill_options(parser)
-    parser.add_argument(
-        "--prefill-share", type=real(0, 1, above=True), metavar="S",
-        help="with --prefill sparse: every tile reads this share of the pages, whatever they hold",
-    )  # fmt: skip
     parser.add_argument("--weight-format", choices=WEIGHT_FORMATS, help="default: the budget's")
     parser.add_argument("--kv", choices=KV_FORMATS, help="page format (default: the budget's)")
     parser.add_argument("--chunk-size", type=parse_tokens, metavar="N", help="tokens of a prefill step")
@@ -113,15 +109,11 @@ def load_runtime(
         config = ModelConfig.from_dir(args.model)
         head_map = HeadMap.uniform(config.num_layers, config.num_kv_heads, ratio)
     budget = Budget.load(args.budget or DEFAULT_BUDGETS[args.device]).override(**memory)
-    dense, prefill = args.prefill_dense, args.prefill
-    if args.prefill_share is not None:
-        if prefill != SPARSE:
-            raise InputError("--prefill-share is for sparse prefill: give --prefill sparse as well")
-        prefill = PrefillSpec(least=args.prefill_share, cap=args.prefill_share)
+    dense = args.prefill_dense
     return longrun.load(
         args.model, budget, head_map, args.kv, args.weight_format, args.device, ctx=capacity, retrieval_ratio=ratio,
         kv_bytes=args.kv_bytes, select=args.select, select_from=None if args.select is None else 0,
-        hot_pool=args.hot_pool, prefill=prefill, prefill_mass=args.prefill_mass,
+        hot_pool=args.hot_pool, prefill=args.prefill, prefill_share=args.prefill_share, prefill_mass=args.prefill_mass,
         prefill_dense=None if dense is None else parse_dense_tokens(dense, "--prefill-dense"),
         chunk_size=args.chunk_size, yarn=yarn, **(hooks or {}),
     )  # fmt: skip

@@ -9,7 +9,7 @@ chunks. *Kept* are the answers whose tokens all are still the likeliest, of thos
 
 A setting is what a tile reads of the past, and what else it does:
 
-* `8%`: every tile that share; `5-25% mass 0.9`: between these shares, as many as leave a tenth of its attention;
+* `8%`: every tile that share; `5-25% mass 0.9`: between these shares, as few as catch that much of its attention;
 * `rows 4`: means by which a tile chooses; `correct`: tiles are corrected by a dense row (`PrefillSpec`);
 * `exact`, and `exact bf16`: everything, over pages of another format;
 * `15% + select 26%`: text and answers are predicted by decode steps that read so many pages, or that share of them.
@@ -92,7 +92,7 @@ class Setting:
         except (ValueError, IndexError) as error:
             raise InputError(
                 f"the setting {quoted(name)} is none: write {EXACT} or {EXACT} with one of {', '.join(KV_FORMATS)}; or "
-                f"8% or 5-25%, and any of mass 0.95, rows 4 and correct; and behind either + select 26%, if wanted"
+                f"8% or 5-25% mass 0.95, and any of rows 4 and correct; and behind either + select 26%, if wanted"
             ) from error
 
 
@@ -101,7 +101,9 @@ def _spec(words: Sequence[str], base: PrefillSpec) -> PrefillSpec:
     least, _, cap = words[0].removesuffix("%").partition("-")
     if not words[0].endswith("%"):
         raise ValueError(words[0])
-    values: dict[str, Any] = {"least": float(least) / 100, "cap": float(cap or least) / 100}
+    values: dict[str, Any] = {"cap": float(cap or least) / 100}
+    if cap:
+        values["least"] = float(least) / 100
     rest = iter(words[1:])
     for word in rest:
         if word == "correct":
@@ -110,6 +112,8 @@ def _spec(words: Sequence[str], base: PrefillSpec) -> PrefillSpec:
             values[word] = {"mass": float, "rows": int}[word](next(rest, ""))
         else:
             raise ValueError(word)
+    if bool(cap) != ("mass" in values) or (cap and values["least"] > values["cap"]):
+        raise ValueError(words[0])
     return replace(base, **values)
 
 
@@ -241,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=path_option, help="write the result here")
     args = parser.parse_args(argv)
     dense = parse_tokens(args.dense, "--dense", 0)
-    spec = PrefillSpec(dense_tokens=dense, dense_end=args.dense_end, floor=args.floor, least=0.0)
+    spec = PrefillSpec(dense_tokens=dense, dense_end=args.dense_end, floor=args.floor)
     names = [name.strip() for name in args.settings.split(";") if name.strip()]
     settings = [Setting.of(name, spec) for name in names if name != EXACT]
     chunk = parse_tokens(args.chunk, "--chunk") // TILE * TILE
