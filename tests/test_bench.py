@@ -182,6 +182,8 @@ def test_chunks_are_timed_exact_and_sparse_behind_random_content(model, capsys, 
     exact, sparse = rows["all", 8000], rows[0.2, 8000]
     assert sparse["against_exact"] == pytest.approx(exact["seconds"] / sparse["seconds"])
     assert "estimated_seconds_of_text" in exact and "estimated_seconds_of_text" not in rows["all", 4000]
+    with pytest.raises(InputError, match="--prefill sparse says nothing: leave it out"):
+        bench.main(["chunks", "--model", str(model), *argv, "--prefill", "sparse"])
     for shares in ("0", "120%", "few"):
         with pytest.raises(InputError, match=f"--shares '{shares}' is no share"):
             bench.main(["chunks", "--model", str(model), *argv, "--shares", shares])

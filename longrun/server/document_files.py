@@ -56,8 +56,8 @@ class Record:
         notices: sentences about what of the body is not in its text.
         ready: all of it was read.
         prefill: how it is read, one of `PREFILL_MODES`: "exact" means that nothing of it was read sparsely.
-        sparse_counts: of what was read sparsely since the server last started: pages read, pages of the past, the
-            attention that dense rows caught, such rows; empty where nothing was.
+        sparse_counts: of what was read sparsely, after a restart in mid-reading of what was read since: pages read, of
+            the past, the attention that dense rows caught, such rows; empty where nothing was.
     """
 
     sha256: str

@@ -129,6 +129,8 @@ def run(args: argparse.Namespace) -> int:
     lengths, shares = parse_lengths(args.lengths), parse_shares(args.shares)
     if not lengths:
         raise InputError("chunks needs at least one length: give --lengths 128K")
+    if args.prefill is not None:
+        raise InputError(f"chunks reads by each of --shares, --prefill {args.prefill} says nothing: leave it out")
     memory = MemoryWatch(device)
     ceilings = measure_ceilings(device, "matmul", "attention")
     console = Console(width=160)
