@@ -135,7 +135,7 @@ def test_the_time_of_reading():
     exact, sparse = plan_8b(), plan_8b(prefill="sparse")
     dense_s, sparse_s = predict(exact, SPEEDS), predict(sparse, SPEEDS)
     assert sparse_s.read_s < 0.5 * dense_s.read_s and sparse_s.token_ms == dense_s.token_ms
-    assert "if 25% of the pages hold what is looked for" in sparse_s.line() and "hold what" not in dense_s.line()
+    assert "hold what" not in sparse_s.line() + dense_s.line()
     corrected = plan_8b(prefill=PrefillSpec(correct=True, mass=0.95, cap=0.35))
     assert 0.8 * sparse_s.read_s < read_seconds(corrected, SPEEDS, 10**6) < sparse_s.read_s
     assert "if 20% of the pages" in predict(corrected, SPEEDS).line()
@@ -176,7 +176,7 @@ def test_the_plan_command(capsys):
         plans.append(json.loads(capsys.readouterr().out))
     dense, sparse, exact = plans
     assert exact == dense and dense["prefill"] is None and dense["times"]["tile_share"] is None
-    assert (sparse["prefill"]["mass"], sparse["times"]["tile_share"]) == (None, 0.25)
+    assert (sparse["prefill"]["mass"], sparse["times"]["tile_share"]) == (None, None)
     assert plan_command([*shared, "--prefill", "sparse", "--prefill-mass", "0.9", "--prefill-dense", "0"]) == 0
     said = capsys.readouterr().out
     assert (

@@ -45,7 +45,7 @@ class Times:
         host_bytes: of pages in host memory, which every token moves to the device.
         speeds: what this was computed from.
         with_hot_pool: those of them that stand in the hot pool are not moved; the times count none there.
-        tile_share: share of the past's pages that sparse reading is assumed to read; None where all are read.
+        tile_share: share of the past's pages that sparse reading is assumed to read where a mass decides; else None.
     """
 
     capacity: int
@@ -81,7 +81,7 @@ def predict(plan: Plan, speeds: Speeds | None) -> Times | None:
     read, token = read_seconds(plan, speeds, plan.capacity), token_seconds(plan, speeds, plan.capacity)
     hot = plan.cache.hot_slots > 0
     spec = plan.attention.prefill
-    share = None if spec is None else _tile_share(spec)
+    share = None if spec is None or spec.mass is None else _tile_share(spec)
     return Times(plan.capacity, read, 1e3 * token, host_bytes(plan, plan.capacity), speeds, hot, share)
 
 
