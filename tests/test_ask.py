@@ -40,7 +40,8 @@ def test_json_lines_are_all_of_stdout_and_each_answer_is_that_of_a_run_of_its_ow
         for name in ("prompt", "generated", "total", "capacity"):
             assert line["tokens"][name] == alone[number]["tokens"][name]
         assert line["stop_reason"] == "stop string" and line["timings"]["decode_ms_per_token"] > 0
-        assert line.keys() == {"question", "id", "text", "stop_reason", "seed", "tokens", "timings", "looked_at"}
+        names = {"question", "id", "text", "stop_reason", "seed", "tokens", "timings", "prefill", "looked_at"}
+        assert line.keys() == names and line["prefill"] is None
     assert read[0] > 1500 and len(read) == 4 and all(0 < count < 50 for count in read[1:]), "the text was read once"
 
 
