@@ -62,6 +62,14 @@ def test_the_shipped_settings_can_be_read():
     assert REFERENCE_ROW.kv == "bf16" and REFERENCE_ROW.head_map == "full" and REFERENCE_ROW.evicts is None
 
 
+def test_the_rows_that_select():
+    rows = {row.name: row for row in read_rows(ROOT / "scripts" / "quality" / "compare_select.toml")}
+    for name, row in rows.items():
+        words = name.removesuffix(", questions too").split()
+        assert (row.select if row.select else "k5v3") == words[1]
+        assert row.select_question == name.endswith("questions too")
+
+
 def test_maps_of_rows(planted):
     own = HeadMap.load(planted.head_map)
     assert Row("a", str(planted.head_map)).make_map(2, 4) == own

@@ -5,6 +5,8 @@ import torch
 from test_gpu import load
 from tiny_models import tiny_model
 
+from scripts.bench.bench_decode import graph_ms, last_step_hits
+
 pytestmark = pytest.mark.gpu
 
 SELECT = 6
@@ -19,8 +21,8 @@ def folder(request, tmp_path_factory):
     return path
 
 
-def session_of(folder, slots, count=560, device_share=0.0):
-    """A session whose hot pool has so many slots a head; None: without one."""
+def runtime_of(folder, slots, device_share):
+    """One whose hot pool has so many slots a head; None: without one."""
     options = {"kv": "k5v3", "select": SELECT, "select_from": 0, "device_share": device_share}
     runtime = load(folder, "cuda", **options)
     if slots is not None:
@@ -28,7 +30,11 @@ def session_of(folder, slots, count=560, device_share=0.0):
         size = slots * cache.keeping_heads * cache.page_format.payload_bytes
         runtime = load(folder, "cuda", **options, hot_pool=size)
         assert runtime.plan.cache.hot_slots == slots
-    session = runtime.new_session()
+    return runtime
+
+
+def session_of(folder, slots, count=560, device_share=0.0):
+    session = runtime_of(folder, slots, device_share).new_session()
     session.prefill(IDS[:count])
     return session
 
@@ -88,3 +94,17 @@ def test_steps_thrown_away_count_nothing(folder):
         counts.append(session.hot_counts)
         session.cache.check()
     assert counts[0].pages == counts[1].pages and sum(counts[0].pages) > 0
+
+
+def test_replays_of_one_step_find_every_page(folder):
+    """The benchmark's time of a step that fetches nothing."""
+    runtime = runtime_of(folder, 2 * SELECT, 0.2)
+    session = runtime.new_session()
+    session.prefill(IDS[:800])
+    list(session.generate(12, eos=False))
+    assert graph_ms(runtime, session) > 0
+    assert last_step_hits(session) == 1.0
+
+
+def test_hits_of_a_session_without_a_pool(folder):
+    assert last_step_hits(session_of(folder, None)) is None

@@ -115,6 +115,17 @@ def graph_ms(runtime: Runtime, session: Session) -> float | None:
     return 1e3 * gpu_times(graph.replay, captured=False, repeats=32).seconds
 
 
+def last_step_hits(session: Session) -> float | None:
+    """Share of the host pages chosen by the step launched last that stood in the hot pool; None without a pool or such
+    a page. After `graph_ms`, whose replays all choose the same pages, it says what `gpu_step_ms` was measured at."""
+    hot = session.cache.hot
+    if hot is None:
+        return None
+    before = hot.counts()
+    hot.count_step()
+    return hot.counts().since(before).hit_rate
+
+
 def busy_ms(spans: list[tuple[float, float]]) -> float:
     """Length of the union of (start, end) microseconds, in milliseconds."""
     total, reached = 0.0, float("-inf")
@@ -165,6 +176,7 @@ def timed_decode(
     if hot is not None and hot_before is not None:
         hot = hot.since(hot_before)
     wall, step, busy = [ms for _, times in runs for ms in times], graph_ms(runtime, session), None
+    replayed = last_step_hits(session)
     if device.type == "cuda":
         busy = gpu_busy_ms(lambda: [next(tokens) for _ in range(PROFILED_TOKENS)])
         busy = None if busy is None else busy / PROFILED_TOKENS
@@ -179,6 +191,7 @@ def timed_decode(
         "cache_bytes": session.cache_bytes,
         "pages_on_host": session.plan.cache.host_pages,
         "hot_pool": None if hot is None else hot.to_dict(),
+        "gpu_step_hit_rate": replayed,
         "memory": used,
     }  # fmt: skip
 
