@@ -6,11 +6,14 @@ import torch
 
 from longrun.config.model_config import ModelConfig
 from longrun.lab.quality.answered import AnsweredText
+from longrun.lab.selection import LayerKeys, LayerQueries
+from longrun.lab.selection_rules import PAGE
 from longrun.model.decoder import Decoder, DecoderLayer
 from longrun.quant.linear import QuantLinear
 from scripts.quality.reach_probe import Model
 
 DIM = 16
+PAGES = 12
 
 
 class Turns:
@@ -48,3 +51,14 @@ def random_text() -> AnsweredText:
     ids = torch.randint(50, (1280,), generator=torch.Generator().manual_seed(1))
     answers = (("one", torch.arange(1230, 1235)), ("other", torch.arange(1260, 1270)))
     return AnsweredText(ids, torch.arange(700, 900, 10), answers, 1220)
+
+
+def random_queries(newest: int = 2, seed: int = 0, first: int = (PAGES - 1) * PAGE) -> LayerQueries:
+    """Five rows of 3 KV heads of 2 queries each, in the last page of twelve; keys turned by RoPE at two
+    speeds."""
+    draw = torch.Generator().manual_seed(seed)
+    angles = torch.arange(PAGES * PAGE)[:, None] * torch.tensor([1.0, 0.01]).repeat_interleave(DIM // 4).repeat(2)
+    keys = torch.randn(3, PAGES * PAGE, DIM, generator=draw) + 3 * torch.randn(3, 1, DIM, generator=draw)
+    q = 2 * torch.randn(3, 5, 2, DIM, generator=draw)
+    rows = torch.arange(first, first + 5)
+    return LayerQueries(q, rows, LayerKeys(keys, angles.cos(), angles.sin()), 0.25, newest)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from selection_case import DIM, random_model, random_text
+from selection_case import DIM, PAGES, random_model, random_queries, random_text
 
 from longrun.lab.quality.judged import Judged
 from longrun.lab.selection import LayerKeys, LayerQueries, best
@@ -22,18 +22,6 @@ from scripts.quality import digest_probe, selection_answers, selection_probe
 from scripts.quality.selection_answers import Choice, Read
 from scripts.quality.selection_probe import AT, BUDGETS, fitted_lambda, lost_mass, measure, steps_of, table_of
 from scripts.quality.selection_steps import filter_layers, own_choice, pool_hits
-
-PAGES = 12
-
-
-def random_queries(newest: int = 2) -> LayerQueries:
-    """3 KV heads of 2 queries each, in the last page of twelve; keys turned by RoPE at two speeds."""
-    draw = torch.Generator().manual_seed(0)
-    angles = torch.arange(PAGES * PAGE)[:, None] * torch.tensor([1.0, 0.01]).repeat_interleave(DIM // 4).repeat(2)
-    keys = torch.randn(3, PAGES * PAGE, DIM, generator=draw) + 3 * torch.randn(3, 1, DIM, generator=draw)
-    q = 2 * torch.randn(3, 5, 2, DIM, generator=draw)
-    rows = torch.arange(5) + (PAGES - 1) * PAGE
-    return LayerQueries(q, rows, LayerKeys(keys, angles.cos(), angles.sin()), 0.25, newest)
 
 
 def turned(x: torch.Tensor, keys: LayerKeys) -> torch.Tensor:
@@ -157,10 +145,10 @@ def test_all_pages_are_full_attention():
     read = Read(model, text, 4)
     torch.testing.assert_close(read.known.log_probs, model.log_probs(read.text, None), atol=1e-4, rtol=1e-4)
     for name in ("perfect", TODAY, "mean 16 + 0.5 at 4 bits", "keys, 16-token units", "unturned 16 + 0.25"):
-        found = read.log_probs(Choice(known_rules()[name], 20, False))
+        found = read.log_probs(Choice(known_rules()[name], 20, False))[0]
         torch.testing.assert_close(found, read.known.log_probs, atol=1e-4, rtol=1e-4)
     count = len(read.text.text_rows)
-    few, in_full = (read.log_probs(Choice(known_rules()[TODAY], 2, dense)) for dense in (False, True))
+    few, in_full = (read.log_probs(Choice(known_rules()[TODAY], 2, dense))[0] for dense in (False, True))
     assert not torch.allclose(few, read.known.log_probs, atol=0.1)
     torch.testing.assert_close(few[:count], in_full[:count])  # running text comes before the questions
     assert not torch.allclose(few[count:], in_full[count:], atol=0.1)
@@ -171,7 +159,7 @@ def test_all_pages_are_full_attention():
     alone = Choice(known_rules()["perfect"], 2, False)
     by_rule = {name: Judged() for name in ("perfect", "mean 64")}
     for name, own in by_rule.items():
-        own.add(read.known, read.log_probs(replace(alone, rule=known_rules()[name])))
+        own.add(read.known, read.log_probs(replace(alone, rule=known_rules()[name]))[0])
     losses = [sum(own.kl[0]) for own in by_rule.values()]
     assert 0 < losses[0] < losses[1]
 

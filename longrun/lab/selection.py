@@ -24,6 +24,7 @@ head's mean key, turned to every position, is taken off: both are numbers of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -186,7 +187,7 @@ class LayerQueries:
         first = int(rows.min())
         future = torch.arange(first, keys.length, device=rows.device) > rows[:, None]
         self.scores[..., first:].masked_fill_(future[:, None], float("-inf"))
-        self._ranked: dict[Index, Tensor] = {}
+        self._estimates: dict[Index, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def pieces(
@@ -218,19 +219,31 @@ class LayerQueries:
         kept = best(found, max(1, round(rule.coarse * found.shape[-1])))
         return self._ranking(Index(1, unit=rule.index.unit)).masked_fill(~kept, float("-inf"))
 
+    def shares(self, rule: Rule) -> Tensor:
+        """[num_kv_heads, R, T // unit], logs of each candidate's share of the attention to all of them, the mean over a
+        KV head's queries, as the rule's last stage estimates it; -inf of others."""
+        if rule.index is None:
+            hidden = ~self.candidates(rule.unit)
+            return self.mass(rule.unit).log().log_softmax(-1).masked_fill(hidden, float("-inf"))
+        return self._estimate(rule.index if rule.coarse is None else Index(1, unit=rule.index.unit))[1]
+
     def _ranking(self, index: Index) -> Tensor:
+        return self._estimate(index)[0]
+
+    def _estimate(self, index: Index) -> tuple[Tensor, Tensor]:
         """Of each query head the log-sum-exp of a unit's groups, normalised over all candidates; of a KV head's query
-        heads the largest."""
-        if index not in self._ranked:
+        heads the largest, and the log of their mean share."""
+        if index not in self._estimates:
             exact = Index(1, unit=index.unit)
             if index == exact:
                 found = self.scores.unflatten(-1, (-1, index.unit)).logsumexp(-1)
             else:
                 found = self._keys.scores(index, self._q, self._scale)
             hidden = ~self.candidates(index.unit)
-            found = found.masked_fill_(hidden[:, None], float("-inf")).log_softmax(-1).amax(2)
-            self._ranked[index] = found.masked_fill_(hidden, float("-inf"))
-        return self._ranked[index]
+            found = found.masked_fill_(hidden[:, None], float("-inf")).log_softmax(-1)
+            each = found.amax(2), found.logsumexp(2) - math.log(found.shape[2])
+            self._estimates[index] = tuple(one.masked_fill_(hidden, float("-inf")) for one in each)
+        return self._estimates[index]
 
 
 def best(values: Tensor, count: int) -> Tensor:
