@@ -187,12 +187,24 @@ def test_probes_run(planted, tmp_path):
     out = tmp_path / "out.json"
     base = ["--model", str(planted.path), "--lengths", "4500", "--json", str(out)]
     assert selection_answers.main([
-        *base, "--texts", "1", "--rules", "perfect;4% by mean 64 at 8 bits, then keys", "--budgets", "8,2,1000",
+        *base, "--texts", "1", "--budgets", "8,2,1000",
+        "--rules", "perfect;4% by mean 64 at 8 bits, then keys;perfect, mass 0.5",
         "--questions", "selected",
     ]) == 0  # fmt: skip
     rows = json.loads(out.read_text())["lengths"][0]["rows"]
-    assert [(row["rule"][:7], row["pages"]) for row in rows] == [("perfect", 8), ("perfect", 2), ("4% by m", 2)]
-    assert rows[0]["kept"] == rows[0]["known"] >= 4 and rows[0]["kl_text"] < rows[1]["kl_text"] < rows[2]["kl_text"]
+    rows = {(row["rule"][:13], row["pages"]): row for row in rows}
+    assert rows.keys() == {
+        ("perfect", 8),
+        ("perfect, mass", 8),
+        ("perfect", 2),
+        ("4% by mean 64", 2),
+        ("perfect, mass", 2),
+    }
+    whole, few, coarse = rows["perfect", 8], rows["perfect", 2], rows["4% by mean 64", 2]
+    assert whole["kept"] == whole["known"] >= 4 and whole["kl_text"] < few["kl_text"] < coarse["kl_text"]
+    half = rows["perfect, mass", 8]
+    assert 1 <= half["pages_chosen"] < whole["pages_chosen"] <= 8 and coarse["pages_chosen"] == 2
+    assert few["share_read_questions"] < half["share_read"] < whole["share_read"] < 1
     assert selection_probe.main([*base, "--texts", "1"]) == 0
     found = json.loads(out.read_text())["lengths"][0]
     for table in found["mass"].values():
