@@ -26,8 +26,8 @@ from longrun.lab.quality.code_source import (
 )
 from longrun.lab.quality.measure_answers import measure_asked
 from longrun.lab.quality.measures import Opened
+from longrun.lab.quality.row import Row
 from longrun.lab.quality.rules import NUM_RULES, draw_rules, draw_topics, system_prompt
-from longrun.lab.quality.settings import Row
 
 TEXT = '''"""A made-up module."""
 LIMIT = 4096

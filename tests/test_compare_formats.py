@@ -16,7 +16,8 @@ from longrun.errors import InputError, SessionError
 from longrun.lab.planted import make_planted_model
 from longrun.lab.quality.formats import SIMULATED_FORMATS, simulated_format
 from longrun.lab.quality.measures import cache_bytes, open_session
-from longrun.lab.quality.settings import Row, read_rows
+from longrun.lab.quality.row import Row
+from longrun.lab.quality.settings import read_rows
 from longrun.lab.quality.simulation import simulate_pages
 from longrun.quant.kv_format import PageFormat
 from longrun.quant.page_codec import decode_pages, encode_pages

@@ -18,7 +18,7 @@ from longrun.lab.quality.measures import (
     measure_retrieval,
     open_session,
 )
-from longrun.lab.quality.settings import Row
+from longrun.lab.quality.row import Row
 from longrun.lab.quality.tasks import retrieval_documents
 from longrun.needles.needles import Haystack
 

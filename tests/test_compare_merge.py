@@ -11,7 +11,7 @@ import pytest
 from longrun.errors import InputError
 from longrun.lab.quality.report import BYTES_PICTURE, RATIO_PICTURE, _lines, write_report
 from longrun.lab.quality.results import QualityResults
-from longrun.lab.quality.settings import REFERENCE_ROW, Row
+from longrun.lab.quality.row import REFERENCE_ROW, Row
 from longrun.lab.quality.summary import summarize
 from longrun.lab.quality.window_picture import WINDOW_PICTURE, windows
 from scripts.quality import compare_merge as script

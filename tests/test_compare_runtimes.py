@@ -10,7 +10,7 @@ from tiny_models import save_tiny
 
 import longrun
 from longrun.errors import HeadMapError, InputError
-from longrun.lab.quality.settings import REFERENCE_ROW, Row
+from longrun.lab.quality.row import REFERENCE_ROW, Row
 from longrun.patterns.head_map import HeadMap
 from longrun.plan.budget import Budget
 from scripts.quality import compare_runtimes as script

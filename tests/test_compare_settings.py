@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from longrun.errors import InputError
-from longrun.lab.quality.settings import REFERENCE_ROW, Row, chosen_rows, read_rows, with_maps
+from longrun.lab.quality.row import REFERENCE_ROW, Row
+from longrun.lab.quality.settings import chosen_rows, read_rows, with_maps
 from longrun.patterns.head_map import HeadMap
 from scripts.quality.compare_options import named_folders
 

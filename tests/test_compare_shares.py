@@ -13,7 +13,7 @@ import longrun
 from longrun.errors import ConfigError, HeadMapError, InputError
 from longrun.lab.quality import report
 from longrun.lab.quality.measures import SPARE_TOKENS, cache_bytes, open_session
-from longrun.lab.quality.settings import REFERENCE_ROW, Row
+from longrun.lab.quality.row import REFERENCE_ROW, Row
 from longrun.lab.quality.shares import reaching_split, split_tokens, streaming_split, whole_head_split
 from longrun.patterns.head_map import HeadMap
 from longrun.patterns.reach_losses import ReachLosses

@@ -13,7 +13,7 @@ from tiny_models import save_tiny
 import longrun
 from longrun.lab.planted import PlantedModel, make_planted_model
 from longrun.lab.quality.eviction import end_prompt, make_session
-from longrun.lab.quality.settings import REFERENCE_ROW, Row
+from longrun.lab.quality.row import REFERENCE_ROW, Row
 from scripts.quality import compare, compare_runtimes
 
 pytestmark = pytest.mark.gpu

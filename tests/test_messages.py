@@ -86,7 +86,7 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_long_value_is_cut(tmp_path, place):
-    began = time.perf_counter()
+    began = time.process_time()
     for name, value in VALUES.items():
         if place.startswith(("adapter", "head map")) and name == "number":
             value = 10**99  # the file's own limit comes first
@@ -97,4 +97,4 @@ def test_a_long_value_is_cut(tmp_path, place):
         message = str(caught.value)
         assert message.isprintable() and 30 <= len(message) <= MESSAGE_LIMIT, (name, len(message))
         assert LONG[:165] not in message
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2

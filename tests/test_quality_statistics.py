@@ -7,7 +7,7 @@ import random
 import pytest
 
 from longrun.lab.quality.results import QualityResults
-from longrun.lab.quality.settings import Row
+from longrun.lab.quality.row import Row
 from longrun.lab.quality.statistics import Estimate, bootstrap, paired_difference, wilson
 from longrun.lab.quality.summary import families, summarize, verdict
 

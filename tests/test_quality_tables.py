@@ -12,7 +12,7 @@ from test_compare_merge import ROWS, comparison, record
 from longrun.errors import InputError
 from longrun.lab.quality.report import asked, write_report
 from longrun.lab.quality.results import QualityResults
-from longrun.lab.quality.settings import Row
+from longrun.lab.quality.row import Row
 from scripts.quality import quality_tables as script
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,8 @@ from tiny_models import save_tiny
 import longrun
 from longrun.errors import InputError
 from longrun.lab.quality.measures import Opened, measure_retrieval
-from longrun.lab.quality.settings import REFERENCE_ROW, Row, read_rows
+from longrun.lab.quality.row import REFERENCE_ROW, Row
+from longrun.lab.quality.settings import read_rows
 from longrun.lab.quality.tasks import retrieval_documents
 from longrun.needles.needles import Haystack
 from longrun.session.session import Session

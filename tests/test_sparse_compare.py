@@ -16,7 +16,8 @@ import longrun
 from longrun.errors import InputError
 from longrun.lab.needle_report import panel_title
 from longrun.lab.quality.measures import Opened, measure_retrieval, measure_text
-from longrun.lab.quality.settings import REFERENCE_ROW, Row, read_rows
+from longrun.lab.quality.row import REFERENCE_ROW, Row
+from longrun.lab.quality.settings import read_rows
 from longrun.lab.quality.tasks import retrieval_documents
 from longrun.needles.needles import Haystack
 from longrun.plan.budget import Budget

@@ -184,7 +184,7 @@ def test_a_reach_is_measured_up_to_the_stretched_window(plain, tmp_path):
 
 
 def test_a_comparison_passes_it_on(plain):
-    from longrun.lab.quality.settings import REFERENCE_ROW
+    from longrun.lab.quality.row import REFERENCE_ROW
 
     for yarn in (None, 4.0):
         made = Runtimes(plain, None, comparison_budget("cpu", "cpu", 64), "cpu", 128, yarn).get(REFERENCE_ROW)

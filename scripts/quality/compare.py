@@ -28,8 +28,10 @@ from longrun.lab.quality.measure_answers import measure_asked
 from longrun.lab.quality.measures import SPARE_TOKENS, Opened, ReferenceLogits, measure_retrieval, measure_text
 from longrun.lab.quality.report import write_report
 from longrun.lab.quality.results import QualityResults
+from longrun.lab.quality.row import REFERENCE, REFERENCE_ROW, Row
+from longrun.lab.quality.row_fields import SYSTEM
 from longrun.lab.quality.rules import RULES_TASK
-from longrun.lab.quality.settings import REFERENCE, REFERENCE_ROW, SYSTEM, Row, chosen_rows, read_rows, with_maps
+from longrun.lab.quality.settings import chosen_rows, read_rows, with_maps
 from longrun.lab.quality.summary import sentences
 from longrun.lab.quality.tasks import TaskDocument, held_out_text, retrieval_documents, text_documents
 from longrun.lab.quality.texts import CHAT_TEXT, CODE_TEXT, TEXT_TASKS, chat_texts, code_texts

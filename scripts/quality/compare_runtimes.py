@@ -18,7 +18,8 @@ import longrun
 from longrun.config.model_config import ModelConfig
 from longrun.errors import HeadMapError, InputError
 from longrun.lab.quality.measures import SPARE_TOKENS
-from longrun.lab.quality.settings import REFERENCE_ROW, SYSTEM, Row
+from longrun.lab.quality.row import REFERENCE_ROW, Row
+from longrun.lab.quality.row_fields import SYSTEM
 from longrun.lab.quality.shares import with_sinks
 from longrun.patterns.head_map import HeadMap
 from longrun.plan.budget import Budget

@@ -33,7 +33,7 @@ from longrun import cli
 from longrun.errors import InputError
 from longrun.lab.quality.report import BYTES_PICTURE, RATIO_PICTURE, asked
 from longrun.lab.quality.results import QualityResults
-from longrun.lab.quality.settings import REFERENCE, Row
+from longrun.lab.quality.row import REFERENCE, Row
 from longrun.lab.quality.statistics import Estimate
 from longrun.lab.quality.summary import ALL_TASKS, beside, percent, points, sentences
 from longrun.lab.quality.tasks import RETRIEVAL_TASKS

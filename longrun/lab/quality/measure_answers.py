@@ -17,7 +17,7 @@ from longrun.lab.quality.answers import is_finished
 from longrun.lab.quality.asked import MOST_ANSWER_TOKENS, AskedDocument, AskedQuestion
 from longrun.lab.quality.eviction import end_prompt
 from longrun.lab.quality.measures import Clock, Opened, cache_bytes, read_facts, read_prompt
-from longrun.lab.quality.settings import Row
+from longrun.lab.quality.row import Row
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
 

@@ -24,7 +24,7 @@ from longrun.lab.evicting_cache import EvictingCache
 from longrun.lab.quality import simulation
 from longrun.lab.quality.eviction import end_prompt, make_session
 from longrun.lab.quality.formats import SimulatedFormat
-from longrun.lab.quality.settings import Row
+from longrun.lab.quality.row import Row
 from longrun.lab.quality.tasks import TEXT_TASK, TaskDocument
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session, SessionMark

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from longrun.files.whole_file import write_whole
 from longrun.lab.quality.asked import ASKED_TASKS
 from longrun.lab.quality.results import QualityResults
-from longrun.lab.quality.settings import REFERENCE
+from longrun.lab.quality.row import REFERENCE
 from longrun.lab.quality.statistics import Estimate
 from longrun.lab.quality.summary import ALL_TASKS, RowSummary, percent, points, sentences, summarize
 from longrun.lab.quality.tasks import RETRIEVAL_TASKS

@@ -10,7 +10,7 @@ from typing import Any
 
 from longrun.lab.quality.asked import ASKED_TASKS
 from longrun.lab.quality.results import QualityResults
-from longrun.lab.quality.settings import REFERENCE
+from longrun.lab.quality.row import REFERENCE
 from longrun.lab.quality.statistics import Estimate, bootstrap, paired_difference, wilson
 from longrun.lab.quality.tasks import RETRIEVAL_TASKS, TEXT_TASK
 from longrun.lab.quality.texts import TEXT_TASKS
