@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,19 @@ def test_nothing_given_is_the_same_again_and_shares_every_weight(folder):
     assert again.plan == base.plan and again.identity == base.identity and again.notices == base.notices
     mine, theirs = again.parts.decoder.tensors(), base.parts.decoder.tensors()
     assert all(one is other for one, other in zip(mine, theirs, strict=True))
+
+
+def test_pages_may_go_to_the_host(folder):
+    limits = replace(Budget.load("cpu"), host_bytes=10**9)
+    base, loaded = (
+        longrun.load(folder, limits, device="cpu", ctx=CTX, chunk_size=50, device_share=share) for share in (1, 0.4)
+    )
+    found = base.derive(device_share=0.4)
+    assert found.plan.cache == loaded.plan.cache and found.plan.cache.host_pages > 0 == base.plan.cache.host_pages
+    assert torch.equal(answers(found), answers(loaded))
+    assert found.derive(chunk_size=37).plan.cache.host_pages == loaded.plan.cache.host_pages
+    with pytest.raises(InputError, match=r"device_share 1\.5"):
+        base.derive(device_share=1.5)
 
 
 def test_the_order_of_heads_may_change_again_and_back(folder):

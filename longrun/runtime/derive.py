@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from longrun.allocation import failed_allocations
+from longrun.arguments import number
 from longrun.errors import InputError
 from longrun.model.reorder import reordered, reordered_bytes
 from longrun.patterns.head_map import HeadMap, HeadSplit
@@ -25,6 +26,7 @@ def derived(
     kv_bytes: int | str | None, kv_format: str | None, chunk_size: int | None, capacity: int, keep: int | None,
     select: int | str | None, select_from: int | None, hot_pool: int | str | None, prefill: PrefillSpec | str | None,
     prefill_share: float | str | None, prefill_mass: float | None, prefill_dense: int | str | None,
+    device_share: float | None,
 ) -> Setup:  # fmt: skip
     """`setup` with what is given in place of its own; see `Runtime.derive`.
 
@@ -39,7 +41,8 @@ def derived(
     budget = budget_with_prefill(budget, prefill, prefill_share, prefill_mass, prefill_dense)
     if setup.plan.device_type == "cuda" and setup.compiled_kernels:
         check_kernel_shapes(config, budget)
-    wanted = replace(setup, budget=budget)
+    share = setup.device_share if device_share is None else number(device_share, "device_share", 0, 1)
+    wanted = setup = replace(setup, budget=budget, device_share=share)
     if head_map is not None or retrieval_ratio is not None or kv_bytes is not None:
         budget = budget_by_hand(replace(budget, kv_bytes=None), retrieval_ratio, kv_bytes)
         wanted = _with_split(replace(setup, budget=budget), head_map, retrieval_ratio, capacity)

@@ -206,6 +206,7 @@ class Runtime:
         prefill_share: float | str | None = None,
         prefill_mass: float | None = None,
         prefill_dense: int | str | None = None,
+        device_share: float | None = None,
     ) -> Runtime:
         """Another runtime over the same weights, in a moment: what is not given stays as it is here.
 
@@ -227,6 +228,7 @@ class Runtime:
             select, select_from, hot_pool: pages of every retrieval head that a decode step reads, from how many on, and
                 the memory for those of them that stand on the host; see `longrun.load`.
             prefill, prefill_share, prefill_mass, prefill_dense: how long documents are read, see `longrun.load`.
+            device_share: the most of a retrieval head's pages that may stand in the device pool, see `longrun.load`.
 
         Raises:
             PlanError: what is left of the budget, or the machine's free memory, cannot hold it.
@@ -243,6 +245,6 @@ class Runtime:
         return Runtime(
             derived(
                 self._setup, split, retrieval_ratio, kv_bytes, kv_format, chunk_size, capacity, kept, chosen, begin,
-                hot, prefill, prefill_share, prefill_mass, prefill_dense,
+                hot, prefill, prefill_share, prefill_mass, prefill_dense, device_share,
             )
         )  # fmt: skip
