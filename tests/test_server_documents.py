@@ -277,6 +277,32 @@ def test_what_is_refused(chat_model: Path, tmp_path: Path) -> None:
         assert code(put(served, "book", TEXT)) == (404, "not_found")
 
 
+def test_a_misspelled_query_is_refused(chat_model: Path, tmp_path: Path) -> None:
+    with serve(chat_model, documents=tmp_path / "kept") as served:
+
+        def asked(method: str, path: str, query: str, **more: Any) -> tuple[str, str]:
+            answer = httpx.request(method, f"{served.root}{path}?{query}", timeout=60, **more)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (400, "unknown_parameter")
+            return error["param"], error["message"]
+
+        text = {"content": TEXT, "headers": {"Content-Type": PLAIN}}
+        told = "query parameter 'prefil' is unknown: use prefill"
+        assert asked("PUT", "/documents/book", "prefil=exact", **text) == ("prefil", told)
+        assert asked("PUT", "/documents/book", "prefill=exact&prefil=exact", **text) == ("prefil", told)
+        assert httpx.get(f"{served.root}/documents").json()["data"] == []
+        put_and_wait(served, "book", TEXT)
+        for method, path in (
+            ("GET", "/documents"), ("GET", "/documents/book"), ("GET", "/documents/book/text"),
+            ("DELETE", "/documents/book"), ("GET", "/status"), ("GET", "/health"), ("GET", "/metrics"), ("GET", "/"),
+            ("POST", "/tokenize"),
+        ):  # fmt: skip
+            param, told = asked(method, path, "prefill=exact")
+            assert param == "prefill" and told.startswith("query parameter 'prefill' is unknown: leave it out")
+        assert status(served, "book")["state"] == "ready"
+        assert httpx.get(f"{served.root}/v1/models?api-version=1").status_code == 200
+
+
 def test_a_deleted_document_is_not_read_on_and_one_of_other_settings_says_so(
     chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

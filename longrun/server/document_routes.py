@@ -11,6 +11,9 @@ from longrun.server.documents import Documents
 from longrun.server.http import content_type, read_body
 from longrun.server.service import Service
 
+QUERY_NAMES = {("PUT", "/documents/{name:path}"): ("prefill",)}
+"""(method, path) -> what its query may say. On no other path is anything asked so."""
+
 
 class DocumentRoutes:
     """What is served of documents, over one service that has some."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect
 
 from longrun.engine.sampling import TokenScore
+from longrun.errors import quoted, shortened
 from longrun.server.answers import Answer
 from longrun.server.events import Events
 from longrun.server.jobs import Finished, LookedAt, Piece, Progress, PromptScores
@@ -35,6 +36,20 @@ JSON = ("application/json",)
 def content_type(request: Request) -> str:
     """What the body is, without parameters; empty where the request does not say."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def check_query(request: Request, known: Collection[str]) -> None:
+    """Refuse a misspelled query parameter, which would change nothing.
+
+    Raises:
+        RequestError: one of the request's is not `known`.
+    """
+    for name in request.query_params:
+        if name not in known:
+            told = f"use {' or '.join(known)}" if known else "leave it out, as nothing is asked so here"
+            raise RequestError(
+                f"query parameter {quoted(name)} is unknown: {told}", "unknown_parameter", shortened(name)
+            )
 
 
 async def read_body(request: Request, limits: Limits, kinds: Sequence[str] = JSON) -> bytes:
