@@ -1,12 +1,14 @@
 #!/usr/bin/env python
 """Kill a prefill that keeps its session, again and again, and check that nothing is lost; JSON is the last line.
 
-    python scripts/kill_sessions.py [--kills 100] [--seed 0] [--tokens 3000] [--chunk-size 50] [--model DIR]
+    python scripts/kill_sessions.py [--kills 100] [--seed 0] [--tokens 3000] [--chunk-size 50] [--prefill sparse]
 
 A child process resumes the session in a folder and reads on; after a random time it gets SIGKILL, in the middle of a
 chunk or of a save. Every time the folder must load, hold every chunk that was reported as read, and nothing but the
 text. A text read to its end must continue with the same tokens as a run that was never interrupted, and the next text
-begins. Exit status 1 where one of this fails. It takes a POSIX system (fork); the model is a planted one of a few MB.
+begins. With --prefill sparse every chunk but the first and the last ones is read sparsely, and the folder must also
+know of how many of its tokens. Exit status 1 where one of this fails. It takes a POSIX system (fork); the model is a
+planted one of a few MB.
 """
 
 from __future__ import annotations
@@ -38,8 +40,10 @@ from longrun.runtime.runtime import Runtime
 from longrun.session.manifest import Manifest
 from longrun.session.session import Session
 from longrun.session.store import is_session
+from longrun.specs.prefill_spec import EXACT, PREFILL_MODES, SPARSE, PrefillSpec
 
 CHUNKS_A_LIFE = 6
+SPARSE_SPEC = PrefillSpec(dense_tokens=0, dense_end=64, floor=4, newest=2)  # leaves out pages of short texts, too
 NEXT_TOKENS = 20
 
 
@@ -48,6 +52,7 @@ class Text:
     """One text, read through many kills.
 
     Attributes:
+        sparse_tokens: tokens read -> those of them that an uninterrupted run has read sparsely then.
         kills: children killed over it; in_save: of those, how many left files that no manifest names.
         most_behind: the most tokens by which a folder was behind what had been reported as read; must be 0.
         faults: what was wrong, in words.
@@ -56,6 +61,7 @@ class Text:
     seed: int
     token_ids: list[int]
     expected: list[int]
+    sparse_tokens: dict[int, int]
     kills: int = 0
     in_save: int = 0
     most_behind: int = 0
@@ -70,8 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="kill-sessions-") as scratch:
         model_dir = args.model or make_planted_model(Path(scratch) / "model").path
         runtime = longrun.load(
-            model_dir, device="cpu", ctx=args.tokens + NEXT_TOKENS + 1, chunk_size=args.chunk_size, kv_format=args.kv
-        )
+            model_dir, device="cpu", ctx=args.tokens + NEXT_TOKENS + 1, chunk_size=args.chunk_size, kv_format=args.kv,
+            prefill=SPARSE_SPEC if args.prefill == SPARSE else EXACT,
+        )  # fmt: skip
         print(f"{'text':>6} {'kills':>6} {'in a save':>10} {'tokens behind':>14}  after its end")
         while sum(text.kills for text in texts) < args.kills:
             text = make_text(runtime, args.seed + len(texts), args.tokens)
@@ -84,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = [asdict(text) for text in texts]
     for record in records:
         del record["token_ids"], record["expected"]
+        record["sparse_tokens"] = record["sparse_tokens"][args.tokens]
     result = {
         "kills": sum(text.kills for text in texts),
         "kills_in_save": sum(text.in_save for text in texts),
@@ -102,9 +110,9 @@ def make_text(runtime: Runtime, seed: int, num_tokens: int) -> Text:
     """Random tokens, and what an uninterrupted run says after them."""
     chance = random.Random(f"text/{seed}")
     token_ids = [chance.randrange(runtime.config.vocab_size) for _ in range(num_tokens)]
-    session = runtime.new_session()
-    session.prefill(token_ids)
-    return Text(seed, token_ids, list(session.generate(NEXT_TOKENS, eos=False)))
+    session, sparse = runtime.new_session(), {0: 0}
+    session.prefill(token_ids, lambda done, total: sparse.update({done: session.sparse_tokens}))
+    return Text(seed, token_ids, list(session.generate(NEXT_TOKENS, eos=False)), sparse)
 
 
 def read_through(runtime: Runtime, text: Text, folder: Path, kills: int, chance: random.Random) -> None:
@@ -168,6 +176,9 @@ def check_after_kill(runtime: Runtime, text: Text, folder: Path, told: Sequence[
         text.faults.append(f"after kill {text.kills}: {behind:,} tokens were reported as read and lost")
     if session.token_ids != text.token_ids[: session.num_tokens]:
         text.faults.append(f"after kill {text.kills}: other tokens than the text's")
+    found, expected = session.sparse_tokens, text.sparse_tokens.get(session.num_tokens)
+    if found != expected:
+        text.faults.append(f"after kill {text.kills}: {found} of the tokens were read sparsely instead of {expected}")
     named = Manifest.read(folder).file_names if is_session(folder) else set()
     there = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     text.in_save += bool(there - named - {"manifest.json", "session.lock"})
@@ -188,6 +199,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=COUNT, default=3000, metavar="N", help="of a text (default: 3000)")
     parser.add_argument("--chunk-size", type=COUNT, default=50, metavar="N", help="tokens a chunk (default: 50)")
     parser.add_argument("--kv", help="page format (default: the budget's)")
+    parser.add_argument("--prefill", choices=PREFILL_MODES, default=EXACT, help=f"default: {EXACT}")
     parser.add_argument("--model", type=path_option, metavar="DIR", help="default: a planted model, made for this")
     args = parser.parse_args(argv)
     for name in ("kills", "tokens", "chunk_size"):

@@ -16,14 +16,16 @@ from scripts import kill_sessions
 SCRIPT = Path(kill_sessions.__file__)
 
 
-def test_a_few_kills_lose_nothing():
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--kills", "5", "--tokens", "400"], capture_output=True, text=True
-    )
+@pytest.mark.parametrize(("prefill", "sparse_tokens"), [("exact", 0), ("sparse", 500)])
+def test_a_few_kills_lose_nothing(prefill, sparse_tokens):
+    # sparse: ten chunks of 50 that begin from 50 on, and a tile of 128 or more before the last 64
+    argv = ["--kills", "5", "--tokens", "700", "--prefill", prefill]
+    done = subprocess.run([sys.executable, str(SCRIPT), *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["kills"], result["most_tokens_behind"], result["faults"]) == (5, 0, [])
     assert done.stdout.splitlines()[1].endswith("equal tokens")
+    assert result["records"][0]["sparse_tokens"] == sparse_tokens
 
 
 @pytest.fixture
@@ -50,9 +52,13 @@ def test_what_was_lost_is_a_fault(read):
     text.token_ids[3] ^= 1
     kill_sessions.check_after_kill(runtime, text, folder, [])
     assert "other tokens than the text's" in text.faults[-1]
+    text.token_ids[3] ^= 1
+    text.sparse_tokens[100] = 50
+    kill_sessions.check_after_kill(runtime, text, folder, [])
+    assert "0 of the tokens were read sparsely instead of 50" in text.faults[-1]
     next(folder.glob("state-*")).unlink()
     kill_sessions.check_after_kill(runtime, text, folder, [])
-    assert "cannot be read" in text.faults[-1] and len(text.faults) == 4
+    assert "cannot be read" in text.faults[-1] and len(text.faults) == 5
 
 
 def test_a_child_that_fails_is_a_fault(read, monkeypatch):
