@@ -184,29 +184,3 @@ def test_the_prefill_benchmark(tmp_path, capsys, monkeypatch):
     ):
         with pytest.raises(InputError, match=re.escape(said)):
             bench.main([*shared, *more])
-
-
-def test_reading_behind_a_synthetic_past(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench_prefill, "measure_ceilings", lambda *_: {"matmul_tflops": 0.1, "attention_tflops": 0.05})
-    save_tiny(tmp_path / "m", "llama", max_position_embeddings=8192, **SHAPE)
-    (tmp_path / "b.toml").write_text('[memory]\ngpu = "2 GB"\nhost = "1 GB"\n[weights]\nformat = "fp32"\n')
-    shared = ["prefill", "--model", str(tmp_path / "m"), "--device", "cpu", "--lengths", "1K", "--chunk-size", "512"]
-    shared += ["--budget", str(tmp_path / "b.toml"), "--past", "4K"]
-    rows = []
-    for more in ([], ["--prefill", "sparse", "--prefill-dense", "0", "--prefill-share", "0.3"]):
-        assert bench.main([*shared, *more, *(["--device-share", "0.5"] if more else [])]) == 0
-        rows += json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    dense, sparse = rows
-    assert (dense["past"], dense["synthetic"], dense["tokens"]) == (4000, True, 1000)
-    # 9 heads of 64 with 2 query heads each: every token sees all before it
-    pairs = sum(range(4001, 5001))
-    assert dense["flops"]["retrieval_attention"] == pytest.approx(4 * 64 * 18 * pairs, rel=0.01)
-    assert sparse["host_pages"] > 0 == dense["host_pages"] and sparse["dense_flops"] == dense["flops"]
-    read = sparse["read_sparsely"]  # all 1,000 tokens, and 18 of 61 to 69 pages
-    assert read["sparse_tokens"] == 1000 and read["read_share"] == pytest.approx(0.29, abs=0.02)
-    for more, said in (
-        (["--needles", "1"], "--past is synthetic, and nobody finds needles behind it"),
-        (["--past", "x"], "--past 'x' is not a number"),
-    ):
-        with pytest.raises(InputError, match=re.escape(said)):
-            bench.main([*shared, *more])

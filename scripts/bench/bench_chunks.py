@@ -1,16 +1,18 @@
-"""Chunks of a prefill behind long texts, timed over a synthetic cache: read exactly, and with shares of the pages.
+"""Chunks of a prefill behind long texts, timed over a synthetic cache: exact and sparse, with pages on the host too.
 
 What a chunk takes grows evenly with what lies before it, so two lengths give an estimate for a whole text. All rows are
-of one run; `against_exact` compares with the row of the same length that reads everything. Content is random (sparse
-prefill then reads the share that it is given, whatever a page holds), so this is good for timing only.
+of one run. Of rows of the same length, `against_exact` says how much faster one is than the one that reads everything
+with the same share of the pages on the device, and `against_resident` how much longer it takes a token than the one of
+the same share with all pages there. Content is random (sparse prefill then reads the share that it is given, whatever a
+page holds), so this is good for timing only.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
-from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -20,8 +22,7 @@ from rich.table import Table
 from longrun.errors import InputError
 from longrun.lab.synthetic_session import make_synthetic
 from longrun.runtime.runtime import Runtime
-from longrun.session.session import Session
-from longrun.specs.prefill_spec import PrefillSpec
+from longrun.specs.prefill_spec import DEFAULT_PREFILL, PrefillSpec
 from scripts.bench.bench_common import (
     MemoryWatch,
     check_device,
@@ -36,10 +37,11 @@ from scripts.bench.bench_common import (
     save,
     tokens_text,
 )
-from scripts.bench.bench_prefill import chunk_clock, ideal_seconds, prefill_flops
+from scripts.bench.bench_prefill import chunk_clock, session_rates
 from scripts.bench.ceilings import measure_ceilings
 
 WARM_CHUNKS = 1  # brings what libraries load and plan
+REST = DEFAULT_PREFILL.dense_end  # tokens of the document that stay unread: its end is read exactly
 
 
 def parse_shares(text: str) -> list[float | None]:
@@ -60,63 +62,45 @@ def parse_shares(text: str) -> list[float | None]:
     return found
 
 
-def spec_of(share: float | None) -> PrefillSpec | None:
-    """Every tile reads this share of the past's pages, from the text's beginning on; None reads all."""
-    return None if share is None else PrefillSpec(dense_tokens=0, cap=share)
-
-
-def read_chunks(session: Session, count: int, seed: int) -> list[float]:
-    """Seconds of each of `count` whole chunks behind the session's tokens, after those that warm up.
-
-    Where a document's end is read exactly, it follows them.
-    """
-    spec, chunk = session.plan.attention.prefill, session.plan.chunk_size
-    rest = 0 if spec is None else spec.dense_end
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, session.vocab_size, ((WARM_CHUNKS + count) * chunk + rest,), generator=generator)
-    ends, progress = chunk_clock(session.cache.device)
-    session.prefill(tokens, progress=progress)
-    return [end - begin for begin, end in pairwise(ends[WARM_CHUNKS - 1 : WARM_CHUNKS + count])]
-
-
 def chunk_row(
     runtime: Runtime, length: int, count: int, seed: int, ceilings: dict[str, float], memory: MemoryWatch
 ) -> dict[str, Any]:
-    """What chunks behind `length` tokens take, in a session of its own."""
+    """What `count` whole chunks behind `length` tokens and those that warm up take, in a session of its own."""
     memory.start()
-    spec, chunk = runtime.plan.attention.prefill, runtime.plan.chunk_size
-    first = length + WARM_CHUNKS * chunk
-    stop = first + count * chunk
-    session = runtime.new_session(stop + (0 if spec is None else spec.dense_end) + 1)
+    chunk, session = runtime.plan.chunk_size, runtime.new_session()
     make_synthetic(session, length, seed)
-    seconds = read_chunks(session, count, seed)
-    before = prefill_flops(runtime.config, runtime.split, first)
-    flops = {name: all_ - before[name] for name, all_ in prefill_flops(runtime.config, runtime.split, stop).items()}
-    counts = session.prefill_counts
+    warm, timed = WARM_CHUNKS * chunk, count * chunk
+    tokens = torch.randint(0, session.vocab_size, (warm + timed,), generator=torch.Generator().manual_seed(seed))
+    session.prefill(tokens[:warm], more=timed + REST)
+    before = session.prefill_counts
+    ends, progress = chunk_clock(session.cache.device)
+    start = time.perf_counter()
+    session.prefill(tokens[warm:], progress=progress, more=REST)
+    rates = session_rates(runtime, session, timed, ends[-1] - start, ceilings, before, length + warm)
+    sparse = rates.pop("read_sparsely", {})
     return {
-        "chunk_size": chunk, "chunk_seconds": seconds, "seconds": sum(seconds),
-        "tokens_per_s": count * chunk / sum(seconds), "exact_flops": flops,
-        "exact_of_matmul_and_attention": ideal_seconds(flops, ceilings) / sum(seconds),
-        "read_share": None if counts is None else counts.read_share,
-        "caught_share": None if counts is None else counts.caught_share,
-        "memory": memory.measure(session.plan),
+        "chunk_size": chunk, "host_pages": session.cache.spec.host_pages,
+        "chunk_seconds": [end - begin for begin, end in pairwise([start, *ends])], **rates,
+        **{name: sparse.get(name) for name in ("read_share", "caught_share")}, "memory": memory.measure(session.plan),
     }  # fmt: skip
 
 
 def with_ratios(rows: Sequence[dict[str, Any]]) -> None:
-    """Add how much faster than exact each row's chunks are read, and what a text of its length would take: the line
-    through a share's shortest and this length, summed over all chunks."""
-    for row in rows:
-        if "error" in row:
-            continue
-        same = [other for other in rows if "error" not in other and other["share"] == row["share"]]
-        exact = [other for other in rows if "error" not in other and other["share"] == "all"]
-        exact = [other for other in exact if other["length"] == row["length"]]
-        row["against_exact"] = exact[0]["seconds"] / row["seconds"] if exact else None
+    """Add to each row `against_exact` and `against_resident`, None where there is nothing to compare with, and what a
+    text of its length would take: the line through its settings' shortest and this length, summed over all chunks."""
+    done = [row for row in rows if "error" not in row]
+    for row in done:
+        same = [other for other in done if other["device_share"] == row["device_share"]]
+        exact = next((o for o in same if (o["share"], o["length"]) == ("all", row["length"])), None)
+        spills = row["host_pages"] > 0
+        same = [o for o in same if (o["share"], o["host_pages"] > 0) == (row["share"], spills)]
+        there = [o for o in done if (o["share"], o["length"], o["host_pages"]) == (row["share"], row["length"], 0)]
+        row["against_exact"] = None if exact is None else row["tokens_per_s"] / exact["tokens_per_s"]
+        row["against_resident"] = there[0]["tokens_per_s"] / row["tokens_per_s"] if there else None
         shortest = min(same, key=lambda other: other["length"])
         if shortest["length"] == row["length"]:
             continue
-        by_chunk = [sum(one["chunk_seconds"]) / len(one["chunk_seconds"]) for one in (shortest, row)]
+        by_chunk = [one["chunk_size"] / one["tokens_per_s"] for one in (shortest, row)]
         slope = (by_chunk[1] - by_chunk[0]) / (row["length"] - shortest["length"])
         at_zero = by_chunk[0] - slope * shortest["length"]
         chunks = row["length"] / row["chunk_size"]
@@ -135,38 +119,41 @@ def run(args: argparse.Namespace) -> int:
     ceilings = measure_ceilings(device, "matmul", "attention")
     console = Console(width=160)
     base = load_runtime(args, max(lengths))
+    room = (WARM_CHUNKS + args.chunks) * base.plan.chunk_size + REST
     rows: list[dict[str, Any]] = []
     result = {"benchmark": "chunks", "settings": describe(base, args), "ceilings": ceilings, "rows": rows}
-    for share in shares:
-        spec = spec_of(share)
-        for length in lengths:
-            room = (WARM_CHUNKS + args.chunks) * base.plan.chunk_size + (0 if spec is None else spec.dense_end) + 1
-            row = {"length": length, "share": "all" if share is None else share, "synthetic": True}
+    # The largest host pool comes first: it is pinned once, and serves the others.
+    for length, on_device, share in product(sorted(lengths, reverse=True), sorted(args.device_share), shares):
 
-            def measured(spec: PrefillSpec | None = spec, length: int = length, room: int = room) -> dict[str, Any]:
-                runtime = base.derive(ctx=length + room, prefill="exact" if spec is None else spec)
-                return chunk_row(runtime, length, args.chunks, args.seed, ceilings, memory)
+        def measured(length: int = length, on_device: float = on_device, share: float | None = share) -> dict[str, Any]:
+            spec = "exact" if share is None else PrefillSpec(dense_tokens=0, cap=share)
+            runtime = base.derive(ctx=length + room, prefill=spec, device_share=on_device)
+            return chunk_row(runtime, length, args.chunks, args.seed, ceilings, memory)
 
-            rows.append(or_out_of_memory(row, partial(measured), device))
-            with_ratios(rows)
-            save(result, args)
+        row = {"length": length, "share": "all" if share is None else share, "device_share": on_device}
+        rows.append(or_out_of_memory({**row, "synthetic": True}, measured, device))
+        with_ratios(rows)
+        save(result, args)
     console.print(table(rows))
     return finish_timed(result, args)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows as a person reads them."""
-    found = Table("tokens before", "pages", "s a chunk", "tokens/s", "of exact's ceilings", "x exact", "text", "memory")
+    found = Table(
+        "tokens before", "on device", "pages read", "s a chunk", "tokens/s", "of both", "x exact", "x resident's time",
+        "text", "memory",
+    )  # fmt: skip
     for row in rows:
         share = "all" if row["share"] == "all" else percent(row["share"])
+        start = (tokens_text(row["length"]), percent(row["device_share"]), share)
         if "error" in row:
-            found.add_row(tokens_text(row["length"]), share, row["error"])
+            found.add_row(*start, row["error"])
             continue
-        ratio, text = row["against_exact"], row.get("estimated_seconds_of_text")
+        text = row.get("estimated_seconds_of_text")
         found.add_row(
-            tokens_text(row["length"]), share, figure(row["seconds"] / len(row["chunk_seconds"]), 3),
-            figure(row["tokens_per_s"], 0), percent(row["exact_of_matmul_and_attention"]),
-            "-" if ratio is None else figure(ratio), "-" if text is None else f"{text:.0f} s",
-            memory_text(row["memory"]),
+            *start, figure(row["seconds"] / len(row["chunk_seconds"]), 3), figure(row["tokens_per_s"], 0),
+            percent(row["of_matmul_and_attention"]), figure(row["against_exact"]), figure(row["against_resident"]),
+            "-" if text is None else f"{text:.0f} s", memory_text(row["memory"]),
         )  # fmt: skip
     return found

@@ -18,7 +18,7 @@ import torch
 import longrun
 from longrun.arguments import SEED, SHARE
 from longrun.config.model_config import ModelConfig
-from longrun.errors import InputError
+from longrun.errors import InputError, PlanError
 from longrun.hub.find import add_model_option
 from longrun.hub.names import model_name
 from longrun.lab.planted import NOTE, is_planted
@@ -209,13 +209,15 @@ def peak_resident() -> int | None:
 
 
 def or_out_of_memory(row: dict[str, Any], work: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """`row` with what `work` adds to it, or with `error` where torch runs out of memory, on the GPU or on the CPU."""
+    """`row` with what `work` adds to it, or with `error` where no plan fits into memory, or torch runs out of it, on
+    the GPU or on the CPU."""
     problem = None
     try:
         row = {**row, **work()}
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, PlanError) as error:
         text = str(error) or type(error).__name__
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in text:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError | PlanError)
+        if not known and "can't allocate memory" not in text:
             raise
         problem = f"out of memory: {text.splitlines()[0][:200]}"
     release(device)  # the traceback, which holds the tensors, is gone here

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
-from longrun.lab.synthetic_session import make_synthetic
 from longrun.needles.needles import Haystack, NeedlePrompt, build_prompt, make_needles
 from longrun.patterns.head_split import HeadSplit
 from longrun.plan.plan import Plan
@@ -21,7 +20,7 @@ from longrun.runtime.runtime import Runtime
 from longrun.session.session import Progress, Session
 from longrun.specs.prefill_counts import PrefillCounts
 from longrun.specs.prefill_spec import TILE
-from longrun.units import ALL_TOKENS, parse_tokens
+from longrun.units import ALL_TOKENS
 from scripts.bench.bench_common import (
     MemoryWatch,
     check_device,
@@ -84,36 +83,29 @@ def sparse_flops(flops: dict[str, float], plan: Plan, counts: PrefillCounts) -> 
 
 def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceilings: dict, memory: MemoryWatch) -> dict:
     """Read one text in a session of its own; with needles also ask for them. Where it is read sparsely the row says how
-    much of it, what that read and caught, and its operations are those that were done. Behind a synthetic past the
-    tokens are the beginning of a document, none of its end."""
-    device, past = torch.device(args.device), past_tokens(args)
+    much of it, what that read and caught, and its operations are those that were done."""
+    device = torch.device(args.device)
     depth = parse_depths(args.depth, args.needles)
     prompt, token_ids = make_text(runtime, length, depth, args)
     memory.start()
-    session = runtime.new_session(past + length + SPARE_TOKENS)
-    if past:
-        make_synthetic(session, past, args.seed)
+    session = runtime.new_session(length + SPARE_TOKENS)
     empty, spec, warm = session.mark(), session.plan.attention.prefill, WARM_CHUNKS * session.plan.chunk_size
-    if spec is not None and not past:
+    if spec is not None:
         warm += spec.dense_tokens + spec.dense_end
-    more = spec.dense_end if spec is not None and past else 0
-    session.prefill(token_ids[:warm], more=more)
+    session.prefill(token_ids[:warm])
     session.rewind(empty)
     before = session.prefill_counts
     ends, progress = chunk_clock(device)
     start = time.perf_counter()
     answers = None
     if prompt is None:
-        session.prefill(token_ids, progress=progress, more=more)
+        session.prefill(token_ids, progress=progress)
     else:
         answers = ask_needles(session, prompt, runtime, progress)
     return {
         "tokens": len(token_ids),
-        "past": past,
-        "synthetic": past > 0,
-        "host_pages": session.cache.spec.host_pages,
         "chunk_size": session.plan.chunk_size,
-        **session_rates(runtime, session, len(token_ids), ends[-1] - start, ceilings, before, past),
+        **session_rates(runtime, session, len(token_ids), ends[-1] - start, ceilings, before),
         "chunk_seconds": [end - begin for begin, end in zip([start, *ends], ends, strict=False)],
         "cache_bytes": session.cache_bytes,
         "memory": memory.measure(session.plan),
@@ -153,9 +145,8 @@ def session_rates(
     """`reading_rates` of a session that read `num_tokens` after `past` others; where sparsely, by the operations
     that were done, with what it has read since the counts `before`."""
     flops, counts = prefill_flops(runtime.config, runtime.split, past + num_tokens), session.prefill_counts
-    if past:
-        earlier = prefill_flops(runtime.config, runtime.split, past)
-        flops = {name: count - earlier[name] for name, count in flops.items()}
+    earlier = prefill_flops(runtime.config, runtime.split, past)
+    flops = {name: count - earlier[name] for name, count in flops.items()}
     if counts is None or before is None:
         return reading_rates(flops, num_tokens, seconds, ceilings)
     counts = counts.since(before)
@@ -185,19 +176,6 @@ def parse_depths(text: str, needles: int) -> float | list[float]:
             f"--depth {text} gives {len(depths)} depths for {needles} needle(s): give one, or one a needle"
         )
     return depths[0] if len(depths) == 1 else depths
-
-
-def past_tokens(args: argparse.Namespace) -> int:
-    """Of --past.
-
-    Raises:
-        InputError: no number of tokens, or needles are asked for, which a synthetic past does not hold.
-    """
-    if args.past is None:
-        return 0
-    if args.needles:
-        raise InputError("--past is synthetic, and nobody finds needles behind it: leave --needles out")
-    return parse_tokens(args.past, "--past")
 
 
 def make_text(
@@ -240,11 +218,10 @@ def run(args: argparse.Namespace) -> int:
     if not lengths:
         raise InputError("prefill needs at least one length: give --lengths 128K")
     parse_depths(args.depth, args.needles)
-    past = past_tokens(args)
     memory = MemoryWatch(device)
     ceilings = measure_ceilings(device, "matmul", "attention")
     console = Console(width=160)
-    runtime = load_runtime(args, past + max(lengths) + SPARE_TOKENS, {"device_share": args.device_share})
+    runtime = load_runtime(args, max(lengths) + SPARE_TOKENS)
     rows: list[dict[str, Any]] = []
     result = {"benchmark": "prefill", "settings": describe(runtime, args), "ceilings": ceilings, "rows": rows}
     for length in lengths:

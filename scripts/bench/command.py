@@ -5,8 +5,7 @@
     python scripts/bench.py llama-cpp --model FILE --python FILE           longrun and llama.cpp in turn, on a CPU
     python scripts/bench.py decode --model DIR --lengths 128K,1M           ms a token, against the bytes' floor
     python scripts/bench.py prefill --model DIR --lengths 128K [--needles 3]    reading, against the compute ceilings
-    python scripts/bench.py prefill --model DIR --past 6M --lengths 128K        the same far into a text
-    python scripts/bench.py chunks --model DIR --lengths 128K,1M --shares all,8%     single chunks, exact and sparse
+    python scripts/bench.py chunks --model DIR --lengths 128K,6M --device-share 1,0.5    chunks far into a text
     python scripts/bench.py offload --model DIR --gpu-budget "20 GiB"      decode with most pages in host memory
     python scripts/bench.py formats --model DIR --length 64K               reading, by weight format, in turns
     python scripts/bench.py kernels                                        every kernel alone, in one table
@@ -79,17 +78,16 @@ def add_prefill(sub: argparse.ArgumentParser, common: ModuleType) -> None:
         "--depth", default="0.5", metavar="D|D,D,...|spread",
         help="where the needles are hidden, 0 to 1: one depth, one a needle, or spread evenly from 0 to 1",
     )  # fmt: skip
-    sub.add_argument("--past", metavar="TOKENS", help="read behind a synthetic cache of so many tokens")
-    sub.add_argument(
-        "--device-share", type=SHARE, default=1.0, metavar="S",
-        help="the most of a head's pages that stand on the device; the others go to the host (default: 1)",
-    )  # fmt: skip
 
 
 def add_chunks(sub: argparse.ArgumentParser, common: ModuleType) -> None:
     common.add_model_options(sub)
     sub.add_argument("--lengths", default="128K,1M", help="tokens of random content before the chunks")
     sub.add_argument("--shares", default="all,8%,15%", help="of the pages that are read, `all` being exact prefill")
+    sub.add_argument(
+        "--device-share", type=lambda text: [SHARE(part) for part in text.split(",")], default="1", metavar="S,S,...",
+        help="the most of a head's pages that stand on the device; the others go to the host (default: 1)",
+    )  # fmt: skip
     sub.add_argument("--chunks", type=COUNT, default=2, help="chunks that are timed, after one that is not")
 
 
@@ -140,7 +138,7 @@ COMMANDS = {
     "llama-cpp": ("bench_llama_cpp", add_llama_cpp, "side by side with llama.cpp on the CPU"),
     "decode": ("bench_decode", add_decode, "milliseconds a token at long contexts"),
     "prefill": ("bench_prefill", add_prefill, "reading long texts"),
-    "chunks": ("bench_chunks", add_chunks, "single chunks behind long texts, exact and sparse"),
+    "chunks": ("bench_chunks", add_chunks, "single chunks behind long texts, exact and sparse, with pages on the host"),
     "offload": ("bench_offload", add_offload, "decode with pages in host memory"),
     "formats": ("bench_formats", add_formats, "reading in several weight or page formats, by turns"),
     "kernels": ("bench_kernel_table", add_kernels, "every kernel alone"),
