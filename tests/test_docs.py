@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from warm_python import WarmPython
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,12 +41,33 @@ def test_the_documents_name_the_commands() -> None:
     assert {("-m", "longrun.chat"), ("-m", "longrun.plan"), ("scripts/needle_sweep.py",)} <= set(commands())
 
 
+@pytest.fixture(scope="module")
+def warm_python() -> Iterator[WarmPython]:
+    warm = WarmPython(COLUMNS="110", PYTHONDONTWRITEBYTECODE="1")
+    yield warm
+    warm.close()
+
+
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_commands_exist(command: tuple[str, ...]) -> None:
+def test_commands_exist(warm_python: WarmPython, command: tuple[str, ...]) -> None:
     if command[-1] in WITHOUT_OPTIONS:
         assert (ROOT / command[-1]).is_file() or find_spec(command[-1]) is not None
     else:
-        assert "usage:" in run(*command, "--help")
+        done = warm_python.run(*command, "--help")
+        assert done.returncode == 0, done.stderr
+        assert "usage:" in done.stdout
+
+
+def test_a_command_that_fails_is_found(warm_python: WarmPython, tmp_path: Path) -> None:
+    assert warm_python.run("scripts/missing.py", "--help").returncode == 1
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nimport longrun.missing\n")
+    assert "ModuleNotFoundError" in warm_python.run(str(script)).stderr
+    script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    assert warm_python.run(str(script)).returncode == -9
+    script.write_text("import sys\nprint(sys.argv[1:], __name__, 'longrun' in sys.modules)\nsys.exit(3)\n")
+    done = warm_python.run(str(script), "a", "b")
+    assert (done.returncode, done.stdout) == (3, "['a', 'b'] __main__ False\n")
 
 
 def test_make_targets_exist() -> None:
