@@ -14,8 +14,8 @@ import pytest
 
 if TYPE_CHECKING:
     from long_training import Training
-    from planted_chat import Done
     from playwright.sync_api import Browser
+    from run_here import Done
     from server_case import Served
 
     from longrun.lab.planted import PlantedModel

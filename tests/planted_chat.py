@@ -8,14 +8,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import pytest
+from run_here import Done, run_here
 
 from longrun.chat.command import chat_command
-from longrun.cli import run
 from longrun.needles.needles import generate_sentences, make_needles
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,19 +42,6 @@ def command(model: Path, *arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "longrun.chat", "--model", str(model), *map(str, arguments)]
 
 
-@dataclass
-class Done:
-    """How a chat command ended."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def result(self) -> dict:
-        return json.loads(self.out.splitlines()[-1])
-
-
 def chat_here(
     model: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Done]]:
@@ -64,11 +50,7 @@ def chat_here(
 
     def call(*arguments: str | Path, stdin: str = "") -> Done:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            run(lambda: chat_command(["--model", str(model), *map(str, arguments)]))
-        captured = capsys.readouterr()
-        return Done(left.value.code, captured.out, captured.err)
+        return run_here(lambda: chat_command(["--model", str(model), *map(str, arguments)]), capsys)
 
     yield call
     for number, handler in handlers.items():

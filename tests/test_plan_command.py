@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from planned_models import LLAMA, LLAMA_JSON, assumed
 from rich.console import Console
+from run_here import run_here
 
+from longrun.cli import PLAN_OPTIONS
 from longrun.errors import CheckpointError
 from longrun.plan.budget import Budget
 from longrun.plan.command import plan_command
@@ -32,16 +34,21 @@ def model_dir(tmp_path):
     return str(folder)
 
 
-def run_plan(*arguments, program=("-m", "longrun.plan")):
+def start_python(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *program, *arguments], capture_output=True, text=True, env=environment, timeout=60, check=False
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=60, check=False
     )
+
+
+@pytest.fixture
+def run_plan(capsys):
+    return lambda *arguments: run_here(lambda: plan_command(arguments), capsys, PLAN_OPTIONS)
 
 
 def test_table_says_what_is_planned(model_dir):
     options = ("--ctx", "3.3M", "--budget", "a100-80g", "--retrieval-ratio", "0.5")
-    result = run_plan("--model", model_dir, *options)
+    result = start_python("-m", "longrun.plan", "--model", model_dir, *options)
     assert result.returncode == 0, result.stderr
     for text in ["3.3M tokens", "128 of 256 KV heads", "assumed", "55,755,177,984", "17,920 bytes per token", "8,192"]:
         assert text in result.stdout
@@ -83,27 +90,27 @@ def test_no_terminal_is_too_narrow(width, term, monkeypatch):
     assert "24.0 GB of 24.0" in flat and "44.1 GB of 51.5" in flat
 
 
-def test_json_is_the_plan(model_dir):
+def test_json_is_the_plan(model_dir, run_plan):
     options = ("--ctx", "1M", "--budget", "a100-80g", "--kv", "bf16", "--weights", "int8", "--chunk-size", "4096")
     result = run_plan("--model", model_dir, *options, "--json")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    assert result.status == 0, result.err
+    assert result.err == ""
     budget = Budget.load("a100-80g").override(kv_format="bf16", weight_format="int8", chunk_size=4096)
     plan = make_plan(LLAMA, budget, 10**6)
-    assert json.loads(result.stdout) == {**json.loads(json.dumps(plan.to_dict())), "times": None}
+    assert json.loads(result.out) == {**json.loads(json.dumps(plan.to_dict())), "times": None}
 
 
-def test_no_fit_leaves_with_status_2_and_the_same_facts_in_json(model_dir):
+def test_no_fit_leaves_with_status_2_and_the_same_facts_in_json(model_dir, run_plan):
     options = ("--model", model_dir, "--ctx", "20M", "--budget", "a100-80g")
     result = run_plan(*options)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: a100-80g (gpu 80.0 GB, host 107 GB) does not hold 20,000,000 tokens")
+    assert result.status == 2
+    assert result.out == ""
+    assert result.err.startswith("error: a100-80g (gpu 80.0 GB, host 107 GB) does not hold 20,000,000 tokens")
     as_json = run_plan(*options, "--json")
-    assert as_json.returncode == 2
-    facts = json.loads(as_json.stdout)
+    assert as_json.status == 2
+    facts = json.loads(as_json.out)
     assert facts["fits"] is False
-    assert f"error: {facts['error']}\n" == result.stderr
+    assert f"error: {facts['error']}\n" == result.err
     assert facts["suggestions"][0]["setting"] == "ctx"
 
 
@@ -125,18 +132,18 @@ def test_no_fit_leaves_with_status_2_and_the_same_facts_in_json(model_dir):
         (["--model", "m" * 300], "File name too long"),
     ],
 )
-def test_bad_arguments_are_one_line_and_status_2(model_dir, arguments, words):
+def test_bad_arguments_are_one_line_and_status_2(model_dir, arguments, words, run_plan):
     result = run_plan("--model", model_dir, *arguments)
-    assert result.returncode == 2
-    assert words in result.stderr
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1 and len(result.stderr) < 600
+    assert result.status == 2
+    assert words in result.err
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1 and len(result.err) < 600
 
 
-def test_missing_model_folder():
+def test_missing_model_folder(run_plan):
     result = run_plan("--model", "/no/such/model")
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: model folder /no/such/model does not exist")
+    assert result.status == 2
+    assert result.err.startswith("error: model folder /no/such/model does not exist")
 
 
 def test_planning_is_quick_and_imports_nothing_heavy(model_dir):
@@ -146,7 +153,7 @@ def test_planning_is_quick_and_imports_nothing_heavy(model_dir):
     )
     arguments = ("--model", model_dir, "--ctx", "3.3M", "--budget", "rtx4090-24g", "--retrieval-ratio", "0.5")
     start = time.perf_counter()
-    result = run_plan(*arguments, program=("-c", script))
+    result = start_python("-c", script, *arguments)
     assert result.stderr == "set()\n"
     assert "3.3M tokens" in result.stdout
     assert time.perf_counter() - start < 5.0  # well under a second on an idle machine
