@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
     from run_here import Done
     from server_case import Served
+    from warm_python import WarmPython
 
     from longrun.lab.planted import PlantedModel
 
@@ -42,6 +43,16 @@ def demo_model() -> Path:
     from longrun.model import demo
 
     return demo.demo_model()
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """Starts programs without the seconds of importing torch."""
+    from warm_python import WarmPython
+
+    warm = WarmPython(tmp_path_factory.mktemp("printed"))
+    yield warm
+    warm.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 
 import pytest
-from planted_chat import ENVIRONMENT, NEEDLES, ask, command, spaced
+from planted_chat import NEEDLES, ask, spaced
 
 from longrun.chat.options import template_option
 from longrun.units import format_bytes
 
 
-def test_json_is_all_of_stdout_and_the_answer_streams_to_stderr(planted, text_file):
+def test_json_is_all_of_stdout_and_the_answer_streams_to_stderr(planted, text_file, warm_python):
     arguments = ["--ctx", "4K", "--file", text_file, "--prompt", ask(0), "--stop", ".", "--json", "--chunk-size", "512"]
     arguments += ["--retrieval-ratio", "0.5", "--head-map", planted.path / "head_map"]
-    done = subprocess.run(
-        command(planted.path, *arguments), capture_output=True, text=True, timeout=120, env=ENVIRONMENT
-    )
+    done = warm_python.run("-m", "longrun.chat", "--model", planted.path, *arguments)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     answer = spaced(NEEDLES[0].key)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
 import sys
 import time
 from itertools import islice
 from pathlib import Path
 
 import pytest
-from planted_chat import ENVIRONMENT, NEEDLES, ask, command, saved_tokens, spaced
+from planted_chat import NEEDLES, ask, saved_tokens, spaced
 
 from longrun.cache.page_places import PagePlaces
 from longrun.chat.progress import PrefillProgress
@@ -56,19 +56,16 @@ def resumable(text_file: Path, folder: Path) -> list:
     ]  # fmt: skip
 
 
-def test_a_reading_killed_at_any_moment_goes_on_where_it_was(chat, planted, long_file, tmp_path):
+def test_a_reading_killed_at_any_moment_goes_on_where_it_was(chat, planted, long_file, tmp_path, warm_python):
     arguments = resumable(long_file, tmp_path / "session")
-    process = subprocess.Popen(
-        command(planted.path, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+    process = warm_python.start("-m", "longrun.chat", "--model", planted.path, *arguments)
     end = time.monotonic() + 120
     while saved_tokens(tmp_path / "session") < 512:
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.err.read_text()
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.01)
-    process.kill()
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL and out == "", err
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and process.out.read_text() == ""
     check_resumption(chat, arguments, tmp_path / "session", long_file)
 
 

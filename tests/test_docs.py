@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,13 +38,6 @@ def commands() -> list[tuple[str, ...]]:
 
 def test_the_documents_name_the_commands() -> None:
     assert {("-m", "longrun.chat"), ("-m", "longrun.plan"), ("scripts/needle_sweep.py",)} <= set(commands())
-
-
-@pytest.fixture(scope="module")
-def warm_python() -> Iterator[WarmPython]:
-    warm = WarmPython(COLUMNS="110", PYTHONDONTWRITEBYTECODE="1")
-    yield warm
-    warm.close()
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)

@@ -3,8 +3,6 @@
 import importlib.util
 import io
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +25,6 @@ from longrun.plan.plan import make_plan
 from longrun.runtime import gpu_checks
 from longrun.runtime.memory_checks import bytes_in_use, check_free_memory
 
-ROOT = Path(__file__).resolve().parents[1]
 GB = 10**9
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -313,16 +310,10 @@ def test_the_chat_ends_with_one_sentence(card, folder, capsys, change, part):
     "command",
     [["-m", "longrun.chat", "--prompt", "Hello"], ["scripts/needle_sweep.py", "--lengths", "500", "--out", "OUT"]],
 )
-def test_commands_on_a_machine_without_cuda(folder, tmp_path, command):
+def test_commands_on_a_machine_without_cuda(planted, tmp_path, warm_python, command):
     """In a process of its own; the sweep reads the checkpoint's files before it loads, so it gets a whole one."""
-    from longrun.lab.planted import make_planted_model
-
-    model = make_planted_model(tmp_path / "planted").path
     command = [str(tmp_path / "out") if word == "OUT" else word for word in command]
-    done = subprocess.run(
-        [sys.executable, *command, "--model", model, "--device", "cuda"],
-        capture_output=True, text=True, timeout=120, cwd=ROOT,
-    )  # fmt: skip
+    done = warm_python.run(*command, "--model", planted.path, "--device", "cuda")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: device cuda was asked for, but torch")
 

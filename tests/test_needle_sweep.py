@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,18 +14,10 @@ from rich.console import Console
 from longrun.errors import CheckpointError, InputError
 from longrun.lab.needle_report import draw_heatmap, grid, summary
 from longrun.lab.needle_results import SweepResults
-from longrun.lab.planted import NOTE, make_planted_model
+from longrun.lab.planted import NOTE
 from longrun.needles.needles import Needle, NeedlePrompt, NeedleQuestion
 from longrun.patterns.head_map import HeadMap
 from scripts import needle_sweep as sweep
-
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "scripts" / "needle_sweep.py"
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    return make_planted_model(tmp_path_factory.mktemp("sweep") / "planted")
 
 
 @pytest.fixture(scope="module")
@@ -350,9 +340,8 @@ def test_model_without_a_tokenizer(planted, tmp_path):
         sweep.main(["--model", str(tmp_path / "none"), "--lengths", "600", "--out", str(tmp_path / "out")])
 
 
-def test_command_line_reports_bad_input_in_one_sentence(planted, tmp_path):
-    command = [sys.executable, str(SCRIPT), *options(planted, "out", lengths="60")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def test_command_line_reports_bad_input_in_one_sentence(planted, tmp_path, warm_python):
+    done = warm_python.run("scripts/needle_sweep.py", *options(planted, tmp_path / "out", lengths="60"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: length 60 is too short")
     assert done.stderr.count("\n") == 1

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +19,6 @@ from longrun.lab.planted_tokenizer import build_vocabulary, cue_words
 from longrun.lab.planted_weights import MATCH_NATS, NUM_OFFSETS, OFFSET_NATS, make_codes
 from longrun.needles.needles import Haystack, build_prompt, make_needles
 from longrun.patterns.head_map import HeadMap
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -258,14 +253,14 @@ def test_a_folder_with_files_is_kept_unless_forced(tmp_path):
     assert HeadMap.load(tmp_path / "head_map").num_layers == 2
 
 
-def test_command_line(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "make_planted_model.py"), "--shape", "tiny", "--layers", "2"]
-    done = subprocess.run([*command, "--out", "made"], cwd=tmp_path, capture_output=True, text=True)
+def test_command_line(tmp_path, warm_python):
+    command = ["scripts/make_planted_model.py", "--shape", "tiny", "--layers", "2", "--out", tmp_path / "made"]
+    done = warm_python.run(*command)
     assert done.returncode == 0, done.stderr
     assert NOTE in done.stdout
     assert "never model quality" in done.stdout
     assert is_planted(tmp_path / "made")
-    again = subprocess.run([*command, "--out", "made"], cwd=tmp_path, capture_output=True, text=True)
+    again = warm_python.run(*command)
     assert again.returncode == 2
     assert again.stderr.startswith("error: ")
     assert "--force" in again.stderr

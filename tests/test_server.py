@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from server_case import NAME, Served, user
+from server_case import NAME, Served, user, wait_for
+from warm_python import WarmPython
 
 from longrun.errors import InputError
 from longrun.server.serving import listening_socket
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 TALK = [
     {"role": "system", "content": "be brief"},
@@ -155,19 +151,22 @@ def test_a_port_that_is_taken_is_refused_in_a_sentence() -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_command_serves_until_a_signal(chat_model: Path, number: signal.Signals, status: int) -> None:
-    command = [sys.executable, "-m", "longrun.server", "--model", str(chat_model), "--port", "0", "--ctx", "500"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
-        try:
-            client = openai.OpenAI(base_url=run.stdout.readline().strip(), api_key="none", max_retries=3)
-            name = client.models.list().data[0].id
-            stream = client.chat.completions.create(model=name, messages=user("hi"), max_tokens=400, stream=True)
-            next(iter(stream))
-            run.send_signal(number)
-            with pytest.raises(openai.APIError, match="shutting down"):
-                list(stream)
-            assert run.wait(30) == status
-        finally:
-            run.kill()
+def test_the_command_serves_until_a_signal(
+    chat_model: Path, warm_python: WarmPython, number: signal.Signals, status: int
+) -> None:
+    arguments = ("--model", chat_model, "--port", "0", "--ctx", "500")
+    process = warm_python.start("-m", "longrun.server", *arguments)
+    try:
+        wait_for(lambda: process.out.read_text().endswith("\n") or process.poll() is not None)
+        client = openai.OpenAI(base_url=process.out.read_text().strip(), api_key="none", max_retries=3)
+        name = client.models.list().data[0].id
+        stream = client.chat.completions.create(model=name, messages=user("hi"), max_tokens=400, stream=True)
+        next(iter(stream))
+        os.kill(process.pid, number)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        assert process.wait(30) == status
+    finally:
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
     assert name == chat_model.name

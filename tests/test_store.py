@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +57,7 @@ MAPS = {"full": "full", "mixed": mixed_map(), "streaming": HeadMap.from_scores([
 CASES = [(kv, name) for kv in ("int4", "k5v3", "bf16", "fp32") for name in MAPS]
 
 
-def test_same_next_tokens_in_a_new_process(checkpoint, tmp_path):
+def test_same_next_tokens_in_a_new_process(checkpoint, tmp_path, warm_python):
     """Every page format and kind of split, sampling, saved here and continued there."""
     expected = []
     for kv, name in CASES:
@@ -78,7 +76,9 @@ for kv, name in CASES:
     session.cache.check()
     print(json.dumps([session.token_ids, list(session.generate(30, temperature=1.0, eos=False))]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    script = tmp_path / "continue.py"
+    script.write_text(code)
+    done = warm_python.run(script)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected
 

@@ -12,45 +12,82 @@ import runpy
 import signal
 import subprocess
 import sys
-import tempfile
+import time
 import traceback
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers.models.llama.modeling_llama")
-SECONDS = 120  # of a program, which SIGALRM ends
 
 
 class WarmPython:
-    """Starts programs by the arguments that Python would get: `-m` and a module, or a script, with its arguments."""
+    """Starts programs by the arguments that Python would get: `-m` and a module, or a script, with its arguments.
 
-    def __init__(self, **environment: str) -> None:
+    Args:
+        folder: for what the programs print.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._started = folder, 0
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "110"}
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            env=environment,
         )  # fmt: skip
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess:
-        """The program's status, stdout and stderr, once it has ended; its folder is the repository's root."""
-        with tempfile.TemporaryDirectory() as folder:
-            streams = [Path(folder, name) for name in ("out", "err")]
-            self._process.stdin.write(json.dumps([arguments, *map(str, streams)]) + "\n")
-            self._process.stdin.flush()
-            status = int(self._process.stdout.readline())
-            return subprocess.CompletedProcess(arguments, status, *(path.read_text() for path in streams))
+    def asked(self, *question: Any) -> Any:
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, *arguments: str | Path) -> WarmProgram:
+        """The program, running in the repository's root."""
+        self._started += 1
+        out, err = (self._folder / f"{self._started}-{name}" for name in ("out", "err"))
+        for path in (out, err):
+            path.touch()
+        return WarmProgram(self, self.asked("start", list(map(str, arguments)), str(out), str(err)), out, err)
+
+    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess:
+        """Status, stdout and stderr of the program, once it has ended."""
+        program = self.start(*arguments)
+        status = program.wait()
+        return subprocess.CompletedProcess(arguments, status, program.out.read_text(), program.err.read_text())
 
     def close(self) -> None:
         self._process.communicate()
         assert self._process.returncode == 0
 
 
+@dataclass(frozen=True)
+class WarmProgram:
+    """A running program, and the files that take what it prints."""
+
+    python: WarmPython
+    pid: int
+    out: Path
+    err: Path
+
+    def poll(self) -> int | None:
+        """Its status, if it has ended."""
+        return self.python.asked("poll", self.pid)
+
+    def wait(self, seconds: float = 120) -> int:
+        until = time.monotonic() + seconds
+        while (status := self.poll()) is None:
+            if time.monotonic() > until:
+                os.kill(self.pid, signal.SIGKILL)
+                raise AssertionError(f"it runs on after {seconds} seconds: {self.err.read_text()}")
+            time.sleep(0.005)
+        return status
+
+
 def become(arguments: list[str], out: str, err: str) -> NoReturn:
     """Run the program in this process, which ends with it: at once, for tearing down what is shared copies it."""
-    signal.alarm(SECONDS)
-    flags = os.O_WRONLY | os.O_CREAT
-    for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, out, flags), (2, err, flags)):
+    for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
         os.dup2(os.open(path, mode), number)
     sys.stdin = open(0)  # noqa: SIM115
     status = 0
@@ -62,24 +99,35 @@ def become(arguments: list[str], out: str, err: str) -> NoReturn:
             sys.path[0], sys.argv = str(Path(arguments[0]).resolve().parent), arguments
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as left:
-        status = left.code
+        status = left.code or 0
     except BaseException:
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
-    os._exit(status or 0)
+    os._exit(status)
 
 
 def serve() -> None:
-    """Fork for every line of stdin; write the statuses to stdout."""
+    """Answer every line of stdin: fork for a program, tell how one has ended; kill those that outlive stdin."""
     for name in PACKAGES:
         import_module(name)
     gc.freeze()
+    statuses: dict[int, int | None] = {}
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            become(*json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        what, *given = json.loads(line)
+        if what == "start":
+            answer = os.fork()
+            if answer == 0:
+                become(*given)
+            statuses[answer] = None
+        else:
+            (pid,) = given
+            if statuses[pid] is None and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                statuses[pid] = os.waitstatus_to_exitcode(found[1])
+            answer = statuses[pid]
+        print(json.dumps(answer), flush=True)
+    for pid in (pid for pid, status in statuses.items() if status is None):
+        os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
