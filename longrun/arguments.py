@@ -141,6 +141,11 @@ def real(
     return read
 
 
+def read_by(parse: Callable[[str, str], Any]) -> Callable[[str], Any]:
+    """The `type` of a command-line option whose text `parse(text, what)` reads, with its sentence about a bad one."""
+    return lambda text: _option(lambda: parse(text, "value"))
+
+
 SHARE = real(0, 1)
 SEED = whole(0, MAX_SEED)
 COUNT = whole(1)

@@ -6,7 +6,7 @@ import math
 import re
 from decimal import Decimal
 
-from longrun.arguments import integer
+from longrun.arguments import integer, read_by
 from longrun.errors import InputError, quoted
 
 MAX_TOKENS = 10**9
@@ -60,6 +60,10 @@ def parse_tokens(text: str | int, what: str = "token count", least: int = 1) -> 
     if count > MAX_TOKENS:
         raise InputError(f"{what} {quoted(text)} must be at most {MAX_TOKENS:,} tokens: write it like {example}")
     return count
+
+
+TOKENS = read_by(parse_tokens)
+"""The `type` of a command-line option: as `--ctx`."""
 
 
 def parse_bytes(text: str | int, what: str = "memory size") -> int:

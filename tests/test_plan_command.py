@@ -91,7 +91,7 @@ def test_no_terminal_is_too_narrow(width, term, monkeypatch):
 
 
 def test_json_is_the_plan(model_dir, run_plan):
-    options = ("--ctx", "1M", "--budget", "a100-80g", "--kv", "bf16", "--weights", "int8", "--chunk-size", "4096")
+    options = ("--ctx", "1M", "--budget", "a100-80g", "--kv", "bf16", "--weights", "int8", "--chunk-size", "4.096K")
     result = run_plan("--model", model_dir, *options, "--json")
     assert result.status == 0, result.err
     assert result.err == ""
@@ -123,7 +123,8 @@ def test_no_fit_leaves_with_status_2_and_the_same_facts_in_json(model_dir, run_p
         (["--budget", "a100"], "shipped budget"),
         (["--head-map", "/no/such/map"], "/no/such/map is not a folder"),
         (["--retrieval-ratio", "half"], "'half'"),
-        (["--chunk-size", "0"], "--chunk-size: value 0 is too small"),
+        (["--chunk-size", "0"], "--chunk-size: value '0' must be at least 1"),
+        (["--chunk-size", "32X"], "--chunk-size: value '32X'"),
         (["--chunk-size", "9" * 5000], "--chunk-size: value '999"),
         (["--ctx", "9" * 5000], "at most 1,000,000,000 tokens"),
         (["--retrieval-ratio", "nan"], "--retrieval-ratio: value nan is not a finite number"),

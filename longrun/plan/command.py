@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from rich.console import Console, ConsoleDimensions
 
-from longrun.arguments import COUNT, SHARE
+from longrun.arguments import SHARE
 from longrun.cli import EXIT_STATUS, PLAN_OPTIONS, Parser, run
 from longrun.hub.find import add_yarn_option
 from longrun.machine.speeds import known_speeds
@@ -28,7 +28,7 @@ from longrun.plan.times import predict
 from longrun.quant.kv_format import KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.specs.prefill_spec import parse_dense_tokens
-from longrun.units import parse_tokens
+from longrun.units import TOKENS, parse_tokens
 
 
 def plan_command(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's)")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
     parser.add_argument(
-        "--chunk-size", type=COUNT, metavar="N", help="tokens of a prefill step (default: the budget's)"
+        "--chunk-size", type=TOKENS, metavar="N", help="tokens of a prefill step, like 32K (default: the budget's)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu for the budget cpu, else cuda")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longrun.arguments import COUNT, SHARE
+from longrun.arguments import SHARE
 from longrun.hub.find import MODEL_HELP, add_download_option, add_yarn_option
 from longrun.plan.hot_pool import HOT_POOL_HELP, parse_hot_pool
 from longrun.plan.prefill import add_prefill_options
@@ -18,6 +18,7 @@ from longrun.quant.kv_format import DEFAULT_KV_FORMAT, KV_FORMATS, KV_HELP
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.specs.cache_spec import MARKS
 from longrun.specs.prefill_spec import parse_dense_tokens, parse_prefill_share
+from longrun.units import TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +64,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_prefill_options(model)
     model.add_argument("--kv", choices=KV_FORMATS, help=f"{KV_HELP} (default: the budget's, else {DEFAULT_KV_FORMAT})")
     model.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights (default: the budget's)")
-    model.add_argument("--chunk-size", type=COUNT, metavar="N", help="tokens of a prefill step (default: the budget's)")
+    model.add_argument(
+        "--chunk-size", type=TOKENS, metavar="N", help="tokens of a prefill step, like 32K (default: the budget's)"
+    )
     model.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
 
 

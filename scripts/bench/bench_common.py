@@ -36,7 +36,7 @@ from longrun.quant.kv_format import KV_FORMATS
 from longrun.quant.weight_format import WEIGHT_FORMATS
 from longrun.runtime.runtime import Runtime
 from longrun.specs.prefill_spec import parse_dense_tokens
-from longrun.units import format_bytes, format_tokens, parse_tokens
+from longrun.units import TOKENS, format_bytes, format_tokens, parse_tokens
 
 DEFAULT_BUDGETS = {"cpu": "cpu", "cuda": "h100-80g"}
 
@@ -57,7 +57,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_prefill_options(parser)
     parser.add_argument("--weight-format", choices=WEIGHT_FORMATS, help="default: the budget's")
     parser.add_argument("--kv", choices=KV_FORMATS, help="page format (default: the budget's)")
-    parser.add_argument("--chunk-size", type=parse_tokens, metavar="N", help="tokens of a prefill step")
+    parser.add_argument("--chunk-size", type=TOKENS, metavar="N", help="tokens of a prefill step")
     parser.add_argument("--budget", metavar="NAME_OR_FILE", help="default: h100-80g on cuda, cpu on cpu")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--seed", type=SEED, default=0)

@@ -29,7 +29,7 @@ from longrun.needles.needles import Haystack, build_prompt, make_needles
 from longrun.paths import path_option
 from longrun.quant.kv_format import KV_FORMATS
 from longrun.session.session import Session
-from longrun.units import parse_tokens
+from longrun.units import TOKENS
 from scripts.bench.bench_common import DEFAULT_BUDGETS, check_device, finish, release, save
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -42,14 +42,14 @@ Rows = Callable[[int, torch.Tensor], None]
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_option(parser, default=None)
-    parser.add_argument("--tokens", type=parse_tokens, default=8192, metavar="N", help="length of the text")
+    parser.add_argument("--tokens", type=TOKENS, default=8192, metavar="N", help="length of the text")
     parser.add_argument("--text", choices=["needles", "random"], default="needles", help="random: token ids")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="weights and arithmetic of both")
     parser.add_argument("--kv", default="bf16", metavar="F,...", help="page formats, each in a run of its own")
     parser.add_argument("--head-map", default="full", metavar="DIR|full")
     parser.add_argument("--retrieval-ratio", type=SHARE, metavar="R")
-    parser.add_argument("--chunk-size", type=parse_tokens, metavar="N", help="tokens of a step")
+    parser.add_argument("--chunk-size", type=TOKENS, metavar="N", help="tokens of a step")
     parser.add_argument("--budget", metavar="NAME_OR_FILE")
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--json", type=path_option, metavar="FILE", help="write the JSON object here as well")
