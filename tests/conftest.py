@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # Tests run beside other work: waiting threads must not spin. Read when torch loads its OpenMP runtime.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores; tiny models gain nothing by threads
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -127,6 +130,11 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Training:
     from long_training import Training
 
     return Training.run(tmp_path_factory.mktemp("training"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is never garbage: each of many full collections would pass through all of it."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
