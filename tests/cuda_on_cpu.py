@@ -49,7 +49,7 @@ def host_library(
     name = "-".join([path.stem, *map(str, defines.values())])
     source, library = folder / f"{name}.cpp", folder / f"{name}.so"
     source.write_text(host_source(path.read_text(), helpers))
-    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", *(f"-D{name}={n}" for name, n in defines.items())]
+    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", *(f"-D{name}={n}" for name, n in defines.items())]
     done = subprocess.run([COMPILER, *flags, "-o", library, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(library))

@@ -47,8 +47,8 @@ CASES = [
     ("demo", {"kv_format": "bf16", "ctx": 1500, "device_share": 0.25, "chunk_size": 333}, 1400, 0.67),
     ("demo", {"kv_format": "int4", "ctx": 300_000}, 500, 1.0),  # everything is allocated and touched at the start
     ("planted", {"kv_format": "fp32", "ctx": 200_000, "device_share": 0.5}, 600, 1.0),
-    ("planted", {"kv_format": "int4", "ctx": 20_000, "weight_format": "bf16"}, 19_000, 0.25),
-    ("planted", {"kv_format": "k5v3", "ctx": 20_000, "prefill": "sparse", "prefill_dense": 0}, 19_000, 1.0),
+    ("planted", {"kv_format": "int4", "ctx": 11_000, "weight_format": "bf16"}, 10_000, 0.25),
+    ("planted", {"kv_format": "k5v3", "ctx": 11_000, "prefill": "sparse", "prefill_dense": 0}, 10_000, 1.0),
 ]
 
 
