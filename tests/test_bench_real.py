@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from child_parts import killed, refused, two_things
 from tiny_models import tiny_model
 
 from longrun.errors import InputError
@@ -94,22 +94,6 @@ def test_transformers_own_reader_gives_the_models_logits(gguf, yarn):
     rope = {"rope_type": "yarn", "rope_theta": 500.0, "factor": yarn, "original_max_position_embeddings": 1024}
     expected = tiny_model("qwen2", **SHAPE, **({"rope_parameters": rope} if yarn else {}))(token_ids).logits
     torch.testing.assert_close(peer.model(token_ids).logits, expected, atol=1e-4, rtol=1e-4)
-
-
-def two_things(first: int):
-    yield "row", first
-    yield "pid", os.getpid()
-
-
-def refused():
-    yield "row", 1
-    raise InputError("give another")
-
-
-def killed():
-    yield "row", 1
-    time.sleep(0.1)
-    os._exit(7)
 
 
 def test_parts_run_in_processes_of_their_own():
