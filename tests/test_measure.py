@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -85,6 +87,23 @@ def test_a_run_that_takes_too_long_is_ended_with_its_children(tmp_path, monkeypa
     while _alive(int(pid.read_text())) and time.monotonic() < end:
         time.sleep(0.05)
     assert not _alive(int(pid.read_text()))
+
+
+def test_ctrl_c_ends_what_runs_and_begins_nothing(tmp_path):
+    out, pid = tmp_path / "out", tmp_path / "pid"
+    child = f"import os, time; open('{pid}', 'w').write(str(os.getpid())); time.sleep(600)"
+    runs = ({"name": "one", "seconds": 600, "command": code(child)}, {"name": "two", "seconds": 9, "command": code("")})
+    program = subprocess.Popen([sys.executable, measure.__file__, str(plan(tmp_path, *runs)), "--out", str(out)])
+    try:
+        end = time.monotonic() + 60
+        while not (pid.exists() and pid.read_text()) and time.monotonic() < end:
+            time.sleep(0.05)
+        program.send_signal(signal.SIGINT)
+        assert program.wait(60) == 130
+    finally:
+        program.kill()
+    assert not _alive(int(pid.read_text()))
+    assert [(one["how"], one["exit_status"]) for one in ended(out).values()] == [("failed", -15), ("not begun", None)]
 
 
 def _alive(pid):

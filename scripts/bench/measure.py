@@ -22,6 +22,7 @@ says after each run how all of them ended. The same call again takes up what is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -32,6 +33,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,7 @@ class Measuring:
         self._end = time.monotonic() + seconds
         self._lock = threading.Lock()
         self._ended: dict[str, Ended] = {}
+        self._running: set[subprocess.Popen] = set()
 
     def take(self, runs: Sequence[Run], values: Mapping[str, str]) -> list[Ended]:
         """Run what an earlier call has not done: all in the plan's order.
@@ -151,11 +154,18 @@ class Measuring:
         self._ended = {name: one for name, one in self._earlier().items() if name in commands and one.how == DONE}
         todo = [one for one in runs if one.name not in self._ended]
         lanes = {one.lane: [other for other in todo if other.lane == one.lane] for one in todo}
-        threads = [threading.Thread(target=self._lane, args=(lane, commands)) for lane in lanes.values()]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(max(1, len(lanes))) as pool:
+            work = [pool.submit(self._lane, lane, commands) for lane in lanes.values()]
+            try:
+                wait(work)
+            except BaseException:  # Ctrl-C: what runs is told to end, and nothing is begun
+                self._end = time.monotonic()
+                for process in tuple(self._running):
+                    _signal(process, signal.SIGTERM)
+                wait(work)
+                raise
+            for lane in work:
+                lane.result()
         return [self._ended[one.name] for one in runs]
 
     def _earlier(self) -> dict[str, Ended]:
@@ -192,7 +202,9 @@ class Measuring:
             except OSError as error:
                 log.write(f"{command[0]} cannot be started: {error.strerror}\n".encode())
                 return Ended(one.name, FAILED, None, 0.0)
+            self._running.add(process)
             status = _wait(process, min(one.seconds, left))
+            self._running.remove(process)
         how = STOPPED if status is None else DONE if status == 0 else FAILED
         return Ended(one.name, how, status, time.monotonic() - began)
 
@@ -204,9 +216,15 @@ def _wait(process: subprocess.Popen, seconds: float) -> int | None:
             status = process.wait(limit)
             return status if then is signal.SIGTERM else None
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, then)
+            _signal(process, then)
     process.wait()
     return None
+
+
+def _signal(process: subprocess.Popen, what: signal.Signals) -> None:
+    """To it and its children, unless they have left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, what)
 
 
 def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
