@@ -291,16 +291,8 @@ def test_a_misspelled_query_is_refused(chat_model: Path, tmp_path: Path) -> None
         assert asked("PUT", "/documents/book", "prefil=exact", **text) == ("prefil", told)
         assert asked("PUT", "/documents/book", "prefill=exact&prefil=exact", **text) == ("prefil", told)
         assert httpx.get(f"{served.root}/documents").json()["data"] == []
-        put_and_wait(served, "book", TEXT)
-        for method, path in (
-            ("GET", "/documents"), ("GET", "/documents/book"), ("GET", "/documents/book/text"),
-            ("DELETE", "/documents/book"), ("GET", "/status"), ("GET", "/health"), ("GET", "/metrics"), ("GET", "/"),
-            ("POST", "/tokenize"),
-        ):  # fmt: skip
-            param, told = asked(method, path, "prefill=exact")
-            assert param == "prefill" and told.startswith("query parameter 'prefill' is unknown: leave it out")
-        assert status(served, "book")["state"] == "ready"
-        assert httpx.get(f"{served.root}/v1/models?api-version=1").status_code == 200
+        for path in ("/health?verbose", "/metrics?name=a", "/?from=mail", "/documents?page=1", "/v1/models?version=1"):
+            assert httpx.get(f"{served.root}{path}").status_code == 200, path  # what asks so means nothing by it
 
 
 def test_a_deleted_document_is_not_read_on_and_one_of_other_settings_says_so(

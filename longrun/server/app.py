@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import anyio
@@ -18,16 +18,15 @@ from starlette.types import ASGIApp
 from longrun.errors import LongrunError
 from longrun.server import requests
 from longrun.server.answers import Answer, ChatAnswer, TextAnswer, joined_answers
-from longrun.server.document_routes import QUERY_NAMES, DocumentRoutes
+from longrun.server.document_routes import DocumentRoutes
 from longrun.server.guard import Guard
-from longrun.server.http import check_query, read_body, refusal, streamed_answer, unless_gone, whole_answer
+from longrun.server.http import read_body, refusal, streamed_answer, unless_gone, whole_answer
 from longrun.server.jobs import Ask
 from longrun.server.openai_errors import RequestError
 from longrun.server.page_files import PAGE_FILES, page_file
 from longrun.server.service import Service
 
 _CLIENT_LEFT = 499  # for the counts: nobody reads it
-_OPENAI = "/v1/"  # clients of these paths send queries of their own, which are not read
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -42,8 +41,7 @@ def make_app(service: Service, key: str | None = None, origins: Sequence[str] = 
     app = FastAPI(title="longrun", openapi_url=None, docs_url=None, redoc_url=None)
     routes = Routes(service)
     for method, path, handler in routes.all():
-        known = QUERY_NAMES.get((method, path), ())
-        app.add_api_route(path, _guarded(service, path, handler, known), methods=[method])
+        app.add_api_route(path, _guarded(service, path, handler), methods=[method])
 
     async def unknown(request: Request, error: HTTPException) -> Response:
         told = f"there is no {request.method} {request.url.path} here: see docs/server.md for what is served"
@@ -58,17 +56,11 @@ def make_app(service: Service, key: str | None = None, origins: Sequence[str] = 
     )
 
 
-def _guarded(service: Service, path: str, handler: Handler, known: Collection[str]) -> Handler:
-    """The handler's response, or the one that says why there is none; counted.
-
-    Args:
-        known: names that the query of a path of longrun's own may have.
-    """
+def _guarded(service: Service, path: str, handler: Handler) -> Handler:
+    """The handler's response, or the one that says why there is none; counted."""
 
     async def respond(request: Request) -> Response:
         try:
-            if not path.startswith(_OPENAI):
-                check_query(request, known)
             response = await handler(request)
         except ClientDisconnect:
             response = Response(status_code=_CLIENT_LEFT)

@@ -8,11 +8,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from longrun.server.document_files import checked_name
 from longrun.server.document_prompts import KINDS
 from longrun.server.documents import Documents
-from longrun.server.http import content_type, read_body
+from longrun.server.http import check_query, content_type, read_body
 from longrun.server.service import Service
-
-QUERY_NAMES = {("PUT", "/documents/{name:path}"): ("prefill",)}
-"""(method, path) -> what its query may say. On no other path is anything asked so."""
 
 
 class DocumentRoutes:
@@ -38,6 +35,7 @@ class DocumentRoutes:
     async def put(self, request: Request) -> Response:
         """Take one, or other content for one; it is read later, as ?prefill= says."""
         name, kind = _name(request), content_type(request)
+        check_query(request, ("prefill",))
         with self._service.admitted():
             raw = await read_body(request, self._service.limits, KINDS)
             prefill = request.query_params.get("prefill")

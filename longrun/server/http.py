@@ -46,10 +46,8 @@ def check_query(request: Request, known: Collection[str]) -> None:
     """
     for name in request.query_params:
         if name not in known:
-            told = f"use {' or '.join(known)}" if known else "leave it out, as nothing is asked so here"
-            raise RequestError(
-                f"query parameter {quoted(name)} is unknown: {told}", "unknown_parameter", shortened(name)
-            )
+            told = f"query parameter {quoted(name)} is unknown: use {' or '.join(known)}"
+            raise RequestError(told, "unknown_parameter", shortened(name))
 
 
 async def read_body(request: Request, limits: Limits, kinds: Sequence[str] = JSON) -> bytes:
