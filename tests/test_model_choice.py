@@ -19,7 +19,7 @@ from longrun.model import choice, demo
 from longrun.model.adapter import Adapter
 from longrun.model.choice import DEMO_CONTEXT, ModelChoice, choose_model
 from longrun.model.fingerprint import model_fingerprint, weights_fingerprint
-from scripts import needle_sweep
+from scripts.quality import needle_sweep
 
 
 @pytest.fixture(scope="module")

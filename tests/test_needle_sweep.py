@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,8 @@ from longrun.lab.needle_results import SweepResults
 from longrun.lab.planted import NOTE
 from longrun.needles.needles import Needle, NeedlePrompt, NeedleQuestion
 from longrun.patterns.head_map import HeadMap
-from scripts import needle_sweep as sweep
+from scripts.quality import needle_cells, needle_options
+from scripts.quality import needle_sweep as sweep
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +119,9 @@ def test_one_document_holds_the_needles_of_every_depth(planted, tmp_path, monkey
     more = ["--one-document", "--needles", "2", "--chunk-size", "200"]
     arguments = options(planted, tmp_path / "out", *more, lengths="500,900", depths=3)
     read_tokens = []
-    real, add = sweep.read_document, SweepResults.add
+    real, add = needle_cells.read_document, SweepResults.add
     monkeypatch.setattr(
-        sweep, "read_document", lambda session, prompt, progress: (
+        needle_cells, "read_document", lambda session, prompt, progress: (
             read_tokens.append(prompt.num_tokens), real(session, prompt, progress))[1]
     )  # fmt: skip
 
@@ -263,7 +263,7 @@ def test_exact_match_and_forced_accuracy_are_counted_apart(answer, forced, exact
     question = NeedleQuestion(Needle("Amelia", "456"), (8, 9), (4, 5, 6), 0.5)
     prompt = NeedlePrompt([1, 2, 3], (question, question))
     session = ScriptedSession(answer, forced)
-    found = sweep.ask(session, prompt, lambda ids: "".join(".x23456"[i] for i in ids), lambda done, total: None)
+    found = needle_cells.ask(session, prompt, lambda ids: "".join(".x23456"[i] for i in ids), lambda done, total: None)
     assert [one["exact"] for one in found] == [exact, exact]
     assert found[0]["token_accuracy"] == pytest.approx(accuracy)
 
@@ -303,28 +303,28 @@ def test_heatmap_has_a_panel_per_setting(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("more", "said"),
     [
-        ({"lengths": "1K,zero"}, "zero"),
-        ({"lengths": "0"}, "at least 1"),
-        ({"depths": 0}, "--depths 0"),
-        ({"needles": 0}, "0 needles"),
-        ({"needles": 51}, "51 needles"),
-        ({"needles": 11, "one_document": True}, "55 needles"),
-        ({"chunk_size": "zero"}, "zero"),
-        ({"haystack": [Path("no-such-file.txt")]}, "no-such-file.txt"),
+        (["--lengths", "1K,zero"], "--lengths 'zero'"),
+        (["--lengths", "0"], "--lengths '0' must be at least 1"),
+        (["--depths", "0"], "--depths: value 0 is too small"),
+        (["--needles", "0"], "--needles: value 0 is too small"),
+        (["--needles", "51"], "51 needles"),
+        (["--needles", "11", "--one-document"], "55 needles"),
+        (["--chunk-size", "zero"], "--chunk-size: value 'zero'"),
+        (["--haystack", "no-such-file.txt"], "--haystack no-such-file.txt is not a file"),
     ],
 )
-def test_bad_arguments(changed, said):
-    arguments = sweep.parse_arguments(["--lengths", "1K", "--out", "unused"])
+def test_bad_arguments(more, said):
     with pytest.raises(InputError, match=said):
-        sweep.collect_settings(SimpleNamespace(**(vars(arguments) | changed)))
+        sweep.main(["--lengths", "1K", "--out", "unused", *more])
 
 
 def test_depths_are_evenly_spaced():
     for count, depths in ((1, [0.5]), (2, [0.0, 1.0]), (5, [0.0, 0.25, 0.5, 0.75, 1.0])):
-        arguments = sweep.parse_arguments(["--lengths", "4K,1K,1K", "--depths", str(count), "--out", "unused"])
-        settings = sweep.collect_settings(arguments)
+        more = ["--lengths", "4K,1K,1K", "--depths", str(count), "--chunk-size", "4.096K"]
+        settings = needle_options.collect_settings(needle_options.parse_arguments([*more, "--out", "unused"]))
+        assert settings["chunk_size"] == 4096
         assert settings["depths"] == depths
         assert settings["lengths"] == [1000, 4000]
 

@@ -39,6 +39,7 @@ from scripts.bench.bench_common import (
 )
 from scripts.bench.bench_transformers import TransformersPeer
 from scripts.bench.ceilings import measure_ceilings
+from scripts.quality.needle_cells import ask, decoder
 
 SPARE_TOKENS = 64  # questions and answers
 WARM_CHUNKS = 2  # read once before timing: the second brings what libraries load and plan for a chunk over a past
@@ -198,17 +199,13 @@ def make_text(
 
 def ask_needles(session: Any, prompt: NeedlePrompt, runtime: Runtime, progress: Any) -> list[dict[str, Any]]:
     """Read the document (`progress` after every chunk of it), then put the questions as the needle sweep does."""
-    from scripts.needle_sweep import ask
-
     heard = len(prompt.document_ids)
 
     def document_only(done: int, total: int) -> None:
         if total == heard:
             progress(done, total)
 
-    return ask(
-        session, prompt, lambda ids: runtime.tokenizer.decode(ids, skip_special_tokens=True), document_only
-    )  # fmt: skip
+    return ask(session, prompt, decoder(runtime), document_only)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ Example: python scripts/compare.py --settings scripts/quality/compare_settings.t
 from __future__ import annotations
 
 import argparse
-import gc
 import hashlib
 import json
 import time
@@ -44,6 +43,7 @@ from longrun.text.turn_end import template_ends
 from longrun.units import ALL_TOKENS, format_tokens
 from scripts.quality.compare_options import ASKED, collect_settings, named_folders, parse_arguments
 from scripts.quality.compare_runtimes import Runtimes, comparison_budget
+from scripts.quality.memory import release_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -218,15 +218,6 @@ def logits_folder(arguments: argparse.Namespace, settings: dict[str, Any]) -> Pa
         return arguments.out / REFERENCE
     key = json.dumps([settings, REFERENCE_ROW.to_dict()], sort_keys=True)
     return arguments.logits / hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-def release_memory() -> None:
-    """Give back what nothing refers to any more: sessions may stand in reference cycles."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def describe(row: Row, runtime: Runtime, plan: Plan) -> dict[str, Any]:

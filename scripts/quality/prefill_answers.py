@@ -44,7 +44,7 @@ from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
 from longrun.specs.prefill_spec import EXACT, TILE, PrefillSpec
 from longrun.units import parse_tokens
-from scripts.quality.compare import release_memory
+from scripts.quality.memory import release_memory
 from scripts.quality.selection_runs import add_model_options, decoded_rows, load_unselected, run_facts, with_last_rows
 
 SETTINGS = (

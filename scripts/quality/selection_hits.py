@@ -39,7 +39,7 @@ from longrun.plan.pages_read import selection_facts
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Session
 from longrun.specs.selection_spec import DEFAULT_NEWEST
-from scripts.quality.compare import release_memory
+from scripts.quality.memory import release_memory
 from scripts.quality.selection_runs import add_model_options, load_unselected, run_facts
 
 SIZES = (1, 2, 4, 8, 16)  # pages of a pool, in pages that a step reads
