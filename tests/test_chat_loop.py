@@ -129,7 +129,7 @@ def test_an_answer_that_was_cut_is_continued_where_it_stopped(runtime, text_file
     chat = Chat(runtime, max_new_tokens=3)
     chat.type("The magic number of", "is: 1", "/stats")
     assert chat.runner.conversation.cut_answer is not None
-    chat.runner.read([read_document(text_file)], None)
+    chat.runner.talk.read([read_document(text_file)], None)
     assert chat.runner.conversation.cut_answer is None, "something follows it now"
 
 
@@ -271,7 +271,7 @@ def test_a_question_without_answer_is_told_and_can_be_answered(runtime, text_fil
     chat = Chat(runtime, folder=tmp_path / "kept")
     from longrun.documents.document import read_document
 
-    chat.runner.read([read_document(text_file)], ask(0))
+    chat.runner.talk.read([read_document(text_file)], ask(0))
     del chat
     chat = Chat(runtime, folder=tmp_path / "kept")
     told = chat.type("/continue")

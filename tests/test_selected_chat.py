@@ -64,7 +64,7 @@ def test_a_question_is_read_token_by_token_where_that_is_asked_for(planted, text
     runner = ChatRunner(
         runtime, AnswerOptions(max_new_tokens=4), Console(file=said, width=300), select_question=select_question
     )
-    runner.read([read_document(text_file)], ask(0))
+    runner.talk.read([read_document(text_file)], ask(0))
     if select_question:
         (text, whole), (question, one_by_one) = reads
         assert text > 1500 and 0 < question < 50 and (whole, one_by_one) == (False, True)
@@ -98,7 +98,7 @@ def test_statistics_of_the_hot_pool_are_those_of_the_answer(planted, text_file, 
     monkeypatch.setattr(Session, "hot_counts", property(lambda self: next(counts)))
     runtime = longrun.load(planted.path, ctx=4000, chunk_size=256, device="cpu", select=6, select_from=0)
     runner = ChatRunner(runtime, AnswerOptions(max_new_tokens=2), Console(file=io.StringIO()))
-    runner.read([read_document(text_file)], ask(0))
+    runner.talk.read([read_document(text_file)], ask(0))
     report = runner.answer(lambda text: None, keep_unfinished=False)
     assert "; 60.0% of 10 chosen host pages in the hot pool, 400 B fetched; context" in report.line()
     found = report.to_dict()["hot_pool"]

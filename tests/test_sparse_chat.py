@@ -41,7 +41,7 @@ def make_runner(planted, **options):
 
 def test_documents_are_read_sparsely_and_questions_exactly(planted, text_file, reads):
     runner = make_runner(planted, prefill=SPEC)
-    runner.read([read_document(text_file)], ask(0))
+    runner.talk.read([read_document(text_file)], ask(0))
     (text, may_be, _), (question, whole, _) = reads
     assert text > 1500 and 0 < question < 50 and (may_be, whole) == (True, False)
     sparse = runner.session.sparse_tokens
@@ -56,13 +56,13 @@ def test_documents_are_read_sparsely_and_questions_exactly(planted, text_file, r
     found = report.to_dict()["prefill"]
     assert (found["sparse_tokens"], found["settings"]["mass"]) == (sparse, 0.9)
     assert (found["read"]["read_share"], found["read"]["caught_share"]) == (counts.read_share, counts.caught_share)
-    runner.read([], ask(1) * 20)  # a message alone is a question, however long
+    runner.talk.read([], ask(1) * 20)  # a message alone is a question, however long
     assert not reads[-1][1] and runner.session.sparse_tokens == sparse
 
 
 def test_without_it_question_and_text_are_read_at_once(planted, text_file, reads):
     runner = make_runner(planted)
-    runner.read([read_document(text_file)], ask(0))
+    runner.talk.read([read_document(text_file)], ask(0))
     assert len(reads) == 1
     report = runner.answer(lambda text: None, keep_unfinished=True)
     assert report.to_dict()["prefill"] is None and "sparsely" not in report.line() + runner.status()
@@ -73,7 +73,7 @@ def test_questions_read_token_by_token_stay_so(planted, text_file, reads):
     runner = ChatRunner(
         runtime, AnswerOptions(max_new_tokens=2), Console(file=io.StringIO()), select_question=True
     )  # fmt: skip
-    runner.read([read_document(text_file)], ask(0))
+    runner.talk.read([read_document(text_file)], ask(0))
     assert [one[1:] for one in reads] == [(True, False), (False, True)]
 
 
@@ -106,7 +106,7 @@ def test_the_command(chat, text_file, tmp_path):
 
 def test_a_session_that_was_read_sparsely_says_so_when_it_is_opened(planted, chat, text_file, tmp_path):
     runner = make_runner(planted, prefill=SPEC)
-    runner.read([read_document(text_file)], None)
+    runner.talk.read([read_document(text_file)], None)
     sparse = runner.session.sparse_tokens
     assert sparse > 1000
     runner.save(tmp_path / "kept")

@@ -44,7 +44,7 @@ class Asker:
             LongrunError: the texts cannot be read.
             KeyboardInterrupt: Ctrl-C while texts are read, or where the next question is waited for.
         """
-        self._runner.read(documents, None)
+        self._runner.talk.read(documents, None)
         self._runner.keep_as_it_is()
         mark = self._runner.conversation.mark()
         for question in questions:
@@ -66,7 +66,7 @@ class Asker:
         return True
 
     def _answer(self, question: Question) -> TurnReport:
-        self._runner.read([], question.text)
+        self._runner.talk.read([], question.text)
         if not self._json:
             self._out("".join(f"> {line}\n" for line in question.text.split("\n")))
         emit = self._stream if self._json else self._out

@@ -41,6 +41,10 @@ _TERMINATED = 143
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
+class Terminated(BaseException):
+    """SIGTERM was received: save what can be saved and leave."""
+
+
 def chat_command(argv: Sequence[str] | None = None) -> int:
     """Run the chat; returns the exit status.
 
@@ -56,8 +60,6 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
     with leaving_at_once():
         _import_libraries()
     from rich.console import Console
-
-    from longrun.chat.runner import Terminated
 
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -199,7 +201,7 @@ def _answer_once(runner: ChatRunner, documents: Sequence[Document], prompt: str,
     from longrun.chat import answer
 
     try:
-        runner.read(documents, prompt)
+        runner.talk.read(documents, prompt)
     except KeyboardInterrupt:
         return _reading_stopped(runner)
     emit = _emit_to_stderr if as_json else _emit

@@ -152,7 +152,7 @@ class ChatLoop:
         self._tell(self._runner.status())
 
     def _read(self, documents: Sequence[Document], question: str | None) -> Reading:
-        return self._reading(lambda: self._runner.read(documents, question, strict=False))
+        return self._reading(lambda: self._runner.talk.read(documents, question, strict=False))
 
     def _reading(self, read: Callable[[], Reading]) -> Reading:
         try:
@@ -174,7 +174,7 @@ class ChatLoop:
         rest = reading
 
         def read() -> Reading:
-            self._runner.prefill(rest)
+            self._runner.talk.prefill(rest)
             return rest
 
         self._ask(self._reading(read))
@@ -195,7 +195,7 @@ class ChatLoop:
             raise KeyboardInterrupt
 
     def _sources(self) -> None:
-        found = self._runner.sources.looked_at()
+        found = self._runner.talk.sources.looked_at()
         if not found:
             raise InputError("nothing stands far enough before the question to be looked at: read a longer text first")
         self._tell("\n".join(["looked at:", *(one.line() for one in found)]))

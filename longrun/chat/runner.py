@@ -1,27 +1,20 @@
-"""Reads documents and questions into a session, answers, and reports: what every way to chat shares."""
+"""Which conversation is in memory, and the folder that is kept up to date with it: what every way to chat shares."""
 
 from __future__ import annotations
 
 import gc
-import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 
-from longrun.chat.answer import INTERRUPTED, AnswerOptions, stream_answer
+from longrun.chat.answer import INTERRUPTED, AnswerOptions
 from longrun.chat.conversation import Conversation
-from longrun.chat.progress import PrefillProgress
 from longrun.chat.report import TurnReport, sparse_line
-from longrun.chat.sources import AnswerSources
-from longrun.chat.turns import AnswerCut, Reading
-from longrun.documents.document import Document
+from longrun.chat.talk import Talk, tell
 from longrun.errors import InputError, LongrunError, PlanError, SessionError, short_path
-from longrun.interrupts import deferred_signals
 from longrun.session.store import is_session
 from longrun.text.chat_format import ChatFormat
 from longrun.text.chat_template import has_template
@@ -31,9 +24,6 @@ if TYPE_CHECKING:
 
     from longrun.runtime.runtime import Runtime
     from longrun.session.session import Session
-
-
-_NAMES_SHOWN = 5
 
 
 def check_model(
@@ -53,17 +43,6 @@ def check_model(
         raise InputError(f"{short_path(model_dir)} has no tokenizer: chat needs one, add the model's tokenizer files")
     ChatFormat(tokenizer, system, options=options)
     return tokenizer
-
-
-def _already_read(names: Sequence[str]) -> str:
-    if len(names) == 1:
-        return f"{names[0]} was read before: not read again"
-    shown = ", ".join(map(short_path, names[:_NAMES_SHOWN])) + (", ..." if len(names) > _NAMES_SHOWN else "")
-    return f"{len(names):,} texts were read before: not read again ({shown})"
-
-
-class Terminated(BaseException):
-    """SIGTERM was received: save what can be saved and leave."""
 
 
 class ChatRunner:
@@ -96,23 +75,20 @@ class ChatRunner:
         template_options: Mapping[str, Any] | None = None,
         select_question: bool = False,
     ) -> None:
-        self._select_question = select_question
+        self._select_question, self._template_options = select_question, template_options
         self._tokenizer = check_model(runtime.tokenizer, runtime.model_dir, system, template_options)
-        self._template_options = template_options
         self.runtime, self.options, self._console = runtime, options, console
         self._system, self._capacity, self._folder = system, capacity, folder
         self.load_seconds = 0.0
         self.last_report: TurnReport | None = None
-        self._conversation: Conversation | None = None
-        self._saved_tokens = 0
+        self._talk: Talk | None = None
         if not has_template(self._tokenizer):
             self.tell(
                 "note: this model has no chat template, so messages are given to it as plain text: it continues them "
                 "as a text, and may not end its answers"
             )
         if folder is not None and is_session(folder):
-            self._conversation = self._converse(runtime.load_session(folder, capacity), system, template_options)
-            self._saved_tokens = self.session.num_tokens
+            self._talk = self._talk_in(runtime.load_session(folder, capacity), system, template_options)
             self.tell(self._describe(folder))
         else:
             self._begin()
@@ -120,21 +96,19 @@ class ChatRunner:
             self.session.attach(folder)
 
     @property
-    def conversation(self) -> Conversation:
-        if self._conversation is None:
+    def talk(self) -> Talk:
+        """Reads and answers in the conversation in memory. Raises SessionError where there is none."""
+        if self._talk is None:
             raise SessionError("there is no conversation in memory: /reset begins one, /load DIR takes a saved one")
-        return self._conversation
+        return self._talk
+
+    @property
+    def conversation(self) -> Conversation:
+        return self.talk.conversation
 
     @property
     def session(self) -> Session:
         return self.conversation.session
-
-    @property
-    def sources(self) -> AnswerSources:
-        """What the last answer looked at."""
-        if self._sources is None:
-            self._sources = AnswerSources(self.conversation, self._tokenizer)
-        return self._sources
 
     @property
     def is_kept(self) -> bool:
@@ -143,53 +117,7 @@ class ChatRunner:
 
     def tell(self, message: str) -> None:
         """Print a message to the console (never to where answers go)."""
-        self._console.print(escape(message), highlight=False, soft_wrap=True)
-
-    def read(self, documents: Sequence[Document], question: str | None, strict: bool = True) -> Reading:
-        """Prefill documents and question, as `Conversation.prepare` decides.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C; what was read until then stays.
-            LongrunError: see `Conversation.prepare` and `Session.prefill`.
-        """
-        reading = self.conversation.prepare(documents, question, strict)
-        self.sources.know(documents)
-        self._already_read = (*self._already_read, *reading.already_read)
-        if reading.already_read:
-            self.tell(_already_read(reading.already_read))
-        for sentence in reading.changed:
-            self.tell(f"note: {sentence}")
-        if reading.resumed_of:
-            self.tell(f"resuming at token {reading.resumed_at:,} of {reading.resumed_of:,}")
-        self.prefill(reading)
-        return reading
-
-    def prefill(self, reading: Reading) -> None:
-        """Read the tokens of `reading`, with progress, and remember how long it took."""
-        before, started = self.session.num_tokens, time.perf_counter()
-        self._prefilled = (0, 0.0, reading.resumed_at)
-        if not reading.token_ids:
-            return
-        self.sources.drop()
-        try:
-            with PrefillProgress(self._console, reading.resumed_at) as progress:
-                progress.start(len(reading.token_ids))
-                self._read_tokens(reading, progress)
-        finally:
-            self._prefilled = (self.session.num_tokens - before, time.perf_counter() - started, reading.resumed_at)
-
-    def _read_tokens(self, reading: Reading, progress: Callable[[int, int], None]) -> None:
-        """Read documents in chunks, as the plan says; the question in full, in chunks or token by token."""
-        ids = reading.token_ids
-        apart = self._select_question or self.session.plan.attention.prefill is not None
-        asked = self.conversation.question_at(reading) if apart else len(ids)
-        if asked:
-            self.session.prefill(ids[:asked], lambda done, total: progress(done, total + len(ids) - asked))
-        if asked < len(ids):
-            self.session.prefill(
-                ids[asked:], lambda done, total: progress(asked + done, asked + total), self._select_question,
-                sparse=False,
-            )  # fmt: skip
+        tell(self._console, message)
 
     def answer(self, emit: Callable[[str], None], keep_unfinished: bool) -> TurnReport:
         """Answer the question that was read, and save where a folder is kept up to date.
@@ -199,34 +127,7 @@ class ChatRunner:
             keep_unfinished: an answer stopped by Ctrl-C or SIGTERM stays in the conversation; otherwise the session
                 goes back to the end of the question, so that the same command answers it again.
         """
-        cut = self.conversation.cut_answer
-        begun = None if cut is None else self.session.token_ids[cut.start :]
-        prompt_tokens = self.session.num_tokens
-        began = AnswerCut(prompt_tokens, None) if cut is None else cut
-        mark = self.sources.begin(None if cut is None else cut.start)
-        rewinds = self._folder is not None and cut is None
-        finished = whole = False
-        hot_before = self.session.hot_counts
-        try:
-            answer = stream_answer(
-                self.session, self._tokenizer, self.runtime.eos_token_ids, self.options, emit, begun, began.seed
-            )
-            finished, whole = answer.stop_reason != INTERRUPTED, not answer.is_cut
-            began = replace(began, seed=answer.seed)
-        finally:
-            with deferred_signals():
-                if finished or keep_unfinished:
-                    self.conversation.answered(None if whole else began)
-                elif rewinds:
-                    self.session.rewind(mark)
-        count, seconds, resumed_at = self._prefilled
-        hot = self.session.hot_counts
-        hot = None if hot is None or hot_before is None else hot.since(hot_before)
-        self.last_report = TurnReport(
-            answer, self.session, prompt_tokens, count, seconds, self.load_seconds, resumed_at, self._saved_tokens,
-            self._already_read, hot,
-        )  # fmt: skip
-        self._prefilled, self._already_read = (0, 0.0, 0), ()
+        self.last_report = self.talk.answer(self.options, emit, keep_unfinished, self.is_kept, self.load_seconds)
         self.save_if_kept()
         return self.last_report
 
@@ -236,14 +137,14 @@ class ChatRunner:
         if self.last_report is None or self.last_report.answer.stop_reason == INTERRUPTED:
             return None
         try:
-            return [one.to_dict() for one in self.sources.looked_at()]
+            return [one.to_dict() for one in self.talk.sources.looked_at()]
         except LongrunError as error:
             self.tell(f"note: what the answer looked at is not known: {error}")
             return None
 
     def save_if_kept(self) -> None:
         """Save into the folder that is kept up to date, if there is one and the session holds anything."""
-        if self._folder is not None and self._conversation is not None and self.session.num_tokens:
+        if self._folder is not None and self._talk is not None and self.session.num_tokens:
             self.session.save(self._folder)
 
     def keep_as_it_is(self) -> None:
@@ -268,24 +169,24 @@ class ChatRunner:
             InputError: there is no room for it while the conversation stays in memory.
         """
         try:
-            conversation = self._open(folder)
+            talk = self._open(folder)
         except PlanError as error:
-            if self._conversation is not None and self.session.num_tokens:
+            if self._talk is not None and self.session.num_tokens:
                 raise InputError(
                     f"session {folder} does not fit in memory together with this conversation: /save this one if it is "
                     f"needed, then /reset and /load again"
                 ) from error
             self._drop()
             try:
-                conversation = self._open(folder)
+                talk = self._open(folder)
             except BaseException as failure:
                 traceback.clear_frames(failure.__traceback__)  # they hold the half-filled session and its memory
                 self._begin()
                 raise
         self._stop_keeping()
-        if self._conversation is not None:
+        if self._talk is not None:
             self.session.detach()
-        self._conversation, self._saved_tokens = conversation, conversation.session.num_tokens
+        self._talk = talk
         self.tell(self._describe(folder))
 
     def reset(self) -> None:
@@ -293,7 +194,6 @@ class ChatRunner:
         self._stop_keeping()
         self._drop()
         self._begin()
-        self._saved_tokens = 0
         self.tell("a new conversation begins")
 
     def status(self) -> str:
@@ -309,27 +209,21 @@ class ChatRunner:
         cut = "; the last answer was cut: /continue resumes it" if self.conversation.cut_answer else ""
         return f"going on with the session in {folder}: {self.status()}{cut}"
 
-    def _converse(
-        self, session: Session, system: str | None, template_options: Mapping[str, Any] | None
-    ) -> Conversation:
-        self._prefilled: tuple[int, float, int] = (0, 0.0, 0)
-        self._already_read: tuple[str, ...] = ()
-        conversation = Conversation(session, self._tokenizer, self.runtime.eos_token_ids, system, template_options)
-        self._sources: AnswerSources | None = None  # of the conversation before
-        return conversation
+    def _talk_in(self, session: Session, system: str | None, template_options: Mapping[str, Any] | None) -> Talk:
+        eos = self.runtime.eos_token_ids
+        conversation = Conversation(session, self._tokenizer, eos, system, template_options)
+        return Talk(conversation, self._tokenizer, eos, self._console, self._select_question)
 
-    def _open(self, folder: Path) -> Conversation:
-        return self._converse(self.runtime.load_session(folder), None, None)
+    def _open(self, folder: Path) -> Talk:
+        return self._talk_in(self.runtime.load_session(folder), None, None)
 
     def _begin(self) -> None:
-        self._conversation = self._converse(
-            self.runtime.new_session(self._capacity), self._system, self._template_options
-        )
+        self._talk = self._talk_in(self.runtime.new_session(self._capacity), self._system, self._template_options)
 
     def _drop(self) -> None:
-        if self._conversation is not None:
+        if self._talk is not None:
             self.session.detach()
-        self._conversation = self.last_report = self._sources = None
+        self._talk = self.last_report = None
         gc.collect()
 
     def _stop_keeping(self) -> None:
