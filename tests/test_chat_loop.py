@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import shutil
 import signal
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -228,6 +230,16 @@ def test_ctrl_c_at_the_prompt_leaves_the_second_time(runtime):
         chat.type(KeyboardInterrupt(), KeyboardInterrupt(), "/stats")
     with pytest.raises(KeyboardInterrupt):
         chat.type(KeyboardInterrupt(), interactive=False)
+
+
+def test_a_loaded_session_leaves_nothing_of_the_one_before(runtime, tmp_path):
+    chat = Chat(runtime)
+    chat.type(ask(0), f"/save {tmp_path / 'a'}")
+    before = weakref.ref(chat.runner.session.cache)
+    assert chat.runner.last_report is not None
+    chat.type(f"/load {tmp_path / 'a'}")
+    gc.collect()
+    assert before() is None and chat.runner.last_report is None
 
 
 def test_a_kept_folder_follows_until_another_session_is_loaded(runtime, tmp_path):

@@ -186,7 +186,7 @@ class ChatRunner:
         self._stop_keeping()
         if self._talk is not None:
             self.session.detach()
-        self._talk = talk
+        self._talk, self.last_report = talk, None  # a report holds its session, and with that the memory
         self.tell(self._describe(folder))
 
     def reset(self) -> None:
