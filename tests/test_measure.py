@@ -89,7 +89,8 @@ def test_a_run_that_takes_too_long_is_ended_with_its_children(tmp_path, monkeypa
     assert not _alive(int(pid.read_text()))
 
 
-def test_ctrl_c_ends_what_runs_and_begins_nothing(tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_what_runs_and_begins_nothing(tmp_path, number, status):
     out, pid = tmp_path / "out", tmp_path / "pid"
     child = f"import os, time; open('{pid}', 'w').write(str(os.getpid())); time.sleep(600)"
     runs = ({"name": "one", "seconds": 600, "command": code(child)}, {"name": "two", "seconds": 9, "command": code("")})
@@ -98,8 +99,8 @@ def test_ctrl_c_ends_what_runs_and_begins_nothing(tmp_path):
         end = time.monotonic() + 60
         while not (pid.exists() and pid.read_text()) and time.monotonic() < end:
             time.sleep(0.05)
-        program.send_signal(signal.SIGINT)
-        assert program.wait(60) == 130
+        program.send_signal(number)
+        assert program.wait(60) == status
     finally:
         program.kill()
     assert not _alive(int(pid.read_text()))

@@ -17,7 +17,7 @@ A plan is a TOML file:
 
 A run that takes too long is told to end and, ten seconds later, killed; one that fails stops nothing. DIR/measured.json
 says after each run how all of them ended. The same call again takes up what is not done. Status 1 unless all are.
-`--gpus real=1` lets a lane see that GPU alone.
+`--gpus real=1` lets a lane see that GPU alone. Ctrl-C and SIGTERM end what runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -158,7 +158,7 @@ class Measuring:
             work = [pool.submit(self._lane, lane, commands) for lane in lanes.values()]
             try:
                 wait(work)
-            except BaseException:  # Ctrl-C: what runs is told to end, and nothing is begun
+            except BaseException:  # a signal: what runs is told to end, and nothing is begun
                 self._end = time.monotonic()
                 for process in tuple(self._running):
                     _signal(process, signal.SIGTERM)
@@ -259,10 +259,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(one.how == DONE for one in ended) else 1
 
 
+def _leave(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
 def _last_line(log: Path) -> str:
     lines: list[Any] = log.read_text(errors="replace").strip().splitlines()
     return lines[-1][:200] if lines else ""
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _leave)
     run(main)
