@@ -45,6 +45,7 @@ from longrun.cli import Parser, run
 from longrun.errors import InputError, quoted
 from longrun.files.user_files import parse_toml, read_object, read_text
 from longrun.files.whole_file import write_whole
+from longrun.paths import path_option
 
 ROOT = Path(__file__).resolve().parents[2]
 DONE, FAILED, STOPPED, NOT_BEGUN = "done", "failed", "stopped", "not begun"
@@ -242,8 +243,8 @@ def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a plan and print how it went. Status 0 where all is done, else 1."""
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("plan", type=Path)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("plan", type=path_option)
+    parser.add_argument("--out", type=path_option, required=True, metavar="DIR")
     parser.add_argument("--seconds", type=real(1), default=1e6, help="for all runs together")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="values for the plan's commands")
     parser.add_argument("--gpus", nargs="+", default=[], metavar="LANE=GPU", help="the one GPU that a lane sees")

@@ -22,17 +22,18 @@ from longrun.errors import InputError
 from longrun.files.whole_file import write_whole
 from longrun.model.tokenizer import load_tokenizer
 from longrun.needles.needles import Haystack, build_prompt, make_needles
+from longrun.paths import path_option
 from longrun.units import TOKENS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files and print the text's length. Status 0."""
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--model", type=path_option, required=True, metavar="DIR")
     parser.add_argument("--length", type=TOKENS, required=True, metavar="N", help="tokens of text and longest question")
     parser.add_argument("--needles", type=whole(2), default=5, metavar="N")
     parser.add_argument("--seed", type=SEED, default=0)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--out", type=path_option, required=True, metavar="FOLDER")
     args = parser.parse_args(argv)
     tokenizer = load_tokenizer(args.model)
     depths = [i / (args.needles - 1) for i in range(args.needles)]
