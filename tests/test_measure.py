@@ -145,10 +145,15 @@ def test_bad_plans(tmp_path, text, words):
 
 
 def test_bad_values_and_a_summary_of_something_else(tmp_path):
-    path = plan(tmp_path, {"name": "a", "seconds": 9, "command": "no-such-program"})
+    path = plan(
+        tmp_path, {"name": "a", "seconds": 9, "command": "no-such-program ${size}"}, head="[values]\nsize = '1'\n"
+    )
     for value in ("x", "=x", "1=x"):
         with pytest.raises(InputError, match="no NAME=VALUE"):
             measure.main([str(path), "--out", str(tmp_path), "--set", value])
+    for option, known in (("--set", "size"), ("--gpus", "all")):
+        with pytest.raises(InputError, match=f"{option} 'sise' is nowhere in the plan, which has {known}"):
+            measure.main([str(path), "--out", str(tmp_path), option, "sise=1"])
     assert measure.main([str(path), "--out", str(tmp_path / "o")]) == 1
     assert "no-such-program cannot be started" in (tmp_path / "o" / "a.log").read_text()
     (tmp_path / "o" / measure.SUMMARY).write_text('{"runs": [{"name": 1}]}')

@@ -84,7 +84,7 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
     @pytest.mark.parametrize(
-        ("tokens", "heads", "group", "dim", "pages"), [(300, 2, 2, 64, 5), (129, 1, 4, 128, 4), (77, 1, 6, 64, 1)]
+        ("tokens", "heads", "group", "dim", "pages"), [(300, 2, 3, 64, 5), (129, 1, 4, 128, 4), (77, 1, 6, 64, 1)]
     )
     def test_interpreted_attention_to_lists(tokens, heads, group, dim, pages, config):
         check_attend(tokens, heads, group, dim, pages, torch.float32, partial(attend_tiles_, config=config))

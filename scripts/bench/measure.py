@@ -32,11 +32,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -72,6 +72,10 @@ class Run:
     command: str
     seconds: float
     lane: str = "all"
+
+    def names(self) -> list[str]:
+        """Of the values that it needs."""
+        return string.Template(self.command).get_identifiers()
 
     def argv(self, values: Mapping[str, str]) -> list[str]:
         """With values in place of their names.
@@ -189,8 +193,7 @@ class Measuring:
                 print(f"{ended.name}: {ended.how} after {ended.seconds:.0f} s", flush=True)
 
     def _run(self, one: Run, command: Sequence[str]) -> Ended:
-        left = self._end - time.monotonic()
-        if left < LEAST_SECONDS:
+        if self._end - time.monotonic() < LEAST_SECONDS:
             return Ended(one.name, NOT_BEGUN, None, 0.0)
         gpu = {"CUDA_VISIBLE_DEVICES": self._gpus[one.lane]} if one.lane in self._gpus else {}
         began = time.monotonic()
@@ -204,7 +207,7 @@ class Measuring:
                 log.write(f"{command[0]} cannot be started: {error.strerror}\n".encode())
                 return Ended(one.name, FAILED, None, 0.0)
             self._running.add(process)
-            status = _wait(process, min(one.seconds, left))
+            status = _wait(process, min(one.seconds, self._end - time.monotonic()))
             self._running.remove(process)
         how = STOPPED if status is None else DONE if status == 0 else FAILED
         return Ended(one.name, how, status, time.monotonic() - began)
@@ -251,8 +254,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="with the plan's values for a rehearsal")
     args = parser.parse_args(argv)
     runs, values, small = read_plan(args.plan)
-    values |= (small if args.rehearse else {}) | pairs(args.set, "--set") | {"out": str(args.out.resolve())}
-    measuring = Measuring(args.out, args.seconds, pairs(args.gpus, "--gpus"))
+    given, gpus = pairs(args.set, "--set"), pairs(args.gpus, "--gpus")
+    _check_known(given, {name for one in runs for name in one.names()} - {"out"}, "--set")
+    _check_known(gpus, {one.lane for one in runs}, "--gpus")
+    values |= (small if args.rehearse else {}) | given | {"out": str(args.out.resolve())}
+    measuring = Measuring(args.out, args.seconds, gpus)
     ended = measuring.take(runs, values)
     for one in ended:
         tail = _last_line(args.out / f"{one.name}.log") if one.how in (FAILED, STOPPED) else ""
@@ -260,12 +266,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(one.how == DONE for one in ended) else 1
 
 
+def _check_known(given: Iterable[str], known: Collection[str], option: str) -> None:
+    """Raise InputError for a name that means nothing in the plan."""
+    for name in given:
+        if name not in known:
+            raise InputError(f"{option} {quoted(name)} is nowhere in the plan, which has {', '.join(sorted(known))}")
+
+
 def _leave(number: int, frame: object) -> NoReturn:
     sys.exit(128 + number)
 
 
 def _last_line(log: Path) -> str:
-    lines: list[Any] = log.read_text(errors="replace").strip().splitlines()
+    lines = log.read_text(errors="replace").strip().splitlines()
     return lines[-1][:200] if lines else ""
 
 
