@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import save_tiny
+from bench_case import fixed_ceilings, run, save_bench_model
 
 import longrun
 from longrun.config.model_config import ModelConfig
@@ -19,7 +19,6 @@ from longrun.lab.planted import make_planted_model
 from longrun.lab.synthetic_session import make_synthetic
 from longrun.patterns.head_map import HeadMap
 from scripts.bench import (
-    bench_chunks,
     bench_common,
     bench_decode,
     bench_kernel_table,
@@ -27,44 +26,21 @@ from scripts.bench import (
     bench_offload,
     bench_prefill,
     bench_transformers,
-    ceilings,
     kernel_rows,
 )
 from scripts.bench import command as bench
 from scripts.bench.gpu_timer import Times
 
-CEILINGS = {"memory_tb_s": 0.01, "matmul_tflops": 0.1, "attention_tflops": 0.05, "host_to_device_gb_s": 5.0}
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("bench") / "tiny"
-    save_tiny(folder, "llama", head_dim=32, max_position_embeddings=4096)
-    return folder
+    return save_bench_model(tmp_path_factory.mktemp("bench") / "tiny")
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Ceilings as they are on no machine, so that nothing waits for them."""
-    kinds = zip(("memory", "matmul", "attention", "transfer"), CEILINGS, strict=True)
-    fixed = {kind: ((lambda device, key=key: {key: CEILINGS[key]}), kind) for kind, key in kinds}
-    monkeypatch.setattr(ceilings, "MEASURES", fixed)
-    ceilings.measured.cache_clear()
-    yield
-    ceilings.measured.cache_clear()
-
-
-def run(capsys, tmp_path, *argv: str, status: int = 0, printed: str = "") -> dict:
-    """The result of a command: the last line, which is also what --json writes; `printed` stands before it."""
-    file = tmp_path / "made" / "result.json"
-    assert bench.main([*map(str, argv), "--json", str(file)]) == status
-    *lines, last = capsys.readouterr().out.splitlines()
-    assert printed in "\n".join(lines)
-    result = json.loads(last)
-    assert json.loads(file.read_text()) == result
-    assert result["complete"] is True
-    assert {"command", "commit", "torch", "device"} <= result["environment"].keys()
-    return result
+    with fixed_ceilings(monkeypatch):
+        yield
 
 
 DECODE = ("--device", "cpu", "--new-tokens", "3", "--repeats", "2")
@@ -167,81 +143,6 @@ def test_prefill_of_random_tokens_beside_transformers(model, capsys, tmp_path, q
     assert 0 < ideal < own["of_matmul_and_attention"]
     assert own["of_matmul"] == pytest.approx(sum(own["flops"].values()) / own["seconds"] / 0.1e12)
     assert peer["tokens_per_s"] > 0 and "error" not in peer
-
-
-def test_chunks_are_timed_exact_and_sparse_behind_random_content(model, capsys, tmp_path, quick):
-    argv = ("--device", "cpu", "--chunk-size", "256", "--lengths", "4K,8K", "--shares", "all,20%,50%", "--chunks", "2")
-    (tmp_path / "b.toml").write_text('[memory]\ngpu = "2 GB"\nhost = "1 GB"\n[weights]\nformat = "fp32"\n')
-    argv = (*argv, "--budget", str(tmp_path / "b.toml"))
-    result = run(capsys, tmp_path, "chunks", "--model", model, *argv, "--device-share", "1,0.5")
-    rows = {(row["share"], row["length"]): row for row in result["rows"] if row["device_share"] == 1}
-    hosted = {(row["share"], row["length"]): row for row in result["rows"] if row["device_share"] == 0.5}
-    assert len(rows) == len(hosted) == 6 and len(result["rows"]) == 12
-    assert all(len(row["chunk_seconds"]) == 2 and row["synthetic"] for row in result["rows"])
-    assert rows["all", 4000]["read_share"] is None and rows["all", 4000]["against_exact"] == 1
-    pages = (8000 + 256) // 64
-    assert rows[0.2, 8000]["read_share"] == pytest.approx(0.2, abs=2 / pages)
-    assert rows[0.5, 8000]["read_share"] == pytest.approx(0.5, abs=2 / pages)
-    assert 0 < rows[0.2, 8000]["caught_share"] < rows[0.5, 8000]["caught_share"] < 1
-    exact, sparse = rows["all", 8000], rows[0.2, 8000]
-    assert sparse["against_exact"] == pytest.approx(exact["seconds"] / sparse["seconds"])
-    assert "estimated_seconds_of_text" in exact and "estimated_seconds_of_text" not in rows["all", 4000]
-    # 9 heads of 32 with 2 query heads each: every token of two chunks sees all before it, one chunk included
-    pairs = sum(range(8000 + 256 + 1, 8000 + 3 * 256 + 1))
-    assert exact["flops"]["retrieval_attention"] == pytest.approx(4 * 32 * 18 * pairs, rel=0.01)
-    assert sparse["dense_flops"] == exact["flops"] and sparse["flops"]["choosing"] > 0
-    # what is left are the chunk's own pairs, those of the sink page and the tail, and a fifth of the others
-    own = 4 * 32 * 18 * 2 * (256**2 / 2 + 256 * 96)
-    past = exact["flops"]["retrieval_attention"] - own
-    assert sparse["flops"]["retrieval_attention"] == pytest.approx(own + past / 5, rel=0.05)
-    for row in (exact, sparse):
-        flops = row["flops"]
-        attention = sum(count for name, count in flops.items() if name != "linear")
-        ideal = flops["linear"] / 0.1e12 + attention / 0.05e12
-        assert row["of_matmul_and_attention"] == pytest.approx(ideal / row["seconds"])
-    for key, row in hosted.items():
-        assert row["host_pages"] > 0 == rows[key]["host_pages"] and rows[key]["against_resident"] == 1
-        assert row["against_resident"] == pytest.approx(row["seconds"] / rows[key]["seconds"])
-        assert row["against_exact"] == pytest.approx(hosted["all", key[1]]["seconds"] / row["seconds"])
-    with pytest.raises(InputError, match="--prefill sparse says nothing: leave it out"):
-        bench.main(["chunks", "--model", str(model), *argv, "--prefill", "sparse"])
-    for shares in ("0", "120%", "few"):
-        with pytest.raises(InputError, match=f"--shares '{shares}' is no share"):
-            bench.main(["chunks", "--model", str(model), *argv, "--shares", shares])
-
-
-def test_a_row_that_does_not_fit_says_so_and_the_others_go_on(model, capsys, tmp_path, quick, monkeypatch):
-    (tmp_path / "b.toml").write_text('[memory]\ngpu = "2 GB"\nhost = 0\n[weights]\nformat = "fp32"\n')
-    saved = []
-    monkeypatch.setattr(bench_chunks, "save", lambda result, args: saved.append(json.loads(json.dumps(result["rows"]))))
-    argv = ("--device", "cpu", "--chunk-size", "128", "--lengths", "1K", "--shares", "all", "--chunks", "1")
-    argv = (*argv, "--budget", str(tmp_path / "b.toml"), "--device-share", "1,0.5")
-    rows = run(capsys, tmp_path, "chunks", "--model", model, *argv, printed="out of memory: ")["rows"]
-    assert rows[0]["error"].startswith("out of memory: ") and "seconds" not in rows[0]
-    assert (rows[1]["device_share"], rows[1]["host_pages"]) == (1, 0) and rows[1]["tokens_per_s"] > 0
-    assert saved == [rows[:1], rows]
-    with pytest.raises(InputError, match="device-share"):
-        bench.main(["chunks", "--model", str(model), *argv, "--device-share", "1,2"])
-
-
-def test_what_a_text_takes_is_the_sum_over_its_chunks():
-    """Chunks of 10 tokens behind n take 1 + n / 100 seconds: 200 tokens take 20 chunks, 2 seconds each on average."""
-    rows = [
-        {"share": share, "length": length, "chunk_size": 10, "tokens_per_s": 10 / x, "device_share": 1, "host_pages": 0}
-        for share, length, x in (("all", 100, 2.0), ("all", 200, 3.0), (0.5, 100, 1.0), (0.5, 200, 1.5))
-    ]
-    # half as many pages on the device, in chunks of half as many tokens; and what did not fit
-    hosted = {**rows[3], "device_share": 0.5, "host_pages": 9, "chunk_size": 5, "tokens_per_s": 5 / 1.5}
-    failed = {"share": "all", "length": 200, "device_share": 0.5, "error": "out of memory"}
-    bench_chunks.with_ratios([*rows, hosted, failed])
-    assert [row["against_exact"] for row in rows] == [1, 1, 2, 2]
-    assert [row["against_resident"] for row in rows] == [1, 1, 1, 1]
-    assert (hosted["against_exact"], hosted["against_resident"]) == (None, pytest.approx(2))
-    assert "estimated_seconds_of_text" not in hosted and len(failed) == 4
-    assert [row.get("estimated_seconds_of_text") for row in rows] == [None, pytest.approx(40), None, pytest.approx(20)]
-    twice = [dict(rows[0]), dict(rows[0])]  # a length that was given twice
-    bench_chunks.with_ratios(twice)
-    assert "estimated_seconds_of_text" not in twice[1]
 
 
 def test_an_offloaded_session_is_compared_with_a_resident_one(model, capsys, tmp_path, quick):

@@ -19,7 +19,6 @@ from rich.table import Table
 from torch import Tensor
 
 from longrun.cache.pinned import PIECE_BYTES, CudaRegistrar, pinned_bytes
-from longrun.kernels.page_copy import copy_pages
 from scripts.bench.bench_common import check_device, figure, finish_timed, percent, save
 from scripts.bench.ceilings import measure_ceilings
 from scripts.bench.gpu_timer import gpu_times
@@ -51,6 +50,8 @@ def copies_across_pieces(words: Tensor) -> bool:
 
 def measure(gib: float, huge_pages: bool, ceilings: dict[str, Any]) -> dict[str, Any]:
     """One row; the shares are those of one large pinned copy in the same direction."""
+    from longrun.kernels.page_copy import copy_pages  # needs Triton, which other commands of bench.py do without
+
     num_slots = int(gib * 2**30) // PAYLOAD_BYTES
     registrar = TimedRegistrar()
     begin = time.perf_counter()
