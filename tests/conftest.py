@@ -35,6 +35,17 @@ def _hear_sigint() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _signals_as_they_were() -> Iterator[None]:
+    """A handler that a test leaves behind would be the next test's."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+    assert after == before, "this test left a signal's handler behind"
+
+
+@pytest.fixture(autouse=True)
 def _empty_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     """The chat reads what is piped in beside --prompt; pytest's own stdin refuses to be read."""
     monkeypatch.setattr(sys, "stdin", io.StringIO())

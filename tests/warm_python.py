@@ -58,8 +58,10 @@ class WarmPython:
         return subprocess.CompletedProcess(arguments, status, program.out.read_text(), program.err.read_text())
 
     def close(self) -> None:
-        self._process.communicate()
-        assert self._process.returncode == 0
+        """It is told to end: stdin has no end as long as any process forked from this one holds it."""
+        self._process.stdin.write(json.dumps(["end"]) + "\n")
+        self._process.stdin.close()
+        assert self._process.wait(60) == 0
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def become(arguments: list[str], out: str, err: str) -> NoReturn:
 
 
 def serve() -> None:
-    """Answer every line of stdin: fork for a program, tell how one has ended; kill those that outlive stdin."""
+    """Answer every line of stdin: fork for a program, tell how one has ended; at the end, kill those that run on."""
     for name in PACKAGES:
         import_module(name)
     gc.freeze()
@@ -120,6 +122,8 @@ def serve() -> None:
             if answer == 0:
                 become(*given)
             statuses[answer] = None
+        elif what == "end":
+            break
         else:
             (pid,) = given
             if statuses[pid] is None and (found := os.waitpid(pid, os.WNOHANG))[0]:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -122,6 +123,11 @@ class BatchMaker:
         self._process.start()
         theirs.close()
         self._ordered: int | None = None
+        self._end = weakref.finalize(self, _end, self._connection, self._process, os.getpid())
+
+    def close(self) -> None:
+        """End the process. Left to the garbage collector, it holds until then whatever was open when it was forked."""
+        self._end()
 
     def take(self, step: int, order_next: bool) -> list[Batch]:
         """The batches of a step; with `order_next` those of the step after it are begun.
@@ -150,6 +156,13 @@ class BatchMaker:
         if not self._connection.poll(_PATIENCE):
             raise RuntimeError(f"the process that makes samples made none in {_PATIENCE:g} seconds: start again")
         return self._connection.recv()
+
+
+def _end(connection: Connection, process: multiprocessing.process.BaseProcess, owner: int) -> None:
+    if os.getpid() == owner:  # and not in a process forked later, which holds a copy
+        connection.close()
+        process.terminate()
+        process.join()
 
 
 def _serve(connection: Connection, others: Connection, make: Callable[[int], list[Batch]]) -> None:

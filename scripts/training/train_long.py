@@ -151,7 +151,7 @@ class Trainer:
     # What is computed
 
     def train(self, stop_after: float, save_every: int, most_steps: int | None = None) -> bool:
-        """Run steps until the recipe ends (True), or until time, a signal or `most_steps` stops it; then save.
+        """Run steps until the recipe ends (True), or until time, a signal or `most_steps` stops it; then save. Once.
 
         A signal to one process, or time that is up for one, stops all of them before the same step.
         """
@@ -189,6 +189,7 @@ class Trainer:
             self.ranks.wait()
         finally:
             signal.signal(signal.SIGTERM, earlier)
+            self._maker.close()
         return finished
 
     def _step(self, batches: list[Batch], started: float) -> None:
