@@ -127,6 +127,7 @@ def test_dependencies_are_imported_somewhere() -> None:
         "numpy",
         "playwright",
         "pytest",
+        "pytest-timeout",
         "pytest-xdist",
         "ruff",
         "setuptools",
