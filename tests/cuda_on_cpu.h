@@ -2,7 +2,9 @@
 // then lets the others run up to there. Blocks run one after the other, so what is __shared__ may be static. Fibers take
 // turns in ascending or descending order (`set_descending`): of a barrier that is missing, one of the two shows the lack.
 // tests/cuda_on_cpu.py puts the kernels behind it in place of their PTX. Products are summed in float64: a tensor core's
-// own rounding is not imitated.
+// own rounding is not imitated. A context begins a fiber's stack and jumps change between them, for a change of context asks
+// the system to change nothing about signals. Headers are few, as each library compiles them again.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -10,8 +12,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
 #include <vector>
 #define __device__
 #define __global__
@@ -40,9 +40,11 @@ struct Block {
 };
 struct Copy { uint32_t to; const void* from; };
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[1 << 16]};
-  bool done;
+  jmp_buf at;
+  std::vector<char> stack = std::vector<char>(1 << 16);
+  bool begun = false, done = true;      // begun once: every block runs on the same stacks
+  const Barrier* waits = nullptr;       // for whose round to be another than
+  int round;
   std::vector<Copy> open;               // asynchronous copies, which are made as late as they may be
   std::vector<std::vector<Copy>> groups;
 };
@@ -54,46 +56,54 @@ extern "C" inline __attribute__((used)) void set_descending(int yes) { descendin
 inline uint8_t* shared_base() { return block->shared.data(); }
 inline Warp& warp_() { return block->warp[thread_id / 32]; }
 inline int lane_() { return thread_id & 31; }
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<Fiber> fibers;
-inline std::function<void()> body;
-inline bool moved;  // since the scheduler's last turn began: else everybody waits for somebody who will not come
+inline void (*body)(const void*);
+inline const void* kernel_;
+__attribute__((noinline)) inline void change(jmp_buf& from, jmp_buf& to) {
+  if (!_setjmp(from)) _longjmp(to, 1);
+}
+inline void yield_() { change(fibers[thread_id].at, scheduler); }
 inline void Barrier::arrive_and_wait() {
-  const int mine = round;
-  if (++here == size) {
-    here = 0, ++round, moved = true;
-    return;
-  }
-  while (round == mine) swapcontext(&fibers[thread_id].context, &scheduler);
+  Fiber& fiber = fibers[thread_id];
+  fiber.waits = this, fiber.round = round;
+  if (++here == size) here = 0, ++round;
+  if (fiber.round == round) yield_();
+  fiber.waits = nullptr;
 }
 inline void run_fiber() {
-  body();
-  fibers[thread_id].done = moved = true;
+  for (;; yield_()) body(kernel_), fibers[thread_id].done = true;
+}
+__attribute__((noinline)) inline void begin(Fiber& fiber) {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.data(), context.uc_stack.ss_size = fiber.stack.size(), context.uc_link = nullptr;
+  makecontext(&context, run_fiber, 0);
+  fiber.begun = true;
+  if (!_setjmp(scheduler)) setcontext(&context);
 }
 template <typename Kernel> void launch(int blocks, int x, int y, size_t shared_bytes, Kernel kernel) {
   const int count = x * y;
   if (int(fibers.size()) < count) fibers = std::vector<Fiber>(count);
-  body = kernel;
+  body = [](const void* one) { (*static_cast<const Kernel*>(one))(); };
+  kernel_ = &kernel;
   for (int n = 0; n < blocks; n++) {
     Block one(count, shared_bytes);
     block = &one, blockIdx = {n, 0};
     for (int i = 0; i < count; i++) {
       Fiber& fiber = fibers[i];
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = 1 << 16;
-      fiber.context.uc_link = &scheduler;
-      fiber.done = false, fiber.open.clear(), fiber.groups.clear();
-      makecontext(&fiber.context, run_fiber, 0);
+      fiber.done = false, fiber.waits = nullptr, fiber.open.clear(), fiber.groups.clear();
     }
     for (int left = count; left;) {
-      moved = false;
+      bool moved = false;  // else everybody waits for somebody who will not come
       for (int turn = 0; turn < count; turn++) {
         const int i = descending ? count - 1 - turn : turn;
-        if (fibers[i].done) continue;
-        thread_id = i, threadIdx = {i % x, i / x};
-        swapcontext(&scheduler, &fibers[i].context);
-        left -= fibers[i].done;
+        Fiber& fiber = fibers[i];
+        if (fiber.done || (fiber.waits && fiber.waits->round == fiber.round)) continue;
+        thread_id = i, threadIdx = {i % x, i / x}, moved = true;
+        if (fiber.begun) change(scheduler, fiber.at);
+        else begin(fiber);
+        left -= fiber.done;
       }
       if (!moved) std::fprintf(stderr, "threads of a block wait for ever\n"), std::abort();
     }
