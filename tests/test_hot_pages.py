@@ -56,13 +56,23 @@ TRACES = [
 
 
 class Cache:
-    """Pages in two memories, and steps of a trace over them, which move pages and give them other contents."""
+    """Pages in two memories, and steps of a trace over them, which move pages and give them other contents.
 
-    def __init__(self, trace: Trace, device="cpu", seed=0) -> None:
-        self.trace, self.device, self.seed, self.g = trace, device, seed, torch.Generator().manual_seed(seed)
+    Args:
+        real: pages that attention can read; otherwise any bytes.
+    """
+
+    def __init__(self, trace: Trace, device="cpu", seed=0, real=False) -> None:
+        self.trace, self.device, self.real, self.seed, self.g = (
+            trace,
+            device,
+            real,
+            seed,
+            torch.Generator().manual_seed(seed),
+        )
         self.heads, self.fmt = trace.hot_heads + trace.cold_heads, PageFormat("k5v3", 64, trace.dim)
         count = self.heads * trace.pages
-        self.payload, index = encode_pages(*random_pages(self.heads, trace.pages, self.fmt, seed), self.fmt)
+        self.payload, index = self.contents(trace.pages)
         self.places = torch.randperm(count, generator=self.g).view(self.heads, trace.pages)
         self.on_host = torch.rand(self.heads, trace.pages, generator=self.g) < 0.7
         self.on_host[trace.hot_heads :] = False
@@ -79,6 +89,14 @@ class Cache:
         self.chosen = [[] for _ in range(self.heads)]
         self.write()
 
+    def contents(self, pages: int):
+        """Payload and index of so many pages a head."""
+        if self.real:
+            return encode_pages(*random_pages(self.heads, pages, self.fmt, self.seed), self.fmt)
+        g = torch.Generator().manual_seed(self.seed)
+        payload = torch.randint(0, 256, (self.heads, pages, self.fmt.payload_bytes), dtype=torch.uint8, generator=g)
+        return payload, torch.full((self.heads, pages, 2, self.fmt.head_dim), torch.nan, dtype=torch.float16)
+
     def write(self) -> None:
         """Bring memories and table up to date."""
         pages = self.payload.flatten(0, 1)
@@ -90,8 +108,7 @@ class Cache:
     def write_others(self, first: int) -> None:
         """Give the pages from `first` on another content."""
         self.seed += 1
-        pages = random_pages(self.heads, self.trace.pages - first, self.fmt, self.seed)
-        self.payload[:, first:] = encode_pages(*pages, self.fmt)[0]
+        self.payload[:, first:] = self.contents(self.trace.pages - first)[0]
         self.write()
 
     def step(self) -> list[list[int]]:
@@ -246,7 +263,7 @@ def answers(kernel, trace, device="cpu"):
     """Attention over the same steps, with each number of slots and with none."""
     found = []
     for slots in (None, trace.most, 2 * trace.most + 1, trace.pages + 7):
-        cache, outs = Cache(trace, device, seed=5), []
+        cache, outs = Cache(trace, device, seed=5, real=True), []
         hot = None if slots is None else empty_hot(replace(trace, slots=slots), cache.view)
         q = torch.randn(trace.steps, cache.heads, 2, trace.dim, generator=torch.Generator().manual_seed(6)).to(device)
         for step in range(trace.steps):
