@@ -70,6 +70,16 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython
 
 
 @pytest.fixture(scope="session")
+def warm_interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """Starts programs whose Triton kernels are interpreted, without the seconds of imports."""
+    from warm_python import WarmPython
+
+    warm = WarmPython(tmp_path_factory.mktemp("interpreted"), ("torch", "triton", "pytest"), TRITON_INTERPRET="1")
+    yield warm
+    warm.close()
+
+
+@pytest.fixture(scope="session")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> PlantedModel:
     """A tiny model that finds needles by construction; its folder is only read."""
     from longrun.lab.planted import make_planted_model

@@ -7,9 +7,6 @@ defined there alone.
 
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,12 +22,9 @@ LIMIT = {
 }
 
 
-def interpreted_tests(file):
+def interpreted_tests(warm_interpreter, file):
     """Run the interpreted tests of a file, in a process apart; how many passed. All must."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "interpreted", file]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
+    done = warm_interpreter.run("-m", "pytest", "-p", "no:cacheprovider", "-k", "interpreted", file)
     assert done.returncode == 0, done.stdout + done.stderr
     return int(re.search(r"(\d+) passed", done.stdout)[1])
 

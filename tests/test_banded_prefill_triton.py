@@ -144,8 +144,8 @@ if INTERPRETED:
 
 
 @not_interpreted
-def test_kernels_through_the_interpreter():
-    assert interpreted_tests(__file__) >= 47
+def test_kernels_through_the_interpreter(warm_interpreter):
+    assert interpreted_tests(warm_interpreter, __file__) >= 47
 
 
 @not_interpreted

@@ -190,5 +190,5 @@ if INTERPRETED:
 
 
 @not_interpreted
-def test_the_kernel_benchmarks_run_interpreted():
-    assert interpreted_tests(__file__) == 8
+def test_the_kernel_benchmarks_run_interpreted(warm_interpreter):
+    assert interpreted_tests(warm_interpreter, __file__) == 8

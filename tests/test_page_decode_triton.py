@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -160,9 +159,8 @@ def interpret() -> int:
     return calls
 
 
-def test_triton_kernel_in_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300, check=False)
+def test_triton_kernel_in_the_interpreter(warm_interpreter) -> None:
+    done = warm_interpreter.run(__file__)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == 4 * len(SMALL)
 

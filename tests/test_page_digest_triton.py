@@ -59,8 +59,8 @@ if INTERPRETED:
 
 
 @not_interpreted
-def test_the_interpreter_passes():
-    assert interpreted_tests(__file__) == 8
+def test_the_interpreter_passes(warm_interpreter):
+    assert interpreted_tests(warm_interpreter, __file__) == 8
 
 
 @not_interpreted

@@ -173,8 +173,8 @@ if INTERPRETED:
 
 
 @not_interpreted
-def test_kernels_through_the_interpreter():
-    assert interpreted_tests(__file__) >= 105
+def test_kernels_through_the_interpreter(warm_interpreter):
+    assert interpreted_tests(warm_interpreter, __file__) >= 105
 
 
 @not_interpreted

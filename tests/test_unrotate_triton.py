@@ -42,8 +42,8 @@ if INTERPRETED:
 
 
 @not_interpreted
-def test_kernel_through_the_interpreter():
-    assert interpreted_tests(__file__) == 45
+def test_kernel_through_the_interpreter(warm_interpreter):
+    assert interpreted_tests(warm_interpreter, __file__) == 45
 
 
 @not_interpreted

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -28,13 +29,15 @@ class WarmPython:
 
     Args:
         folder: for what the programs print.
+        packages: what the interpreter has imported.
+        environment: added to this process's, before anything is imported.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, packages: Sequence[str] = PACKAGES, **environment: str) -> None:
         self._folder, self._started = folder, 0
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "110"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "110", **environment}
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            [sys.executable, __file__, *packages], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
             env=environment,
         )  # fmt: skip
 
@@ -77,7 +80,7 @@ class WarmProgram:
         """Its status, if it has ended."""
         return self.python.asked("poll", self.pid)
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 200) -> int:
         until = time.monotonic() + seconds
         while (status := self.poll()) is None:
             if time.monotonic() > until:
@@ -111,7 +114,7 @@ def become(arguments: list[str], out: str, err: str) -> NoReturn:
 
 def serve() -> None:
     """Answer every line of stdin: fork for a program, tell how one has ended; at the end, kill those that run on."""
-    for name in PACKAGES:
+    for name in sys.argv[1:]:
         import_module(name)
     gc.freeze()
     statuses: dict[int, int | None] = {}
