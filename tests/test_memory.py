@@ -42,9 +42,9 @@ print(json.dumps({
 """
 
 CASES = [
-    ("demo", {"kv_format": "int4", "ctx": 2048}, 2000, 1.0),
-    ("demo", {"kv_format": "int4", "ctx": 1500, "device_share": 0.5, "weight_format": "nf4"}, 1400, 0.5),
-    ("demo", {"kv_format": "bf16", "ctx": 1500, "device_share": 0.25, "chunk_size": 333}, 1400, 0.67),
+    ("demo", {"kv_format": "int4", "ctx": 1100}, 1050, 1.0),
+    ("demo", {"kv_format": "int4", "ctx": 700, "device_share": 0.5, "weight_format": "nf4"}, 650, 0.5),
+    ("demo", {"kv_format": "bf16", "ctx": 1100, "device_share": 0.25, "chunk_size": 333}, 1000, 0.67),
     ("demo", {"kv_format": "int4", "ctx": 300_000}, 500, 1.0),  # everything is allocated and touched at the start
     ("planted", {"kv_format": "fp32", "ctx": 200_000, "device_share": 0.5}, 600, 1.0),
     ("planted", {"kv_format": "int4", "ctx": 11_000, "weight_format": "bf16"}, 10_000, 0.25),
