@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -87,7 +86,6 @@ def test_an_incomplete_adapter_is_an_error_and_not_left_out(shipped: Path, model
 @pytest.fixture
 def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Runs the chat on a CPU with one question; returns what was printed besides the answer."""
-    handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
 
     def call(*arguments: str) -> str:
@@ -95,8 +93,7 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         assert chat_command([*options, *arguments]) == 0
         return capsys.readouterr().err
 
-    yield call
-    signal.signal(signal.SIGTERM, handler)
+    return call
 
 
 def test_the_chat_uses_the_adapter_says_so_and_reads_beyond_the_checkpoints_window(shipped: Path, chat) -> None:

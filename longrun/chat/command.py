@@ -13,7 +13,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from longrun.chat.options import read_options
@@ -65,14 +66,19 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         console.width = 120
 
-    def on_sigterm(number: int, frame: Any) -> NoReturn:
-        for heard in (signal.SIGTERM, signal.SIGINT):  # what is saved now is not interrupted again
-            signal.signal(heard, signal.SIG_IGN)
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, on_sigterm)
     for notice in documents.notices:
         console.print(f"note: {notice}", highlight=False, markup=False, soft_wrap=True)
+    with _raising_on_sigterm():
+        return _run(args, capacity, console, documents, questions)
+
+
+def _run(
+    args: argparse.Namespace,
+    capacity: int | None,
+    console: Console,
+    documents: Documents,
+    questions: list[Question] | None,
+) -> int:
     runner: ChatRunner | None = None
     try:
         runner = _make_runner(args, capacity, console)
@@ -90,6 +96,23 @@ def chat_command(argv: Sequence[str] | None = None) -> int:
         if runner is not None:
             runner.save_if_kept()
         raise
+
+
+@contextmanager
+def _raising_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises `Terminated` until the block ends; once it has come, it and SIGINT are ignored for good."""
+
+    def on_sigterm(number: int, frame: Any) -> NoReturn:
+        for heard in (signal.SIGTERM, signal.SIGINT):  # what is saved now is not interrupted again
+            signal.signal(heard, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is on_sigterm:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _read_documents(args: argparse.Namespace) -> Documents:
