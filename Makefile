@@ -1,7 +1,8 @@
 # make demo: a question about a long text, answered by a real model.  make test: the test suite.
 # make serve: the same model for OpenAI's clients and in a browser; documents are kept in .documents.
 # make ask: the demo's question, asked through one of them.
-# Tests run in two processes of one thread each. PYTHON picks the interpreter of the virtual environment (3.11 or newer),
+# Tests run in two processes of one thread each; the many that these start find modules compiled, whatever is set
+# outside. PYTHON picks the interpreter of the virtual environment (3.11 or newer),
 # ARGS goes to the server, or to pytest.
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ ask: $(VENV)/.installed-serve
 	$(BIN)/python scripts/ask.py --file "$$($(BIN)/python scripts/demo.py --write)" 'What is a lambda expression?'
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -e .

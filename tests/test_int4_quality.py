@@ -62,9 +62,9 @@ def rotated(k, v):
 
 
 def outputs(q, k, v, last=128):
-    """Attention of the last queries, float64 [heads, last, head_dim]."""
+    """Attention of the last queries, float32 [heads, last, head_dim]."""
     group = q.shape[0] // k.shape[0]
-    q, k, v = q[:, -last:].double(), k.double().repeat_interleave(group, 0), v.double().repeat_interleave(group, 0)
+    q, k, v = q[:, -last:], k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
     future = torch.arange(k.shape[1]) > torch.arange(k.shape[1] - last, k.shape[1])[:, None]
     return scores.masked_fill(future, float("-inf")).softmax(-1) @ v

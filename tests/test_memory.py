@@ -42,13 +42,13 @@ print(json.dumps({
 """
 
 CASES = [
-    ("demo", {"kv_format": "int4", "ctx": 1100}, 1050, 1.0),
-    ("demo", {"kv_format": "int4", "ctx": 700, "device_share": 0.5, "weight_format": "nf4"}, 650, 0.5),
-    ("demo", {"kv_format": "bf16", "ctx": 1100, "device_share": 0.25, "chunk_size": 333}, 1000, 0.67),
-    ("demo", {"kv_format": "int4", "ctx": 300_000}, 500, 1.0),  # everything is allocated and touched at the start
-    ("planted", {"kv_format": "fp32", "ctx": 200_000, "device_share": 0.5}, 600, 1.0),
-    ("planted", {"kv_format": "int4", "ctx": 11_000, "weight_format": "bf16"}, 10_000, 0.25),
-    ("planted", {"kv_format": "k5v3", "ctx": 11_000, "prefill": "sparse", "prefill_dense": 0}, 10_000, 1.0),
+    ("demo", {"kv_format": "int4", "ctx": 600}, 550, 1.0),
+    ("demo", {"kv_format": "int4", "ctx": 400, "device_share": 0.5, "weight_format": "nf4"}, 350, 0.5),
+    ("demo", {"kv_format": "bf16", "ctx": 750, "device_share": 0.25, "chunk_size": 333}, 700, 0.67),
+    ("demo", {"kv_format": "int4", "ctx": 300_000}, 300, 1.0),  # everything is allocated and touched at the start
+    ("planted", {"kv_format": "fp32", "ctx": 200_000, "device_share": 0.5}, 300, 1.0),
+    ("planted", {"kv_format": "int4", "ctx": 6_000, "weight_format": "bf16"}, 5_500, 0.25),
+    ("planted", {"kv_format": "k5v3", "ctx": 6_000, "prefill": "sparse", "prefill_dense": 0}, 5_500, 1.0),
 ]
 
 

@@ -300,5 +300,5 @@ def test_a_sparse_chunk_stays_within_the_planned_activations(tmp_path, start, si
     step = Step(start, size, None, None, sparse=True)
     peak = allocation_peak(lambda: attention.run(0, *given, step), tmp_path)
     spec = attention.spec
-    assert peak <= spec.activation_bytes()
+    assert peak <= 1.01 * spec.activation_bytes()  # 62 KB more where torch has several threads
     assert peak > 0.4 * spec.activation_bytes() > 0.4 * replace(spec, prefill=None).activation_bytes()
