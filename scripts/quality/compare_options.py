@@ -15,7 +15,7 @@ from longrun.hub.find import add_model_option, add_yarn_option
 from longrun.lab.quality.code_source import source_facts
 from longrun.lab.quality.texts import CODE_TEXT, TEXT_TASKS
 from longrun.paths import path_option
-from longrun.units import parse_tokens
+from longrun.units import TOKENS, parse_tokens
 
 GROUPS = ("single", "several", "keyvalue", "code", "rules", *TEXT_TASKS)
 ASKED = ("code", "rules")  # questions about the running Python's own modules, in the words of the chat template
@@ -55,7 +55,9 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> argparse.Na
         "--haystack", nargs="+", type=path_option, metavar="FILE", help="text files instead of generated text"
     )
     parser.add_argument("--budget", metavar="NAME_OR_FILE")
-    parser.add_argument("--chunk-size", metavar="N", help="tokens of a prefill step (default: the budget's)")
+    parser.add_argument(
+        "--chunk-size", type=TOKENS, metavar="N", help="tokens of a prefill step (default: the budget's)"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--out", required=True, type=path_option, metavar="DIR")
@@ -96,7 +98,7 @@ def collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "code": source_facts() if {*ASKED, CODE_TEXT} & set(groups) else None,
         "haystack": _checksums(arguments.haystack) or "generated",
         "budget": arguments.budget,
-        "chunk_size": None if arguments.chunk_size is None else parse_tokens(arguments.chunk_size, "--chunk-size"),
+        "chunk_size": arguments.chunk_size,
         "device": arguments.device,
         "yarn": arguments.yarn,
         "seed": arguments.seed,
