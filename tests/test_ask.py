@@ -21,6 +21,11 @@ def common(text_file) -> list:
     return ["--ctx", "4K", "--file", text_file, "--stop", "."]
 
 
+NAMES = {
+    "question", "id", "text", "stop_reason", "seed", "tokens", "timings", "texts", "prefill", "looked_at",
+}  # fmt: skip
+
+
 def write(path: Path, questions: list) -> Path:
     path.write_text("".join(json.dumps(question) + "\n" for question in questions))
     return path
@@ -40,8 +45,9 @@ def test_json_lines_are_all_of_stdout_and_each_answer_is_that_of_a_run_of_its_ow
         for name in ("prompt", "generated", "total", "capacity"):
             assert line["tokens"][name] == alone[number]["tokens"][name]
         assert line["stop_reason"] == "stop string" and line["timings"]["decode_ms_per_token"] > 0
-        names = {"question", "id", "text", "stop_reason", "seed", "tokens", "timings", "prefill", "looked_at"}
-        assert line.keys() == names and line["prefill"] is None
+        assert line.keys() == NAMES and line["prefill"] is None
+        assert line["texts"]["prefilled"] == read[0] and line["texts"]["prefill_s"] > 0
+    assert f"[the texts: {read[0]:,} tokens read in " in done.err
     assert read[0] > 1500 and len(read) == 4 and all(0 < count < 50 for count in read[1:]), "the text was read once"
 
 
@@ -59,7 +65,8 @@ def test_questions_on_stdin_and_the_folder_keeps_the_texts_alone(chat, common, t
     assert [json.loads(line)["text"] for line in first.out.splitlines()] == [spaced(n.key) for n in NEEDLES]
     manifest = json.loads((tmp_path / "kept" / "manifest.json").read_text())
     again = chat(*common, *kept, "--ask", "-", "--json", stdin=ask(1))
-    assert "was read before: not read again" in again.err and again.result["text"] == spaced(NEEDLES[1].key)
+    assert "was read before: not read again" in again.err and again.result["texts"] is None
+    assert again.result["text"] == spaced(NEEDLES[1].key)
     assert manifest["num_tokens"] == json.loads((tmp_path / "kept" / "manifest.json").read_text())["num_tokens"]
     assert manifest["num_tokens"] < json.loads(first.out.splitlines()[0])["tokens"]["prompt"]
 

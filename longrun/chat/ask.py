@@ -33,6 +33,7 @@ class Asker:
     def __init__(self, runner: ChatRunner, out: Callable[[str], None], stream: Callable[[str], None], as_json: bool):
         self._runner, self._out, self._stream, self._json = runner, out, stream, as_json
         self.errors = self.answered = 0
+        self._texts: dict[str, Any] | None = None
 
     def run(self, documents: Sequence[Document], questions: Iterable[Question | InputError]) -> bool:
         """Read `documents` and answer `questions`; a question that fails is told, and the next one is answered.
@@ -45,6 +46,7 @@ class Asker:
             KeyboardInterrupt: Ctrl-C while texts are read, or where the next question is waited for.
         """
         self._runner.talk.read(documents, None)
+        self._tell_what_was_read(*self._runner.talk.prefilled)
         self._runner.keep_as_it_is()
         mark = self._runner.conversation.mark()
         for question in questions:
@@ -65,6 +67,13 @@ class Asker:
                 return False
         return True
 
+    def _tell_what_was_read(self, tokens: int, seconds: float) -> None:
+        """The texts' own reading, which no question's report holds."""
+        if tokens:
+            rate = tokens / seconds
+            self._runner.tell(f"[the texts: {tokens:,} tokens read in {seconds:.1f} s, {rate:,.0f} tokens/s]")
+            self._texts = {"prefilled": tokens, "prefill_s": seconds, "prefill_tokens_per_s": rate}
+
     def _answer(self, question: Question) -> TurnReport:
         self._runner.talk.read([], question.text)
         if not self._json:
@@ -75,7 +84,11 @@ class Asker:
         self._runner.tell(f"[{report.line()}; ended by {report.answer.stop_reason}]")
         if self._json:
             result = report.to_dict()
-            more = {"prefill": _without_heads(result["prefill"]), "looked_at": self._runner.looked_at()}
+            more = {
+                "texts": self._texts,
+                "prefill": _without_heads(result["prefill"]),
+                "looked_at": self._runner.looked_at(),
+            }
             self._line(question, {name: result[name] for name in _REPORTED} | more)
         return report
 

@@ -78,6 +78,11 @@ class Talk:
         self.prefill(reading)
         return reading
 
+    @property
+    def prefilled(self) -> tuple[int, float]:
+        """Tokens that were read last, and the seconds that took."""
+        return self._prefilled[:2]
+
     def prefill(self, reading: Reading) -> None:
         """Read the tokens of `reading`, with progress, and remember how long it took."""
         before, started = self._session.num_tokens, time.perf_counter()
