@@ -34,7 +34,8 @@ def fixed_ceilings(monkeypatch) -> Iterator[None]:
 def run(capsys, tmp_path, *argv: str, status: int = 0, printed: str = "") -> dict:
     """The result of a command: the last line, which is also what --json writes; `printed` stands before it."""
     file = tmp_path / "made" / "result.json"
-    assert bench.main([*map(str, argv), "--json", str(file)]) == status
+    command, *options = map(str, argv)
+    assert bench.main([command, "--json", str(file), *options]) == status
     *lines, last = capsys.readouterr().out.splitlines()
     assert printed in "\n".join(lines)
     result = json.loads(last)

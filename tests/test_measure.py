@@ -15,7 +15,7 @@ from longrun.errors import InputError
 from scripts.bench import measure
 
 PLANS = sorted((measure.ROOT / "scripts" / "bench" / "measurements").glob("*.toml"))
-VALUES = {"out": "o", "planted": "p", "book": "b", "ask": "a", "model": "m", "demo": "d", "scratch": "s"}
+VALUES = {"out": "o", "planted": "p", "model": "m", "demo": "d", "scratch": "s"}
 
 
 def plan(folder, *runs, head=""):

@@ -5,6 +5,7 @@
     python scripts/bench.py llama-cpp --model FILE --python FILE           longrun and llama.cpp in turn, on a CPU
     python scripts/bench.py decode --model DIR --lengths 128K,1M           ms a token, against the bytes' floor
     python scripts/bench.py prefill --model DIR --lengths 128K [--needles 3]    reading, against the compute ceilings
+    python scripts/bench.py reading --model DIR --length 3.3M [-- OPTION]    the same by longrun.chat, as it is used
     python scripts/bench.py chunks --model DIR --lengths 128K,6M --device-share 1,0.5    chunks far into a text
     python scripts/bench.py offload --model DIR --gpu-budget "20 GiB"      decode with most pages in host memory
     python scripts/bench.py formats --model DIR --length 64K               reading, by weight format, in turns
@@ -26,9 +27,10 @@ from importlib import import_module
 from types import ModuleType
 
 from longrun import cli
-from longrun.arguments import COUNT, SHARE, real, whole
+from longrun.arguments import COUNT, SEED, SHARE, real, whole
 from longrun.hub.find import add_model_option, find_model
 from longrun.paths import path_option
+from longrun.units import TOKENS
 
 
 def add_peer(sub: argparse.ArgumentParser, common: ModuleType) -> None:
@@ -133,11 +135,21 @@ def add_marks(sub: argparse.ArgumentParser, common: ModuleType) -> None:
     sub.add_argument("--repeats", type=COUNT, default=10)
 
 
+def add_reading(sub: argparse.ArgumentParser, common: ModuleType) -> None:
+    add_model_option(sub, default=None)
+    sub.add_argument("--length", required=True, type=TOKENS, metavar="N", help="tokens of text, question and answer")
+    sub.add_argument("--needles", type=COUNT, default=8, metavar="N", help="numbers hidden at even depths")
+    sub.add_argument("--seed", type=SEED, default=0)
+    common.add_json_option(sub)
+    sub.add_argument("chat", nargs="*", metavar="-- OPTION", help="options of longrun.chat")
+
+
 COMMANDS = {
     "peer": ("bench_peer", add_peer, "side by side with transformers on the CPU"),
     "llama-cpp": ("bench_llama_cpp", add_llama_cpp, "side by side with llama.cpp on the CPU"),
     "decode": ("bench_decode", add_decode, "milliseconds a token at long contexts"),
     "prefill": ("bench_prefill", add_prefill, "reading long texts"),
+    "reading": ("bench_reading", add_reading, "a text read and asked about by longrun.chat, as its users run it"),
     "chunks": ("bench_chunks", add_chunks, "single chunks behind long texts, exact and sparse, with pages on the host"),
     "offload": ("bench_offload", add_offload, "decode with pages in host memory"),
     "formats": ("bench_formats", add_formats, "reading in several weight or page formats, by turns"),

@@ -1,0 +1,45 @@
+"""`bench.py reading` on a CPU: the chat reads a text in a process of its own, and finds what is hidden there."""
+
+from __future__ import annotations
+
+import pytest
+from bench_case import run
+
+from longrun.errors import InputError
+from longrun.model.tokenizer import load_tokenizer
+from longrun.needles.needles import make_needles
+from scripts.bench import command as bench
+from scripts.bench.bench_reading import SPARE, text_with_needles
+
+
+def test_the_chat_reads_a_text_and_finds_its_numbers(planted, capfd, tmp_path):
+    chat = ("--head-map", planted.head_map, "--device", "cpu", "--prefill", "sparse", "--prefill-dense", "0")
+    options = ("--model", planted.path, "--length", "4K", "--needles", "3")
+    result = run(capfd, tmp_path, "reading", *options, *("--", *chat))
+    assert (result["found"], result["questions"]) == (3, 3)
+    assert [row["depth"] for row in result["rows"]] == [0, 0.5, 1] and all(row["right"] for row in result["rows"])
+    assert 4000 - SPARE - 40 < result["read"]["prefilled"] <= 4000 and result["prefill"]["sparse_tokens"] > 500
+    assert 0 < result["read"]["prefill_s"] < result["process_seconds"]
+    cut = run(capfd, tmp_path, "reading", *options, *("--", *chat, "--stop", "5"))
+    assert cut["found"] == sum("5" not in row["number"] for row in cut["rows"]) < 3, "an answer cut short is not right"
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_numbers_stand_at_even_depths(planted, count):
+    tokenizer, needles = load_tokenizer(planted.path), make_needles(count, 0)
+    text, tokens = text_with_needles(tokenizer, 3000, needles, 0)
+    real = len(tokenizer(" " + text.strip(), add_special_tokens=False).input_ids)
+    assert abs(tokens - real) < 0.02 * real and tokens <= 3000 - SPARE
+    places = [text.index(needle.sentence) / len(text) for needle in needles]
+    assert places[0] == 0
+    assert places == pytest.approx([number / max(1, count - 1) for number in range(count)], abs=0.03)
+
+
+def test_what_cannot_be_read(planted, tmp_path, capfd):
+    with pytest.raises(InputError, match="is not a planted model"):
+        bench.main(["reading", "--model", str(tmp_path), "--length", "4K"])
+    with pytest.raises(InputError, match="has no room for 8 needles"):
+        bench.main(["reading", "--model", str(planted.path), "--length", "300"])
+    with pytest.raises(InputError, match="the chat ended with status 2"):
+        bench.main(["reading", "--model", str(planted.path), "--length", "4K", "--", "--no-such-option"])
+    assert "unrecognized arguments: --no-such-option" in capfd.readouterr().err
