@@ -27,9 +27,8 @@ def test_the_chat_reads_a_text_and_finds_its_numbers(planted, capfd, tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_numbers_stand_at_even_depths(planted, count):
     tokenizer, needles = load_tokenizer(planted.path), make_needles(count, 0)
-    text, tokens = text_with_needles(tokenizer, 3000, needles, 0)
-    real = len(tokenizer(" " + text.strip(), add_special_tokens=False).input_ids)
-    assert abs(tokens - real) < 0.02 * real and tokens <= 3000 - SPARE
+    text = text_with_needles(tokenizer, 3000, needles, 0)
+    assert 0 <= 3000 - SPARE - len(tokenizer(text, add_special_tokens=False).input_ids) < 40
     places = [text.index(needle.sentence) / len(text) for needle in needles]
     assert places[0] == 0
     assert places == pytest.approx([number / max(1, count - 1) for number in range(count)], abs=0.03)

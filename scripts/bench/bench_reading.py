@@ -34,10 +34,8 @@ SPARE = 200
 """Tokens of the length left for a question, its answer and what the chat puts around the text."""
 
 
-def text_with_needles(
-    tokenizer: PreTrainedTokenizerBase, length: int, needles: Sequence[Needle], seed: int
-) -> tuple[str, int]:
-    """Sentences with the needles among them, and how many tokens they have one by one.
+def text_with_needles(tokenizer: PreTrainedTokenizerBase, length: int, needles: Sequence[Needle], seed: int) -> str:
+    """Sentences with the needles among them, as many as fit.
 
     Raises:
         InputError: a length that has no room for as many sentences as needles.
@@ -56,7 +54,7 @@ def text_with_needles(
     count, last = len(sentences), max(1, len(needles) - 1)
     for number in range(len(needles) - 1, -1, -1):
         sentences.insert(count * number // last, needles[number].sentence)
-    return " ".join(sentences) + "\n", total
+    return " ".join(sentences) + "\n"
 
 
 def _sized(tokenizer: PreTrainedTokenizerBase, sentences: Iterator[str]) -> Iterator[tuple[str, int]]:
@@ -71,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if not is_planted(args.model):
         raise InputError(f"--model {args.model} is not a planted model: make one with scripts/make_planted_model.py")
     needles = make_needles(args.needles, args.seed)
-    text, tokens = text_with_needles(load_tokenizer(args.model), args.length, needles, args.seed)
+    text = text_with_needles(load_tokenizer(args.model), args.length, needles, args.seed)
     with tempfile.TemporaryDirectory() as folder:
         book, questions = Path(folder) / "book.txt", Path(folder) / "questions.jsonl"
         book.write_text(text)
@@ -98,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
     return finish(
         {
             "benchmark": "reading", "model": model_name(args.model), "note": NOTE, "length": args.length,
-            "sentences_tokens": tokens, "process_seconds": seconds, "load_s": first["timings"]["load_s"],
-            "read": read, "prefill": first["prefill"], "found": found, "questions": len(rows), "rows": rows,
+            "process_seconds": seconds, "load_s": first["timings"]["load_s"], "read": read,
+            "prefill": first["prefill"], "found": found, "questions": len(rows), "rows": rows,
         },
         args,
     )  # fmt: skip
