@@ -2,8 +2,8 @@
 # make serve: the same model for OpenAI's clients and in a browser; documents are kept in .documents.
 # make ask: the demo's question, asked through one of them.
 # Tests run in two processes of one thread each; the many that these start find modules compiled, whatever is set
-# outside. PYTHON picks the interpreter of the virtual environment (3.11 or newer),
-# ARGS goes to the server, or to pytest.
+# outside. PYTHON picks the interpreter of the virtual environment (3.11 or newer), ARGS goes
+# to the server, or to pytest.
 
 PYTHON ?= python3
 VENV := .venv

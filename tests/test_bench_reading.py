@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import pytest
-from bench_case import run
+from bench_case import CEILINGS, fixed_ceilings, run
 
 from longrun.errors import InputError
 from longrun.model.tokenizer import load_tokenizer
 from longrun.needles.needles import make_needles
 from scripts.bench import command as bench
+from scripts.bench.bench_prefill import ideal_seconds
 from scripts.bench.bench_reading import SPARE, text_with_needles
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    with fixed_ceilings(monkeypatch):
+        yield
+
+
 def test_the_chat_reads_a_text_and_finds_its_numbers(planted, capfd, tmp_path):
-    chat = ("--head-map", planted.head_map, "--device", "cpu", "--prefill", "sparse", "--prefill-dense", "0")
-    options = ("--model", planted.path, "--length", "4K", "--needles", "3")
-    result = run(capfd, tmp_path, "reading", *options, *("--", *chat))
+    heads = ("--head-map", planted.head_map, "--device", "cpu")
+    sparse = ("--prefill", "sparse", "--prefill-dense", "0", "--prefill-share", "8%")
+    options = ("--model", planted.path, "--length", "6K", "--needles", "3")
+    result = run(capfd, tmp_path, "reading", *options, "--", *heads, *sparse)
     assert (result["found"], result["questions"]) == (3, 3)
     assert [row["depth"] for row in result["rows"]] == [0, 0.5, 1] and all(row["right"] for row in result["rows"])
-    assert 4000 - SPARE - 40 < result["read"]["prefilled"] <= 4000 and result["prefill"]["sparse_tokens"] > 500
-    assert 0 < result["read"]["prefill_s"] < result["process_seconds"]
-    cut = run(capfd, tmp_path, "reading", *options, *("--", *chat, "--stop", "5"))
+    read = result["read"]
+    assert 6000 - SPARE - 40 < read["tokens"] <= 6000 and read["prefill"]["sparse_tokens"] > 500
+    assert 0 < read["seconds"] < result["process_seconds"] and read["flops"]["choosing"] > 0
+    assert read["of_matmul_and_attention"] == pytest.approx(ideal_seconds(read["flops"], CEILINGS) / read["seconds"])
+    cut = run(capfd, tmp_path, "reading", *options, "--", *heads, "--stop", "5")
     assert cut["found"] == sum("5" not in row["number"] for row in cut["rows"]) < 3, "an answer cut short is not right"
+    dense = cut["read"]["flops"]
+    assert "choosing" not in dense and dense["retrieval_attention"] > read["flops"]["retrieval_attention"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -39,6 +51,11 @@ def test_what_cannot_be_read(planted, tmp_path, capfd):
         bench.main(["reading", "--model", str(tmp_path), "--length", "4K"])
     with pytest.raises(InputError, match="has no room for 8 needles"):
         bench.main(["reading", "--model", str(planted.path), "--length", "300"])
+    asked = ["reading", "--model", str(planted.path), "--length", "4K", "--"]
+    with pytest.raises(InputError, match="--head-map auto is not known"):
+        bench.main([*asked, "--head-map", "auto"])
+    with pytest.raises(InputError, match="unrecognized arguments: --no-such-option"):
+        bench.main([*asked, "--no-such-option"])
     with pytest.raises(InputError, match="the chat ended with status 2"):
-        bench.main(["reading", "--model", str(planted.path), "--length", "4K", "--", "--no-such-option"])
-    assert "unrecognized arguments: --no-such-option" in capfd.readouterr().err
+        bench.main([*asked, "--head-map", str(tmp_path)])
+    assert f"{tmp_path}" in capfd.readouterr().err

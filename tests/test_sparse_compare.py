@@ -20,11 +20,7 @@ from longrun.lab.quality.row import REFERENCE_ROW, Row
 from longrun.lab.quality.settings import read_rows
 from longrun.lab.quality.tasks import retrieval_documents
 from longrun.needles.needles import Haystack
-from longrun.plan.budget import Budget
-from longrun.plan.plan import make_plan
-from longrun.plan.shapes import config_of
 from longrun.session.session import Session
-from longrun.specs.prefill_counts import PrefillCounts
 from longrun.specs.prefill_spec import PrefillSpec
 from scripts.bench import bench_prefill
 from scripts.bench import command as bench
@@ -144,14 +140,8 @@ def test_a_sweep_records_what_was_read(planted, tmp_path):
 
 
 def test_operations_of_a_sparse_read_are_those_that_were_done():
-    plan = make_plan(
-        config_of("llama-3-8b")[0],
-        Budget(80 * 10**9, weight_format="int4", prefill_mode="sparse"), 200_000,
-    )  # fmt: skip
-    counts = PrefillCounts(((10.0, 5.0),), ((100.0, 100.0),), ((1.0, 1.0),), ((1.0, 1.0),))
-    found = bench_prefill.sparse_flops(
-        {"linear": 7.0, "retrieval_attention": 1e10, "streaming_attention": 3.0}, plan, counts
-    )
+    dense = {"linear": 7.0, "retrieval_attention": 1e10, "streaming_attention": 3.0}
+    found = bench_prefill.sparse_flops(dense, head_dim=128, page_size=64, rows=1, pages_read=15, pages=200)
     assert found["retrieval_attention"] == 1e10 - 4 * 128 * 128 * 64 * (200 - 15)
     assert found["choosing"] == 2 * 128 * 64 * 200 and (found["linear"], found["streaming_attention"]) == (7.0, 3.0)
 

@@ -286,11 +286,22 @@ def test_what_is_held_is_planned(backend):
     assert make(backend, FEW, 900, reaches=((), ())).sparse is None
 
 
+@pytest.fixture
+def one_thread():
+    """Of every thread torch's attention on a CPU has a scratch of its own, which no plan counts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     ("start", "size", "page_size", "scratch", "rows"),
     [(6_000, 1000, 16, 2048, 1), (6_000, 1000, 16, 2048, 8), (3_000, 1300, 64, 4096, 8), (1_000, 2000, 64, 256, 1)],
 )
-def test_a_sparse_chunk_stays_within_the_planned_activations(tmp_path, start, size, page_size, scratch, rows):
+def test_a_sparse_chunk_stays_within_the_planned_activations(
+    one_thread, tmp_path, start, size, page_size, scratch, rows
+):
     """Choosing, scoring, reading and the chunk itself are the most in turn."""
     shape = {"kv": "fp32", "page_size": page_size, "scratch": scratch, "reaches": ((ALL_TOKENS,) * KV_HEADS,)}
     attention = make("torch", PrefillSpec(rows=rows), start + size, chunk_size=max(size, 1000), **shape)
@@ -300,5 +311,5 @@ def test_a_sparse_chunk_stays_within_the_planned_activations(tmp_path, start, si
     step = Step(start, size, None, None, sparse=True)
     peak = allocation_peak(lambda: attention.run(0, *given, step), tmp_path)
     spec = attention.spec
-    assert peak <= 1.01 * spec.activation_bytes()  # 62 KB more where torch has several threads
+    assert peak <= spec.activation_bytes()
     assert peak > 0.4 * spec.activation_bytes() > 0.4 * replace(spec, prefill=None).activation_bytes()

@@ -15,7 +15,6 @@ from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
 from longrun.needles.needles import Haystack, NeedlePrompt, build_prompt, make_needles
 from longrun.patterns.head_split import HeadSplit
-from longrun.plan.plan import Plan
 from longrun.runtime.runtime import Runtime
 from longrun.session.session import Progress, Session
 from longrun.specs.prefill_counts import PrefillCounts
@@ -73,13 +72,16 @@ def ideal_seconds(flops: dict[str, float], ceilings: dict[str, Any]) -> float:
     return (flops["linear"] / ceilings["matmul_tflops"] + attention / ceilings["attention_tflops"]) / 1e12
 
 
-def sparse_flops(flops: dict[str, float], plan: Plan, counts: PrefillCounts) -> dict[str, float]:
-    """`prefill_flops` without the pages that tiles left out, and with the products by which they chose."""
-    spec, head_dim = plan.attention.prefill, plan.attention.head_dim
-    assert spec is not None
-    read, pages = (sum(map(sum, table)) * plan.page_size for table in (counts.read, counts.pages))
-    attention = flops["retrieval_attention"] - 4.0 * head_dim * TILE * (pages - read)
-    return flops | {"retrieval_attention": attention, "choosing": 2.0 * head_dim * spec.rows * pages}
+def sparse_flops(
+    flops: dict[str, float], head_dim: int, page_size: int, rows: int, pages_read: int, pages: int
+) -> dict[str, float]:
+    """`prefill_flops` without the pages that tiles left out, and with the products by which they chose.
+
+    Args:
+        rows: means of queries that score a page for a tile; pages_read, pages: of all tiles, layers and query heads.
+    """
+    attention = flops["retrieval_attention"] - 4.0 * head_dim * TILE * page_size * (pages - pages_read)
+    return flops | {"retrieval_attention": attention, "choosing": 2.0 * head_dim * rows * page_size * pages}
 
 
 def prefill_row(runtime: Runtime, length: int, args: argparse.Namespace, ceilings: dict, memory: MemoryWatch) -> dict:
@@ -151,10 +153,15 @@ def session_rates(
     if counts is None or before is None:
         return reading_rates(flops, num_tokens, seconds, ceilings)
     counts = counts.since(before)
+    plan, spec, read = session.plan, session.plan.attention.prefill, counts.to_dict()
+    assert spec is not None
+    done = sparse_flops(
+        flops, plan.attention.head_dim, plan.page_size, spec.rows, read["pages_read"], read["pages"]
+    )  # fmt: skip
     return {
-        **reading_rates(sparse_flops(flops, session.plan, counts), num_tokens, seconds, ceilings),
+        **reading_rates(done, num_tokens, seconds, ceilings),
         "dense_flops": flops,
-        "read_sparsely": {"sparse_tokens": session.sparse_tokens, **counts.to_dict()},
+        "read_sparsely": {"sparse_tokens": session.sparse_tokens, **read},
     }
 
 

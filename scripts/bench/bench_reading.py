@@ -2,7 +2,8 @@
 
 The text is made for a planted model (scripts/make_planted_model.py): sentences with numbers hidden at even depths, the
 first before the first sentence and the last behind the last. The chat runs as its users run it, one process that reads
-the text with --file and answers one question about each number with --ask. What stands behind `--` goes to it.
+the text with --file and answers one question about each number with --ask. What stands behind `--` goes to it. The
+ceilings are measured after it has ended: until then this process takes nothing of a GPU.
 """
 
 from __future__ import annotations
@@ -19,12 +20,21 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from longrun.chat.options import read_options
+from longrun.config.model_config import ModelConfig
 from longrun.errors import InputError
 from longrun.hub.names import model_name
 from longrun.lab.planted import NOTE, is_planted
 from longrun.model.tokenizer import load_tokenizer
 from longrun.needles.needles import Needle, generate_sentences, make_needles
-from scripts.bench.bench_common import finish
+from longrun.plan.budget import Budget
+from longrun.plan.split import budget_by_hand, choose_split
+from longrun.units import parse_tokens
+from scripts.bench.bench_common import DEFAULT_BUDGETS, finish, percent
+from scripts.bench.bench_prefill import prefill_flops, reading_rates, sparse_flops
+from scripts.bench.ceilings import measure_ceilings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
     """The command `reading`. Status 0; InputError where the model was not planted or the chat failed."""
     if not is_planted(args.model):
         raise InputError(f"--model {args.model} is not a planted model: make one with scripts/make_planted_model.py")
+    command = ["--model", args.model, "--ctx", args.length, "--max-new-tokens", 8, "--json", *args.chat]
+    options = read_options([*map(str, command), "--prompt", "x"])
+    if options.head_map == "auto":
+        raise InputError("--head-map auto is not known before the chat runs: give a folder, or full")
     needles = make_needles(args.needles, args.seed)
     text = text_with_needles(load_tokenizer(args.model), args.length, needles, args.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -75,10 +89,7 @@ def run(args: argparse.Namespace) -> int:
         book.write_text(text)
         asked = [json.dumps({"question": needle.answer_prefix, "id": needle.key}) for needle in needles]
         questions.write_text("\n".join(asked) + "\n")
-        command = [
-            sys.executable, "-m", "longrun.chat", "--model", args.model, "--ctx", args.length, "--file", book,
-            "--ask", questions, "--max-new-tokens", 8, "--json", *args.chat,
-        ]  # fmt: skip
+        command = [sys.executable, "-m", "longrun.chat", *command, "--file", book, "--ask", questions]
         started = time.perf_counter()
         chat = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
         seconds = time.perf_counter() - started
@@ -86,21 +97,38 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"the chat ended with status {chat.returncode}: what it said stands above")
     answers = [json.loads(line) for line in chat.stdout.splitlines()]
     rows = [_row(answer, number / max(1, len(needles) - 1)) for number, answer in enumerate(answers)]
-    first = answers[0]
-    read, found = first["texts"], sum(row["right"] for row in rows)
-    rate = read["prefill_tokens_per_s"]
+    read, found = _rates(args.model, options, answers[0]), sum(row["right"] for row in rows)
     print(
-        f"{read['prefilled']:,} tokens read in {read['prefill_s']:.1f} s, {rate:,.0f} tokens/s; "
+        f"{read['tokens']:,} tokens read in {read['seconds']:.1f} s, {read['tokens_per_s']:,.0f} tokens/s, "
+        f"{percent(read['of_matmul_and_attention'])} of matrix product and attention; "
         f"{found} of {len(rows)} numbers found; the whole process {seconds:.1f} s"
     )
     return finish(
         {
             "benchmark": "reading", "model": model_name(args.model), "note": NOTE, "length": args.length,
-            "process_seconds": seconds, "load_s": first["timings"]["load_s"], "read": read,
-            "prefill": first["prefill"], "found": found, "questions": len(rows), "rows": rows,
+            "process_seconds": seconds, "load_s": answers[0]["timings"]["load_s"], "read": read,
+            "found": found, "questions": len(rows), "rows": rows,
         },
         args,
     )  # fmt: skip
+
+
+def _rates(model: Path, options: argparse.Namespace, answer: dict[str, Any]) -> dict[str, Any]:
+    """Speed of reading the text, by the operations that were done, and as shares of the ceilings."""
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    ceilings = measure_ceilings(device, "matmul", "attention")
+    config, budget = ModelConfig.from_dir(model), Budget.load(options.budget or DEFAULT_BUDGETS[device.type])
+    budget = budget_by_hand(budget, options.retrieval_ratio, options.kv_bytes)
+    split = choose_split(config, budget, options.head_map, options.retrieval_ratio, capacity=parse_tokens(options.ctx))
+    tokens, seconds = answer["texts"]["prefilled"], answer["texts"]["prefill_s"]
+    flops, prefill = prefill_flops(config, split.split, tokens), answer["prefill"]
+    if prefill is not None and prefill["read"] is not None:
+        counts = prefill["read"]
+        flops = sparse_flops(
+            flops, config.head_dim, budget.page_size, prefill["settings"]["rows"], counts["pages_read"], counts["pages"]
+        )
+    rates = reading_rates(flops, tokens, seconds, ceilings)
+    return {"tokens": tokens, **rates, "prefill": prefill, "ceilings": ceilings}
 
 
 def _row(answer: dict[str, Any], depth: float) -> dict[str, Any]:
