@@ -136,11 +136,13 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def chat(planted: PlantedModel, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+def chat(
+    planted: PlantedModel, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Done]]:
     """Runs the chat's command in this process, as `python -m longrun.chat` does, without its seconds of imports."""
     from planted_chat import chat_here
 
-    return chat_here(planted.path, capsys, monkeypatch)
+    yield from chat_here(planted.path, capsys, monkeypatch)
 
 
 @pytest.fixture(scope="session")

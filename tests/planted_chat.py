@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -41,14 +42,20 @@ def command(model: Path, *arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "longrun.chat", "--model", str(model), *map(str, arguments)]
 
 
-def chat_here(model: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+def chat_here(
+    model: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Done]]:
     """The fixture `chat`: a call that runs the command in this process."""
+    # one that a test sends is answered once: after it both are ignored
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def call(*arguments: str | Path, stdin: str = "") -> Done:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         return run_here(lambda: chat_command(["--model", str(model), *map(str, arguments)]), capsys)
 
-    return call
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def saved_tokens(folder: Path) -> int:
